@@ -1,0 +1,1 @@
+//! Configuration and request types of the Triarch API.

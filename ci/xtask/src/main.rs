@@ -1,0 +1,3 @@
+//! Builds, hosts, demo, tests and benchmarks of Triarch.
+
+fn main() {}

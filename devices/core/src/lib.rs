@@ -1,0 +1,1 @@
+//! Bus, interrupt and lifecycle traits every device is built on.

@@ -1,0 +1,1 @@
+//! Serial port, RTC, reset and debug ports, ACPI registers.

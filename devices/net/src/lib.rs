@@ -1,0 +1,1 @@
+//! Tap devices and packet helpers; knows nothing of virtio.

@@ -1,0 +1,1 @@
+//! PCI configuration space, BARs, MSI-X, the host bridge and its buses.

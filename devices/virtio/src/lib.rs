@@ -1,0 +1,1 @@
+//! virtio 1.x transport, rings and devices.

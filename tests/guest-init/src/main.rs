@@ -1,0 +1,3 @@
+//! The init of test guests: runs commands and reports.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Starts VMs, hosts and daemons for the tests.

@@ -1,0 +1,3 @@
+//! The Triarch virtual machine monitor.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Loads kernels, initramfs and command lines into guest memory.

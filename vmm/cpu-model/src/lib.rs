@@ -1,0 +1,1 @@
+//! CPU vendors, features and topology as data; no KVM inside.

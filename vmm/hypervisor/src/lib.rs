@@ -1,0 +1,1 @@
+//! KVM: VM, vCPUs, interrupt routing, irqfd and ioeventfd.

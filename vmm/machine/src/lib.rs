@@ -1,0 +1,1 @@
+//! Assembles a guest and runs it through its phases.

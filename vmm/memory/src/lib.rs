@@ -1,0 +1,1 @@
+//! Guest memory: memfd regions, huge pages, dirty tracking.

@@ -1,0 +1,1 @@
+//! seccomp filters, one per class of thread.

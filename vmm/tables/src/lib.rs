@@ -1,0 +1,1 @@
+//! ACPI and SMBIOS tables.

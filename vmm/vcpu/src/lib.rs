@@ -1,0 +1,1 @@
+//! vCPU threads: run, kick, pause, resume.
