@@ -100,11 +100,7 @@ impl Archive {
                     pending.push((path, source));
                 } else if kind.is_symlink() {
                     let target = fs::read_link(&source).map_err(|e| at(&source, &e))?;
-                    self.insert(
-                        &path,
-                        mode,
-                        Node::Symlink(target.as_os_str().as_bytes().to_vec()),
-                    );
+                    self.insert(&path, mode, Node::Symlink(target.as_os_str().as_bytes().to_vec()));
                 } else if kind.is_file() {
                     self.insert(&path, mode, Node::Copy(source));
                 } else if kind.is_char_device() {
@@ -182,12 +178,7 @@ struct Header {
     device: (u32, u32),
 }
 
-fn write_entry(
-    out: &mut Counted<impl Write>,
-    inode: u32,
-    path: &str,
-    entry: &Entry,
-) -> io::Result<()> {
+fn write_entry(out: &mut Counted<impl Write>, inode: u32, path: &str, entry: &Entry) -> io::Result<()> {
     let mut head = Header {
         inode,
         mode: entry.mode,
@@ -222,22 +213,12 @@ fn write_entry(
     }
 }
 
-fn content(
-    out: &mut Counted<impl Write>,
-    mut head: Header,
-    path: &str,
-    size: u64,
-    data: impl Read,
-) -> io::Result<()> {
-    head.size = u32::try_from(size)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "larger than 4 GiB"))?;
+fn content(out: &mut Counted<impl Write>, mut head: Header, path: &str, size: u64, data: impl Read) -> io::Result<()> {
+    head.size = u32::try_from(size).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "larger than 4 GiB"))?;
     header(out, &head, path)?;
     let copied = io::copy(&mut data.take(size), out)?;
     if copied != size {
-        return Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "shrank while it was read",
-        ));
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "shrank while it was read"));
     }
     out.pad(4)
 }
@@ -333,12 +314,8 @@ mod tests {
                 let text = std::str::from_utf8(&data[from..from + 8]).unwrap();
                 u32::from_str_radix(text, 16).unwrap()
             };
-            let (mode, size, rdev, name_size) = (
-                field(1),
-                field(6) as usize,
-                (field(9), field(10)),
-                field(11) as usize,
-            );
+            let (mode, size, rdev, name_size) =
+                (field(1), field(6) as usize, (field(9), field(10)), field(11) as usize);
             let name = &data[at + 110..at + 110 + name_size];
             assert_eq!(name.last(), Some(&0));
             let name = String::from_utf8(name[..name_size - 1].to_vec()).unwrap();
@@ -387,20 +364,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("a/b")).unwrap();
         fs::write(dir.path().join("a/b/c.txt"), "hello").unwrap();
-        fs::set_permissions(
-            dir.path().join("a/b/c.txt"),
-            PermissionsExt::from_mode(0o640),
-        )
-        .unwrap();
+        fs::set_permissions(dir.path().join("a/b/c.txt"), PermissionsExt::from_mode(0o640)).unwrap();
         std::os::unix::fs::symlink("b/c.txt", dir.path().join("a/link")).unwrap();
         let mut archive = Archive::new();
         archive.append_tree("/usr", dir.path()).unwrap();
         let entries = parse(&bytes(&archive));
         let names: Vec<_> = entries.iter().map(|e| e.0.as_str()).collect();
-        assert_eq!(
-            names,
-            ["usr", "usr/a", "usr/a/b", "usr/a/b/c.txt", "usr/a/link"]
-        );
+        assert_eq!(names, ["usr", "usr/a", "usr/a/b", "usr/a/b/c.txt", "usr/a/link"]);
         assert_eq!(
             (entries[3].1, entries[3].3.as_slice()),
             (0o100_640, b"hello".as_slice())
@@ -411,14 +381,9 @@ mod tests {
     #[test]
     fn refuses_what_the_kernel_would_drop() {
         let mut archive = Archive::new();
-        archive
-            .symlink("bin", "usr/bin")
-            .file("bin/tool", 0o755, "x");
+        archive.symlink("bin", "usr/bin").file("bin/tool", 0o755, "x");
         let error = archive.finish(io::sink()).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "/bin is not a directory, but /bin/tool lies in it"
-        );
+        assert_eq!(error.to_string(), "/bin is not a directory, but /bin/tool lies in it");
     }
 
     #[test]
@@ -426,10 +391,7 @@ mod tests {
         let mut archive = Archive::new();
         archive.file_from("vmlinuz", 0o644, "/nonexistent/vmlinuz");
         let error = archive.finish(io::sink()).unwrap_err();
-        assert!(
-            error.to_string().contains("/nonexistent/vmlinuz"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("/nonexistent/vmlinuz"), "{error}");
     }
 
     /// The judgement of another implementation, where one is installed.
@@ -452,15 +414,7 @@ mod tests {
             assert!(output.status.success(), "{tool}: {output:?}");
             let listed = String::from_utf8(output.stdout).unwrap();
             let names: Vec<_> = listed.lines().collect();
-            let expected = [
-                "bin",
-                "bin/tool",
-                "dev",
-                "dev/console",
-                "empty",
-                "proc",
-                "sbin",
-            ];
+            let expected = ["bin", "bin/tool", "dev", "dev/console", "empty", "proc", "sbin"];
             assert_eq!(names, expected, "{tool}");
         }
     }

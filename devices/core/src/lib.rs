@@ -1,1 +1,15 @@
-//! Bus, interrupt and lifecycle traits every device is built on.
+//! What every device is built on: the buses it answers on, the interrupts it raises, the doorbells it listens to.
+//!
+//! Nothing here knows KVM. `triarch-hypervisor` implements [`InterruptLine`], [`MsiRouter`] and [`IoEvents`] over it; tests
+//! implement them over plain memory (see [`mock`]).
+
+mod bus;
+mod interrupt;
+mod io_event;
+mod limit;
+pub mod mock;
+
+pub use bus::{AccessError, Bus, BusDevice, BusError};
+pub use interrupt::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
+pub use io_event::{IoAddress, IoEvents};
+pub use limit::RateLimit;

@@ -1,1 +1,19 @@
-//! Guest memory: memfd regions, huge pages, dirty tracking.
+//! Guest memory: memfd regions, huge pages, prefault, dirty tracking.
+//!
+//! Guest physical addresses (GPA) are [`vm_memory::GuestAddress`]; sizes are bytes.
+
+#![allow(unsafe_code)] // madvise on mappings this crate owns
+
+mod ram;
+
+pub use ram::{HugePages, MemoryError, RamOptions, allocate};
+
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};
+
+/// Guest memory as devices and loaders read and write it. Its bitmap marks the VMM's own writes for migration.
+pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+/// One contiguous region of [`GuestMemory`].
+pub type GuestRegion = GuestRegionMmap<AtomicBitmap>;
+/// [`GuestMemory`] whose regions may come and go while devices use it.
+pub type GuestMemoryHandle = GuestMemoryAtomic<GuestMemory>;

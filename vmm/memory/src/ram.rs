@@ -1,0 +1,348 @@
+//! Makes the regions a guest's RAM consists of.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+
+use thiserror::Error;
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
+
+use crate::{GuestMemory, GuestRegion};
+
+/// Explicit huge pages (hugetlbfs).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HugePages {
+    /// Page size in bytes: a power of two the host offers; `None` for the host's default size.
+    pub page_size: Option<u64>,
+}
+
+/// How RAM is backed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamOptions {
+    /// Back it by one memfd that other processes can map (vhost-user needs that), else by private anonymous memory.
+    pub shared: bool,
+    /// Take pages from the host's huge page pool.
+    pub huge_pages: Option<HugePages>,
+    /// Let the kernel use transparent huge pages.
+    pub thp: bool,
+    /// Touch every page now, so that the guest never waits for one.
+    pub prefault: bool,
+    /// Let the kernel merge equal pages (KSM); private memory only.
+    pub mergeable: bool,
+}
+
+impl Default for RamOptions {
+    fn default() -> Self {
+        Self {
+            shared: false,
+            huge_pages: None,
+            thp: true,
+            prefault: false,
+            mergeable: false,
+        }
+    }
+}
+
+/// Why RAM could not be made.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// More than RAM and swap of the host together.
+    #[error("the guest asks for {asked} MiB of memory, the host has {host} MiB with swap; lower memory size")]
+    MoreThanHost {
+        /// MiB asked for.
+        asked: u64,
+        /// MiB of RAM and swap the host has.
+        host: u64,
+    },
+    /// A huge page size the host does not offer.
+    #[error("the host offers no huge pages of {0} bytes; see /sys/kernel/mm/hugepages for the sizes it has")]
+    HugePageSize(u64),
+    /// Region sizes must be whole pages.
+    #[error("{size} bytes at {base:#x} are not whole pages of {page} bytes")]
+    Unaligned {
+        /// GPA of the region.
+        base: u64,
+        /// Size of the region in bytes.
+        size: u64,
+        /// Page size in bytes.
+        page: u64,
+    },
+    /// The memfd could not be made or sized.
+    #[error("cannot create the memory file of {size} bytes")]
+    MemFd {
+        /// Size in bytes.
+        size: u64,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A region could not be mapped.
+    #[error("cannot map {size} bytes of guest memory{hint}")]
+    Map {
+        /// Size in bytes.
+        size: u64,
+        /// What to do about it.
+        hint: &'static str,
+        /// Cause.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// Pages could not be touched in advance.
+    #[error("cannot prefault {size} bytes of guest memory; free memory on the host or drop prefault")]
+    Prefault {
+        /// Size in bytes.
+        size: u64,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The ranges overlap or are not sorted by address.
+    #[error("the memory layout is invalid")]
+    Layout(#[source] vm_memory::GuestRegionCollectionError),
+}
+
+/// Makes guest memory of `ranges` (GPA and size in bytes, sorted, not overlapping).
+pub fn allocate(ranges: &[(GuestAddress, u64)], options: &RamOptions) -> Result<GuestMemory, MemoryError> {
+    let total: u64 = ranges.iter().map(|(_, size)| size).sum();
+    let page = page_size(options)?;
+    if options.huge_pages.is_none() {
+        check_host_has(total)?;
+    }
+    let file = if options.shared || options.huge_pages.is_some() {
+        Some(memfd(total, options)?)
+    } else {
+        None
+    };
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(ranges.len());
+    for &(base, size) in ranges {
+        if size == 0 || size % page != 0 {
+            return Err(MemoryError::Unaligned {
+                base: base.0,
+                size,
+                page,
+            });
+        }
+        let backing = match &file {
+            Some(file) => Some(FileOffset::new(
+                file.try_clone().map_err(|source| MemoryError::MemFd { size, source })?,
+                offset,
+            )),
+            None => None,
+        };
+        regions.push(map_region(base, size, backing, options)?);
+        offset += size;
+    }
+    GuestMemory::from_regions(regions).map_err(MemoryError::Layout)
+}
+
+fn map_region(
+    base: GuestAddress,
+    size: u64,
+    backing: Option<FileOffset>,
+    options: &RamOptions,
+) -> Result<GuestRegion, MemoryError> {
+    let hint = match options.huge_pages {
+        Some(_) => "; the host's huge page pool may be too small, see /proc/sys/vm/nr_hugepages",
+        None => "",
+    };
+    let failed = |source| MemoryError::Map { size, hint, source };
+    let mut flags = if options.shared {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE
+    };
+    if backing.is_none() {
+        flags |= libc::MAP_ANONYMOUS;
+    }
+    // Huge pages are reserved now, so that a short pool is an error here and not a SIGBUS in the guest.
+    if options.huge_pages.is_none() {
+        flags |= libc::MAP_NORESERVE;
+    }
+    let bitmap = AtomicBitmap::with_len(size as usize);
+    let mut builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    if let Some(backing) = backing {
+        builder = builder.with_file_offset(backing);
+    }
+    let mapping = builder.build().map_err(failed)?;
+    let region = GuestRegion::new(mapping, base).ok_or(MemoryError::Unaligned {
+        base: base.0,
+        size,
+        page: 1,
+    })?;
+    advise(&region, options)?;
+    Ok(region)
+}
+
+fn advise(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {
+    let thp = if options.thp {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
+    if options.huge_pages.is_none() {
+        // A kernel without THP refuses; the guest then runs on small pages, which is what such a host offers.
+        let _ = madvise(region, thp);
+    }
+    if options.mergeable {
+        let _ = madvise(region, libc::MADV_MERGEABLE);
+    }
+    // Core dumps of the VMM must not carry the tenant's memory.
+    let _ = madvise(region, libc::MADV_DONTDUMP);
+    if options.prefault {
+        madvise(region, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault {
+            size: region.len(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn madvise(region: &GuestRegion, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the region is a live mapping of ours of exactly this size, and none of the advices used changes its contents.
+    let done = unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn page_size(options: &RamOptions) -> Result<u64, MemoryError> {
+    match options.huge_pages {
+        None => Ok(4096),
+        Some(HugePages { page_size: None }) => Ok(default_huge_page().unwrap_or(2 << 20)),
+        Some(HugePages { page_size: Some(size) }) => {
+            let known = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", size / 1024);
+            if size.is_power_of_two() && std::path::Path::new(&known).exists() {
+                Ok(size)
+            } else {
+                Err(MemoryError::HugePageSize(size))
+            }
+        }
+    }
+}
+
+fn default_huge_page() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|l| l.strip_prefix("Hugepagesize:"))?;
+    line.trim()
+        .strip_suffix(" kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
+}
+
+fn check_host_has(total: u64) -> Result<(), MemoryError> {
+    // SAFETY: all zeroes is a valid `sysinfo`, which the kernel then fills.
+    let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a `sysinfo` that outlives the call.
+    if unsafe { libc::sysinfo(&mut info) } != 0 {
+        return Ok(());
+    }
+    let host = (info.totalram as u64 + info.totalswap as u64).saturating_mul(u64::from(info.mem_unit));
+    if total > host {
+        return Err(MemoryError::MoreThanHost {
+            asked: total >> 20,
+            host: host >> 20,
+        });
+    }
+    Ok(())
+}
+
+fn memfd(size: u64, options: &RamOptions) -> Result<File, MemoryError> {
+    let failed = |source| MemoryError::MemFd { size, source };
+    let name = CString::new("guest-ram").unwrap_or_default();
+    let mut flags = libc::MFD_CLOEXEC;
+    if let Some(huge) = options.huge_pages {
+        flags |= libc::MFD_HUGETLB;
+        if let Some(page) = huge.page_size {
+            flags |= page.trailing_zeros() << libc::MFD_HUGE_SHIFT;
+        }
+    }
+    // SAFETY: `name` is a C string that outlives the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size).map_err(failed)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn regions_around_a_hole_are_read_and_written() {
+        for shared in [false, true] {
+            let options = RamOptions {
+                shared,
+                prefault: true,
+                ..RamOptions::default()
+            };
+            let memory = allocate(
+                &[(GuestAddress(0), 4 * MIB), (GuestAddress(1 << 32), 2 * MIB)],
+                &options,
+            )
+            .expect("allocate");
+            memory
+                .write_obj(0x1234_5678u32, GuestAddress((1 << 32) + 4))
+                .expect("write above the hole");
+            assert_eq!(
+                memory.read_obj::<u32>(GuestAddress((1 << 32) + 4)).expect("read"),
+                0x1234_5678
+            );
+            assert!(
+                memory.write_obj(0u8, GuestAddress(4 * MIB)).is_err(),
+                "the hole is not memory"
+            );
+            assert_eq!(memory.iter().all(|r| r.file_offset().is_some()), shared);
+        }
+    }
+
+    #[test]
+    fn shared_regions_follow_each_other_in_one_file() {
+        let options = RamOptions {
+            shared: true,
+            ..RamOptions::default()
+        };
+        let memory = allocate(&[(GuestAddress(0), MIB), (GuestAddress(8 * MIB), MIB)], &options).expect("allocate");
+        let offsets: Vec<u64> = memory
+            .iter()
+            .filter_map(|r| r.file_offset().map(FileOffset::start))
+            .collect();
+        assert_eq!(offsets, [0, MIB]);
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        let options = RamOptions::default();
+        let refuse = |size| allocate(&[(GuestAddress(0), size)], &options).expect_err("refused");
+        assert!(matches!(refuse(0), MemoryError::Unaligned { .. }));
+        assert!(matches!(refuse(4097), MemoryError::Unaligned { .. }));
+        assert!(matches!(refuse(1 << 50), MemoryError::MoreThanHost { .. }));
+        let huge = RamOptions {
+            huge_pages: Some(HugePages {
+                page_size: Some(3 << 20),
+            }),
+            ..options
+        };
+        assert!(matches!(
+            allocate(&[(GuestAddress(0), MIB)], &huge),
+            Err(MemoryError::HugePageSize(_))
+        ));
+    }
+}
