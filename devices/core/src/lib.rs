@@ -8,8 +8,10 @@ mod interrupt;
 mod io_event;
 mod limit;
 pub mod mock;
+mod thread;
 
 pub use bus::{AccessError, Bus, BusDevice, BusError};
 pub use interrupt::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
 pub use io_event::{IoAddress, IoEvents};
 pub use limit::RateLimit;
+pub use thread::{NoSandbox, Sandbox, ThreadClass, Worker};

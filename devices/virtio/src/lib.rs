@@ -1,1 +1,15 @@
-//! virtio 1.x transport, rings and devices.
+//! virtio 1.2: rings, the PCI transport and the devices.
+//!
+//! A device implements [`VirtioDevice`] and works on [`VirtQueue`]s; it sees neither the transport nor the layout of a ring, so
+//! that packed rings and other transports touch no device. One directory per device.
+
+#[allow(unsafe_code)] // host pointers into guest memory for vectored I/O
+mod chain;
+mod device;
+#[cfg(test)]
+pub mod mock;
+mod queue;
+
+pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
+pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
+pub use queue::{QueueLayout, QueueStateV1, RingFault, VirtQueue};
