@@ -98,6 +98,8 @@ pub struct VirtQueue {
     memory: GuestMemoryHandle,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn VirtioInterrupt>,
+    /// The used index when [`signal`](Self::signal) last looked.
+    signalled: u16,
     faulted: bool,
     log: RateLimit,
 }
@@ -130,6 +132,7 @@ impl VirtQueue {
             memory,
             kick,
             interrupt,
+            signalled: 0,
             faulted: false,
             log: RateLimit::default(),
         })
@@ -139,6 +142,7 @@ impl VirtQueue {
     pub fn restore(&mut self, state: &QueueStateV1) {
         self.ring.set_next_avail(state.next_avail);
         self.ring.set_next_used(state.next_used);
+        self.signalled = state.next_used;
     }
 
     /// How far the queue was worked off.
@@ -199,6 +203,32 @@ impl VirtQueue {
         if self.ring.add_used(&*memory, head, written).is_err() {
             self.fault(&RingFault::Inaccessible);
         }
+    }
+
+    /// Gives several chains (head, bytes written) back in one step: the driver sees all of them or none. What spans several
+    /// chains needs that, such as a packet in mergeable buffers, whose driver takes a missing one for an error.
+    pub fn complete_all(&mut self, chains: &[(u16, u32)]) {
+        let Some((&(last, written), first)) = chains.split_last() else {
+            return;
+        };
+        if self.faulted {
+            return;
+        }
+        let memory = self.memory.memory();
+        let mut next = self.ring.next_used();
+        for &(head, written) in first {
+            let element = (u64::from(written) << 32) | u64::from(head);
+            let slot = u64::from(next % self.ring.size());
+            // The used ring was checked to lie in guest memory, so the sum does not wrap.
+            let at = GuestAddress(self.ring.used_ring() + 4 + 8 * slot);
+            if memory.write_obj(element.to_le(), at).is_err() {
+                return self.fault(&RingFault::Inaccessible);
+            }
+            next = next.wrapping_add(1);
+        }
+        // The last one publishes the index, and with it the ones before.
+        self.ring.set_next_used(next);
+        self.complete(last, written);
     }
 
     /// Interrupts the driver if it wants to hear of what was completed since the last call.
@@ -266,18 +296,22 @@ impl VirtQueue {
 
     fn wants_interrupt(&mut self) -> Result<bool, RingFault> {
         let memory = self.memory.memory();
-        if self.ring.event_idx_enabled() {
-            return self
-                .ring
-                .needs_notification(&*memory)
-                .map_err(|_| RingFault::Inaccessible);
-        }
-        // Orders the used index before the flags: the driver clears them and then looks at the index once more.
+        // Orders the used index before what is read here: the driver sets these and then looks at the index once more.
         std::sync::atomic::fence(Ordering::SeqCst);
-        let flags: u16 = memory
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(|_| RingFault::Inaccessible)?;
-        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+        let load = |at| {
+            memory
+                .load(GuestAddress(at), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(|_| RingFault::Inaccessible)
+        };
+        if !self.ring.event_idx_enabled() {
+            return Ok(load(self.ring.avail_ring())? & NO_INTERRUPT == 0);
+        }
+        let event = load(self.ring.avail_ring() + 4 + 2 * u64::from(self.ring.size()))?;
+        let used = self.ring.next_used();
+        let before = std::mem::replace(&mut self.signalled, used);
+        // Whether the index passed `event` since the last look (virtio 1.2, 2.7.7.2).
+        Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before))
     }
 
     fn try_pop(&mut self) -> Result<Option<Chain>, RingFault> {
@@ -390,6 +424,29 @@ mod tests {
             queue.complete(chain.head(), 0);
             queue.signal();
             assert_eq!(driver.interrupt.queue_count(0), expected);
+        }
+    }
+
+    #[test]
+    fn chains_completed_together_appear_together() {
+        let mut driver = FakeDriver::new(4, true);
+        let mut queue = driver.queue();
+        // Twice round the ring, with the event index in the middle of what is completed.
+        for round in 0..3u16 {
+            driver.set_used_event(round * 3 + 1);
+            for _ in 0..3 {
+                driver.add(&[Desc::writable(DATA, 16)]);
+            }
+            let heads: Vec<u16> = std::iter::from_fn(|| queue.pop().map(|c| c.head())).collect();
+            let done: Vec<(u16, u32)> = heads.iter().copied().zip(1..).collect();
+            queue.complete_all(&[]);
+            assert_eq!(driver.used(), None);
+            queue.complete_all(&done);
+            queue.signal();
+            assert_eq!(std::iter::from_fn(|| driver.used()).collect::<Vec<_>>(), done);
+            assert_eq!(driver.interrupt.queue_count(0), u64::from(round) + 1);
+            queue.signal();
+            assert_eq!(driver.interrupt.queue_count(0), u64::from(round) + 1, "nothing new");
         }
     }
 
