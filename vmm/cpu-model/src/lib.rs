@@ -1,1 +1,10 @@
-//! CPU vendors, features and topology as data; no KVM inside.
+//! CPU vendors, topology and CPUID as data. No KVM inside: the same code computes a guest's CPUID on the host and in a test from a
+//! recorded table.
+
+mod cpuid;
+mod topology;
+mod vendor;
+
+pub use cpuid::{CpuidEntry, CpuidTable, GuestCpu, guest_cpuid};
+pub use topology::{Topology, TopologyError};
+pub use vendor::Vendor;

@@ -1,1 +1,8 @@
-//! vCPU threads: run, kick, pause, resume.
+//! vCPU threads: they run the guest and dispatch its exits, nothing else.
+
+#[allow(unsafe_code)] // signals
+mod kick;
+mod run;
+
+pub use kick::install_kick_signal;
+pub use run::{Buses, VcpuError, VcpuEvent, VcpuSet};

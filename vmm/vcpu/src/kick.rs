@@ -1,0 +1,53 @@
+//! Gets a vCPU thread out of the guest.
+//!
+//! A signal interrupts KVM_RUN; its handler also sets `immediate_exit`, so that a signal which arrives just before KVM_RUN is not
+//! lost: the run that follows returns at once.
+
+use std::cell::Cell;
+use std::io;
+use std::thread::JoinHandle;
+
+use triarch_hypervisor::{ImmediateExit, Vcpu};
+use vmm_sys_util::signal::{Killable, register_signal_handler};
+
+/// Offset from SIGRTMIN of the signal used.
+const KICK: libc::c_int = 0;
+
+thread_local! {
+    static CURRENT: Cell<Option<ImmediateExit>> = const { Cell::new(None) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // A thread that is ending has no cell any more, and nothing to leave.
+    let _ = CURRENT.try_with(|current| {
+        if let Some(switch) = current.get() {
+            switch.set(true);
+        }
+    });
+}
+
+/// Installs the handler, once per process and before the first vCPU thread.
+pub fn install_kick_signal() -> io::Result<()> {
+    register_signal_handler(libc::SIGRTMIN() + KICK, on_kick).map_err(io::Error::from)
+}
+
+/// Interrupts the guest on another thread.
+pub(crate) fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
+    thread.kill(KICK).map_err(io::Error::from)
+}
+
+/// Makes the calling thread the one that runs `vcpu`, for as long as the guard lives.
+pub(crate) struct Running;
+
+impl Running {
+    pub(crate) fn enter(vcpu: &Vcpu) -> Self {
+        CURRENT.set(Some(vcpu.immediate_exit()));
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+    }
+}
