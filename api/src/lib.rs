@@ -1,1 +1,14 @@
-//! Configuration and request types of the Triarch API.
+//! What the API and the command line speak: configuration of a VM, in the field set of Cloud Hypervisor's API (v51-v53).
+//!
+//! Plain data without any dependency on the VMM. Unknown fields are ignored, as agents expect; sizes are bytes.
+
+mod config;
+mod size;
+mod validate;
+
+pub use config::{
+    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
+    MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
+};
+pub use size::{SizeError, parse_size};
+pub use validate::ConfigError;

@@ -1,0 +1,382 @@
+//! The configuration of a VM: the body of `vm.create`, and what the command line is turned into.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A whole VM.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmConfig {
+    /// Processors.
+    pub cpus: CpusConfig,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payload: Option<PayloadConfig>,
+    /// Disks, in the order of their slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network interfaces, in the order of their slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
+    /// Entropy source.
+    pub rng: RngConfig,
+    /// Serial port.
+    pub serial: ConsoleConfig,
+    /// virtio console.
+    pub console: ConsoleConfig,
+    /// Port 0x402, where firmware writes its log (x86).
+    pub debug_console: DebugConsoleConfig,
+    /// Sockets between guest and host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Identity of the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformConfig>,
+}
+
+/// Processors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CpusConfig {
+    /// vCPUs the guest starts with.
+    pub boot_vcpus: u32,
+    /// vCPUs it can have in all.
+    pub max_vcpus: u32,
+    /// Their shape; flat when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<CpuTopology>,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+            topology: None,
+        }
+    }
+}
+
+/// Shape of the guest's processor; the product is `max_vcpus`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuTopology {
+    /// Threads of a core.
+    pub threads_per_core: u16,
+    /// Cores of a die.
+    pub cores_per_die: u16,
+    /// Dies of a package.
+    pub dies_per_package: u16,
+    /// Packages.
+    pub packages: u16,
+}
+
+/// Size of explicit huge pages in bytes.
+pub type HugePageSize = u64;
+
+/// RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryConfig {
+    /// Bytes the guest starts with.
+    pub size: u64,
+    /// Other processes may map it (vhost-user devices need that).
+    pub shared: bool,
+    /// Take it from the host's huge page pool.
+    pub hugepages: bool,
+    /// Which pool; the host's default when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<HugePageSize>,
+    /// Touch every page at start.
+    pub prefault: bool,
+    /// Let the kernel use transparent huge pages.
+    pub thp: bool,
+    /// Let the kernel merge equal pages of several guests (KSM).
+    pub mergeable: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: false,
+            hugepages: false,
+            hugepage_size: None,
+            prefault: false,
+            thp: true,
+            mergeable: false,
+        }
+    }
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PayloadConfig {
+    /// Kernel: a PVH ELF or a bzImage (x86).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Initial RAM file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// Firmware instead of a kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<PathBuf>,
+}
+
+/// Format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ImageType {
+    /// The bytes of the disk as they are.
+    #[default]
+    Raw,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskConfig {
+    /// File or block device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Format of the image.
+    pub image_type: ImageType,
+    /// The guest cannot write.
+    pub readonly: bool,
+    /// Bypass the host's page cache (O_DIRECT).
+    pub direct: bool,
+    /// Queues, each with a thread of its own.
+    pub num_queues: u16,
+    /// Descriptors of a queue: a power of two.
+    pub queue_size: u16,
+    /// Serial number, at most 20 bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Do not use io_uring even where the host has it.
+    pub disable_io_uring: bool,
+    /// Name in the API; `_disk0` and so on when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            image_type: ImageType::Raw,
+            readonly: false,
+            direct: false,
+            num_queues: 1,
+            queue_size: 128,
+            serial: None,
+            disable_io_uring: false,
+            id: None,
+        }
+    }
+}
+
+/// An Ethernet address, written `12:34:56:78:9a:bc`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddress(pub [u8; 6]);
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let failed = || format!("'{text}' is not a MAC address; write six hexadecimal bytes, like 12:34:56:78:9a:bc");
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|p| p.len() == 2).ok_or_else(failed)?;
+            *byte = u8::from_str_radix(part, 16).map_err(|_| failed())?;
+        }
+        if parts.next().is_some() {
+            return Err(failed());
+        }
+        Ok(Self(bytes))
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetConfig {
+    /// Name of the tap interface; made, and named by the kernel, when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// IPv4 address the tap interface gets on the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip: Option<std::net::IpAddr>,
+    /// Netmask that goes with `ip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<std::net::IpAddr>,
+    /// Address of the guest's interface; a random local one when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// Address of the host's interface.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<MacAddress>,
+    /// Largest packet in bytes, without the Ethernet header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Queues: two for each pair of receive and transmit.
+    pub num_queues: u16,
+    /// Descriptors of a queue: a power of two.
+    pub queue_size: u16,
+    /// Descriptors of an open tap interface, inherited from whoever started the VMM, one a queue pair.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
+    /// Offer TCP segmentation offload to the guest.
+    pub offload_tso: bool,
+    /// Offer UDP fragmentation and segmentation offload to the guest.
+    pub offload_ufo: bool,
+    /// Offer checksum offload to the guest.
+    pub offload_csum: bool,
+    /// Name in the API; `_net1` and so on when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            tap: None,
+            ip: None,
+            mask: None,
+            mac: None,
+            host_mac: None,
+            mtu: None,
+            num_queues: 2,
+            queue_size: 256,
+            fds: None,
+            offload_tso: true,
+            offload_ufo: true,
+            offload_csum: true,
+            id: None,
+        }
+    }
+}
+
+/// Entropy source of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RngConfig {
+    /// File the bytes come from; `/dev/urandom` stands for the kernel's generator.
+    pub src: PathBuf,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: "/dev/urandom".into(),
+        }
+    }
+}
+
+/// Where a console's bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum ConsoleMode {
+    /// There is no such device.
+    Off,
+    /// The device is there, its output is dropped.
+    #[default]
+    Null,
+    /// A pseudo terminal made for it.
+    Pty,
+    /// The terminal the VMM was started on.
+    Tty,
+    /// A file.
+    File,
+    /// A unix socket others connect to.
+    Socket,
+}
+
+/// A serial port or virtio console.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConsoleConfig {
+    /// What it is connected to.
+    pub mode: ConsoleMode,
+    /// The file; for a pty, in replies, its path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// The socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// Port 0x402.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DebugConsoleConfig {
+    /// What it is connected to: `Off`, `Null`, `Tty` (standard error) or `File`.
+    pub mode: ConsoleMode,
+    /// The file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+impl Default for DebugConsoleConfig {
+    fn default() -> Self {
+        Self {
+            mode: ConsoleMode::Off,
+            file: None,
+        }
+    }
+}
+
+/// Sockets between guest and host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Context id of the guest: 3 or more.
+    pub cid: u64,
+    /// Unix socket on the host: programs connect to it and send `CONNECT PORT`; guests reach `SOCKET_PORT`.
+    pub socket: PathBuf,
+    /// Name in the API; `_vsock3` and so on when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// Identity of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlatformConfig {
+    /// Serial number in SMBIOS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial_number: Option<String>,
+    /// UUID in SMBIOS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    /// OEM strings in SMBIOS; cloud-init and systemd read credentials from them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oem_strings: Option<Vec<String>>,
+}

@@ -1,0 +1,296 @@
+//! Checks that need nothing but the configuration itself.
+
+use thiserror::Error;
+
+use crate::{ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, VmConfig};
+
+/// Why a configuration cannot be used: names the field, its value and the fix.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ConfigError {
+    /// A number is out of its range.
+    #[error("{field} is {value}; it must be {allowed}")]
+    Range {
+        /// Name of the field as on the command line.
+        field: String,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        allowed: String,
+    },
+    /// A field is missing.
+    #[error("{0}")]
+    Missing(String),
+    /// Two things cannot be had together.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+/// vCPUs a guest can have: APIC id 255 is the broadcast.
+const MAX_VCPUS: u32 = 254;
+/// Queues a disk or pair-wise a network interface can have.
+const MAX_QUEUES: u16 = 256;
+/// Ring sizes of virtio.
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
+    ConfigError::Range {
+        field: field.into(),
+        value: value.to_string(),
+        allowed: allowed.into(),
+    }
+}
+
+impl VmConfig {
+    /// Checks every value; the first error is returned.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_cpus()?;
+        self.validate_memory()?;
+        let payload = self.payload.as_ref();
+        if payload.is_none_or(|p| p.kernel.is_none() && p.firmware.is_none()) {
+            return Err(ConfigError::Missing(
+                "there is nothing to boot; give --kernel FILE".into(),
+            ));
+        }
+        for (i, disk) in self.disks.iter().flatten().enumerate() {
+            validate_disk(i, disk)?;
+        }
+        for (i, net) in self.net.iter().flatten().enumerate() {
+            validate_net(i, net)?;
+        }
+        validate_console("--serial", &self.serial)?;
+        validate_console("--console", &self.console)?;
+        if self.serial.mode == ConsoleMode::Tty && self.console.mode == ConsoleMode::Tty {
+            return Err(ConfigError::Conflict(
+                "--serial tty and --console tty want the same terminal; set one of them to off or null".into(),
+            ));
+        }
+        if let Some(vsock) = &self.vsock
+            && !(3..u64::from(u32::MAX)).contains(&vsock.cid)
+        {
+            return Err(range("--vsock cid", vsock.cid, "between 3 and 4294967294"));
+        }
+        self.validate_ids()
+    }
+
+    fn validate_cpus(&self) -> Result<(), ConfigError> {
+        let cpus = &self.cpus;
+        if !(1..=MAX_VCPUS).contains(&cpus.boot_vcpus) {
+            return Err(range(
+                "--cpus boot",
+                cpus.boot_vcpus,
+                format!("between 1 and {MAX_VCPUS}"),
+            ));
+        }
+        if !(cpus.boot_vcpus..=MAX_VCPUS).contains(&cpus.max_vcpus) {
+            let allowed = format!("between boot ({}) and {MAX_VCPUS}", cpus.boot_vcpus);
+            return Err(range("--cpus max", cpus.max_vcpus, allowed));
+        }
+        Ok(())
+    }
+
+    fn validate_memory(&self) -> Result<(), ConfigError> {
+        const MIB: u64 = 1 << 20;
+        let memory = &self.memory;
+        if memory.size == 0 || memory.size % MIB != 0 {
+            return Err(range(
+                "--memory size",
+                format!("{} bytes", memory.size),
+                "a whole number of MiB, at least 1",
+            ));
+        }
+        if memory.hugepage_size.is_some() && !memory.hugepages {
+            return Err(ConfigError::Conflict(
+                "--memory hugepage_size needs hugepages=on beside it".into(),
+            ));
+        }
+        if memory.mergeable && (memory.shared || memory.hugepages) {
+            return Err(ConfigError::Conflict(
+                "--memory mergeable=on works on private small pages only; drop shared and hugepages".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_ids(&self) -> Result<(), ConfigError> {
+        let disks = self.disks.iter().flatten().filter_map(|d| d.id.as_deref());
+        let nets = self.net.iter().flatten().filter_map(|n| n.id.as_deref());
+        let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
+        let mut ids: Vec<&str> = disks.chain(nets).chain(vsock).collect();
+        if let Some(id) = ids.iter().find(|id| id.is_empty() || id.starts_with('_')) {
+            return Err(range(
+                "id",
+                format!("'{id}'"),
+                "not empty and without a leading '_', which names of ours have",
+            ));
+        }
+        ids.sort_unstable();
+        match ids.windows(2).find(|w| w[0] == w[1]) {
+            Some(w) => Err(ConfigError::Conflict(format!(
+                "two devices have the id '{}'; give each its own",
+                w[0]
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn validate_queues(field: &str, queues: u16, size: u16) -> Result<(), ConfigError> {
+    if !(1..=MAX_QUEUES).contains(&queues) {
+        return Err(range(
+            format!("{field} num_queues"),
+            queues,
+            format!("between 1 and {MAX_QUEUES}"),
+        ));
+    }
+    if !size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&size) {
+        let allowed = format!("a power of two between 2 and {MAX_QUEUE_SIZE}");
+        return Err(range(format!("{field} queue_size"), size, allowed));
+    }
+    Ok(())
+}
+
+fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
+    let field = format!("--disk (number {index})");
+    if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
+        return Err(ConfigError::Missing(format!("{field} has no path; give path=FILE")));
+    }
+    if let Some(serial) = disk.serial.as_ref().filter(|s| s.len() > 20) {
+        return Err(range(
+            format!("{field} serial"),
+            format!("'{serial}'"),
+            "at most 20 bytes long",
+        ));
+    }
+    validate_queues(&field, disk.num_queues, disk.queue_size)
+}
+
+fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
+    let field = format!("--net (number {index})");
+    validate_queues(&field, net.num_queues, net.queue_size)?;
+    if net.num_queues % 2 != 0 {
+        return Err(range(
+            format!("{field} num_queues"),
+            net.num_queues,
+            "even: a receive and a transmit queue a pair",
+        ));
+    }
+    if let Some(fds) = &net.fds {
+        if net.tap.is_some() {
+            return Err(ConfigError::Conflict(format!(
+                "{field} has both tap and fd; give one of them"
+            )));
+        }
+        if fds.len() != usize::from(net.num_queues / 2) {
+            let allowed = format!("one for each of the {} queue pairs", net.num_queues / 2);
+            return Err(range(
+                format!("{field} fd"),
+                format!("{} descriptors", fds.len()),
+                allowed,
+            ));
+        }
+    }
+    if let Some(mac) = net.mac.filter(|m| m.0[0] & 1 != 0) {
+        return Err(range(
+            format!("{field} mac"),
+            mac,
+            "a unicast address: the first byte even",
+        ));
+    }
+    if net.mask.is_some() && net.ip.is_none() {
+        return Err(ConfigError::Missing(format!("{field} has a mask and no ip; give both")));
+    }
+    if let Some(mtu) = net.mtu.filter(|m| *m < 68) {
+        return Err(range(format!("{field} mtu"), mtu, "at least 68"));
+    }
+    Ok(())
+}
+
+fn validate_console(field: &str, console: &ConsoleConfig) -> Result<(), ConfigError> {
+    let missing = |what: &str| {
+        Err(ConfigError::Missing(format!(
+            "{field} {what} needs a path: {field} {what}=PATH"
+        )))
+    };
+    match console.mode {
+        ConsoleMode::File if console.file.is_none() => missing("file"),
+        ConsoleMode::Socket if console.socket.is_none() => missing("socket"),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{PayloadConfig, VsockConfig};
+
+    fn good() -> VmConfig {
+        let payload = Some(PayloadConfig {
+            kernel: Some("vmlinuz".into()),
+            ..PayloadConfig::default()
+        });
+        VmConfig {
+            payload,
+            ..VmConfig::default()
+        }
+    }
+
+    fn refusal(edit: impl Fn(&mut VmConfig)) -> String {
+        let mut config = good();
+        edit(&mut config);
+        config.validate().expect_err("refused").to_string()
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        good().validate().expect("valid");
+    }
+
+    #[test]
+    fn refusals_name_field_value_and_fix() {
+        assert_eq!(
+            refusal(|c| c.cpus.boot_vcpus = 0),
+            "--cpus boot is 0; it must be between 1 and 254"
+        );
+        assert_eq!(
+            refusal(|c| c.cpus.max_vcpus = 255),
+            "--cpus max is 255; it must be between boot (1) and 254"
+        );
+        assert!(refusal(|c| c.memory.size = 0).starts_with("--memory size is 0 bytes"));
+        assert!(refusal(|c| c.memory.size = 1_000_000).contains("whole number of MiB"));
+        assert!(refusal(|c| c.payload = None).contains("--kernel"));
+        let disk = |edit: fn(&mut DiskConfig)| {
+            let mut disk = DiskConfig {
+                path: Some("x".into()),
+                ..DiskConfig::default()
+            };
+            edit(&mut disk);
+            disk
+        };
+        assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.path = None)])).contains("path=FILE"));
+        assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 100)])).contains("power of two"));
+        let same = disk(|d| d.id = Some("a".into()));
+        assert!(refusal(|c| c.disks = Some(vec![same.clone(), same.clone()])).contains("two devices have the id 'a'"));
+        let net = |edit: fn(&mut NetConfig)| {
+            let mut net = NetConfig::default();
+            edit(&mut net);
+            Some(vec![net])
+        };
+        assert!(refusal(|c| c.net = net(|n| n.num_queues = 3)).contains("even"));
+        assert!(refusal(|c| c.net = net(|n| n.mac = Some(MAC_MULTICAST))).contains("unicast"));
+        assert!(
+            refusal(|c| c.vsock = Some(VsockConfig {
+                cid: 2,
+                socket: "s".into(),
+                id: None
+            }))
+            .contains("cid is 2")
+        );
+        let both = refusal(|c| {
+            c.serial.mode = ConsoleMode::Tty;
+            c.console.mode = ConsoleMode::Tty;
+        });
+        assert!(both.contains("same terminal"));
+    }
+
+    const MAC_MULTICAST: crate::MacAddress = crate::MacAddress([1, 0, 0, 0, 0, 1]);
+}
