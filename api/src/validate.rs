@@ -91,7 +91,7 @@ impl VmConfig {
     fn validate_memory(&self) -> Result<(), ConfigError> {
         const MIB: u64 = 1 << 20;
         let memory = &self.memory;
-        if memory.size == 0 || memory.size % MIB != 0 {
+        if memory.size == 0 || !memory.size.is_multiple_of(MIB) {
             return Err(range(
                 "--memory size",
                 format!("{} bytes", memory.size),
@@ -167,7 +167,7 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
 fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
     let field = format!("--net (number {index})");
     validate_queues(&field, net.num_queues, net.queue_size)?;
-    if net.num_queues % 2 != 0 {
+    if !net.num_queues.is_multiple_of(2) {
         return Err(range(
             format!("{field} num_queues"),
             net.num_queues,

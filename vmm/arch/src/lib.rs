@@ -1,1 +1,10 @@
-//! What differs between x86-64 and ARM64, behind the same names.
+//! What differs between processor architectures, behind the same names.
+//!
+//! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
+//! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`Board`] (the devices that sit
+//! at fixed places) and [`load`] (kernel and firmware tables). No other crate asks which architecture it is built for.
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+pub use x86_64::*;

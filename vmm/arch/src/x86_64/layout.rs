@@ -1,0 +1,87 @@
+//! The guest's physical address map, the same as Cloud Hypervisor's, so that its firmware builds fit.
+//!
+//! ```text
+//! 0x0000_0000  RAM; GDT, start info, zero page, page tables and command line below 640 KiB during boot
+//! 0x000a_0000  ACPI tables (reserved to the guest)
+//! 0x000f_0000  SMBIOS
+//! 0x0010_0000  kernel
+//! 0xc000_0000  end of low RAM; 32-bit BARs
+//! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
+//! 0xfec0_0000  I/O APIC
+//! 0xfee0_0000  local APICs
+//! 0x1_0000_0000  RAM above the hole, then 64-bit BARs up to the CPU's last address
+//! ```
+
+use std::ops::Range;
+
+use triarch_boot::MemRange;
+use vm_memory::GuestAddress;
+
+/// Where the hole for devices below 4 GiB starts.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// Where RAM goes on above the hole.
+pub const HIGH_RAM: u64 = 1 << 32;
+/// 32-bit BARs.
+pub const MMIO32: Range<u64> = LOW_RAM_END..ECAM;
+/// PCI configuration space of segment 0.
+pub const ECAM: u64 = 0xe800_0000;
+/// Bytes of configuration space a bus has.
+pub const ECAM_BUS_SIZE: u64 = 1 << 20;
+/// Buses of a segment.
+pub const PCI_BUSES: u64 = 1;
+/// I/O ports for BARs.
+pub const PCI_IO: Range<u16> = 0x1000..0xf000;
+/// I/O APIC.
+pub const IO_APIC: u64 = 0xfec0_0000;
+/// Local APICs.
+pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Three pages KVM needs on Intel CPUs to run real mode code.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// One page KVM needs on Intel CPUs that cannot run without paging.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// ACPI tables.
+pub const ACPI_TABLES: MemRange = MemRange::from_bounds(0xa_0000, 0xf_0000);
+/// SMBIOS entry point and tables.
+pub const SMBIOS: MemRange = MemRange::from_bounds(0xf_0000, 0x10_0000);
+/// A 64-bit window is this large at least, whatever the CPU's address width.
+const MMIO64_ALIGN: u64 = 1 << 30;
+
+/// Where `size` bytes of RAM lie: below the hole, and the rest above it.
+pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+    let low = size.min(LOW_RAM_END);
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if size > low {
+        ranges.push((GuestAddress(HIGH_RAM), size - low));
+    }
+    ranges
+}
+
+/// 64-bit BARs: from the end of RAM to the end of what a CPU with `address_bits` can reach.
+pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
+    let ram_end = HIGH_RAM + ram_size.saturating_sub(LOW_RAM_END);
+    let start = ram_end.next_multiple_of(MMIO64_ALIGN);
+    // The last 64 KiB stay free: some operating systems reserve them.
+    let end = (1u64 << address_bits.clamp(36, 52)) - (64 << 10);
+    start..end.max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn ram_goes_around_the_hole() {
+        assert_eq!(ram_ranges(GIB), [(GuestAddress(0), GIB)]);
+        assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
+        assert_eq!(ram_ranges(5 * GIB), [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 2 * GIB)]);
+    }
+
+    #[test]
+    fn the_64_bit_window_follows_ram() {
+        assert_eq!(mmio64(GIB, 40).start, 4 * GIB);
+        assert_eq!(mmio64(5 * GIB + 4096, 40), 7 * GIB..(1 << 40) - 65536);
+        assert!(mmio64(1 << 52, 36).is_empty(), "no room is an empty window, not a wrapped one");
+    }
+}
