@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -25,10 +26,16 @@ pub enum ThreadClass {
     Device,
 }
 
-/// Confines the calling thread.
+/// Makes threads and confines them.
 pub trait Sandbox: Send + Sync {
     /// Applies the filter of `class` to the calling thread, for good.
     fn enter(&self, class: ThreadClass) -> io::Result<()>;
+
+    /// Starts a thread called `name` (the kernel shows its first 15 bytes) that is not confined like the caller: filters are
+    /// inherited, and the thread of a device is often made while a vCPU handles a register.
+    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
+        thread::Builder::new().name(name).spawn(body)
+    }
 }
 
 /// A [`Sandbox`] that confines nothing: for tests and `--seccomp false`.
@@ -42,37 +49,72 @@ impl Sandbox for NoSandbox {
 
 /// A thread that owns `T` while it runs and gives it back when stopped.
 pub struct Worker<T> {
-    thread: JoinHandle<T>,
+    thread: JoinHandle<()>,
+    state: Receiver<T>,
     stop: EventFd,
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Runs `body` on a new thread called `name` (the kernel shows its first 15 bytes). `body` must return soon after the
-    /// descriptor it is given becomes readable; it should wait on it beside its own. If the sandbox cannot be entered the
-    /// process aborts: an unconfined thread must not serve a guest.
+    /// Runs `body` on a new thread called `name`. `body` must return soon after the descriptor it is given becomes readable; it
+    /// should wait on it beside its own. If the sandbox cannot be entered the process aborts: an unconfined thread must not
+    /// serve a guest.
     pub fn spawn<F>(name: &str, class: ThreadClass, sandbox: &Arc<dyn Sandbox>, state: T, body: F) -> io::Result<Self>
     where
         F: FnOnce(&mut T, &EventFd) + Send + 'static,
     {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
-        let sandbox = sandbox.clone();
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let confine = sandbox.clone();
+        let (give_back, returned) = sync_channel(1);
+        let run = move || {
             let mut state = state;
-            if let Err(error) = sandbox.enter(class) {
+            if let Err(error) = confine.enter(class) {
                 tracing::error!("cannot confine a {class:?} thread: {error}");
                 std::process::abort();
             }
             body(&mut state, &stopped);
-            state
-        })?;
-        Ok(Self { thread, stop })
+            // Nobody receives only when the worker was dropped without being stopped.
+            let _ = give_back.send(state);
+        };
+        let thread = sandbox.spawn(name.to_owned(), Box::new(run))?;
+        Ok(Self {
+            thread,
+            state: returned,
+            stop,
+        })
     }
 
     /// Asks the thread to end, waits for it and takes its state back; `None` if it panicked.
     pub fn stop(self) -> Option<T> {
         // The counter cannot overflow: this is its only write.
         let _ = self.stop.write(1);
-        self.thread.join().ok()
+        let state = self.state.recv().ok();
+        let _ = self.thread.join();
+        state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_gives_its_state_back() {
+        let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+        let worker = Worker::spawn("_test", ThreadClass::Device, &sandbox, 1, |n, stop| {
+            while stop.read().is_err() {
+                thread::yield_now();
+            }
+            *n += 1;
+        })
+        .expect("spawn");
+        assert_eq!(worker.stop(), Some(2));
+    }
+
+    #[test]
+    fn a_worker_that_panicked_has_none() {
+        let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+        let worker = Worker::spawn("_test", ThreadClass::Device, &sandbox, (), |_, _| panic!("on purpose"));
+        assert_eq!(worker.expect("spawn").stop(), None);
     }
 }

@@ -13,7 +13,6 @@ use crate::zero_page::{E820_MAX, ZeroPage, ZeroPageContents};
 
 /// CPU mode at the entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum EntryMode {
     /// 32-bit protected mode, flat segments, paging off.
     Pvh32,
