@@ -1,0 +1,130 @@
+//! The initramfs of emulated hosts and of guests: our own init, a shell, and kernel modules.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::cache::{self, Recipe};
+use crate::cpio::Archive;
+use crate::kernels::Kernel;
+use crate::tools;
+
+/// Changes whenever this file makes another image from the same parts.
+const SCRIPT: &str = "2";
+
+/// Modules an emulated host loads at start: KVM, its channel to us, and what tests use.
+pub const HOST_MODULES: [&str; 8] = [
+    "virtio_pci",
+    "virtio_console",
+    "kvm-amd",
+    "tun",
+    "virtio_blk",
+    "bridge",
+    "veth",
+    "loop",
+];
+
+/// Modules a guest loads at start: one for each device Triarch has.
+pub const GUEST_MODULES: [&str; 8] = [
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "virtio_net",
+    "virtio-rng",
+    "vmw_vsock_virtio_transport",
+    "button",
+    "evdev",
+];
+
+/// The parts of an initramfs.
+#[derive(Debug)]
+pub struct Image<'a> {
+    /// What it is for, a word for the file's name.
+    pub name: &'a str,
+    /// The kernel it goes with.
+    pub kernel: &'a Kernel,
+    /// Modules to load at start, without those they depend on.
+    pub modules: &'a [&'a str],
+    /// The program that becomes process 1.
+    pub init: &'a Path,
+    /// A static busybox.
+    pub busybox: &'a Path,
+}
+
+impl Image<'_> {
+    /// Makes the image, or finds it, and returns its file: an uncompressed cpio archive, to which
+    /// another one can be appended.
+    ///
+    /// # Errors
+    /// A part is missing, or the file cannot be written.
+    pub fn get(&self) -> Result<PathBuf> {
+        let modules = self.kernel.modules(self.modules)?;
+        let mut recipe = Recipe::new(&format!("initramfs-{}-{}", self.name, self.kernel.version))
+            .with("script", SCRIPT)
+            .with("release", &self.kernel.release)
+            .with_file("init", self.init)?
+            .with_file("busybox", self.busybox)?;
+        for module in &modules {
+            recipe = recipe.with_file("module", module)?;
+        }
+        let dir = cache::ensure(&recipe, |dir| {
+            let what = format!("packing the initramfs of {} {}", self.name, self.kernel.version);
+            tools::step(&what, || self.write(&modules, &dir.join("initramfs.cpio")))
+        })?;
+        Ok(dir.join("initramfs.cpio"))
+    }
+
+    fn write(&self, modules: &[PathBuf], out: &Path) -> Result<()> {
+        let mut archive = Archive::new();
+        for dir in ["dev", "etc", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/sbin"] {
+            archive.dir(dir);
+        }
+        // The kernel opens it for process 1 before anything is mounted.
+        archive.node("dev/console", 0o600, 5, 1);
+        archive.file_from("init", 0o755, self.init);
+        archive.file_from("bin/busybox", 0o755, self.busybox);
+        for applet in tools::output(Command::new(self.busybox).arg("--list"))?.lines() {
+            if applet != "busybox" {
+                archive.symlink(&format!("bin/{applet}"), "busybox");
+            }
+        }
+        archive.symlink("sbin", "bin");
+        archive.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n");
+        archive.file("etc/group", 0o644, "root:x:0:\n");
+        let mut names = String::new();
+        for module in modules {
+            let file = module.file_name().and_then(|n| n.to_str());
+            let file = file.context("a module's name is not UTF-8")?;
+            let place = format!("lib/modules/{}/{file}", self.kernel.release);
+            archive.file_from(&place, 0o644, module);
+            names += &format!("{}\n", file.trim_end_matches(".ko"));
+        }
+        archive.file("etc/modules", 0o644, names);
+        let file = File::create(out).with_context(|| format!("cannot make {}", out.display()))?;
+        archive.finish(BufWriter::new(file))?;
+        Ok(())
+    }
+}
+
+/// Writes `base` and then an archive of `dir` and `files` (place, mode, source) into one new file,
+/// which has no name any more: it is gone when the returned handle is dropped.
+///
+/// # Errors
+/// A file cannot be read, or there is no space.
+pub fn appended(base: &Path, dir: &str, files: &[(String, u32, PathBuf)]) -> Result<File> {
+    let mut out = tempfile::tempfile_in(cache::base()?)?;
+    let mut first = File::open(base).with_context(|| format!("cannot read {}", base.display()))?;
+    std::io::copy(&mut first, &mut out)?;
+    let mut archive = Archive::new();
+    archive.dir(dir);
+    for (place, mode, source) in files {
+        let size = fs::metadata(source).with_context(|| format!("cannot read {}", source.display()));
+        size?;
+        archive.file_from(place, *mode, source);
+    }
+    archive.finish(BufWriter::new(&mut out))?;
+    Ok(out)
+}

@@ -1,0 +1,158 @@
+//! The trixie root: Debian programs newer than the machine's, unpacked under the checkout and run
+//! through the root's own dynamic loader, so neither chroot nor installation is needed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache::{self, Recipe};
+use crate::{packages, tools};
+
+/// Changes whenever this file makes another root from the same packages.
+const SCRIPT: &str = "2";
+/// The suite whose versions are preferred: it has QEMU 11.1 and newer.
+const SUITE: &str = "trixie-backports";
+/// Shell and tools for guests and hosts (static), and what unpacks kernels and their modules.
+const TOOLS: [&str; 4] = ["busybox-static/trixie", "xz-utils", "zstd", "lz4"];
+const QEMU: &str = "qemu-system-x86";
+/// The first QEMU whose emulated AMD host runs firmware in its guests without aborting.
+const QEMU_WANTED: (u32, u32) = (11, 1);
+const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
+
+/// An unpacked set of Debian packages.
+#[derive(Debug, Clone)]
+pub struct Root {
+    dir: PathBuf,
+}
+
+impl Root {
+    /// The root with `extra` packages beside the tools.
+    ///
+    /// # Errors
+    /// The packages cannot be downloaded or unpacked.
+    fn get(extra: &[&str]) -> Result<Self> {
+        let names: Vec<&str> = TOOLS.iter().chain(extra).copied().collect();
+        let recipe = Recipe::new("root")
+            .with("script", SCRIPT)
+            .with("suite", SUITE)
+            .with("packages", &names.join(" "));
+        let dir = cache::ensure(&recipe, |dir| make(dir, &names))?;
+        Ok(Self { dir })
+    }
+
+    /// A program of the root, run with the root's libraries.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.dir.join(LOADER));
+        let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"].map(|l| self.dir.join(l));
+        command
+            .arg("--library-path")
+            .arg(libraries.map(|l| l.display().to_string()).join(":"))
+            .arg(self.dir.join(program));
+        command
+    }
+
+    /// The static busybox.
+    pub fn busybox(&self) -> PathBuf {
+        self.dir.join("usr/bin/busybox")
+    }
+}
+
+fn make(dir: &Path, names: &[&str]) -> Result<()> {
+    for sub in ["bin", "sbin", "lib", "lib64"] {
+        std::fs::create_dir_all(dir.join("usr").join(sub))?;
+        std::os::unix::fs::symlink(format!("usr/{sub}"), dir.join(sub))?;
+    }
+    packages::with_apt(|apt| {
+        let files = tools::step(&format!("downloading {}", names.join(", ")), || {
+            apt.download_with_dependencies(SUITE, names)
+        })?;
+        tools::step(&format!("unpacking {} packages", files.len()), || {
+            files.iter().try_for_each(|f| packages::unpack(f, dir))
+        })
+    })?;
+    // Left by packages for services that never run here.
+    let _ = std::fs::remove_dir_all(dir.join("etc"));
+    Ok(())
+}
+
+/// The QEMU that emulates hosts, and the tools that come with it.
+#[derive(Debug, Clone)]
+pub struct Rig {
+    /// Where the tools come from.
+    pub root: Root,
+    own_qemu: Option<PathBuf>,
+}
+
+impl Rig {
+    /// The machine's own QEMU where it is new enough, else Debian's in the root.
+    ///
+    /// # Errors
+    /// The root cannot be made.
+    pub fn get() -> Result<Self> {
+        let own = tools::find("qemu-system-x86_64").filter(|path| {
+            let said = tools::output(Command::new(path).arg("--version"));
+            said.ok()
+                .and_then(|text| version(&text))
+                .is_some_and(|v| v >= QEMU_WANTED)
+        });
+        let extra: &[&str] = if own.is_some() { &[] } else { &[QEMU] };
+        Ok(Self {
+            root: Root::get(extra)?,
+            own_qemu: own,
+        })
+    }
+
+    /// The emulator, ready for its arguments.
+    pub fn qemu(&self) -> Command {
+        if let Some(own) = &self.own_qemu {
+            return Command::new(own);
+        }
+        let mut command = self.root.command("usr/bin/qemu-system-x86_64");
+        for data in ["usr/share/qemu", "usr/share/seabios"] {
+            command.arg("-L").arg(self.root.dir.join(data));
+        }
+        command
+    }
+
+    /// The emulator's version, as it prints it, e.g. `11.1.3`.
+    ///
+    /// # Errors
+    /// The emulator does not run or is older than the rig needs.
+    pub fn qemu_version(&self) -> Result<String> {
+        let text = tools::output(self.qemu().arg("--version"))?;
+        let found = version(&text).context("QEMU prints no version")?;
+        if found < QEMU_WANTED {
+            bail!(
+                "QEMU {}.{} is older than {}.{}, which the emulated hosts need",
+                found.0,
+                found.1,
+                QEMU_WANTED.0,
+                QEMU_WANTED.1
+            );
+        }
+        let word = text.split_whitespace().nth(3).unwrap_or_default();
+        Ok(word.to_owned())
+    }
+}
+
+/// Major and minor number in `QEMU emulator version 11.1.3 (...)`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split("version ").nth(1)?.split(['.', ' ']);
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let v = |s: &str| version(&format!("QEMU emulator version {s} (Debian x)"));
+        assert_eq!(v("11.1.3"), Some((11, 1)));
+        assert!(v("7.2.22") < Some(QEMU_WANTED));
+        assert!(v("11.0.0") < Some(QEMU_WANTED));
+        assert!(v("11.10.0") > Some(QEMU_WANTED));
+        assert_eq!(version("nothing"), None);
+    }
+}
