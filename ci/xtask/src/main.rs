@@ -1,6 +1,72 @@
-//! Builds, hosts, demo, tests and benchmarks of Triarch.
+//! Builds, hosts, demo, tests and benchmarks of Triarch: `cargo xtask VERB`.
 
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod build;
+mod cache;
 #[cfg_attr(not(test), allow(dead_code))]
 mod cpio;
+mod demo;
+mod host;
+mod images;
+mod kernels;
+mod licence;
+mod lint;
+mod local;
+mod modules;
+mod packages;
+mod qemu;
+mod root;
+mod session;
+mod smaps;
+mod table;
+mod tools;
 
-fn main() {}
+/// Builds, hosts, demo, tests and benchmarks of Triarch.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Build Triarch's programs, static
+    Build {
+        /// How to compile
+        #[arg(long, value_enum, default_value = "release")]
+        profile: build::Profile,
+    },
+    /// Boot a stock Debian guest under Triarch and show how it did
+    Demo(demo::Args),
+    /// Start a host, and run a command or a shell on it
+    Host(session::Args),
+    /// Check format, compiler's advice, house rules, licences and advisories
+    Lint,
+    /// Serve the agent on standard input
+    #[command(name = local::AGENT_VERB, hide = true)]
+    LocalAgent,
+}
+
+fn main() -> ExitCode {
+    let result = run(Cli::parse().verb);
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    match verb {
+        Verb::Build { profile } => build::everything(profile)?,
+        Verb::Demo(args) => demo::run(&args)?,
+        Verb::Host(args) => return session::run(args),
+        Verb::Lint => lint::run()?,
+        Verb::LocalAgent => local::serve()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,195 @@
+//! One run of the emulator that plays a host.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::root::Rig;
+use crate::{cache, tools};
+
+/// The emulator's file descriptor of the agent's channel.
+const AGENT_FD: &str = "3";
+/// Lines of each log that a failure shows.
+const TAIL: usize = 12;
+
+/// What QEMU says of each feature of the CPU model that it cannot emulate; nothing is wrong.
+const UNSUPPORTED: &str = "TCG doesn't support requested feature";
+
+/// What the machine is made of.
+#[derive(Debug)]
+pub struct Hardware<'a> {
+    /// QEMU's name of the CPU model.
+    pub cpu: &'a str,
+    /// Number of CPUs.
+    pub smp: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The bzImage.
+    pub kernel: &'a Path,
+    /// The initramfs; any path that this process may open, of /proc/self/fd too.
+    pub initramfs: &'a Path,
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+    /// Name of the virtio-serial port the agent listens on.
+    pub port: &'a str,
+    /// Whether /dev/hvc0 is this process's terminal.
+    pub terminal: bool,
+    /// Starts the log files' names.
+    pub name: &'a str,
+}
+
+/// The running emulator. It is killed when this is dropped, and by the kernel when the thread that
+/// started it ends.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    logs: Logs,
+    keep_logs: bool,
+}
+
+/// Where its words go.
+#[derive(Debug)]
+struct Logs {
+    console: PathBuf,
+    resets: PathBuf,
+    errors: PathBuf,
+}
+
+impl Qemu {
+    /// Starts the machine; returns it with the stream that leads to the agent's port.
+    ///
+    /// # Errors
+    /// The emulator cannot be started.
+    pub fn start(rig: &Rig, hardware: &Hardware<'_>) -> Result<(Self, UnixStream)> {
+        let logs = Logs::new(hardware.name)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut emulator = rig.qemu();
+        arguments(&mut emulator, hardware, &logs);
+        // The channel arrives as standard input and is moved to its own number, so that neither
+        // a socket's file nor its removal is needed. setpriv lets the kernel end the emulator with us.
+        let input = if hardware.terminal { "/dev/tty" } else { "/dev/null" };
+        let script = format!("exec {AGENT_FD}<&0 <{input} \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, "sh", "setpriv", "--pdeathsig", "KILL", "--"]);
+        command.arg(emulator.get_program()).args(emulator.get_args());
+        command
+            .stdin(OwnedFd::from(theirs))
+            .stderr(fs::File::create(&logs.errors)?);
+        if !hardware.terminal {
+            command.stdout(Stdio::null());
+        }
+        let child = command.spawn().context("cannot start the emulator")?;
+        let qemu = Self {
+            child,
+            logs,
+            keep_logs: false,
+        };
+        Ok((qemu, ours))
+    }
+
+    /// The emulator's exit status, if it ended; waits for at most `limit`.
+    pub fn ended(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+                _ => return None,
+            }
+        }
+    }
+
+    /// How the emulator stands and what it and its kernel said last. The logs stay.
+    pub fn post_mortem(&mut self) -> String {
+        self.keep_logs = true;
+        let state = match self.ended(Duration::from_millis(500)) {
+            Some(status) => format!("QEMU ended: {status}"),
+            None => format!("QEMU runs (process {})", self.child.id()),
+        };
+        let last = |name: &str, file: &Path, telling: fn(&str) -> bool| {
+            let text = fs::read(file).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text).replace('\r', "");
+            let lines: Vec<&str> = text.lines().filter(|l| telling(l)).collect();
+            let words = tools::tail(&lines.join("\n"), TAIL);
+            let path = file.display();
+            if words.is_empty() {
+                String::new()
+            } else {
+                format!("\n  {name} ({path}):\n{words}")
+            }
+        };
+        [
+            state,
+            last("the host's console", &self.logs.console, |_| true),
+            last("QEMU's words", &self.logs.errors, |l| !l.contains(UNSUPPORTED)),
+            last("CPU resets", &self.logs.resets, |l| {
+                l.starts_with("CPU Reset") || l.contains("ault") || l.contains("RIP=")
+            }),
+        ]
+        .concat()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if !self.keep_logs {
+            for log in [&self.logs.console, &self.logs.resets, &self.logs.errors] {
+                let _ = fs::remove_file(log);
+            }
+        }
+    }
+}
+
+impl Logs {
+    fn new(name: &str) -> Result<Self> {
+        let dir = cache::base()?.join("log");
+        fs::create_dir_all(&dir)?;
+        let file = |what: &str| dir.join(format!("{name}-{}.{what}", std::process::id()));
+        Ok(Self {
+            console: file("console"),
+            resets: file("cpu_reset"),
+            errors: file("qemu"),
+        })
+    }
+}
+
+fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
+    let file = |path: &Path| path.display().to_string();
+    // A comma in a value is doubled (qemu(1)).
+    let console = file(&logs.console).replace(',', ",,");
+    let port = format!("virtserialport,chardev=agent,name={}", hardware.port);
+    let pairs = [
+        ("-accel", "tcg,thread=multi".to_owned()),
+        ("-machine", "q35".to_owned()),
+        ("-cpu", hardware.cpu.to_owned()),
+        ("-smp", hardware.smp.to_string()),
+        ("-m", format!("{}M", hardware.memory_mib)),
+        ("-kernel", file(hardware.kernel)),
+        ("-initrd", file(hardware.initramfs)),
+        ("-append", hardware.cmdline.to_owned()),
+        ("-display", "none".to_owned()),
+        ("-monitor", "none".to_owned()),
+        ("-chardev", format!("file,id=log,path={console}")),
+        ("-serial", "chardev:log".to_owned()),
+        ("-device", "virtio-serial-pci".to_owned()),
+        ("-chardev", format!("socket,id=agent,fd={AGENT_FD}")),
+        ("-device", port),
+        ("-d", "cpu_reset".to_owned()),
+        ("-D", file(&logs.resets)),
+    ];
+    for (flag, value) in pairs {
+        command.arg(flag).arg(value);
+    }
+    if hardware.terminal {
+        command.args(["-chardev", "stdio,id=terminal,signal=off"]);
+        command.args(["-device", "virtconsole,chardev=terminal"]);
+    }
+    command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+}
