@@ -34,7 +34,9 @@ pub enum CpuError {
     #[error("the CPU topology is invalid")]
     Topology(#[from] TopologyError),
     /// The topology leaves gaps in the APIC ids that push the last one too high.
-    #[error("with this CPU topology the last vCPU has APIC id {0}, at most {MAX_APIC_ID} can be used; make its levels powers of two")]
+    #[error(
+        "with this CPU topology the last vCPU has APIC id {0}, at most {MAX_APIC_ID} can be used; make its levels powers of two"
+    )]
     ApicId(u32),
     /// More vCPUs than the host's KVM can run.
     #[error("{asked} vCPUs were asked for, this host's KVM allows {max}; lower --cpus max")]
@@ -63,7 +65,10 @@ impl CpuPlan {
     pub fn new(kvm: &Kvm, boot: u32, max: u32, topology: Option<Topology>) -> Result<Self, CpuError> {
         let host_max = kvm.get_max_vcpus();
         if max as usize > host_max {
-            return Err(CpuError::TooMany { asked: max, max: host_max });
+            return Err(CpuError::TooMany {
+                asked: max,
+                max: host_max,
+            });
         }
         let topology = topology.unwrap_or_else(|| Topology::flat(max as u16));
         topology.check(max)?;
@@ -71,10 +76,17 @@ impl CpuPlan {
         if last > MAX_APIC_ID {
             return Err(CpuError::ApicId(last));
         }
-        let supported =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(HypervisorError::kvm("tell its CPUID"))?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(HypervisorError::kvm("tell its CPUID"))?;
         let host = supported.as_slice().iter().map(from_kvm).collect();
-        Ok(Self { host, topology, boot, max, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) })
+        Ok(Self {
+            host,
+            topology,
+            boot,
+            max,
+            tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+        })
     }
 
     /// Who made the CPU the guest sees.
@@ -103,7 +115,14 @@ impl CpuPlan {
     }
 
     fn cpuid(&self, index: u32) -> CpuidTable {
-        guest_cpuid(&self.host, &GuestCpu { index, topology: self.topology, tsc_deadline: self.tsc_deadline })
+        guest_cpuid(
+            &self.host,
+            &GuestCpu {
+                index,
+                topology: self.topology,
+                tsc_deadline: self.tsc_deadline,
+            },
+        )
     }
 }
 
@@ -116,8 +135,14 @@ fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
     let vcpu = vm.create_vcpu(u64::from(plan.hardware_id(index)))?;
     let entries: Vec<_> = plan.cpuid(index).entries().iter().map(to_kvm).collect();
     let cpuid = CpuId::from_entries(&entries).map_err(|_| HypervisorError::Capability("room for all CPUID entries"))?;
-    vcpu.fd().set_cpuid2(&cpuid).map_err(HypervisorError::kvm("set CPUID"))?;
-    let mtrr = kvm_msr_entry { index: MSR_MTRR_DEF_TYPE, data: MTRR_ON_WRITE_BACK, ..Default::default() };
+    vcpu.fd()
+        .set_cpuid2(&cpuid)
+        .map_err(HypervisorError::kvm("set CPUID"))?;
+    let mtrr = kvm_msr_entry {
+        index: MSR_MTRR_DEF_TYPE,
+        data: MTRR_ON_WRITE_BACK,
+        ..Default::default()
+    };
     let msrs = Msrs::from_entries(&[mtrr]).map_err(|_| HypervisorError::Capability("room for MSRs"))?;
     vcpu.fd().set_msrs(&msrs).map_err(HypervisorError::kvm("set MSRs"))?;
     Ok(vcpu)
@@ -153,12 +178,35 @@ pub fn set_entry(vcpu: &Vcpu, entry: &BootEntry, tables: &CpuTables) -> Result<(
     let mut sregs = vcpu.fd().get_sregs().map_err(HypervisorError::kvm("read registers"))?;
     let long = entry.mode == EntryMode::Long64;
     let selectors = tables.selectors;
-    let flat = kvm_segment { base: 0, limit: 0xffff_ffff, present: 1, s: 1, g: 1, ..Default::default() };
-    let data = kvm_segment { selector: selectors.data, type_: 3, db: 1, ..flat };
-    sregs.cs = kvm_segment { selector: selectors.code, type_: 11, db: u8::from(!long), l: u8::from(long), ..flat };
+    let flat = kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        present: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment {
+        selector: selectors.data,
+        type_: 3,
+        db: 1,
+        ..flat
+    };
+    sregs.cs = kvm_segment {
+        selector: selectors.code,
+        type_: 11,
+        db: u8::from(!long),
+        l: u8::from(long),
+        ..flat
+    };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr =
-        kvm_segment { selector: selectors.task, limit: 0x67, type_: 11, present: 1, ..kvm_segment::default() };
+    sregs.tr = kvm_segment {
+        selector: selectors.task,
+        limit: 0x67,
+        type_: 11,
+        present: 1,
+        ..kvm_segment::default()
+    };
     sregs.gdt.base = tables.gdt_base.0;
     sregs.gdt.limit = tables.gdt_limit;
     (sregs.idt.base, sregs.idt.limit) = (0, 0);
@@ -171,7 +219,9 @@ pub fn set_entry(vcpu: &Vcpu, entry: &BootEntry, tables: &CpuTables) -> Result<(
         sregs.cr4 = CR4_PAE;
         sregs.efer = EFER_LME | EFER_LMA;
     }
-    vcpu.fd().set_sregs(&sregs).map_err(HypervisorError::kvm("set registers"))?;
+    vcpu.fd()
+        .set_sregs(&sregs)
+        .map_err(HypervisorError::kvm("set registers"))?;
 
     let mut regs = vcpu.fd().get_regs().map_err(HypervisorError::kvm("read registers"))?;
     regs.rflags = RFLAGS_FIXED;

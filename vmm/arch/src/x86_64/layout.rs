@@ -75,13 +75,19 @@ mod tests {
     fn ram_goes_around_the_hole() {
         assert_eq!(ram_ranges(GIB), [(GuestAddress(0), GIB)]);
         assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
-        assert_eq!(ram_ranges(5 * GIB), [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 2 * GIB)]);
+        assert_eq!(
+            ram_ranges(5 * GIB),
+            [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 2 * GIB)]
+        );
     }
 
     #[test]
     fn the_64_bit_window_follows_ram() {
         assert_eq!(mmio64(GIB, 40).start, 4 * GIB);
         assert_eq!(mmio64(5 * GIB + 4096, 40), 7 * GIB..(1 << 40) - 65536);
-        assert!(mmio64(1 << 52, 36).is_empty(), "no room is an empty window, not a wrapped one");
+        assert!(
+            mmio64(1 << 52, 36).is_empty(),
+            "no room is an empty window, not a wrapped one"
+        );
     }
 }

@@ -24,16 +24,24 @@ impl Platform {
         let fd = vm.fd();
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(HypervisorError::kvm("place its identity map"))?;
-        fd.set_tss_address(layout::KVM_TSS as usize).map_err(HypervisorError::kvm("place its task state"))?;
-        fd.create_irq_chip().map_err(HypervisorError::kvm("create interrupt controllers"))?;
-        Ok(Self { interrupts: Interrupts::new(fd.clone(), wired_routes(), false) })
+        fd.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(HypervisorError::kvm("place its task state"))?;
+        fd.create_irq_chip()
+            .map_err(HypervisorError::kvm("create interrupt controllers"))?;
+        Ok(Self {
+            interrupts: Interrupts::new(fd.clone(), wired_routes(), false),
+        })
     }
 }
 
 /// The kernel's own default: GSI n is pin n of the I/O APIC and, for the first 16, also of the PICs.
 fn wired_routes() -> Vec<kvm_irq_routing_entry> {
     let entry = |gsi, irqchip, pin| {
-        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            ..Default::default()
+        };
         entry.u.irqchip.irqchip = irqchip;
         entry.u.irqchip.pin = pin;
         entry

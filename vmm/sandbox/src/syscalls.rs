@@ -1,0 +1,235 @@
+//! Which system calls each class of thread needs, and why.
+
+use libc::*;
+use triarch_device_core::ThreadClass;
+
+/// One permission.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Allowed {
+    /// The call, whatever its arguments.
+    Call(i64),
+    /// The call if its argument number `arg` is `value`, compared in 32 bits.
+    With {
+        /// Number of the call.
+        number: i64,
+        /// Index of the argument.
+        arg: u8,
+        /// What it must be.
+        value: u64,
+    },
+}
+
+/// Everything a Rust thread may do at any time: memory, locks, time, waiting on descriptors it has, logging, dying.
+const BASE: &[i64] = &[
+    SYS_brk,
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_close,
+    SYS_epoll_ctl,
+    SYS_epoll_pwait,
+    SYS_exit,
+    SYS_exit_group,
+    SYS_fcntl,
+    SYS_futex,
+    SYS_getpid,
+    SYS_getrandom,
+    SYS_gettid,
+    SYS_madvise,
+    SYS_mmap,
+    SYS_mprotect,
+    SYS_mremap,
+    SYS_munmap,
+    SYS_nanosleep,
+    SYS_ppoll,
+    SYS_read,
+    SYS_readv,
+    SYS_restart_syscall,
+    SYS_rseq,
+    SYS_rt_sigaction,
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sched_yield,
+    SYS_set_robust_list,
+    SYS_sigaltstack,
+    SYS_tgkill,
+    SYS_write,
+    SYS_writev,
+];
+
+/// Descriptors to wait with, which devices make when a driver starts them.
+const EVENTS: &[i64] = &[
+    SYS_dup,
+    SYS_epoll_create1,
+    SYS_eventfd2,
+    SYS_timerfd_create,
+    SYS_timerfd_settime,
+];
+
+/// Submitting disk requests.
+const DISK: &[i64] = &[
+    SYS_fallocate,
+    SYS_fdatasync,
+    SYS_fstat,
+    SYS_fsync,
+    SYS_io_uring_enter,
+    SYS_io_uring_register,
+    SYS_io_uring_setup,
+    SYS_lseek,
+    SYS_preadv,
+    SYS_preadv2,
+    SYS_pread64,
+    SYS_pwritev,
+    SYS_pwritev2,
+    SYS_pwrite64,
+    SYS_statx,
+];
+
+/// Unix sockets of vsock and consoles. Making them is limited to AF_UNIX beside this list.
+const SOCKETS: &[i64] = &[
+    SYS_accept4,
+    SYS_bind,
+    SYS_connect,
+    SYS_getpeername,
+    SYS_getsockname,
+    SYS_getsockopt,
+    SYS_listen,
+    SYS_recvfrom,
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_sendto,
+    SYS_setsockopt,
+    SYS_shutdown,
+    SYS_unlinkat,
+];
+
+/// Building a machine, again after a guest's reset: files, threads, terminals, taps.
+const BUILD: &[i64] = &[
+    SYS_clone,
+    SYS_clone3,
+    SYS_dup3,
+    SYS_faccessat,
+    SYS_fchmod,
+    SYS_fchmodat,
+    SYS_flock,
+    SYS_fstat,
+    SYS_fstatfs,
+    SYS_ftruncate,
+    SYS_geteuid,
+    SYS_getuid,
+    SYS_memfd_create,
+    SYS_newfstatat,
+    SYS_openat,
+    SYS_pipe2,
+    SYS_prctl,
+    SYS_prlimit64,
+    SYS_readlinkat,
+    SYS_rt_sigtimedwait,
+    SYS_sched_getaffinity,
+    SYS_seccomp,
+    SYS_signalfd4,
+    SYS_socketpair,
+    SYS_statx,
+    SYS_sysinfo,
+    SYS_uname,
+    SYS_wait4,
+];
+
+/// KVM, while the guest runs: entering it, and what moving a BAR or an MSI means.
+const KVM_RUNNING: &[u64] = &[
+    0xae80,      // KVM_RUN
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+];
+
+/// Taps.
+const TUN: &[u64] = &[
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x4004_54d9, // TUNSETQUEUE
+];
+
+/// Block devices.
+const BLOCK: &[u64] = &[
+    0x1277,      // BLKDISCARD
+    0x127f,      // BLKZEROOUT
+    0x8008_1272, // BLKGETSIZE64
+];
+
+/// Terminals.
+const TERMINAL: &[u64] = &[
+    0x5401, // TCGETS
+    0x5402, // TCSETS
+    0x5403, // TCSETSW
+    0x5413, // TIOCGWINSZ
+    0x5421, // FIONBIO
+    0x541b, // FIONREAD
+];
+
+fn calls(list: &'static [i64]) -> impl Iterator<Item = Allowed> {
+    list.iter().map(|number| Allowed::Call(*number))
+}
+
+fn ioctls(list: &'static [u64]) -> impl Iterator<Item = Allowed> {
+    list.iter().map(|request| Allowed::With {
+        number: SYS_ioctl,
+        arg: 1,
+        value: *request,
+    })
+}
+
+fn unix_sockets() -> impl Iterator<Item = Allowed> {
+    std::iter::once(Allowed::With {
+        number: SYS_socket,
+        arg: 0,
+        value: AF_UNIX as u64,
+    })
+}
+
+/// What threads of `class` may do; `older` are this architecture's older spellings of calls in [`BASE`].
+pub(crate) fn of(class: ThreadClass, older: &'static [i64]) -> Vec<Allowed> {
+    let base = calls(BASE).chain(calls(older));
+    match class {
+        ThreadClass::Vcpu => base
+            .chain(calls(EVENTS))
+            .chain(ioctls(KVM_RUNNING))
+            .chain(activation())
+            .collect(),
+        ThreadClass::Disk => base
+            .chain(calls(EVENTS))
+            .chain(calls(DISK))
+            .chain(ioctls(BLOCK))
+            .collect(),
+        ThreadClass::Net => base.chain(calls(EVENTS)).chain(ioctls(TUN)).collect(),
+        ThreadClass::Vsock => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(unix_sockets())
+            .collect(),
+        ThreadClass::Http => base.chain(calls(EVENTS)).chain(calls(SOCKETS)).collect(),
+        ThreadClass::Device => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(ioctls(TERMINAL))
+            .collect(),
+        // Builds and rebuilds the machine, with every ioctl of KVM, taps and terminals that takes, so ioctls are not listed.
+        ThreadClass::Control => base
+            .chain(calls(EVENTS))
+            .chain(calls(DISK))
+            .chain(calls(SOCKETS))
+            .chain(calls(BUILD))
+            .chain([Allowed::Call(SYS_ioctl), Allowed::Call(SYS_socket)])
+            .collect(),
+    }
+}
+
+/// What devices do on the vCPU thread whose register write starts them.
+fn activation() -> impl Iterator<Item = Allowed> {
+    ioctls(TUN).chain(calls(&[
+        SYS_io_uring_setup,
+        SYS_io_uring_register,
+        SYS_fstat,
+        SYS_statx,
+    ]))
+}
