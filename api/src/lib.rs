@@ -3,6 +3,7 @@
 //! Plain data without any dependency on the VMM. Unknown fields are ignored, as agents expect; sizes are bytes.
 
 mod config;
+mod request;
 mod size;
 mod validate;
 
@@ -10,5 +11,6 @@ pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
     MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
+pub use request::{ApiError, Phase, Reply, Request, VmInfo};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;
