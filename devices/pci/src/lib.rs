@@ -1,1 +1,24 @@
-//! PCI configuration space, BARs, MSI-X, the host bridge and its buses.
+//! PCI: configuration space, BARs, MSI-X, the host bridge and the root that puts them on the guest's buses.
+//!
+//! A device implements [`PciFunction`], mostly out of a [`ConfigSpace`] and a [`MsiX`]; it knows neither where it sits nor how
+//! the guest reaches it. `PciRoot` gives it a slot and BAR addresses, answers configuration accesses by both mechanisms (ports
+//! 0xcf8/0xcfc and ECAM) and keeps the address spaces in step with what the guest writes to COMMAND and the BARs.
+//!
+//! Nothing here knows virtio or KVM.
+
+mod address;
+mod bar;
+mod config;
+mod function;
+
+pub use address::{ParseAddressError, PciAddress};
+pub use bar::{Bar, BarAllocator, BarKind, Bars};
+pub use config::{ConfigSpace, ConfigStateError, ConfigStateV1, Identity, LayoutError, command};
+pub use function::PciFunction;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks even after a panic elsewhere: the data behind these locks is consistent between any two statements.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
