@@ -10,11 +10,13 @@ mod address;
 mod bar;
 mod config;
 mod function;
+mod msix;
 
 pub use address::{ParseAddressError, PciAddress};
 pub use bar::{Bar, BarAllocator, BarKind, Bars};
 pub use config::{ConfigSpace, ConfigStateError, ConfigStateV1, Identity, LayoutError, command};
 pub use function::PciFunction;
+pub use msix::{MsiX, MsiXEntryV1, MsiXStateError, MsiXStateV1};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
