@@ -1,0 +1,394 @@
+//! The root: which function sits where, and what of it the guest's address spaces show.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use thiserror::Error;
+use triarch_device_core::{AccessError, Bus, BusDevice, BusError, RateLimit};
+
+use crate::access::split;
+use crate::{Bar, BarAllocator, BarKind, HostBridge, PciAddress, PciFunction, lock};
+
+const COMMAND: usize = 0x04;
+const HEADER_TYPE: usize = 0x0e;
+const BAR0: usize = 0x10;
+const AFTER_BARS: usize = 0x28;
+const MULTI_FUNCTION: u8 = 0x80;
+
+/// Why a function could not be added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum AddError {
+    /// Every slot is taken.
+    #[error("all 32 PCI slots of segment {0:#06x} are taken")]
+    Full(u16),
+    /// The wanted place is taken.
+    #[error("there is a device at {0} already")]
+    Taken(PciAddress),
+    /// The wanted place is on another bus.
+    #[error("there is no bus for {0}")]
+    NoBus(PciAddress),
+    /// The windows have no room.
+    #[error("no room for BAR {bar} of {size:#x} bytes in the PCI windows")]
+    NoRoom {
+        /// Which BAR.
+        bar: usize,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// The function comes with a BAR that is in use or outside of the windows.
+    #[error("BAR {bar} cannot be decoded at {address:#x}")]
+    Decode {
+        /// Which BAR.
+        bar: usize,
+        /// Its address.
+        address: u64,
+    },
+}
+
+/// Why a function could not be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum RemoveError {
+    /// Nothing sits there.
+    #[error("there is no device at {0}")]
+    Absent(PciAddress),
+}
+
+/// Bus 0 of a segment, with the host bridge at 00.0.
+pub struct PciRoot {
+    segment: u16,
+    mmio: Arc<Bus>,
+    io: Arc<Bus>,
+    windows: BarAllocator,
+    slots: Mutex<BTreeMap<u8, Slot>>,
+    log: RateLimit,
+}
+
+struct Slot {
+    function: Arc<dyn PciFunction>,
+    /// Address each BAR is claimed at.
+    claims: [Option<u64>; 6],
+    /// Address each BAR was given at first: it stays reserved while a guest moves the BAR about.
+    assigned: [Option<u64>; 6],
+    /// Bit `n`: BAR `n` should be decoded but something is in its way.
+    blocked: u8,
+}
+
+/// A BAR as the address space sees it.
+struct BarDevice {
+    function: Arc<dyn PciFunction>,
+    bar: u8,
+}
+
+impl BusDevice for BarDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        self.function.bar_read(self.bar, offset, data)
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        self.function.bar_write(self.bar, offset, data)
+    }
+}
+
+impl PciRoot {
+    /// A root for `segment` whose functions' BARs appear on `mmio` and `io`, inside `windows`.
+    pub fn new(segment: u16, mmio: Arc<Bus>, io: Arc<Bus>, windows: BarAllocator) -> Self {
+        let bridge = Slot::new(Arc::new(HostBridge::new()));
+        Self {
+            segment,
+            mmio,
+            io,
+            windows,
+            slots: Mutex::new(BTreeMap::from([(0, bridge)])),
+            log: RateLimit::default(),
+        }
+    }
+
+    /// Segment group.
+    pub fn segment(&self) -> u16 {
+        self.segment
+    }
+
+    /// The windows BARs are decoded in: what ACPI's `_CRS` of the root must list.
+    pub fn windows(&self) -> &BarAllocator {
+        &self.windows
+    }
+
+    /// Puts a function at `wanted`, or as function 0 into the first free slot, and places those of its BARs that have no address.
+    /// On error nothing changed.
+    pub fn add(&self, function: Arc<dyn PciFunction>, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
+        let mut slots = lock(&self.slots);
+        let address = self.choose(&slots, wanted)?;
+        let mut slot = Slot::new(function);
+        let placed = self.place_bars(&slots, &slot)?;
+        slot.function.attach(address);
+        for (bar, at) in placed {
+            slot.assigned[bar] = Some(at);
+            write_bar(&*slot.function, bar, at);
+        }
+        self.reconcile(&mut slot);
+        let blocked = (0usize..6).find(|bar| slot.blocked & 1 << bar != 0);
+        if let Some(bar) = blocked {
+            self.withdraw(&mut slot);
+            let address = slot.function.bars()[bar].map_or(0, |b| b.address);
+            return Err(AddError::Decode { bar, address });
+        }
+        slots.insert(address.devfn(), slot);
+        Ok(address)
+    }
+
+    /// Takes a function out, but never the host bridge: its addresses are free when this returns, and it is idle.
+    pub fn remove(&self, address: PciAddress) -> Result<Arc<dyn PciFunction>, RemoveError> {
+        let mut slots = lock(&self.slots);
+        let mine = address.segment() == self.segment && address.bus() == 0 && address.devfn() != 0;
+        let found = if mine { slots.remove(&address.devfn()) } else { None };
+        let mut slot = found.ok_or(RemoveError::Absent(address))?;
+        self.withdraw(&mut slot);
+        self.unblock(&mut slots);
+        Ok(slot.function)
+    }
+
+    /// Every function and where it sits, the host bridge among them.
+    pub fn functions(&self) -> Vec<(PciAddress, Arc<dyn PciFunction>)> {
+        let slots = lock(&self.slots);
+        let address = |devfn| PciAddress::from_devfn(self.segment, 0, devfn);
+        slots
+            .iter()
+            .map(|(devfn, slot)| (address(*devfn), slot.function.clone()))
+            .collect()
+    }
+
+    /// Reads configuration space of the function at `address` from byte `offset`; all ones when there is none.
+    pub fn config_read(&self, address: PciAddress, offset: u16, data: &mut [u8]) {
+        let Some((function, multi)) = self.find(address) else {
+            data.fill(0xff);
+            return;
+        };
+        for (at, size) in split(offset, data.len()) {
+            let register = usize::from(offset).saturating_add(at);
+            match data.get_mut(at..at + size) {
+                Some(piece) if register + size <= 0x1000 => function.config_read(register as u16, piece),
+                Some(piece) => piece.fill(0xff),
+                None => {}
+            }
+        }
+        let header_type = HEADER_TYPE
+            .checked_sub(usize::from(offset))
+            .and_then(|i| data.get_mut(i));
+        if let (true, Some(header_type)) = (multi, header_type) {
+            *header_type |= MULTI_FUNCTION;
+        }
+    }
+
+    /// Writes configuration space of the function at `address` from byte `offset`.
+    pub fn config_write(&self, address: PciAddress, offset: u16, data: &[u8]) {
+        let Some((function, _)) = self.find(address) else {
+            return;
+        };
+        for (at, size) in split(offset, data.len()) {
+            let register = usize::from(offset).saturating_add(at);
+            if let Some(piece) = data.get(at..at + size).filter(|_| register + size <= 0x1000) {
+                function.config_write(register as u16, piece);
+            }
+        }
+        let (first, end) = (usize::from(offset), usize::from(offset).saturating_add(data.len()));
+        let touches = |from: usize, to: usize| first < to && from < end;
+        if touches(COMMAND, COMMAND + 2) || touches(BAR0, AFTER_BARS) {
+            let mut slots = lock(&self.slots);
+            let freed = slots.get_mut(&address.devfn()).is_some_and(|slot| self.reconcile(slot));
+            if freed {
+                self.unblock(&mut slots);
+            }
+        }
+    }
+
+    /// The function at `address`, and whether its device has more than this one.
+    fn find(&self, address: PciAddress) -> Option<(Arc<dyn PciFunction>, bool)> {
+        if address.segment() != self.segment || address.bus() != 0 {
+            return None;
+        }
+        let slots = lock(&self.slots);
+        let devfn = address.devfn();
+        let function = slots.get(&devfn)?.function.clone();
+        let multi = devfn & 7 == 0 && slots.range(devfn + 1..devfn + 8).next().is_some();
+        Some((function, multi))
+    }
+
+    fn choose(&self, slots: &BTreeMap<u8, Slot>, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
+        match wanted {
+            Some(address) if address.segment() != self.segment || address.bus() != 0 => Err(AddError::NoBus(address)),
+            Some(address) if slots.contains_key(&address.devfn()) => Err(AddError::Taken(address)),
+            Some(address) => Ok(address),
+            None => (0..32u8)
+                .map(|device| device << 3)
+                .find(|devfn| slots.range(devfn..=&(devfn + 7)).next().is_none())
+                .map(|devfn| PciAddress::from_devfn(self.segment, 0, devfn))
+                .ok_or(AddError::Full(self.segment)),
+        }
+    }
+
+    /// Addresses for the BARs of `slot` that have none.
+    fn place_bars(&self, slots: &BTreeMap<u8, Slot>, slot: &Slot) -> Result<Vec<(usize, u64)>, AddError> {
+        let mut memory = Vec::new();
+        let mut ports = Vec::new();
+        for other in slots.values().chain([slot]) {
+            for (bar, assigned) in other.function.bars().into_iter().zip(other.assigned) {
+                let Some(bar) = bar else { continue };
+                let taken = if bar.kind == BarKind::Io {
+                    &mut ports
+                } else {
+                    &mut memory
+                };
+                let home = assigned.map(|address| Bar { address, ..bar });
+                taken.extend(
+                    [Some(bar).filter(|b| b.address != 0), home]
+                        .iter()
+                        .flatten()
+                        .filter_map(Bar::span),
+                );
+            }
+        }
+        let mut placed = Vec::new();
+        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+            let Some(bar) = bar.filter(|b| b.address == 0) else {
+                continue;
+            };
+            let taken = if bar.kind == BarKind::Io {
+                &mut ports
+            } else {
+                &mut memory
+            };
+            let at = self.windows.place(bar.kind, bar.size, taken).ok_or(AddError::NoRoom {
+                bar: index,
+                size: bar.size,
+            })?;
+            taken.extend(Bar { address: at, ..bar }.span());
+            placed.push((index, at));
+        }
+        Ok(placed)
+    }
+
+    fn bus(&self, kind: BarKind) -> &Bus {
+        match kind {
+            BarKind::Io => &self.io,
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => &self.mmio,
+        }
+    }
+
+    /// Makes the address spaces show the BARs where the function's registers put them. Returns whether an address was given up.
+    fn reconcile(&self, slot: &mut Slot) -> bool {
+        let mut freed = false;
+        slot.blocked = 0;
+        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+            let Some(bar) = bar else { continue };
+            let before = slot.claims[index];
+            let wanted = bar.decoded.then_some(bar.address);
+            if before == wanted {
+                continue;
+            }
+            let now = match self.show(slot, index, &bar, before, wanted) {
+                Ok(now) => now,
+                Err(error) => {
+                    slot.blocked |= 1 << index;
+                    self.warn(index, &bar, error);
+                    None
+                }
+            };
+            freed |= before.is_some() && before != now;
+            slot.claims[index] = now;
+            if before != now {
+                slot.function.bar_moved(index as u8, now);
+            }
+        }
+        freed
+    }
+
+    /// Moves one BAR on its bus; on error it is nowhere.
+    fn show(
+        &self,
+        slot: &Slot,
+        index: usize,
+        bar: &Bar,
+        before: Option<u64>,
+        wanted: Option<u64>,
+    ) -> Result<Option<u64>, Option<BusError>> {
+        let bus = self.bus(bar.kind);
+        let forwarded = bar
+            .span()
+            .is_some_and(|(first, last)| self.windows.forwards(bar.kind, first, last));
+        let outcome = match (before, wanted) {
+            (_, Some(_)) if !forwarded => Err(None),
+            (Some(from), Some(to)) => bus.relocate(from, to).map_err(Some),
+            (None, Some(at)) => {
+                let device = BarDevice {
+                    function: slot.function.clone(),
+                    bar: index as u8,
+                };
+                bus.claim(at, bar.size, Arc::new(device)).map_err(Some)
+            }
+            (_, None) => Ok(()),
+        };
+        if let (Some(from), false) = (before, outcome.is_ok() && wanted.is_some()) {
+            // Claimed by this root and by nothing else, so it is there.
+            let _ = bus.release(from);
+        }
+        outcome.map(|()| wanted)
+    }
+
+    /// Tries again what was in the way of a BAR that has moved on.
+    fn unblock(&self, slots: &mut BTreeMap<u8, Slot>) {
+        for slot in slots.values_mut().filter(|slot| slot.blocked != 0) {
+            self.reconcile(slot);
+        }
+    }
+
+    /// Takes the BARs of `slot` off the buses and the function out of service.
+    fn withdraw(&self, slot: &mut Slot) {
+        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+            if let (Some(bar), Some(at)) = (bar, slot.claims[index].take()) {
+                let _ = self.bus(bar.kind).release(at);
+                slot.function.bar_moved(index as u8, None);
+            }
+        }
+        slot.function.detach();
+    }
+
+    fn warn(&self, index: usize, bar: &Bar, error: Option<BusError>) {
+        if bar.is_being_sized() {
+            return;
+        }
+        if let Some(held_back) = self.log.admit() {
+            let why = error.map_or_else(|| "it is outside of the PCI windows".to_owned(), |e| e.to_string());
+            let (address, size) = (bar.address, bar.size);
+            tracing::warn!(
+                held_back,
+                "the guest put BAR {index} of {size:#x} bytes at {address:#x}, not decoded: {why}"
+            );
+        }
+    }
+}
+
+impl Slot {
+    fn new(function: Arc<dyn PciFunction>) -> Self {
+        Self {
+            function,
+            claims: [None; 6],
+            assigned: [None; 6],
+            blocked: 0,
+        }
+    }
+}
+
+/// Writes a BAR's address as firmware does.
+fn write_bar(function: &dyn PciFunction, index: usize, address: u64) {
+    let register = (BAR0 + 4 * index) as u16;
+    function.config_write(register, &(address as u32).to_le_bytes());
+    if let Some(Some(Bar {
+        kind: BarKind::Memory64 { .. },
+        ..
+    })) = function.bars().get(index)
+    {
+        function.config_write(register + 4, &((address >> 32) as u32).to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests;
