@@ -5,7 +5,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::images::{BODY, BSS, ENTRY, Elf, SEGMENT_AT, bzimage, code, note, setup_header};
 use super::{Guest, MIB, chain};
 use crate::kernel::{BootProtocol, KernelProblem};
-use crate::layout::MemRange;
+use crate::layout::{MemKind, MemMapEntry, MemRange, MemoryLayout};
 
 #[test]
 fn pvh_elf_of_both_classes() {
@@ -190,6 +190,17 @@ fn segments_stay_above_the_boot_data() {
         let text = refused(&guest, &elf.build());
         assert!(text.contains("link the kernel at 0x100000"), "{text}");
     }
+}
+
+#[test]
+fn reserved_memory_is_not_loaded_over() {
+    let mut guest = Guest::new(64 * MIB);
+    let firmware = MemMapEntry {
+        range: MemRange::from_bounds(SEGMENT_AT + 0x1000, SEGMENT_AT + 0x2000),
+        kind: MemKind::Reserved,
+    };
+    guest.memory = MemoryLayout::new(guest.memory.ram().to_vec(), vec![firmware]).unwrap();
+    assert!(refused(&guest, &Elf::pvh().build()).contains("is not free RAM"));
 }
 
 #[test]

@@ -1,0 +1,201 @@
+//! ACPI for a hardware-reduced PC (ACPI 6.5).
+//!
+//! | table | what it says |
+//! |---|---|
+//! | RSDP, XSDT | where the others are |
+//! | FADT | hardware-reduced; sleep, reset and PM timer ports; no legacy hardware |
+//! | MADT | local APICs, I/O APIC, overrides, NMI |
+//! | MCFG | ECAM of every PCI segment |
+//! | SRAT, SLIT | NUMA, when there are nodes |
+//! | DSDT | PCI roots, processors, event device, power button, serial ports, RTC |
+//!
+//! All tables lie in one block at [`AcpiPlacement::tables`], the RSDP apart from it at [`AcpiPlacement::rsdp`]. A kernel finds
+//! the RSDP by the pointer of its boot protocol, or, when it lies at 0xE0000..0x100000 on a 16-byte boundary, by the search that
+//! the specification asks of it (5.2.5.1).
+
+mod config;
+mod cpus;
+mod dsdt;
+mod events;
+mod fadt;
+mod madt;
+mod numa;
+mod pci;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use config::{
+    AcpiConfig, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, IoWindow, IrqOverride, IrqPolarity,
+    IrqTrigger, MemoryAffinity, MmioWindow, NumaNode, PciSegment, PmConfig, PrtEntry, Register, ResetRegister, Rtc,
+    SerialPort,
+};
+pub use events::EventBits;
+pub use pci::rotating_prt;
+
+use acpi_tables::Aml;
+use acpi_tables::rsdp::Rsdp;
+use thiserror::Error;
+
+pub(crate) use table::checksum;
+use table::{OEM_ID, Table};
+
+/// Tables begin on this boundary, in bytes.
+const ALIGN: usize = 16;
+
+/// The tables and where they go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcpiTables {
+    /// Guest physical address of [`Self::tables`].
+    pub tables_at: u64,
+    /// All tables but the RSDP.
+    pub tables: Vec<u8>,
+    /// Guest physical address of [`Self::rsdp`].
+    pub rsdp_at: u64,
+    /// The root pointer.
+    pub rsdp: Vec<u8>,
+}
+
+impl AcpiTables {
+    /// Every piece with its guest physical address.
+    pub fn pieces(&self) -> [(u64, &[u8]); 2] {
+        [(self.tables_at, &self.tables), (self.rsdp_at, &self.rsdp)]
+    }
+}
+
+/// Why a configuration makes no tables.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum AcpiError {
+    /// No processor, or none that is enabled.
+    #[error("no vCPU is enabled")]
+    NoCpu,
+    /// More processors than the name space numbers.
+    #[error("{count} vCPUs are more than the {max} that the ACPI name space has names for")]
+    TooManyCpus {
+        /// Processors in the configuration.
+        count: usize,
+        /// The most.
+        max: usize,
+    },
+    /// Two processors have one APIC identifier.
+    #[error("two vCPUs have the APIC ID {0:#x}")]
+    DuplicateApicId(u32),
+    /// More serial ports than a PC has.
+    #[error("{count} serial ports are more than the {max} that a PC has")]
+    TooManySerialPorts {
+        /// Ports in the configuration.
+        count: usize,
+        /// The most.
+        max: usize,
+    },
+    /// More PCI segments than names.
+    #[error("{count} PCI segments are more than the {max} that are supported")]
+    TooManySegments {
+        /// Segments in the configuration.
+        count: usize,
+        /// The most.
+        max: usize,
+    },
+    /// A window is empty, wraps around, or exceeds what its kind addresses.
+    #[error("the {what} window at {start:#x} with {size:#x} bytes is empty or too large")]
+    BadWindow {
+        /// Its kind.
+        what: &'static str,
+        /// Its first address.
+        start: u64,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// The bus range runs backwards.
+    #[error("PCI segment {segment} has its last bus {last} below its first bus {first}")]
+    BadBusRange {
+        /// The segment.
+        segment: u16,
+        /// Its first bus.
+        first: u8,
+        /// Its last bus.
+        last: u8,
+    },
+    /// More interrupt routes than a package holds.
+    #[error("PCI segment {segment} has {count} interrupt routes, {max} is the most")]
+    TooManyRoutes {
+        /// The segment.
+        segment: u16,
+        /// Its routes.
+        count: usize,
+        /// The most.
+        max: usize,
+    },
+    /// A processor names a NUMA node that is not there, or distances are not a square.
+    #[error("the NUMA configuration is inconsistent: {0}")]
+    BadNuma(String),
+    /// The tables exceed their place.
+    #[error("the ACPI tables take {size:#x} bytes and their place has {room:#x}")]
+    TooLarge {
+        /// Bytes of the tables.
+        size: u64,
+        /// Bytes reserved for them.
+        room: u64,
+    },
+}
+
+/// Makes the tables for `config`.
+pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
+    config.check()?;
+    let mut block = Block::new(config.placement.tables);
+    let dsdt = block.add(dsdt::dsdt(config));
+    let mut pointers = vec![block.add(fadt::fadt(config, dsdt)), block.add(madt::madt(config))];
+    if !config.pci.is_empty() {
+        pointers.push(block.add(pci::mcfg(&config.pci)));
+    }
+    if !config.numa.is_empty() {
+        pointers.push(block.add(numa::srat(config)));
+        if let Some(slit) = numa::slit(config) {
+            pointers.push(block.add(slit));
+        }
+    }
+    let mut xsdt = Table::new(*b"XSDT", 1);
+    for pointer in pointers {
+        xsdt.push(&pointer.to_le_bytes());
+    }
+    let xsdt = block.add(xsdt.finish());
+
+    let size = block.bytes.len() as u64;
+    if size > config.placement.tables_size {
+        return Err(AcpiError::TooLarge {
+            size,
+            room: config.placement.tables_size,
+        });
+    }
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
+    Ok(AcpiTables {
+        tables_at: config.placement.tables,
+        tables: block.bytes,
+        rsdp_at: config.placement.rsdp,
+        rsdp,
+    })
+}
+
+/// Tables one behind the other.
+struct Block {
+    base: u64,
+    bytes: Vec<u8>,
+}
+
+impl Block {
+    fn new(base: u64) -> Self {
+        Self {
+            base,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Appends `table` and returns its guest physical address.
+    fn add(&mut self, table: Vec<u8>) -> u64 {
+        let at = self.bytes.len().next_multiple_of(ALIGN);
+        self.bytes.resize(at, 0);
+        self.bytes.extend(table);
+        self.base + at as u64
+    }
+}
