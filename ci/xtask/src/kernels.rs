@@ -11,7 +11,7 @@ use crate::root::Root;
 use crate::{modules, packages, tools};
 
 /// Changes whenever this file makes something else from the same package.
-const SCRIPT: &str = "3";
+const SCRIPT: &str = "4";
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 /// Boot protocol fields of a bzImage (Linux, Documentation/arch/x86/boot.rst).
 const SETUP_SECTS: usize = 0x1f1;
@@ -119,7 +119,8 @@ fn make(dir: &Path, version: Version, root: &Root) -> Result<()> {
         let (package, number) = newest(version, &apt.versions(META_PACKAGE)?)?;
         tools::step(&format!("downloading {package} {number}"), || {
             let file = apt.download_alone(&package, &number)?;
-            packages::unpack(&file, tree)
+            packages::unpack(&file, tree)?;
+            packages::record(&[file], dir)
         })?;
         Ok(package.trim_start_matches("linux-image-").to_owned())
     })?;

@@ -315,6 +315,16 @@ pub fn unpack(package: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Notes in `dir` which versions a result was made from: the mirror's newest, at that time.
+///
+/// # Errors
+/// The note cannot be written.
+pub fn record(packages: &[PathBuf], dir: &Path) -> Result<()> {
+    let name = |p: &PathBuf| Some(format!("{}\n", p.file_name()?.to_string_lossy()));
+    let names: String = packages.iter().filter_map(name).collect();
+    Ok(fs::write(dir.join("packages.txt"), names)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

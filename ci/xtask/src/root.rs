@@ -10,7 +10,7 @@ use crate::cache::{self, Recipe};
 use crate::{packages, tools};
 
 /// Changes whenever this file makes another root from the same packages.
-const SCRIPT: &str = "2";
+const SCRIPT: &str = "3";
 /// The suite whose versions are preferred: it has QEMU 11.1 and newer.
 const SUITE: &str = "trixie-backports";
 /// Shell and tools for guests and hosts (static), and what unpacks kernels and their modules.
@@ -69,7 +69,8 @@ fn make(dir: &Path, names: &[&str]) -> Result<()> {
         })?;
         tools::step(&format!("unpacking {} packages", files.len()), || {
             files.iter().try_for_each(|f| packages::unpack(f, dir))
-        })
+        })?;
+        packages::record(&files, dir)
     })?;
     // Left by packages for services that never run here.
     let _ = std::fs::remove_dir_all(dir.join("etc"));

@@ -4,10 +4,13 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+/// A step that lasts longer shows that it lives this often.
+const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Lines of a failed program's output that are shown.
 const TAIL: usize = 20;
 
@@ -94,18 +97,34 @@ pub fn tail(text: &str, lines: usize) -> String {
         .join("\n")
 }
 
-/// Does one step of preparation: prints what it is before, and the seconds it took after.
+/// Does one step of preparation: prints what it is before, the seconds now and then while it
+/// lasts, and those it took after.
 ///
 /// # Errors
 /// What the step answers, with its name.
 pub fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let start = Instant::now();
-    eprint!("  {what} ...");
-    let _ = std::io::stderr().flush();
-    let result = work();
-    let word = if result.is_ok() { "" } else { " failed" };
-    eprintln!("{word} {:.1} s", start.elapsed().as_secs_f64());
+    say(&format!("  {what} ..."));
+    let result = std::thread::scope(|scope| {
+        let (done, waiting) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            while waiting.recv_timeout(HEARTBEAT) == Err(RecvTimeoutError::Timeout) {
+                say(&format!(" {} s ...", start.elapsed().as_secs()));
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    });
+    let word = if result.is_ok() { "" } else { " failed after" };
+    say(&format!("{word} {:.1} s\n", start.elapsed().as_secs_f64()));
     result.with_context(|| format!("{what}: did not succeed"))
+}
+
+/// Progress is worth no failure.
+fn say(text: &str) {
+    let mut out = std::io::stderr().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 #[cfg(test)]
