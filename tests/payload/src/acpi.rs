@@ -1,0 +1,177 @@
+//! The ACPI tables a guest of this platform lives by: MADT, MCFG and FADT, every checksum verified (ACPI 6.5 §5.2).
+
+use crate::memory::bytes;
+use crate::paging;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+/// A processor of the MADT.
+#[derive(Clone, Copy)]
+pub struct Processor {
+    /// APIC id, 32 bits wide.
+    pub apic_id: u32,
+    /// Ready for use at boot (flag bit 0).
+    pub enabled: bool,
+}
+
+/// What was found.
+#[derive(Default)]
+pub struct Acpi {
+    /// Signatures in the order of the root table, DSDT included.
+    pub tables: Vec<String>,
+    /// Processors in table order.
+    pub processors: Vec<Processor>,
+    /// Base of the ECAM of segment 0, and its last bus.
+    pub ecam: Option<(u64, u8)>,
+    /// Reset register port and value.
+    pub reset: Option<(u16, u8)>,
+    /// Sleep control port.
+    pub sleep_control: Option<u16>,
+    /// The hardware-reduced flag.
+    pub hardware_reduced: bool,
+}
+
+fn u16_at(table: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(table.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn u32_at(table: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(table.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u64_at(table: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(table.get(at..at + 8)?.try_into().ok()?))
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+/// A table by address, mapped, its length sane and its checksum right.
+fn table(address: u64) -> Result<&'static [u8], String> {
+    if !paging::map(&(address..address + (1 << 20)), true) {
+        return Err(format!("table at {address:#x} is out of reach"));
+    }
+    // SAFETY: mapped above; nobody writes ACPI tables while the guest runs.
+    let len = u32_at(unsafe { bytes(address, 36) }, 4).unwrap_or(0) as usize;
+    if !(36..1 << 20).contains(&len) {
+        return Err(format!("table at {address:#x} has length {len}"));
+    }
+    // SAFETY: as above.
+    let table = unsafe { bytes(address, len) };
+    match sum(table) {
+        0 => Ok(table),
+        sum => Err(format!(
+            "table {} at {address:#x} has checksum {sum:#x}",
+            signature(table)
+        )),
+    }
+}
+
+fn signature(table: &[u8]) -> String {
+    table[..4].iter().map(|byte| char::from(*byte)).collect()
+}
+
+fn find_rsdp(hint: u64) -> Result<&'static [u8], String> {
+    let candidates = core::iter::once(hint)
+        .filter(|at| *at != 0)
+        .chain((0xe_0000..0x10_0000).step_by(16))
+        .chain((0x9_fc00..0xa_0400).step_by(16));
+    for address in candidates {
+        // SAFETY: low memory, or the address the VMM names, which is below 4 GiB and mapped from the start.
+        let rsdp = unsafe { bytes(address, 36) };
+        if rsdp.starts_with(b"RSD PTR ") {
+            let len = if rsdp[15] >= 2 { 36 } else { 20 };
+            return if sum(&rsdp[..20]) == 0 && sum(&rsdp[..len]) == 0 {
+                Ok(rsdp)
+            } else {
+                Err(format!("RSDP at {address:#x} has a wrong checksum"))
+            };
+        }
+    }
+    Err("no RSDP".into())
+}
+
+/// Walks the tables from the RSDP at `hint` (searched for when 0).
+pub fn read(hint: u64) -> Result<Acpi, String> {
+    let rsdp = find_rsdp(hint)?;
+    let mut acpi = Acpi::default();
+    let xsdt = if rsdp[15] >= 2 {
+        u64_at(rsdp, 24).unwrap_or(0)
+    } else {
+        0
+    };
+    let (root, width) = if xsdt != 0 {
+        (table(xsdt)?, 8)
+    } else {
+        (table(u32_at(rsdp, 16).unwrap_or(0).into())?, 4)
+    };
+    for entry in root[36..].chunks_exact(width) {
+        let address = if width == 8 {
+            u64_at(entry, 0)
+        } else {
+            u32_at(entry, 0).map(u64::from)
+        }
+        .unwrap_or(0);
+        let table = table(address)?;
+        acpi.tables.push(signature(table));
+        match &table[..4] {
+            b"APIC" => acpi.read_madt(table),
+            b"MCFG" => acpi.ecam = u64_at(table, 44).zip(table.get(55).copied()),
+            b"FACP" => acpi.read_fadt(table)?,
+            _ => {}
+        }
+    }
+    Ok(acpi)
+}
+
+impl Acpi {
+    fn read_madt(&mut self, madt: &[u8]) {
+        let mut rest = madt.get(44..).unwrap_or(&[]);
+        while let [kind, len, ..] = *rest {
+            let len = usize::from(len);
+            if len < 2 || len > rest.len() {
+                break;
+            }
+            let entry = &rest[..len];
+            let found = match kind {
+                0 => entry.get(3).map(|id| u32::from(*id)).zip(u32_at(entry, 4)),
+                9 => u32_at(entry, 4).zip(u32_at(entry, 8)),
+                _ => None,
+            };
+            if let Some((apic_id, flags)) = found {
+                self.processors.push(Processor {
+                    apic_id,
+                    enabled: flags & 1 != 0,
+                });
+            }
+            rest = &rest[len..];
+        }
+    }
+
+    fn read_fadt(&mut self, fadt: &[u8]) -> Result<(), String> {
+        let flags = u32_at(fadt, 112).unwrap_or(0);
+        self.hardware_reduced = flags & 1 << 20 != 0;
+        // Generic address structures: address space 1 is I/O ports.
+        let port = |at: usize| {
+            (fadt.get(at) == Some(&1))
+                .then(|| u64_at(fadt, at + 4))
+                .flatten()
+                .map(|port| port as u16)
+                .filter(|port| *port != 0)
+        };
+        if flags & 1 << 10 != 0 {
+            self.reset = port(116).zip(fadt.get(128).copied());
+        }
+        self.sleep_control = port(244);
+        let dsdt = match u64_at(fadt, 140) {
+            Some(address) if address != 0 => address,
+            _ => u32_at(fadt, 40).unwrap_or(0).into(),
+        };
+        self.tables.push(signature(table(dsdt)?));
+        u16_at(fadt, 109)
+            .map(|_| ())
+            .ok_or_else(|| "FADT is too short".into())
+    }
+}

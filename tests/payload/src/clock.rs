@@ -1,0 +1,92 @@
+//! Time from the time-stamp counter, its rate measured against the ACPI PM timer (or the APIC timer without one).
+
+use crate::io::inl;
+use crate::ring0::{rdmsr, wrmsr};
+use core::arch::x86_64::_rdtsc;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+const PM_TIMER_PORT: u16 = 0x608;
+const PM_TIMER_HZ: u64 = 3_579_545;
+const TIMER_INITIAL: u32 = 0x838;
+const TIMER_CURRENT: u32 = 0x839;
+
+static KHZ: AtomicU64 = AtomicU64::new(0);
+
+/// The time-stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: CR4.TSD is clear, so ring 3 may read it.
+    unsafe { _rdtsc() }
+}
+
+/// The PM timer's count.
+pub fn pm_timer() -> u32 {
+    inl(PM_TIMER_PORT)
+}
+
+/// TSC ticks per millisecond by the PM timer; `None` when the timer stands still.
+pub fn measure_by_pm_timer() -> Option<u64> {
+    let (first, start) = (pm_timer(), tsc());
+    for _ in 0..2000 {
+        let passed = u64::from(pm_timer().wrapping_sub(first) & 0xff_ffff);
+        let ticks = tsc() - start;
+        if passed > PM_TIMER_HZ / 500 {
+            return Some(ticks * PM_TIMER_HZ / passed / 1000);
+        }
+    }
+    None
+}
+
+/// TSC ticks per millisecond by the APIC timer, which KVM runs at 1 GHz.
+pub fn measure_by_apic_timer() -> u64 {
+    wrmsr(TIMER_INITIAL, 0xffff_ffff);
+    let (first, start) = (rdmsr(TIMER_CURRENT), tsc());
+    loop {
+        let passed = first.wrapping_sub(rdmsr(TIMER_CURRENT));
+        let ticks = tsc() - start;
+        if passed > 1_000_000 {
+            wrmsr(TIMER_INITIAL, 0);
+            return ticks * 1_000_000 / passed;
+        }
+    }
+}
+
+/// TSC ticks per millisecond, measured once.
+pub fn khz() -> u64 {
+    match KHZ.load(Ordering::Relaxed) {
+        0 => {
+            let khz = measure_by_pm_timer()
+                .unwrap_or_else(measure_by_apic_timer)
+                .max(1);
+            KHZ.store(khz, Ordering::Relaxed);
+            khz
+        }
+        khz => khz,
+    }
+}
+
+/// Nanoseconds in `ticks` of the TSC.
+pub fn nanoseconds(ticks: u64) -> u64 {
+    (u128::from(ticks) * 1_000_000 / u128::from(khz())) as u64
+}
+
+/// A moment to give up at.
+#[derive(Clone, Copy)]
+pub struct Deadline(u64);
+
+impl Deadline {
+    /// So many milliseconds from now.
+    pub fn after_ms(ms: u64) -> Self {
+        Self(tsc() + ms * khz())
+    }
+
+    /// So many microseconds from now.
+    pub fn after_us(us: u64) -> Self {
+        Self(tsc() + us * khz() / 1000)
+    }
+
+    /// Nanoseconds left for one sleep, at most 4 seconds; `None` when the moment has passed.
+    pub fn left(self) -> Option<u32> {
+        let now = tsc();
+        (now < self.0).then(|| nanoseconds(self.0 - now).clamp(1000, 4_000_000_000) as u32)
+    }
+}

@@ -1,0 +1,10 @@
+//! What the commands do.
+
+pub mod blk;
+pub mod memory;
+pub mod net;
+pub mod pci;
+pub mod rings;
+pub mod small;
+pub mod system;
+pub mod vsock;
