@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{packages, tools};
+use crate::{packages, payload, tools};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const STATIC: &str = r#"target.x86_64-unknown-linux-gnu.rustflags=["-Ctarget-feature=+crt-static"]"#;
@@ -79,6 +79,8 @@ pub fn everything(profile: Profile) -> Result<()> {
             println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
         }
     }
+    let file = payload::build()?;
+    println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{licence, tools};
+use crate::{licence, payload, tools};
 
 /// The only directory in which code may depend on the processor's architecture.
 const ARCH_DIR: &str = "vmm/arch/";
@@ -33,7 +33,7 @@ pub struct Check {
 }
 
 /// All checks, quick ones first.
-pub const CHECKS: [Check; 6] = [
+pub const CHECKS: [Check; 7] = [
     Check {
         name: "format",
         run: format,
@@ -53,6 +53,10 @@ pub const CHECKS: [Check; 6] = [
     Check {
         name: "advisories",
         run: advisories,
+    },
+    Check {
+        name: "payload guest",
+        run: payload::lint,
     },
     Check {
         name: "clippy",

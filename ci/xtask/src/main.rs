@@ -18,6 +18,7 @@ mod lint;
 mod local;
 mod modules;
 mod packages;
+mod payload;
 mod qemu;
 mod root;
 mod session;

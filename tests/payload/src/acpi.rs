@@ -170,8 +170,6 @@ impl Acpi {
             _ => u32_at(fadt, 40).unwrap_or(0).into(),
         };
         self.tables.push(signature(table(dsdt)?));
-        u16_at(fadt, 109)
-            .map(|_| ())
-            .ok_or_else(|| "FADT is too short".into())
+        u16_at(fadt, 109).map(|_| ()).ok_or_else(|| "FADT is too short".into())
     }
 }

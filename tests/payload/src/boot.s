@@ -241,7 +241,10 @@ empty_idt:
     jmp nmi
     .elseif vector == 6
     jmp invalid_opcode
-    .elseif vector == 8 || vector == 10 || vector == 11 || vector == 12 || vector == 13 || vector == 14 || vector == 17 || vector == 21
+    .elseif vector == 8 || vector == 17 || vector == 21
+    pushq $vector
+    jmp fault_common
+    .elseif vector >= 10 && vector <= 14
     pushq $vector
     jmp fault_common
     .elseif vector < 32

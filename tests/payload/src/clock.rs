@@ -54,9 +54,7 @@ pub fn measure_by_apic_timer() -> u64 {
 pub fn khz() -> u64 {
     match KHZ.load(Ordering::Relaxed) {
         0 => {
-            let khz = measure_by_pm_timer()
-                .unwrap_or_else(measure_by_apic_timer)
-                .max(1);
+            let khz = measure_by_pm_timer().unwrap_or_else(measure_by_apic_timer).max(1);
             KHZ.store(khz, Ordering::Relaxed);
             khz
         }

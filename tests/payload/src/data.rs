@@ -6,11 +6,7 @@ const CRC_TABLE: [u32; 256] = {
     while n < 256 {
         let (mut crc, mut bit) = (n as u32, 0);
         while bit < 8 {
-            crc = if crc & 1 != 0 {
-                crc >> 1 ^ 0xedb8_8320
-            } else {
-                crc >> 1
-            };
+            crc = if crc & 1 != 0 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
             bit += 1;
         }
         table[n] = crc;
@@ -21,9 +17,9 @@ const CRC_TABLE: [u32; 256] = {
 
 /// CRC-32 (IEEE 802.3) of `bytes`, continuing from `crc` (0 at the start).
 pub fn crc32(crc: u32, bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!crc, |crc, byte| {
-        CRC_TABLE[usize::from(crc as u8 ^ byte)] ^ crc >> 8
-    })
+    !bytes
+        .iter()
+        .fold(!crc, |crc, byte| CRC_TABLE[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
 }
 
 fn splitmix64(state: &mut u64) -> u64 {

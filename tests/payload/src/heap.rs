@@ -15,7 +15,8 @@ struct State {
 
 struct Heap(UnsafeCell<State>);
 
-// SAFETY: only the boot processor allocates and frees, and nothing runs beside it in ring 3 there: interrupts end in ring 0.
+// SAFETY: only the boot processor allocates and frees, and nothing runs beside it in ring 3 there: interrupts end in
+// ring 0.
 unsafe impl Sync for Heap {}
 
 #[global_allocator]
@@ -33,7 +34,8 @@ fn class(layout: Layout) -> usize {
         .trailing_zeros() as usize
 }
 
-// SAFETY: blocks are disjoint, as large as asked and aligned to their own size, which is at least the alignment asked for.
+// SAFETY: blocks are disjoint, as large as asked and aligned to their own size, which is at least the alignment asked
+// for.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let class = class(layout);

@@ -48,11 +48,7 @@ pub fn count(vector: u8) -> u64 {
 /// Sleeps until an interrupt comes, at most `nanoseconds` (0: no limit); returns at once when `vector` has already
 /// been counted past `seen`.
 pub fn sleep(vector: u8, seen: u64, nanoseconds: u32) {
-    ring0::idle(
-        vector_counts[usize::from(vector)].as_ptr(),
-        seen,
-        nanoseconds,
-    );
+    ring0::idle(vector_counts[usize::from(vector)].as_ptr(), seen, nanoseconds);
 }
 
 /// The next free vector for a device; when all are used up, starts over (vectors are then shared).
@@ -66,10 +62,7 @@ pub fn new_vector() -> u8 {
 
 /// Address and data of the message that raises `vector` on the boot processor (Intel SDM 3A §11.11).
 pub fn message(vector: u8) -> (u64, u32) {
-    (
-        0xfee0_0000 | u64::from(apic_id() & 0xff) << 12,
-        u32::from(vector),
-    )
+    (0xfee0_0000 | u64::from(apic_id() & 0xff) << 12, u32::from(vector))
 }
 
 /// Routes an ISA interrupt (edge, active high) through the I/O APIC at its architectural place to the boot processor.

@@ -6,9 +6,7 @@ use core::arch::asm;
 pub fn inb(port: u16) -> u8 {
     let value;
     // SAFETY: port I/O does not touch the program's memory.
-    unsafe {
-        asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
     value
 }
 
@@ -16,9 +14,7 @@ pub fn inb(port: u16) -> u8 {
 pub fn inw(port: u16) -> u16 {
     let value;
     // SAFETY: as for `inb`.
-    unsafe {
-        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags)) };
     value
 }
 
@@ -26,9 +22,7 @@ pub fn inw(port: u16) -> u16 {
 pub fn inl(port: u16) -> u32 {
     let value;
     // SAFETY: as for `inb`.
-    unsafe {
-        asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags))
-    };
+    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) };
     value
 }
 
@@ -47,16 +41,18 @@ pub fn outw(port: u16, value: u16) {
 /// Writes 32 bits to an I/O port.
 pub fn outl(port: u16, value: u32) {
     // SAFETY: as for `outb`.
-    unsafe {
-        asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags))
-    };
+    unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) };
 }
 
 /// Writes all of `bytes` to an I/O port by one `rep outsb`.
 pub fn outsb(port: u16, bytes: &[u8]) {
     // SAFETY: the instruction reads exactly `bytes`.
     unsafe {
-        asm!("rep outsb", in("dx") port, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _, options(nostack, preserves_flags));
+        asm!(
+            "rep outsb",
+            in("dx") port, inout("rsi") bytes.as_ptr() => _, inout("rcx") bytes.len() => _,
+            options(nostack, preserves_flags)
+        );
     }
 }
 
@@ -83,7 +79,11 @@ impl Mmio {
         let value;
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov {v}, byte ptr [{a}]", a = in(reg) self.0 + offset, v = out(reg_byte) value, options(nostack, preserves_flags))
+            asm!(
+                "mov {v}, byte ptr [{a}]",
+                a = in(reg) self.0 + offset, v = out(reg_byte) value,
+                options(nostack, preserves_flags)
+            );
         };
         value
     }
@@ -93,7 +93,11 @@ impl Mmio {
         let value;
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov {v:x}, word ptr [{a}]", a = in(reg) self.0 + offset, v = out(reg) value, options(nostack, preserves_flags))
+            asm!(
+                "mov {v:x}, word ptr [{a}]",
+                a = in(reg) self.0 + offset, v = out(reg) value,
+                options(nostack, preserves_flags)
+            );
         };
         value
     }
@@ -103,7 +107,11 @@ impl Mmio {
         let value;
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov {v:e}, dword ptr [{a}]", a = in(reg) self.0 + offset, v = out(reg) value, options(nostack, preserves_flags))
+            asm!(
+                "mov {v:e}, dword ptr [{a}]",
+                a = in(reg) self.0 + offset, v = out(reg) value,
+                options(nostack, preserves_flags)
+            );
         };
         value
     }
@@ -112,7 +120,11 @@ impl Mmio {
     pub fn write8(self, offset: u64, value: u8) {
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov byte ptr [{a}], {v}", a = in(reg) self.0 + offset, v = in(reg_byte) value, options(nostack, preserves_flags))
+            asm!(
+                "mov byte ptr [{a}], {v}",
+                a = in(reg) self.0 + offset, v = in(reg_byte) value,
+                options(nostack, preserves_flags)
+            );
         };
     }
 
@@ -120,7 +132,11 @@ impl Mmio {
     pub fn write16(self, offset: u64, value: u16) {
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov word ptr [{a}], {v:x}", a = in(reg) self.0 + offset, v = in(reg) value, options(nostack, preserves_flags))
+            asm!(
+                "mov word ptr [{a}], {v:x}",
+                a = in(reg) self.0 + offset, v = in(reg) value,
+                options(nostack, preserves_flags)
+            );
         };
     }
 
@@ -128,7 +144,11 @@ impl Mmio {
     pub fn write32(self, offset: u64, value: u32) {
         // SAFETY: `new` promises device registers here.
         unsafe {
-            asm!("mov dword ptr [{a}], {v:e}", a = in(reg) self.0 + offset, v = in(reg) value, options(nostack, preserves_flags))
+            asm!(
+                "mov dword ptr [{a}], {v:e}",
+                a = in(reg) self.0 + offset, v = in(reg) value,
+                options(nostack, preserves_flags)
+            );
         };
     }
 

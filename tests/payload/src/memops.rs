@@ -12,7 +12,11 @@ use core::arch::asm;
 pub unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
     // SAFETY: the caller vouches for both ranges; the direction flag is clear by the calling convention.
     unsafe {
-        asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") len => _, options(nostack, preserves_flags));
+        asm!(
+            "rep movsb",
+            inout("rdi") to => _, inout("rsi") from => _, inout("rcx") len => _,
+            options(nostack, preserves_flags)
+        );
     }
     to
 }
@@ -43,7 +47,11 @@ pub unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, len: usize) -> *m
 pub unsafe extern "C" fn memset(to: *mut u8, byte: i32, len: usize) -> *mut u8 {
     // SAFETY: the caller vouches for the range; only the low byte of `byte` counts.
     unsafe {
-        asm!("rep stosb", inout("rdi") to => _, in("al") byte as u8, inout("rcx") len => _, options(nostack, preserves_flags));
+        asm!(
+            "rep stosb",
+            inout("rdi") to => _, in("al") byte as u8, inout("rcx") len => _,
+            options(nostack, preserves_flags)
+        );
     }
     to
 }
@@ -60,8 +68,11 @@ pub unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, len: usize) -> i32 {
     }
     // SAFETY: the caller vouches for both ranges; the last compared pair is re-read behind the pointers.
     unsafe {
-        asm!("repe cmpsb", "movzx {l:e}, byte ptr [rsi - 1]", "movzx {r:e}, byte ptr [rdi - 1]", l = out(reg) left, r = out(reg) right,
-            inout("rsi") a => _, inout("rdi") b => _, inout("rcx") len => _, options(nostack));
+        asm!(
+            "repe cmpsb", "movzx {l:e}, byte ptr [rsi - 1]", "movzx {r:e}, byte ptr [rdi - 1]",
+            l = out(reg) left, r = out(reg) right, inout("rsi") a => _, inout("rdi") b => _,
+            inout("rcx") len => _, options(nostack)
+        );
     }
     left as i32 - right as i32
 }

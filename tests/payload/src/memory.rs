@@ -98,10 +98,7 @@ impl Platform {
             .map
             .iter()
             .filter(|entry| entry.kind == 1)
-            .map(|entry| {
-                entry.base.max(heap::RANGE.end).next_multiple_of(4096)
-                    ..(entry.base + entry.size) & !4095
-            })
+            .map(|entry| entry.base.max(heap::RANGE.end).next_multiple_of(4096)..(entry.base + entry.size) & !4095)
             .filter(|range| range.start < range.end)
             .collect();
         arenas.sort_by_key(|range| range.start);

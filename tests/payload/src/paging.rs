@@ -31,7 +31,8 @@ fn map_gib(gib: u64, ram: bool) -> bool {
     if gib >> 47 != 0 {
         return false;
     }
-    // SAFETY: the tables built in boot.s and here; only the boot processor changes them, and only from absent to present.
+    // SAFETY: the tables built in boot.s and here; only the boot processor changes them, and only from absent to
+    // present.
     unsafe {
         let top = (PML4 as *mut u64).add((gib >> 39) as usize);
         if top.read() & 1 == 0 {

@@ -55,10 +55,7 @@ impl Function {
     }
 
     fn select(self, register: u16) -> u16 {
-        outl(
-            0xcf8,
-            1 << 31 | u32::from(self.bdf) << 8 | u32::from(register & 0xfc),
-        );
+        outl(0xcf8, 1 << 31 | u32::from(self.bdf) << 8 | u32::from(register & 0xfc));
         0xcfc + (register & 3)
     }
 
@@ -121,12 +118,7 @@ impl Function {
 
     /// `BB:DD.F`.
     pub fn name(self) -> String {
-        format!(
-            "{:02x}:{:02x}.{}",
-            self.bdf >> 8,
-            self.bdf >> 3 & 31,
-            self.bdf & 7
-        )
+        format!("{:02x}:{:02x}.{}", self.bdf >> 8, self.bdf >> 3 & 31, self.bdf & 7)
     }
 
     /// Capabilities: (id, offset) in list order; at most 48, so that a loop ends.
@@ -145,10 +137,7 @@ impl Function {
 
     /// Turns memory decoding and bus mastering on.
     pub fn enable(self) {
-        self.write16(
-            COMMAND,
-            self.read16(COMMAND) | COMMAND_MEMORY | COMMAND_MASTER,
-        );
+        self.write16(COMMAND, self.read16(COMMAND) | COMMAND_MEMORY | COMMAND_MASTER);
     }
 
     /// Runs `work` with memory and I/O decoding off.
@@ -164,11 +153,7 @@ impl Function {
     pub fn bar_address(self, index: u8) -> u64 {
         let register = 0x10 + 4 * u16::from(index);
         let low = self.read32(register);
-        let high = if low & 6 == 4 {
-            self.read32(register + 4)
-        } else {
-            0
-        };
+        let high = if low & 6 == 4 { self.read32(register + 4) } else { 0 };
         u64::from(high) << 32 | u64::from(low & !15)
     }
 
@@ -250,9 +235,7 @@ pub fn scan(access: Access) -> Vec<Function> {
             if candidate.id() as u16 != 0xffff {
                 found.push(candidate);
             }
-            if function == 0
-                && (candidate.id() as u16 == 0xffff || candidate.read8(0xe) & 0x80 == 0)
-            {
+            if function == 0 && (candidate.id() as u16 == 0xffff || candidate.read8(0xe) & 0x80 == 0) {
                 break;
             }
         }
@@ -305,10 +288,8 @@ impl Msix {
     /// Masks or unmasks all entries at once (the function mask).
     pub fn mask_function(&self, masked: bool) {
         let control = self.function.read16(self.capability + 2) & !0x4000;
-        self.function.write16(
-            self.capability + 2,
-            if masked { control | 0x4000 } else { control },
-        );
+        self.function
+            .write16(self.capability + 2, if masked { control | 0x4000 } else { control });
     }
 
     /// Programs `entry` with a message and unmasks it.
@@ -322,8 +303,7 @@ impl Msix {
 
     /// Masks or unmasks `entry`.
     pub fn mask(&self, entry: u16, masked: bool) {
-        self.table
-            .write32(u64::from(entry) * 16 + 12, u32::from(masked));
+        self.table.write32(u64::from(entry) * 16 + 12, u32::from(masked));
     }
 
     /// The pending bit of `entry`.

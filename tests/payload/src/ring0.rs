@@ -10,11 +10,15 @@ const PARK: u64 = 4;
 
 fn call(service: u64, rdi: u64, rsi: u64, rdx: u64) -> u64 {
     let result;
-    // SAFETY: the stub at ring0_call traps into boot.s, which keeps all registers but RAX, RCX, RDX and the flags. The call pushes a return
-    // address, so the red zone is stepped over first.
+    // SAFETY: the stub at ring0_call traps into boot.s, which keeps all registers but RAX, RCX, RDX and the flags. The
+    // call pushes a return address, so the red zone is stepped over first.
     unsafe {
-        asm!("sub rsp, 128", "call ring0_call", "add rsp, 128", inout("rax") service => result, in("rdi") rdi, in("rsi") rsi,
-            inout("rdx") rdx => _, out("rcx") _);
+        asm!(
+            "sub rsp, 128",
+            "call ring0_call",
+            "add rsp, 128",
+            inout("rax") service => result, in("rdi") rdi, in("rsi") rsi, inout("rdx") rdx => _, out("rcx") _
+        );
     }
     result
 }

@@ -2,7 +2,7 @@
 
 use crate::{Guest, cmd, serial};
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 
 /// What a command answers: the text behind `ok` or behind `err`.
@@ -116,6 +116,6 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),
-        other => Err(format!("unknown command {}", other.to_string())),
+        other => Err(format!("unknown command {other}")),
     }
 }

@@ -79,12 +79,7 @@ fn prepare(index: usize) -> Result<&'static Mailbox, String> {
         ((tss + 4) as *mut u64).write_unaligned(ring0 + 4096);
         ((tss + 0x66) as *mut u16).write_unaligned(TSS_BYTES as u16);
         let slot = (&raw mut descriptor_table).cast::<u64>().add(5 + 2 * index);
-        slot.write(
-            (TSS_BYTES as u64 - 1)
-                | (tss & 0xff_ffff) << 16
-                | 0x89 << 40
-                | (tss >> 24 & 0xff) << 56,
-        );
+        slot.write((TSS_BYTES as u64 - 1) | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56);
         slot.add(1).write(tss >> 32);
         (&raw mut ap_args).write_volatile([
             0x28 + 16 * index as u64,
@@ -134,10 +129,7 @@ impl Processor {
         let deadline = Deadline::after_ms(2000);
         while self.mailbox.done.load(Ordering::SeqCst) != job {
             if deadline.left().is_none() {
-                return Err(format!(
-                    "processor {} does not answer an interrupt",
-                    self.apic_id
-                ));
+                return Err(format!("processor {} does not answer an interrupt", self.apic_id));
             }
             core::hint::spin_loop();
         }

@@ -35,10 +35,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             } else {
                 request::WRITE_ZEROES
             };
-            let (sector, count) = (
-                args.number("SECTOR")?,
-                args.number_to("COUNT", u32::MAX.into())?,
-            );
+            let (sector, count) = (args.number("SECTOR")?, args.number_to("COUNT", u32::MAX.into())?);
             disk.range(kind, sector, count as u32, args.has("unmap"))
                 .map(|()| String::new())
         }
@@ -47,10 +44,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             let (blocks, depth) = (args.number("BLOCKS")?, args.number_to("DEPTH", 128)?);
             let start = clock::tsc();
             disk.stress(blocks, depth.max(1) as usize, args.number("SEED")?)?;
-            Ok(format!(
-                "us={}",
-                clock::nanoseconds(clock::tsc() - start) / 1000
-            ))
+            Ok(format!("us={}", clock::nanoseconds(clock::tsc() - start) / 1000))
         }
         "bench" => bench(disk, args),
         other => Err(format!("blk {other}?")),
@@ -92,10 +86,7 @@ fn info(disk: &mut Blk) -> Reply {
 }
 
 fn read(disk: &mut Blk, args: &mut Args) -> Reply {
-    let (sector, count) = (
-        args.number("SECTOR")?,
-        args.number_to("COUNT", MAX_SECTORS)?,
-    );
+    let (sector, count) = (args.number("SECTOR")?, args.number_to("COUNT", MAX_SECTORS)?);
     disk.data().fill(0xa5);
     disk.transfer(request::IN, sector, count, args.option("segs", 1) as usize)?;
     Ok(format!(
@@ -125,10 +116,7 @@ fn write_or_verify(disk: &mut Blk, write: bool, args: &mut Args) -> Reply {
             }
         }
     }
-    Ok(format!(
-        "crc32={:#010x}",
-        data::crc32(0, &disk.data()[..len])
-    ))
+    Ok(format!("crc32={:#010x}", data::crc32(0, &disk.data()[..len])))
 }
 
 /// `raw TYPE SECTOR LEN [in]`: any request type with LEN bytes of data, whatever the device thinks of it.
@@ -144,10 +132,7 @@ fn raw(disk: &mut Blk, args: &mut Args) -> Reply {
         write: args.has("in"),
     };
     let segments: &[Segment] = if len == 0 { &[] } else { &[segment] };
-    Ok(format!(
-        "status={}",
-        disk.request(kind as u32, sector, segments)?
-    ))
+    Ok(format!("status={}", disk.request(kind as u32, sector, segments)?))
 }
 
 fn bench(disk: &mut Blk, args: &mut Args) -> Reply {

@@ -17,18 +17,13 @@ fn range(guest: &Guest, args: &mut Args) -> Result<&'static mut [u8], String> {
 
 fn slice(guest: &Guest, range: &Range<u64>) -> Result<&'static mut [u8], String> {
     if !guest.platform.is_arena(range) {
-        return Err(format!(
-            "{:#x}..{:#x} is not test RAM",
-            range.start, range.end
-        ));
+        return Err(format!("{:#x}..{:#x} is not test RAM", range.start, range.end));
     }
     if !paging::map(range, true) {
         return Err("out of reach of the page tables".into());
     }
     // SAFETY: RAM that nothing else uses (above the heap), mapped just now; callers hold one slice at a time.
-    Ok(unsafe {
-        core::slice::from_raw_parts_mut(range.start as *mut u8, (range.end - range.start) as usize)
-    })
+    Ok(unsafe { core::slice::from_raw_parts_mut(range.start as *mut u8, (range.end - range.start) as usize) })
 }
 
 /// `mem map|arenas|fill|verify|checksum`
@@ -73,30 +68,21 @@ pub fn run(guest: &Guest, args: &mut Args) -> Reply {
             for (block, chunk) in bytes.chunks(512).enumerate() {
                 data::fill(&mut expected[..chunk.len()], seed, block as u64);
                 if chunk != &expected[..chunk.len()] {
-                    return Err(format!(
-                        "differs in block {block} at {:#x}",
-                        chunk.as_ptr() as u64
-                    ));
+                    return Err(format!("differs in block {block} at {:#x}", chunk.as_ptr() as u64));
                 }
             }
             Ok(String::new())
         }
-        "checksum" => Ok(format!(
-            "crc32={:#010x}",
-            data::crc32(0, range(guest, args)?)
-        )),
+        "checksum" => Ok(format!("crc32={:#010x}", data::crc32(0, range(guest, args)?))),
         other => Err(format!("mem {other}?")),
     }
 }
 
-/// `dirty PAGES RATE SECONDS`: counts up the first word of PAGES pages of the largest test range, one after the other and round again, RATE
-/// pages a second (0: as fast as it goes), for SECONDS (0: until a byte comes over the serial line).
+/// `dirty PAGES RATE SECONDS`: counts up the first word of PAGES pages of the largest test range, one after the other
+/// and round again, RATE pages a second (0: as fast as it goes), for SECONDS (0: until a byte comes over the serial
+/// line).
 pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
-    let (pages, rate, seconds) = (
-        args.number("PAGES")?,
-        args.number("RATE")?,
-        args.number("SECONDS")?,
-    );
+    let (pages, rate, seconds) = (args.number("PAGES")?, args.number("RATE")?, args.number("SECONDS")?);
     let arena = guest
         .platform
         .arenas()

@@ -42,10 +42,7 @@ fn mac_text(mac: &[u8]) -> String {
 }
 
 fn parse_mac(word: &str) -> Result<Vec<u8>, String> {
-    let bytes: Option<Vec<u8>> = word
-        .split(':')
-        .map(|part| u8::from_str_radix(part, 16).ok())
-        .collect();
+    let bytes: Option<Vec<u8>> = word.split(':').map(|part| u8::from_str_radix(part, 16).ok()).collect();
     bytes
         .filter(|bytes| bytes.len() == 6)
         .ok_or_else(|| format!("no MAC: {word}"))
@@ -58,11 +55,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     if what == "init" {
         guest.restart("net", index, &Setup::of(args))?;
         let nic = guest.net(index)?;
-        return Ok(format!(
-            "features={:#x} pairs={}",
-            nic.features,
-            nic.pairs()
-        ));
+        return Ok(format!("features={:#x} pairs={}", nic.features, nic.pairs()));
     }
     let nic = guest.net(index)?;
     match what {
@@ -185,9 +178,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 }
 
 fn ipv4(kind: u8, from: Ip, to: Ip, payload: &[u8]) -> Vec<u8> {
-    let mut header = [
-        0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    ];
+    let mut header = [0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     header[2..4].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
     header[12..16].copy_from_slice(&from);
     header[16..20].copy_from_slice(&to);
@@ -211,10 +202,7 @@ fn arp(operation: u16, mac: &[u8; 6], from: Ip, to_mac: &[u8], to: Ip) -> Vec<u8
 /// A received frame: its ethertype and what follows.
 fn open(frame: &[u8]) -> Option<(u16, &[u8])> {
     let frame = frame.get(HEADER..)?;
-    Some((
-        u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]),
-        &frame[14..],
-    ))
+    Some((u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]), &frame[14..]))
 }
 
 /// An IPv4 packet of `kind` to `to`: sender and payload.
@@ -263,12 +251,7 @@ fn ping(nic: &mut Net, args: &mut Args) -> Reply {
     let mut best = u64::MAX;
     for n in 0..count {
         data::fill(&mut body, n, 0);
-        let mut message = [
-            &[8, 0, 0, 0, 0x54, 0x52][..],
-            &(n as u16).to_be_bytes(),
-            &body,
-        ]
-        .concat();
+        let mut message = [&[8, 0, 0, 0, 0x54, 0x52][..], &(n as u16).to_be_bytes(), &body].concat();
         let sum = checksum(&[&message]);
         message[2..4].copy_from_slice(&sum.to_be_bytes());
         let frame = ethernet(&mac, &nic.mac, IPV4, &ipv4(ICMP, own, peer, &message));
@@ -276,16 +259,12 @@ fn ping(nic: &mut Net, args: &mut Args) -> Reply {
         nic.send((n as usize) % nic.pairs(), &frame, Offload::default())?;
         let deadline = Deadline::after_ms(2000);
         loop {
-            let frame = nic
-                .receive(deadline)
-                .ok_or_else(|| format!("echo {n} lost"))?;
+            let frame = nic.receive(deadline).ok_or_else(|| format!("echo {n} lost"))?;
             match open(&frame) {
                 Some((ARP, packet)) if is_arp_for(packet, 1, own) => answer_arp(nic, own, packet)?,
                 Some((IPV4, packet)) => match open_ipv4(packet, ICMP, own) {
                     Some((from, reply))
-                        if from == peer
-                            && reply.first() == Some(&0)
-                            && reply.get(4..) == Some(&message[4..]) =>
+                        if from == peer && reply.first() == Some(&0) && reply.get(4..) == Some(&message[4..]) =>
                     {
                         break;
                     }
@@ -305,18 +284,15 @@ fn serve(nic: &mut Net, args: &mut Args) -> Reply {
     let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
     let (mut arps, mut echoes) = (0, 0);
     while let Some(frame) = nic.receive(deadline) {
-        let from = frame
-            .get(HEADER + 6..HEADER + 12)
-            .ok_or("runt frame")?
-            .to_vec();
+        let from = frame.get(HEADER + 6..HEADER + 12).ok_or("runt frame")?.to_vec();
         match open(&frame) {
             Some((ARP, packet)) if is_arp_for(packet, 1, own) => {
                 answer_arp(nic, own, packet)?;
                 arps += 1;
             }
             Some((IPV4, packet)) => {
-                if let Some((peer, message)) = open_ipv4(packet, ICMP, own)
-                    .filter(|(_, message)| message.len() >= 8 && message[0] == 8)
+                if let Some((peer, message)) =
+                    open_ipv4(packet, ICMP, own).filter(|(_, message)| message.len() >= 8 && message[0] == 8)
                 {
                     let mut reply = message.to_vec();
                     reply[0] = 0;
@@ -339,7 +315,8 @@ fn pseudo(own: Ip, peer: Ip, kind: u8, len: usize) -> u16 {
     !checksum(&[&own, &peer, &[0, kind], &(len as u16).to_be_bytes()])
 }
 
-/// `udp OWN PEER PORT LEN SEED [csum] [echo]`: one datagram; `csum` leaves its checksum to the device, `echo` waits for the same data back.
+/// `udp OWN PEER PORT LEN SEED [csum] [echo]`: one datagram; `csum` leaves its checksum to the device, `echo` waits for
+/// the same data back.
 fn udp(nic: &mut Net, args: &mut Args) -> Reply {
     let (own, peer, port) = (
         ip(args, "OWN")?,
@@ -368,10 +345,7 @@ fn udp(nic: &mut Net, args: &mut Args) -> Reply {
             },
         )
     } else {
-        (
-            checksum(&[&partial.to_be_bytes(), &datagram]),
-            Offload::default(),
-        )
+        (checksum(&[&partial.to_be_bytes(), &datagram]), Offload::default())
     };
     datagram[6..8].copy_from_slice(&sum.to_be_bytes());
     let frame = ethernet(&mac, &nic.mac, IPV4, &ipv4(UDP, own, peer, &datagram));

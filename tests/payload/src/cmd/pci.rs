@@ -22,10 +22,7 @@ pub fn list(guest: &Guest) -> Reply {
     let mut text = format!("functions={}", guest.functions.len());
     for function in &guest.functions {
         for register in (0..64).step_by(4) {
-            let (ecam, ports) = (
-                function.read32(register),
-                function.by(Access::Ports).read32(register),
-            );
+            let (ecam, ports) = (function.read32(register), function.by(Access::Ports).read32(register));
             if ecam != ports {
                 return Err(format!(
                     "{} register {register:#x}: {ecam:#x} by ECAM, {ports:#x} by ports",
@@ -86,11 +83,7 @@ fn free_place(functions: &[Function], bar: &Bar) -> Result<u64, String> {
     if high || top + bar.size <= 0xe800_0000 {
         return Ok(top);
     }
-    let bottom = used
-        .iter()
-        .map(|other| other.address)
-        .min()
-        .unwrap_or(bar.address);
+    let bottom = used.iter().map(|other| other.address).min().unwrap_or(bar.address);
     bottom
         .checked_sub(bar.size)
         .map(|place| place & !(bar.size - 1))
@@ -107,9 +100,7 @@ pub fn move_bar(guest: &mut Guest, args: &mut Args) -> Reply {
         .transpose()?;
     let functions = guest.functions.clone();
     let driver = guest.driver(&name, index)?;
-    driver
-        .prove()
-        .map_err(|why| format!("before the move: {why}"))?;
+    driver.prove().map_err(|why| format!("before the move: {why}"))?;
     let (function, number) = (driver.transport().function, driver.transport().bar);
     let bar = function
         .bars()
@@ -137,16 +128,15 @@ pub fn move_bar(guest: &mut Guest, args: &mut Args) -> Reply {
             driver.transport().status()
         ));
     }
-    driver
-        .prove()
-        .map_err(|why| format!("after the move: {why}"))?;
+    driver.prove().map_err(|why| format!("after the move: {why}"))?;
     Ok(format!(
         "bar={number} old={:#x} new={place:#x} size={:#x} old_reads={left_behind:#x}",
         bar.address, bar.size
     ))
 }
 
-/// `msix DEV`: an interrupt that comes while its entry, then while the function is masked stays pending and is delivered on unmasking.
+/// `msix DEV`: an interrupt that comes while its entry, then while the function is masked stays pending and is
+/// delivered on unmasking.
 pub fn msix(guest: &mut Guest, args: &mut Args) -> Reply {
     let (name, index) = find(guest, args)?;
     let driver = guest.driver(&name, index)?;
@@ -163,9 +153,9 @@ pub fn msix(guest: &mut Guest, args: &mut Args) -> Reply {
         let mask = |driver: &mut dyn crate::dev::Driver, masked| {
             let msix = &driver.transport().msix;
             if whole {
-                msix.mask_function(masked)
+                msix.mask_function(masked);
             } else {
-                msix.mask(entry, masked)
+                msix.mask(entry, masked);
             }
         };
         let before = interrupts::count(vector);

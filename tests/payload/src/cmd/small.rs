@@ -21,19 +21,14 @@ fn device<'a>(args: &mut Args<'a>, what: &str) -> Result<(usize, &'a str), Strin
 pub fn rng(guest: &mut Guest, args: &mut Args) -> Reply {
     let (index, word) = device(args, "LEN")?;
     if word == "init" {
-        return guest
-            .restart("rng", index, &Setup::of(args))
-            .map(|()| String::new());
+        return guest.restart("rng", index, &Setup::of(args)).map(|()| String::new());
     }
     let len = parse(word)
         .filter(|len| (1..=65536).contains(len))
         .ok_or("LEN is 1 to 65536")? as usize;
     let bytes = guest.rng(index)?.read(len)?;
     let ones: u32 = bytes.iter().map(|byte| byte.count_ones()).sum();
-    Ok(format!(
-        "len={len} ones={ones} crc32={:#010x}",
-        data::crc32(0, bytes)
-    ))
+    Ok(format!("len={len} ones={ones} crc32={:#010x}", data::crc32(0, bytes)))
 }
 
 /// `console [#N] write TEXT | fill LEN SEED | read MS | verify LEN SEED MS | size | init ...`

@@ -32,11 +32,7 @@ pub fn string_io(args: &Args) -> Reply {
 /// `acpi`
 pub fn acpi(guest: &Guest) -> Reply {
     let acpi = guest.acpi()?;
-    let enabled = acpi
-        .processors
-        .iter()
-        .filter(|processor| processor.enabled)
-        .count();
+    let enabled = acpi.processors.iter().filter(|processor| processor.enabled).count();
     let mut text = format!(
         "tables={} processors={} enabled={enabled}",
         acpi.tables.join(","),
@@ -98,10 +94,7 @@ pub fn sleep(args: &mut Args) -> Reply {
     while let Some(left) = deadline.left() {
         interrupts::sleep(0, interrupts::count(0), left);
     }
-    Ok(format!(
-        "us={}",
-        clock::nanoseconds(clock::tsc() - start) / 1000
-    ))
+    Ok(format!("us={}", clock::nanoseconds(clock::tsc() - start) / 1000))
 }
 
 /// `count VECTOR`
@@ -127,11 +120,7 @@ fn start_processors(guest: &mut Guest) -> Result<&[smp::Processor], String> {
 /// `cpus`
 pub fn cpus(guest: &mut Guest) -> Reply {
     let processors = start_processors(guest)?;
-    let mut text = format!(
-        "count={} ids={}",
-        processors.len() + 1,
-        interrupts::apic_id()
-    );
+    let mut text = format!("count={} ids={}", processors.len() + 1, interrupts::apic_id());
     for processor in processors {
         let _ = write!(text, ",{}", processor.apic_id);
     }

@@ -22,9 +22,7 @@ fn pattern(len: u64, seed: u64) -> Vec<u8> {
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let word = args.word("command")?;
     if word == "init" {
-        return guest
-            .restart("vsock", 0, &Setup::of(args))
-            .map(|()| String::new());
+        return guest.restart("vsock", 0, &Setup::of(args)).map(|()| String::new());
     }
     let vsock = guest.vsock(0)?;
     let deadline = Deadline::after_ms(TIMEOUT_MS);
@@ -38,10 +36,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
                 .map(|id| format!("{id}"))
         }
         "accept" => {
-            let (port, ms) = (
-                args.number_to("PORT", u32::MAX.into())?,
-                args.number_to("MS", 60_000)?,
-            );
+            let (port, ms) = (args.number_to("PORT", u32::MAX.into())?, args.number_to("MS", 60_000)?);
             vsock
                 .accept(port as u32, Deadline::after_ms(ms))
                 .map(|id| format!("{id}"))
@@ -59,11 +54,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         "recv" => {
             let (id, len) = (args.number("ID")? as usize, args.number_to("LEN", 1 << 20)?);
             let bytes = vsock.receive(id, len as usize, deadline)?;
-            Ok(format!(
-                "len={} crc32={:#010x}",
-                bytes.len(),
-                data::crc32(0, &bytes)
-            ))
+            Ok(format!("len={} crc32={:#010x}", bytes.len(), data::crc32(0, &bytes)))
         }
         "echo" => {
             let (port, len, seed) = (
@@ -77,10 +68,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             Ok(format!("len={len}"))
         }
         "serve" => {
-            let (port, ms) = (
-                args.number_to("PORT", u32::MAX.into())?,
-                args.number_to("MS", 60_000)?,
-            );
+            let (port, ms) = (args.number_to("PORT", u32::MAX.into())?, args.number_to("MS", 60_000)?);
             let deadline = Deadline::after_ms(ms);
             let id = vsock.accept(port as u32, deadline)?;
             serve(vsock, id, deadline).map(|bytes| format!("len={bytes}"))
@@ -93,12 +81,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
 }
 
 /// Sends `bytes` and takes them in again at the same time: the other side echoes.
-fn there_and_back(
-    vsock: &mut Vsock,
-    id: usize,
-    bytes: &[u8],
-    deadline: Deadline,
-) -> Result<(), String> {
+fn there_and_back(vsock: &mut Vsock, id: usize, bytes: &[u8], deadline: Deadline) -> Result<(), String> {
     let (mut sent, mut back) = (0, Vec::new());
     while back.len() < bytes.len() {
         let now = vsock.send_some(id, &bytes[sent..])?;
@@ -106,11 +89,7 @@ fn there_and_back(
         let got = vsock.take(id, bytes.len() - back.len())?;
         if now == 0 && got.is_empty() {
             if deadline.left().is_none() || vsock.ended(id)? {
-                return Err(format!(
-                    "{sent} of {} bytes sent, {} back",
-                    bytes.len(),
-                    back.len()
-                ));
+                return Err(format!("{sent} of {} bytes sent, {} back", bytes.len(), back.len()));
             }
             vsock.wait(deadline)?;
         }

@@ -67,12 +67,9 @@ pub struct Blk {
 
 impl Driver for Blk {
     fn start(function: Function, setup: &Setup) -> Result<Self, String> {
-        use feature::{
-            BLK_SIZE, CONFIG_WCE, DISCARD, FLUSH, MQ, RO, SEG_MAX, TOPOLOGY, WRITE_ZEROES,
-        };
+        use feature::{BLK_SIZE, CONFIG_WCE, DISCARD, FLUSH, MQ, RO, SEG_MAX, TOPOLOGY, WRITE_ZEROES};
         let transport = Transport::new(function)?;
-        let wanted =
-            RO | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | MQ | DISCARD | WRITE_ZEROES | SEG_MAX;
+        let wanted = RO | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | MQ | DISCARD | WRITE_ZEROES | SEG_MAX;
         let features = transport.negotiate(wanted | setup.features())?;
         let available = if features & MQ != 0 {
             transport.config_number(34, 2)? as u16
@@ -112,8 +109,7 @@ impl Driver for Blk {
     }
 
     fn remap(&mut self) -> Result<(), String> {
-        self.transport
-            .remap(&mut self.queues.iter_mut().collect::<Vec<_>>())
+        self.transport.remap(&mut self.queues.iter_mut().collect::<Vec<_>>())
     }
 }
 
@@ -159,13 +155,7 @@ impl Blk {
     }
 
     /// Submits one request without waiting.
-    fn begin(
-        &mut self,
-        queue: usize,
-        kind: u32,
-        sector: u64,
-        segments: &[Segment],
-    ) -> Result<u16, String> {
+    fn begin(&mut self, queue: usize, kind: u32, sector: u64, segments: &[Segment]) -> Result<u16, String> {
         self.header.put(0, kind.to_le_bytes());
         self.header.put(4, 0u32.to_le_bytes());
         self.header.put(8, sector.to_le_bytes());
@@ -181,13 +171,7 @@ impl Blk {
     }
 
     /// Reads into or writes from the data buffer, cut into `pieces` segments.
-    pub fn transfer(
-        &mut self,
-        kind: u32,
-        sector: u64,
-        count: u64,
-        pieces: usize,
-    ) -> Result<(), String> {
+    pub fn transfer(&mut self, kind: u32, sector: u64, count: u64, pieces: usize) -> Result<(), String> {
         let len = count as usize * SECTOR;
         let piece = len.div_ceil(pieces.max(1)).max(1);
         let segments: Vec<_> = (0..len)
@@ -221,8 +205,7 @@ impl Blk {
     pub fn serial(&mut self) -> Result<String, String> {
         let segment = Segment::write(&self.data, 0, 20);
         self.data()[..20].fill(0);
-        self.request(request::GET_ID, 0, &[segment])
-            .and_then(check)?;
+        self.request(request::GET_ID, 0, &[segment]).and_then(check)?;
         Ok(self.data()[..20]
             .iter()
             .take_while(|byte| **byte != 0)
@@ -262,8 +245,8 @@ impl Blk {
         Ok(())
     }
 
-    /// Writes the pattern of `seed` over `blocks` blocks of 4 KiB from sector 0 on, `depth` requests in flight over all queues, then reads
-    /// everything back the same way and compares.
+    /// Writes the pattern of `seed` over `blocks` blocks of 4 KiB from sector 0 on, `depth` requests in flight over all
+    /// queues, then reads everything back the same way and compares.
     pub fn stress(&mut self, blocks: u64, depth: usize, seed: u64) -> Result<(), String> {
         let mut slots = Vec::new();
         for _ in 0..depth {
@@ -283,13 +266,7 @@ impl Blk {
         Ok(())
     }
 
-    fn stress_pass(
-        &mut self,
-        slots: &mut [Slot],
-        kind: u32,
-        blocks: u64,
-        seed: u64,
-    ) -> Result<(), String> {
+    fn stress_pass(&mut self, slots: &mut [Slot], kind: u32, blocks: u64, seed: u64) -> Result<(), String> {
         let (mut next, mut finished) = (0, 0);
         while finished < blocks {
             while let Some(slot) = slots
@@ -339,14 +316,7 @@ struct Slot {
 }
 
 impl Slot {
-    fn submit(
-        &mut self,
-        queue: &mut Queue,
-        number: usize,
-        kind: u32,
-        block: u64,
-        seed: u64,
-    ) -> Result<(), String> {
+    fn submit(&mut self, queue: &mut Queue, number: usize, kind: u32, block: u64, seed: u64) -> Result<(), String> {
         if kind == request::OUT {
             data::fill(&mut self.dma.bytes()[..4096], seed, block * 8);
         } else {

@@ -65,16 +65,15 @@ impl Driver for Console {
     }
 
     fn remap(&mut self) -> Result<(), String> {
-        self.transport
-            .remap(&mut [&mut self.receive, &mut self.transmit])
+        self.transport.remap(&mut [&mut self.receive, &mut self.transmit])
     }
 }
 
 impl Console {
     fn give(&mut self, buffer: usize) {
-        if let Some(head) =
-            self.receive
-                .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
+        if let Some(head) = self
+            .receive
+            .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
         {
             self.heads.push((head, buffer));
         }
@@ -119,9 +118,6 @@ impl Console {
         if self.features & SIZE == 0 {
             return Err("size not offered".into());
         }
-        Ok((
-            self.transport.config_number(0, 2)?,
-            self.transport.config_number(2, 2)?,
-        ))
+        Ok((self.transport.config_number(0, 2)?, self.transport.config_number(2, 2)?))
     }
 }

@@ -23,13 +23,7 @@ use rng::Rng;
 use vsock::Vsock;
 
 /// Virtio device types that have a driver here.
-pub const KINDS: [(&str, u16); 5] = [
-    ("net", 1),
-    ("blk", 2),
-    ("console", 3),
-    ("rng", 4),
-    ("vsock", 19),
-];
+pub const KINDS: [(&str, u16); 5] = [("net", 1), ("blk", 2), ("console", 3), ("rng", 4), ("vsock", 19)];
 
 /// What a driver asks the device for.
 #[derive(Clone, Copy)]
@@ -107,16 +101,12 @@ pub struct Devices {
 }
 
 fn function(functions: &[Function], name: &str, index: usize) -> Result<Function, String> {
-    let wanted = KINDS
-        .iter()
-        .find(|(known, _)| *known == name)
-        .map(|(_, kind)| *kind);
+    let wanted = KINDS.iter().find(|(known, _)| *known == name).map(|(_, kind)| *kind);
     let mut all = functions
         .iter()
         .copied()
         .filter(|function| kind(*function) == wanted && wanted.is_some());
-    all.nth(index)
-        .ok_or_else(|| format!("no {name} device {index}"))
+    all.nth(index).ok_or_else(|| format!("no {name} device {index}"))
 }
 
 macro_rules! accessors {
@@ -171,9 +161,7 @@ accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock);
 
 /// Splits `blk0` into its name and number.
 pub fn device_name(word: &str) -> Result<(&str, usize), String> {
-    let split = word
-        .find(|c: char| c.is_ascii_digit())
-        .unwrap_or(word.len());
+    let split = word.find(|c: char| c.is_ascii_digit()).unwrap_or(word.len());
     let (name, number) = word.split_at(split);
     let index = if number.is_empty() {
         0

@@ -74,8 +74,7 @@ pub struct Net {
 impl Driver for Net {
     fn start(function: Function, setup: &Setup) -> Result<Self, String> {
         use feature::{
-            CSUM, CTRL_MAC_ADDR, CTRL_RX, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MAC, MQ,
-            MRG_RXBUF, MTU, STATUS,
+            CSUM, CTRL_MAC_ADDR, CTRL_RX, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, HOST_TSO4, MAC, MQ, MRG_RXBUF, MTU, STATUS,
         };
         let transport = Transport::new(function)?;
         let receive_offload = if setup.offload {
@@ -83,15 +82,7 @@ impl Driver for Net {
         } else {
             0
         };
-        let wanted = CSUM
-            | MTU
-            | MAC
-            | HOST_TSO4
-            | STATUS
-            | CTRL_VQ
-            | CTRL_RX
-            | CTRL_MAC_ADDR
-            | receive_offload;
+        let wanted = CSUM | MTU | MAC | HOST_TSO4 | STATUS | CTRL_VQ | CTRL_RX | CTRL_MAC_ADDR | receive_offload;
         let wanted = wanted | if setup.queues > 1 { MQ } else { 0 };
         let features = transport.negotiate(wanted | setup.features())?;
         let most = if features & MQ != 0 {
@@ -179,9 +170,9 @@ impl Driver for Net {
 
 impl Pair {
     fn give(&mut self, buffer: usize) {
-        if let Some(head) =
-            self.receive
-                .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
+        if let Some(head) = self
+            .receive
+            .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
         {
             self.heads.push((head, buffer));
         }
@@ -232,20 +223,13 @@ impl Net {
                 .step_by(16384)
                 .map(|at| Segment::read(&self.output, HEADER + at, (frame.len() - at).min(16384))),
         );
-        let queue = &mut self
-            .pairs
-            .get_mut(pair)
-            .ok_or("no such queue pair")?
-            .transmit;
+        let queue = &mut self.pairs.get_mut(pair).ok_or("no such queue pair")?.transmit;
         queue.want_interrupt(true);
         queue.add(&chain).ok_or("queue is full")?;
         queue.kick();
-        queue.wait(Deadline::after_ms(5000)).ok_or_else(|| {
-            format!(
-                "frame not taken, device status {:#x}",
-                self.transport.status()
-            )
-        })?;
+        queue
+            .wait(Deadline::after_ms(5000))
+            .ok_or_else(|| format!("frame not taken, device status {:#x}", self.transport.status()))?;
         Ok(())
     }
 

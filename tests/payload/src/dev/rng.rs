@@ -67,10 +67,7 @@ impl Rng {
                 }
                 Some((_, got)) => have += got as usize,
                 None => {
-                    return Err(format!(
-                        "no answer, device status {:#x}",
-                        self.transport.status()
-                    ));
+                    return Err(format!("no answer, device status {:#x}", self.transport.status()));
                 }
             }
         }

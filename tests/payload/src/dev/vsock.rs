@@ -129,23 +129,16 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 
 impl Vsock {
     fn give(&mut self, buffer: usize) {
-        if let Some(head) =
-            self.receive
-                .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
+        if let Some(head) = self
+            .receive
+            .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
         {
             self.heads.push((head, buffer));
         }
     }
 
     /// Sends one packet; `credit` is (buf_alloc, fwd_cnt).
-    fn packet(
-        &mut self,
-        local: u32,
-        peer: u32,
-        op: u16,
-        data: &[u8],
-        credit: (u32, u32),
-    ) -> Result<(), String> {
+    fn packet(&mut self, local: u32, peer: u32, op: u16, data: &[u8], credit: (u32, u32)) -> Result<(), String> {
         let cid = self.cid;
         let header = &mut self.output;
         header.put(0, cid.to_le_bytes());
@@ -167,12 +160,7 @@ impl Vsock {
         self.transmit.add(&chain).ok_or("queue is full")?;
         self.transmit.kick();
         let done = self.transmit.wait(Deadline::after_ms(5000));
-        done.ok_or_else(|| {
-            format!(
-                "packet not taken, device status {:#x}",
-                self.transport.status()
-            )
-        })?;
+        done.ok_or_else(|| format!("packet not taken, device status {:#x}", self.transport.status()))?;
         Ok(())
     }
 
@@ -193,8 +181,7 @@ impl Vsock {
                 .position(|(known, _)| *known == head)
                 .ok_or("unknown head completed")?;
             let (_, buffer) = self.heads.swap_remove(place);
-            let packet =
-                self.input.bytes()[buffer * BUFFER..][..(len as usize).min(BUFFER)].to_vec();
+            let packet = self.input.bytes()[buffer * BUFFER..][..(len as usize).min(BUFFER)].to_vec();
             self.give(buffer);
             self.receive.kick();
             if packet.len() < HEADER {
@@ -220,9 +207,10 @@ impl Vsock {
         {
             return Err("packet with wrong addresses".into());
         }
-        let known = self.streams.iter().position(|stream| {
-            (stream.local, stream.peer) == (local, peer) && stream.state != State::Closed
-        });
+        let known = self
+            .streams
+            .iter()
+            .position(|stream| (stream.local, stream.peer) == (local, peer) && stream.state != State::Closed);
         let Some(id) = known else {
             if op == op::REQUEST && self.listening == Some(local) {
                 let id = self.open(local, peer, State::Open);
@@ -350,12 +338,7 @@ impl Vsock {
     }
 
     /// Up to `len` bytes; fewer when the peer ended or the time did.
-    pub fn receive(
-        &mut self,
-        id: usize,
-        len: usize,
-        deadline: Deadline,
-    ) -> Result<Vec<u8>, String> {
+    pub fn receive(&mut self, id: usize, len: usize, deadline: Deadline) -> Result<Vec<u8>, String> {
         let mut data = Vec::new();
         loop {
             data.extend(self.take(id, len - data.len())?);
@@ -385,8 +368,7 @@ impl Vsock {
 
     /// Whether nothing more will come.
     pub fn ended(&self, id: usize) -> Result<bool, String> {
-        Ok(matches!(self.state(id)?, State::PeerDone | State::Closed)
-            && self.streams[id].input.is_empty())
+        Ok(matches!(self.state(id)?, State::PeerDone | State::Closed) && self.streams[id].input.is_empty())
     }
 
     /// Says that we neither send nor receive any more, and waits for the peer to agree.

@@ -106,8 +106,7 @@ impl Transport {
             }
         }
         let map = |what: usize| -> Result<Mmio, String> {
-            let (bar, offset, len) =
-                places[what].ok_or_else(|| format!("no virtio capability of type {what}"))?;
+            let (bar, offset, len) = places[what].ok_or_else(|| format!("no virtio capability of type {what}"))?;
             function.map_bar(bar, offset, len.max(64))
         };
         Ok(Self {
@@ -129,8 +128,7 @@ impl Transport {
     }
 
     fn add_status(&self, bits: u8) {
-        self.common
-            .write8(common::DEVICE_STATUS, self.status() | bits);
+        self.common.write8(common::DEVICE_STATUS, self.status() | bits);
     }
 
     /// Resets the device and waits until it says so.
@@ -175,7 +173,8 @@ impl Transport {
         Ok(features)
     }
 
-    /// Makes queue `index`, of at most `limit` entries, with a vector of its own. With `options` taken from the agreed features.
+    /// Makes queue `index`, of at most `limit` entries, with a vector of its own and with `options` taken from the
+    /// agreed features.
     pub fn queue(&self, index: u16, limit: u16, options: Options) -> Result<Queue, String> {
         self.common.write16(common::QUEUE_SELECT, index);
         let size = self.common.read16(common::QUEUE_SIZE).min(limit);
@@ -190,8 +189,7 @@ impl Transport {
         if self.common.read16(common::QUEUE_MSIX_VECTOR) != entry {
             return Err(format!("MSI-X vector {entry} refused for queue {index}"));
         }
-        let offset = u64::from(self.common.read16(common::QUEUE_NOTIFY_OFF))
-            * u64::from(self.notify_multiplier);
+        let offset = u64::from(self.common.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_multiplier);
         let queue = Queue::new(index, size, options, vector, entry, self.notify, offset)?;
         let (desc, avail, used) = queue.addresses();
         self.place_rings(index, desc, avail, used);

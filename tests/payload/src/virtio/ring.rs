@@ -158,10 +158,7 @@ impl Queue {
         } else {
             None
         };
-        let (free, chains) = (
-            (0..size).rev().collect(),
-            (0..size).map(|_| Vec::new()).collect(),
-        );
+        let (free, chains) = ((0..size).rev().collect(), (0..size).map(|_| Vec::new()).collect());
         Ok(Self {
             index,
             size,
@@ -216,13 +213,7 @@ impl Queue {
 
     /// Writes a descriptor; for chains built by hand too.
     pub fn set_descriptor(&self, at: u16, address: u64, len: u32, flags: u16, next: u16) {
-        write_descriptor(
-            self.rings.address() + 16 * u64::from(at),
-            address,
-            len,
-            flags,
-            next,
-        );
+        write_descriptor(self.rings.address() + 16 * u64::from(at), address, len, flags, next);
     }
 
     /// Makes the chain that starts at `head` available, whatever it looks like.
@@ -250,15 +241,8 @@ impl Queue {
         let taken: Vec<u16> = self.free.split_off(self.free.len() - segments.len());
         for (n, segment) in segments.iter().enumerate() {
             let next = taken.get(n + 1).copied();
-            let flags =
-                if next.is_some() { NEXT } else { 0 } | if segment.write { WRITE } else { 0 };
-            self.set_descriptor(
-                taken[n],
-                segment.address,
-                segment.len,
-                flags,
-                next.unwrap_or(0),
-            );
+            let flags = if next.is_some() { NEXT } else { 0 } | if segment.write { WRITE } else { 0 };
+            self.set_descriptor(taken[n], segment.address, segment.len, flags, next.unwrap_or(0));
         }
         let head = taken[0];
         self.chains[usize::from(head)] = taken;
@@ -313,11 +297,7 @@ impl Queue {
     pub fn want_interrupt(&mut self, wanted: bool) {
         let avail = Self::avail_offset(self.size);
         if self.options.event_idx {
-            let event = if wanted {
-                self.seen
-            } else {
-                self.seen.wrapping_sub(1)
-            };
+            let event = if wanted { self.seen } else { self.seen.wrapping_sub(1) };
             self.put16(avail + 4 + 2 * usize::from(self.size), event);
         } else {
             self.put16(avail, u16::from(!wanted));
