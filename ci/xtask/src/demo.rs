@@ -9,7 +9,7 @@ use triarch_harness::agent::{Exec, Machine, Stream};
 
 use crate::build::{self, Profile};
 use crate::host::{Host, Kind, Options, with_host};
-use crate::images::{GUEST_MODULES, Image};
+use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
 use crate::smaps::{self, Usage};
@@ -82,20 +82,12 @@ pub fn run(args: &Args) -> Result<()> {
 fn parts(args: &Args) -> Result<Vec<(String, u32, PathBuf)>> {
     let rig = Rig::get()?;
     let kernel = Kernel::get(args.kernel, &rig.root)?;
-    let init = build::guest_init()?;
     let triarch = build::program(args.profile, "triarch", "triarch")?;
-    let image = Image {
-        name: "guest",
-        kernel: &kernel,
-        modules: &GUEST_MODULES,
-        init: &init,
-        busybox: &rig.root.busybox(),
-    };
     let boot = if args.pvh { &kernel.vmlinux } else { &kernel.bzimage };
     Ok(vec![
         ("triarch".to_owned(), 0o755, triarch),
         (KERNEL_FILE.to_owned(), 0o644, boot.clone()),
-        (INITRAMFS_FILE.to_owned(), 0o644, image.get()?),
+        (INITRAMFS_FILE.to_owned(), 0o644, images::guest(&kernel, &rig)?),
     ])
 }
 

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use triarch_harness::agent::{Agent, AgentError, Exec, Exit, Machine, Stream};
 
-use crate::build;
-use crate::images::{self, HOST_MODULES, Image};
+use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::local::{self, Local};
 use crate::qemu::{Hardware, Qemu};
@@ -128,15 +127,7 @@ impl Parts {
         let rig = Rig::get()?;
         rig.qemu_version()?;
         let kernel = Kernel::get(version, &rig.root)?;
-        let init = build::guest_init()?;
-        let image = Image {
-            name: "host",
-            kernel: &kernel,
-            modules: &HOST_MODULES,
-            init: &init,
-            busybox: &rig.root.busybox(),
-        };
-        let initramfs = image.get()?;
+        let initramfs = images::host(&kernel, &rig)?;
         Ok(Self { rig, kernel, initramfs })
     }
 }

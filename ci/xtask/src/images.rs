@@ -10,13 +10,14 @@ use anyhow::{Context, Result};
 use crate::cache::{self, Recipe};
 use crate::cpio::Archive;
 use crate::kernels::Kernel;
-use crate::tools;
+use crate::root::Rig;
+use crate::{build, tools};
 
 /// Changes whenever this file makes another image from the same parts.
 const SCRIPT: &str = "2";
 
 /// Modules an emulated host loads at start: KVM, its channel to us, and what tests use.
-pub const HOST_MODULES: [&str; 8] = [
+const HOST_MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_console",
     "kvm-amd",
@@ -28,7 +29,7 @@ pub const HOST_MODULES: [&str; 8] = [
 ];
 
 /// Modules a guest loads at start: one for each device Triarch has.
-pub const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
@@ -39,28 +40,50 @@ pub const GUEST_MODULES: [&str; 8] = [
     "evdev",
 ];
 
+/// The initramfs of an emulated host with this kernel.
+///
+/// # Errors
+/// A part is missing, or the file cannot be written.
+pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
+    image("host", &HOST_MODULES, kernel, rig)
+}
+
+/// The initramfs of a guest with this kernel.
+///
+/// # Errors
+/// As [`host`].
+pub fn guest(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
+    image("guest", &GUEST_MODULES, kernel, rig)
+}
+
+fn image(name: &str, modules: &[&str], kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
+    let image = Image {
+        name,
+        kernel,
+        modules,
+        init: &build::guest_init()?,
+        busybox: &rig.root.busybox(),
+    };
+    image.get()
+}
+
 /// The parts of an initramfs.
-#[derive(Debug)]
-pub struct Image<'a> {
+struct Image<'a> {
     /// What it is for, a word for the file's name.
-    pub name: &'a str,
-    /// The kernel it goes with.
-    pub kernel: &'a Kernel,
+    name: &'a str,
+    kernel: &'a Kernel,
     /// Modules to load at start, without those they depend on.
-    pub modules: &'a [&'a str],
+    modules: &'a [&'a str],
     /// The program that becomes process 1.
-    pub init: &'a Path,
-    /// A static busybox.
-    pub busybox: &'a Path,
+    init: &'a Path,
+    /// A static one.
+    busybox: &'a Path,
 }
 
 impl Image<'_> {
-    /// Makes the image, or finds it, and returns its file: an uncompressed cpio archive, to which
-    /// another one can be appended.
-    ///
-    /// # Errors
-    /// A part is missing, or the file cannot be written.
-    pub fn get(&self) -> Result<PathBuf> {
+    /// Makes the image, or finds it: an uncompressed cpio archive, to which another one can be
+    /// appended.
+    fn get(&self) -> Result<PathBuf> {
         let modules = self.kernel.modules(self.modules)?;
         let mut recipe = Recipe::new(&format!("initramfs-{}-{}", self.name, self.kernel.version))
             .with("script", SCRIPT)

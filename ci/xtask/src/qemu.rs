@@ -14,6 +14,8 @@ use crate::{cache, tools};
 
 /// The emulator's file descriptor of the agent's channel.
 const AGENT_FD: &str = "3";
+/// How long the logs of a failure stay.
+const KEEP_LOGS: Duration = Duration::from_secs(24 * 3600);
 /// Lines of each log that a failure shows.
 const TAIL: usize = 12;
 
@@ -151,12 +153,24 @@ impl Logs {
     fn new(name: &str) -> Result<Self> {
         let dir = cache::base()?.join("log");
         fs::create_dir_all(&dir)?;
+        forget_old(&dir);
         let file = |what: &str| dir.join(format!("{name}-{}.{what}", std::process::id()));
         Ok(Self {
             console: file("console"),
             resets: file("cpu_reset"),
             errors: file("qemu"),
         })
+    }
+}
+
+/// Removes logs that failures left long ago. One that stays is no harm.
+fn forget_old(dir: &Path) {
+    for item in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let written = item.metadata().and_then(|m| m.modified());
+        let age = written.ok().and_then(|t| t.elapsed().ok());
+        if age.is_some_and(|age| age > KEEP_LOGS) {
+            let _ = fs::remove_file(item.path());
+        }
     }
 }
 
