@@ -12,6 +12,14 @@
 //! All tables lie in one block at [`AcpiPlacement::tables`], the RSDP apart from it at [`AcpiPlacement::rsdp`]. A kernel finds
 //! the RSDP by the pointer of its boot protocol, or, when it lies at 0xE0000..0x100000 on a 16-byte boundary, by the search that
 //! the specification asks of it (5.2.5.1).
+//!
+//! What the machine owes a guest that reads these tables:
+//!
+//! - No interrupt may reach an 8259. A hardware-reduced kernel neither programs nor masks one, and what a PIC with its reset
+//!   values delivers is an exception vector: seen to end in a double fault. Route GSIs to the I/O APIC only.
+//! - The sleep control port sees a write of 0x34 for soft-off. Where the sleep status is the same port, a write of 0x80 (clear
+//!   the wake status) precedes it and means nothing.
+//! - Reading the event register returns what is pending and clears it, see [`EventBits`].
 
 mod config;
 mod cpus;
