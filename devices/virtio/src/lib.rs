@@ -9,7 +9,9 @@ mod device;
 #[cfg(test)]
 pub mod mock;
 mod queue;
+mod transport;
 
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
 pub use queue::{QueueLayout, QueueStateV1, RingFault, VirtQueue};
+pub use transport::{RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

@@ -1,0 +1,5 @@
+//! How a driver reaches a device.
+
+mod pci;
+
+pub use pci::{RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};
