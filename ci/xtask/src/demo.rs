@@ -168,7 +168,7 @@ impl Console {
     fn take(&mut self, data: &[u8], at: Duration) -> bool {
         self.first_byte.get_or_insert(at);
         self.text.push_str(&String::from_utf8_lossy(data));
-        let reached = self.user_space.is_none() && self.text.contains(USER_SPACE);
+        let reached = self.user_space.is_none() && self.text.lines().any(|l| l.starts_with(USER_SPACE));
         if reached {
             self.user_space = Some(at);
         }
@@ -178,9 +178,10 @@ impl Console {
     fn finish(self, report: &mut Report) -> Result<()> {
         report.first_byte = self.first_byte.context("the guest's console stayed silent")?;
         report.user_space = self.user_space.context("the guest never reached user space")?;
-        let line = |word: &str| self.text.lines().find(|l| l.contains(word)).unwrap_or_default();
+        // The kernel repeats its command line, which has the same words: not at a line's start.
+        let line = |word: &str| self.text.lines().find(|l| l.starts_with(word)).unwrap_or_default();
         report.guest_cpu = model(line(MODEL));
-        let said = line(USER_SPACE).split_once(USER_SPACE).map(|(_, rest)| rest);
+        let said = line(USER_SPACE).strip_prefix(USER_SPACE);
         report.guest = said.unwrap_or_default().trim_matches([',', ' ', '\r']).to_owned();
         Ok(())
     }
@@ -241,7 +242,10 @@ mod tests {
     fn the_console_is_timed_and_read() {
         let at = Duration::from_millis;
         let mut console = Console::default();
-        assert!(!console.take(b"[    0.000000] Linux version 6.1\r\n", at(30)));
+        assert!(!console.take(
+            b"[    0.0] Command line: triarch.run=\"grep -m1 'model name' x\"\r\n",
+            at(30)
+        ));
         assert!(!console.take(b"triarch-guest: user spa", at(900)));
         assert!(console.take(
             b"ce reached, kernel 6.1.0-9, 1 CPUs, vendor HygonGenuine, 240 MiB\r\n",
