@@ -31,19 +31,20 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Interrupts of a VM whose wired controller has the routes `wired`. They are in force from the first vector on; until then
-    /// the kernel's own default, which must be the same.
-    pub fn new(vm: Arc<VmFd>, wired: Vec<kvm_irq_routing_entry>, with_device_id: bool) -> Arc<Self> {
-        let routes = Mutex::new(Routes {
+    /// Interrupts of a VM whose wired controller has the routes `wired`, which replace the kernel's default.
+    pub fn new(vm: Arc<VmFd>, wired: Vec<kvm_irq_routing_entry>, with_device_id: bool) -> io::Result<Arc<Self>> {
+        let routes = Routes {
             wired,
             msi: Vec::new(),
             taken: Vec::new(),
-        });
-        Arc::new(Self {
+        };
+        let interrupts = Self {
             vm,
             with_device_id,
-            routes,
-        })
+            routes: Mutex::new(routes),
+        };
+        interrupts.publish(&interrupts.lock())?;
+        Ok(Arc::new(interrupts))
     }
 
     /// An edge-triggered pin of the wired controller. Costs no descriptor when the architecture can set pins directly.

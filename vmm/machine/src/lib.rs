@@ -1,1 +1,22 @@
-//! Assembles a guest and runs it through its phases.
+//! Assembles a guest from its configuration and leads it through its phases.
+//!
+//! [`Controller`] owns the one guest of the process. It runs on the main thread: requests, events of the guest and signals all come to
+//! it through its [`Inbox`], one after the other, so nothing here needs a lock of its own. [`Machine`] is one built guest; a reset
+//! drops it and builds the next from the same configuration, on the consoles that stay open in between.
+
+mod build;
+mod consoles;
+mod control;
+mod devices;
+mod error;
+mod inbox;
+#[allow(unsafe_code)] // signal masks
+mod signals;
+
+pub use build::Machine;
+pub use control::{Controller, Outcome};
+pub use error::MachineError;
+pub use inbox::{GuestEvent, Inbox, Message};
+
+pub use triarch_arch::OLDER_SYSCALLS;
+pub use triarch_legacy::console::restore_terminal;

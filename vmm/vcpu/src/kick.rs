@@ -10,8 +10,10 @@ use std::thread::JoinHandle;
 use triarch_hypervisor::{ImmediateExit, Vcpu};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
-/// Offset from SIGRTMIN of the signal used.
-const KICK: libc::c_int = 0;
+/// The signal used.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
 
 thread_local! {
     static CURRENT: Cell<Option<ImmediateExit>> = const { Cell::new(None) };
@@ -28,12 +30,12 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 /// Installs the handler, once per process and before the first vCPU thread.
 pub fn install_kick_signal() -> io::Result<()> {
-    register_signal_handler(libc::SIGRTMIN() + KICK, on_kick).map_err(io::Error::from)
+    register_signal_handler(kick_signal(), on_kick).map_err(io::Error::from)
 }
 
 /// Interrupts the guest on another thread.
 pub(crate) fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
-    thread.kill(KICK).map_err(io::Error::from)
+    thread.kill(kick_signal()).map_err(io::Error::from)
 }
 
 /// Makes the calling thread the one that runs `vcpu`, for as long as the guard lives.

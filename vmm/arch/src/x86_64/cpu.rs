@@ -5,9 +5,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
-use triarch_boot::{BootEntry, CpuTables, EntryMode};
+use triarch_boot::EntryMode;
 use triarch_cpu_model::{CpuidEntry, CpuidTable, GuestCpu, Topology, TopologyError, Vendor, guest_cpuid};
 use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
+
+use super::Entry;
 
 /// Ids 255 and above cannot be addressed before a guest switches to x2APIC.
 const MAX_APIC_ID: u32 = 254;
@@ -174,7 +176,8 @@ fn to_kvm(e: &CpuidEntry) -> kvm_cpuid_entry2 {
 }
 
 /// Puts the first vCPU at the kernel's entry.
-pub fn set_entry(vcpu: &Vcpu, entry: &BootEntry, tables: &CpuTables) -> Result<(), HypervisorError> {
+pub fn set_entry(vcpu: &Vcpu, entry: &Entry) -> Result<(), HypervisorError> {
+    let Entry { boot: entry, tables } = entry;
     let mut sregs = vcpu.fd().get_sregs().map_err(HypervisorError::kvm("read registers"))?;
     let long = entry.mode == EntryMode::Long64;
     let selectors = tables.selectors;

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irq_routing_entry,
-};
+use kvm_bindings::{KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, kvm_irq_routing_entry};
 use triarch_hypervisor::{HypervisorError, Interrupts, Vm};
 
 use super::layout;
@@ -28,28 +26,29 @@ impl Platform {
             .map_err(HypervisorError::kvm("place its task state"))?;
         fd.create_irq_chip()
             .map_err(HypervisorError::kvm("create interrupt controllers"))?;
+        let routed = Interrupts::new(fd.clone(), wired_routes(), false);
+        let failed = |source| HypervisorError::Kvm {
+            what: "route interrupts",
+            source,
+        };
         Ok(Self {
-            interrupts: Interrupts::new(fd.clone(), wired_routes(), false),
+            interrupts: routed.map_err(failed)?,
         })
     }
 }
 
-/// The kernel's own default: GSI n is pin n of the I/O APIC and, for the first 16, also of the PICs.
+/// GSI n is pin n of the I/O APIC, and nothing reaches the PICs: a hardware-reduced ACPI guest neither programs nor masks them, so an
+/// interrupt through them would come with a vector nobody set.
 fn wired_routes() -> Vec<kvm_irq_routing_entry> {
-    let entry = |gsi, irqchip, pin| {
+    let entry = |pin| {
         let mut entry = kvm_irq_routing_entry {
-            gsi,
+            gsi: pin,
             type_: KVM_IRQ_ROUTING_IRQCHIP,
             ..Default::default()
         };
-        entry.u.irqchip.irqchip = irqchip;
+        entry.u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC;
         entry.u.irqchip.pin = pin;
         entry
     };
-    let pics = (0..16).map(|gsi| match gsi {
-        0..8 => entry(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
-        _ => entry(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8),
-    });
-    let io_apic = (0..IO_APIC_PINS).map(|gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    pics.chain(io_apic).collect()
+    (0..IO_APIC_PINS).map(entry).collect()
 }

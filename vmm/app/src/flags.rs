@@ -1,0 +1,274 @@
+//! Each device flag as configuration.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use triarch_api::{
+    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, ImageType, MemoryConfig,
+    NetConfig, PlatformConfig, RngConfig, VsockConfig,
+};
+
+use crate::keyvalue::KeyValues;
+
+/// Puts a parsed value, if there is one, in its field.
+fn set<T>(field: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *field = value;
+    }
+}
+
+/// `--cpus boot=2,max=4,topology=1:4:1:1`, or just a number.
+pub(crate) fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
+    if let Ok(n) = text.parse() {
+        return Ok(CpusConfig {
+            boot_vcpus: n,
+            max_vcpus: n,
+            topology: None,
+        });
+    }
+    let known = ["boot", "max", "topology"];
+    let kv = KeyValues::parse(
+        "--cpus",
+        text,
+        &known,
+        &["kvm_hyperv", "max_phys_bits", "affinity", "features", "nested"],
+    )?;
+    let boot_vcpus = kv.get("boot")?.unwrap_or(1);
+    let max_vcpus = kv.get("max")?.unwrap_or(boot_vcpus);
+    let topology = kv.text("topology").map(topology).transpose()?;
+    Ok(CpusConfig {
+        boot_vcpus,
+        max_vcpus,
+        topology,
+    })
+}
+
+fn topology(text: &str) -> anyhow::Result<CpuTopology> {
+    let levels: Result<Vec<u16>, _> = text.split(':').map(str::parse).collect();
+    let Ok([threads_per_core, cores_per_die, dies_per_package, packages]) = levels.as_deref() else {
+        bail!(
+            "--cpus: topology={text} is invalid; write threads per core:cores per die:dies per package:packages, like 2:4:1:1"
+        );
+    };
+    Ok(CpuTopology {
+        threads_per_core: *threads_per_core,
+        cores_per_die: *cores_per_die,
+        dies_per_package: *dies_per_package,
+        packages: *packages,
+    })
+}
+
+/// `--memory size=1G,...`, or just a size.
+pub(crate) fn memory(text: &str) -> anyhow::Result<MemoryConfig> {
+    let mut config = MemoryConfig::default();
+    if let Ok(size) = triarch_api::parse_size(text) {
+        return Ok(MemoryConfig { size, ..config });
+    }
+    let known = [
+        "size",
+        "shared",
+        "hugepages",
+        "hugepage_size",
+        "prefault",
+        "thp",
+        "mergeable",
+    ];
+    let elsewhere = ["hotplug_size", "hotplugged_size", "hotplug_method", "reserve"];
+    let kv = KeyValues::parse("--memory", text, &known, &elsewhere)?;
+    set(&mut config.size, kv.size("size")?);
+    set(&mut config.shared, kv.switch("shared")?);
+    set(&mut config.hugepages, kv.switch("hugepages")?);
+    config.hugepage_size = kv.size("hugepage_size")?;
+    set(&mut config.prefault, kv.switch("prefault")?);
+    set(&mut config.thp, kv.switch("thp")?);
+    set(&mut config.mergeable, kv.switch("mergeable")?);
+    Ok(config)
+}
+
+/// `--disk path=FILE,...`
+pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
+    let mut config = DiskConfig::default();
+    let known = [
+        "path",
+        "readonly",
+        "direct",
+        "num_queues",
+        "queue_size",
+        "serial",
+        "image_type",
+        "io_uring",
+        "id",
+    ];
+    let elsewhere = [
+        "iommu",
+        "vhost_user",
+        "pci_segment",
+        "sparse",
+        "lock_granularity",
+        "backing_files",
+    ];
+    let kv = KeyValues::parse("--disk", text, &known, &elsewhere)?;
+    config.path = kv.text("path").map(PathBuf::from);
+    set(&mut config.readonly, kv.switch("readonly")?);
+    set(&mut config.direct, kv.switch("direct")?);
+    set(&mut config.num_queues, kv.get("num_queues")?);
+    set(&mut config.queue_size, kv.get("queue_size")?);
+    config.serial = kv.text("serial").map(str::to_owned);
+    config.disable_io_uring = kv.switch("io_uring")? == Some(false);
+    config.id = kv.text("id").map(str::to_owned);
+    match kv.text("image_type") {
+        None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
+        Some(other) => bail!("--disk: image_type={other} is not supported by this version; convert the image to raw"),
+    }
+    Ok(config)
+}
+
+/// `--net tap=NAME,...`
+pub(crate) fn net(text: &str) -> anyhow::Result<NetConfig> {
+    let mut config = NetConfig::default();
+    let known = [
+        "tap",
+        "ip",
+        "mask",
+        "mac",
+        "host_mac",
+        "mtu",
+        "num_queues",
+        "queue_size",
+        "fd",
+        "offload_tso",
+        "offload_ufo",
+        "offload_csum",
+        "id",
+    ];
+    let kv = KeyValues::parse("--net", text, &known, &["iommu", "vhost_user", "pci_segment"])?;
+    config.tap = kv.text("tap").map(str::to_owned);
+    config.ip = kv.get("ip")?;
+    config.mask = kv.get("mask")?;
+    config.mac = kv.get("mac")?;
+    config.host_mac = kv.get("host_mac")?;
+    config.mtu = kv.get("mtu")?;
+    if let Some(fds) = kv.list("fd")? {
+        let fds: Result<Vec<i32>, _> = fds.into_iter().map(str::parse).collect();
+        let fds = fds.context("--net: fd is not a list of descriptor numbers; write fd=3 or fd=[3,4]")?;
+        config.num_queues = 2 * fds.len().min(1 << 14) as u16;
+        config.fds = Some(fds);
+    }
+    set(&mut config.num_queues, kv.get("num_queues")?);
+    set(&mut config.queue_size, kv.get("queue_size")?);
+    set(&mut config.offload_tso, kv.switch("offload_tso")?);
+    set(&mut config.offload_ufo, kv.switch("offload_ufo")?);
+    set(&mut config.offload_csum, kv.switch("offload_csum")?);
+    config.id = kv.text("id").map(str::to_owned);
+    Ok(config)
+}
+
+/// `--rng src=FILE`
+pub(crate) fn rng(text: &str) -> anyhow::Result<RngConfig> {
+    let kv = KeyValues::parse("--rng", text, &["src"], &["iommu"])?;
+    let src = kv.text("src").context("--rng needs a source; write src=/dev/urandom")?;
+    Ok(RngConfig { src: src.into() })
+}
+
+/// `--vsock cid=3,socket=PATH`
+pub(crate) fn vsock(text: &str) -> anyhow::Result<VsockConfig> {
+    let kv = KeyValues::parse("--vsock", text, &["cid", "socket", "id"], &["iommu", "pci_segment"])?;
+    let cid = kv
+        .get("cid")?
+        .context("--vsock needs the guest's context id; write cid=3")?;
+    let socket = kv
+        .text("socket")
+        .context("--vsock needs a path on the host; write socket=PATH")?;
+    Ok(VsockConfig {
+        cid,
+        socket: socket.into(),
+        id: kv.text("id").map(str::to_owned),
+    })
+}
+
+/// `--serial tty|pty|null|off|file=PATH|socket=PATH`, and the same for `--console`.
+pub(crate) fn console(flag: &'static str, text: &str) -> anyhow::Result<ConsoleConfig> {
+    let mode = |mode| {
+        Ok(ConsoleConfig {
+            mode,
+            file: None,
+            socket: None,
+        })
+    };
+    match text {
+        "off" => mode(ConsoleMode::Off),
+        "null" => mode(ConsoleMode::Null),
+        "pty" => mode(ConsoleMode::Pty),
+        "tty" => mode(ConsoleMode::Tty),
+        _ => match text.split_once('=') {
+            Some(("file", path)) => Ok(ConsoleConfig {
+                mode: ConsoleMode::File,
+                file: Some(path.into()),
+                socket: None,
+            }),
+            Some(("socket", path)) => Ok(ConsoleConfig {
+                mode: ConsoleMode::Socket,
+                file: None,
+                socket: Some(path.into()),
+            }),
+            _ => bail!("{flag}: '{text}' is no console; write tty, pty, null, off, file=PATH or socket=PATH"),
+        },
+    }
+}
+
+/// `--debug-console tty|null|off|file=PATH`
+pub(crate) fn debug_console(text: &str) -> anyhow::Result<DebugConsoleConfig> {
+    let ConsoleConfig { mode, file, .. } = console("--debug-console", text)?;
+    Ok(DebugConsoleConfig { mode, file })
+}
+
+/// `--platform uuid=...,serial_number=...,oem_strings=[...]`
+pub(crate) fn platform(text: &str) -> anyhow::Result<PlatformConfig> {
+    let known = ["serial_number", "uuid", "oem_strings"];
+    let elsewhere = [
+        "num_pci_segments",
+        "iommu_segments",
+        "iommu_address_width",
+        "tdx",
+        "sev_snp",
+    ];
+    let kv = KeyValues::parse("--platform", text, &known, &elsewhere)?;
+    let strings = kv.list("oem_strings")?;
+    Ok(PlatformConfig {
+        serial_number: kv.text("serial_number").map(str::to_owned),
+        uuid: kv.text("uuid").map(str::to_owned),
+        oem_strings: strings.map(|list| list.into_iter().map(str::to_owned).collect()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_become_configuration() {
+        let c = cpus("boot=2,max=4,topology=1:4:1:1").expect("cpus");
+        assert_eq!(
+            (c.boot_vcpus, c.max_vcpus, c.topology.map(|t| t.cores_per_die)),
+            (2, 4, Some(4))
+        );
+        assert_eq!(cpus("boot=3").expect("cpus").max_vcpus, 3);
+        assert_eq!(memory("1G").expect("memory").size, 1 << 30);
+        assert!(memory("size=1G,shared=on").expect("memory").shared);
+        let n = net("fd=[5,6],mac=12:34:56:78:9a:bc").expect("net");
+        assert_eq!((n.fds, n.num_queues), (Some(vec![5, 6]), 4));
+        assert!(disk("path=x,io_uring=off").expect("disk").disable_io_uring);
+        assert_eq!(console("--serial", "file=/x").expect("file").mode, ConsoleMode::File);
+    }
+
+    #[test]
+    fn nonsense_is_refused_with_the_fix() {
+        let text = |error: anyhow::Error| format!("{error:#}");
+        assert!(text(cpus("topology=4").expect_err("refused")).contains("like 2:4:1:1"));
+        assert!(text(cpus("boot=-1").expect_err("refused")).contains("--cpus: boot=-1"));
+        assert!(text(console("--serial", "ttyS0").expect_err("refused")).contains("file=PATH"));
+        assert!(text(vsock("cid=3").expect_err("refused")).contains("socket=PATH"));
+        assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));
+        assert!(text(disk("path=x,image_type=qcow2").expect_err("refused")).contains("raw"));
+    }
+}

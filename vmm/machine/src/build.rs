@@ -1,0 +1,177 @@
+//! One built guest.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+use triarch_api::{CpuTopology, MemoryConfig, VmConfig};
+use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, Platform, layout};
+use triarch_cpu_model::Topology;
+use triarch_device_core::{Bus, Sandbox};
+use triarch_hypervisor::Vm;
+use triarch_legacy::Serial;
+use triarch_memory::{GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
+use triarch_pci::{BarAllocator, PciRoot};
+use triarch_vcpu::{Buses, VcpuSet};
+use vm_memory::GuestAddressSpace;
+
+use crate::consoles::Consoles;
+use crate::devices::{Devices, Host};
+use crate::{GuestEvent, MachineError};
+
+/// Takes what happens in the guest.
+pub(crate) type Report = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
+/// A guest with its devices, built and paused. Dropping it ends it: first the vCPUs, then the devices, then memory.
+pub struct Machine {
+    vcpus: VcpuSet,
+    devices: Devices,
+    board: Board,
+    /// The VM outlives its vCPUs and devices, the memory outlives the VM.
+    _vm: Vm,
+    _memory: GuestMemoryHandle,
+}
+
+impl Machine {
+    /// Builds the guest `config` describes, ready to run its first instruction.
+    pub(crate) fn build(
+        kvm: &Kvm,
+        config: &VmConfig,
+        consoles: &Consoles,
+        sandbox: &Arc<dyn Sandbox>,
+        report: Report,
+    ) -> Result<Self, MachineError> {
+        let cpus = &config.cpus;
+        let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
+        let ram = layout::ram_ranges(config.memory.size);
+        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(&config.memory))?);
+        let vm = Vm::new(kvm)?;
+        let platform = Platform::new(&vm)?;
+        vm.map_memory(&memory.memory())?;
+        let vcpus = triarch_arch::create_vcpus(&vm, &plan)?;
+
+        let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let windows = BarAllocator {
+            mmio32: layout::MMIO32,
+            mmio64: layout::mmio64(config.memory.size, plan.address_bits()),
+            io: layout::PCI_IO,
+        };
+        let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
+        let power = report.clone();
+        let board = Board::new(&BoardConfig {
+            mmio: &mmio,
+            pio: &pio,
+            interrupts: &platform.interrupts,
+            root: &root,
+            memory_size: config.memory.size,
+            serial: consoles.serial.as_ref(),
+            debug: consoles.debug.as_ref(),
+            power: Arc::new(move |event| power(GuestEvent::Power(event))),
+        })?;
+        let host = Host {
+            root,
+            memory: memory.clone(),
+            router: platform.interrupts.router(),
+            io_events: vm.io_events(),
+            sandbox: sandbox.clone(),
+        };
+        let devices = Devices::build(config, consoles, host)?;
+        boot(&memory.memory(), config, &plan, &board, &devices, &vcpus)?;
+
+        let buses = Buses { pio, mmio };
+        let vcpus = VcpuSet::start(vcpus, buses, sandbox, move |index, event| {
+            report(GuestEvent::Vcpu(index, event));
+        })?;
+        Ok(Self {
+            vcpus,
+            devices,
+            board,
+            _vm: vm,
+            _memory: memory,
+        })
+    }
+
+    /// Stops the guest where it is: first its vCPUs, then its devices, whose requests in flight are finished.
+    pub(crate) fn pause(&mut self) -> Result<(), MachineError> {
+        self.vcpus.pause()?;
+        self.devices.pause();
+        Ok(())
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
+        self.devices.resume();
+        self.vcpus.resume();
+        Ok(())
+    }
+
+    /// The serial port, for its input.
+    pub(crate) fn serial(&self) -> Option<&Arc<Serial>> {
+        self.board.serial()
+    }
+
+    /// Asks the guest's operating system to shut down.
+    pub(crate) fn press_power_button(&self) -> io::Result<()> {
+        self.board.press_power_button()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Devices must not lose requests they took: finish them while memory and interrupts are still there.
+        if let Err(error) = self.vcpus.pause() {
+            tracing::error!("cannot stop the guest in order: {}", MachineError::from(error).chain());
+        }
+        self.devices.pause();
+    }
+}
+
+/// Loads what the guest boots and puts the first vCPU at its entry.
+fn boot(
+    memory: &GuestMemory,
+    config: &VmConfig,
+    plan: &CpuPlan,
+    board: &Board,
+    devices: &Devices,
+    vcpus: &[triarch_hypervisor::Vcpu],
+) -> Result<(), MachineError> {
+    let payload = config.payload.clone().unwrap_or_default();
+    let platform = config.platform.clone().unwrap_or_default();
+    let entry = triarch_arch::load(&LoadConfig {
+        memory,
+        plan,
+        board,
+        windows: devices.windows(),
+        kernel: payload.kernel.or(payload.firmware).unwrap_or_default(),
+        initramfs: payload.initramfs,
+        cmdline: payload.cmdline.unwrap_or_default(),
+        serial_number: platform.serial_number,
+        uuid: platform.uuid,
+        oem_strings: platform.oem_strings.unwrap_or_default(),
+    })?;
+    match vcpus.first() {
+        Some(first) => Ok(triarch_arch::set_entry(first, &entry)?),
+        None => Ok(()),
+    }
+}
+
+fn topology(t: CpuTopology) -> Topology {
+    Topology {
+        threads_per_core: t.threads_per_core,
+        cores_per_die: t.cores_per_die,
+        dies_per_package: t.dies_per_package,
+        packages: t.packages,
+    }
+}
+
+fn ram_options(config: &MemoryConfig) -> RamOptions {
+    RamOptions {
+        shared: config.shared,
+        huge_pages: config.hugepages.then_some(HugePages {
+            page_size: config.hugepage_size,
+        }),
+        thp: config.thp,
+        prefault: config.prefault,
+        mergeable: config.mergeable,
+    }
+}

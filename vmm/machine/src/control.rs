@@ -1,0 +1,314 @@
+//! The controller: one guest, its phase, and everything that changes it.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use kvm_ioctls::Kvm;
+use triarch_api::{ApiError, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_device_core::Sandbox;
+use triarch_legacy::{PowerEvent, Serial};
+use triarch_vcpu::VcpuEvent;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::build::Machine;
+use crate::consoles::Consoles;
+use crate::inbox::Outbox;
+use crate::signals::EndSignals;
+use crate::{GuestEvent, Inbox, MachineError, Message};
+
+/// How long the end of a VM waits for a slow reader of a console.
+const DRAIN: Duration = Duration::from_millis(200);
+
+/// How the process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PoweredOff,
+    /// A client or a signal ended the VMM.
+    Terminated,
+}
+
+type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// Owns the guest. Runs on the main thread.
+pub struct Controller {
+    outbox: Outbox,
+    inbox: Inbox,
+    events: EventManager<Subscriber>,
+    sandbox: Arc<dyn Sandbox>,
+    kvm: Kvm,
+    phase: Phase,
+    config: Option<VmConfig>,
+    consoles: Option<Consoles>,
+    machine: Option<Machine>,
+    serial_input: Option<SubscriberId>,
+    /// How many guests were built.
+    generation: u64,
+    outcome: Option<Outcome>,
+}
+
+impl Controller {
+    /// A controller without a guest. Call it on the main thread before there is another: it takes SIGTERM and SIGINT.
+    pub fn new(sandbox: Arc<dyn Sandbox>) -> Result<Self, MachineError> {
+        let kvm = triarch_hypervisor::open()?;
+        let (inbox, outbox) = Inbox::new().map_err(MachineError::host("make an event descriptor"))?;
+        let signals = EndSignals::take().map_err(MachineError::host("take signals"))?;
+        triarch_vcpu::install_kick_signal().map_err(MachineError::host("install the signal of vCPUs"))?;
+        let failed = |error| MachineError::Host {
+            what: "make the event loop",
+            source: io::Error::other(error),
+        };
+        let mut events = EventManager::<Subscriber>::new().map_err(failed)?;
+        events.add_subscriber(Arc::new(Mutex::new(Wake(outbox.wake().clone()))));
+        events.add_subscriber(Arc::new(Mutex::new(End {
+            signals,
+            inbox: inbox.clone(),
+        })));
+        Ok(Self {
+            outbox,
+            inbox,
+            events,
+            sandbox,
+            kvm,
+            phase: Phase::Absent,
+            config: None,
+            consoles: None,
+            machine: None,
+            serial_input: None,
+            generation: 0,
+            outcome: None,
+        })
+    }
+
+    /// The way to this controller.
+    pub fn inbox(&self) -> Inbox {
+        self.inbox.clone()
+    }
+
+    /// Serves messages until the guest powers itself off or somebody ends the VMM. An error is one of the guest itself; it has ended.
+    pub fn run(mut self) -> Result<Outcome, MachineError> {
+        loop {
+            while let Some(message) = self.outbox.next() {
+                self.handle(message)?;
+                if let Some(outcome) = self.outcome {
+                    self.forget();
+                    return Ok(outcome);
+                }
+            }
+            self.events.run().map_err(|error| MachineError::Host {
+                what: "wait for events",
+                source: io::Error::other(error),
+            })?;
+        }
+    }
+
+    /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
+    pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
+        config.validate()?;
+        let consoles = Consoles::open(&config)?;
+        consoles.show_paths(&mut config);
+        self.consoles = Some(consoles);
+        self.config = Some(config);
+        self.phase = Phase::Created;
+        Ok(())
+    }
+
+    /// Builds the guest and lets it run (`vm.boot`). On error there is no guest, and the phase is what it was.
+    pub fn boot(&mut self) -> Result<(), MachineError> {
+        let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
+            return Ok(());
+        };
+        self.generation += 1;
+        let (generation, inbox) = (self.generation, self.inbox.clone());
+        let report = Arc::new(move |event| inbox.post(Message::Guest(generation, event)));
+        let mut machine = Machine::build(&self.kvm, config, consoles, &self.sandbox, report)?;
+        machine.resume()?;
+        self.serial_input = machine.serial().map(|serial| {
+            let input: Subscriber = Arc::new(Mutex::new(SerialInput(serial.clone())));
+            self.events.add_subscriber(input)
+        });
+        self.machine = Some(machine);
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn handle(&mut self, message: Message) -> Result<(), MachineError> {
+        match message {
+            Message::Request(request, reply) => {
+                tracing::info!(request = request.name(), phase = self.phase.name(), "request");
+                // A client that went away does not want its answer any more.
+                let _ = reply.send(self.serve(request));
+            }
+            Message::Guest(generation, event) if generation == self.generation && self.machine.is_some() => {
+                self.guest_event(event)?;
+            }
+            Message::Guest(..) => {}
+            Message::Terminate => self.outcome = Some(Outcome::Terminated),
+        }
+        Ok(())
+    }
+
+    fn guest_event(&mut self, event: GuestEvent) -> Result<(), MachineError> {
+        match event {
+            GuestEvent::Power(PowerEvent::Off) | GuestEvent::Vcpu(_, VcpuEvent::PowerOff) => {
+                tracing::info!("the guest powered itself off");
+                self.outcome = Some(Outcome::PoweredOff);
+            }
+            GuestEvent::Power(PowerEvent::Reset) | GuestEvent::Vcpu(_, VcpuEvent::Reset) => {
+                tracing::info!("the guest resets");
+                self.stop_guest();
+                self.boot()?;
+            }
+            GuestEvent::Power(PowerEvent::Panicked) | GuestEvent::Vcpu(_, VcpuEvent::Crashed) => {
+                tracing::warn!("the guest crashed, by its own word");
+            }
+            GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
+                self.stop_guest();
+                return Err(MachineError::Guest { index, reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, request: Request) -> Result<Reply, ApiError> {
+        request.check(self.phase)?;
+        let outcome = match request {
+            Request::Info => return self.info(),
+            Request::Create(config) => self.create(*config),
+            Request::Boot => self.boot(),
+            Request::Pause => self.pause(),
+            Request::Resume => self.resume(),
+            Request::Shutdown => {
+                self.stop_guest();
+                Ok(())
+            }
+            Request::Reboot => {
+                self.stop_guest();
+                self.boot()
+            }
+            Request::Delete => {
+                self.forget();
+                Ok(())
+            }
+            Request::PowerButton => self.power_button(),
+            Request::VmmShutdown => {
+                self.outcome = Some(Outcome::Terminated);
+                Ok(())
+            }
+        };
+        outcome.map(|()| Reply::Done).map_err(|error| match error {
+            MachineError::Config(cause) => ApiError::BadRequest(cause.to_string()),
+            other => ApiError::Failed(other.chain()),
+        })
+    }
+
+    fn info(&self) -> Result<Reply, ApiError> {
+        let config = self.config.clone().unwrap_or_default();
+        let memory_actual_size = config.memory.size;
+        Ok(Reply::Info(Box::new(VmInfo {
+            config,
+            state: self.phase,
+            memory_actual_size,
+        })))
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.pause()?;
+            self.phase = Phase::Paused;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.resume()?;
+            self.phase = Phase::Running;
+        }
+        Ok(())
+    }
+
+    fn power_button(&self) -> Result<(), MachineError> {
+        match &self.machine {
+            Some(machine) => machine
+                .press_power_button()
+                .map_err(MachineError::host("press the power button")),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the guest, keeps its configuration and consoles.
+    fn stop_guest(&mut self) {
+        if let Some(id) = self.serial_input.take() {
+            // It was added by us and is removed nowhere else.
+            let _ = self.events.remove_subscriber(id);
+        }
+        if self.machine.take().is_some() {
+            self.phase = Phase::Shutdown;
+        }
+    }
+
+    /// Ends the guest and forgets it.
+    fn forget(&mut self) {
+        self.stop_guest();
+        if let Some(consoles) = self.consoles.take() {
+            consoles.drain(DRAIN);
+        }
+        self.config = None;
+        self.phase = Phase::Absent;
+    }
+}
+
+/// Ends the wait of the event loop when there are messages.
+struct Wake(Arc<EventFd>);
+
+impl MutEventSubscriber for Wake {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        // The messages themselves are looked for after each turn of the loop.
+        let _ = self.0.read();
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.as_raw_fd());
+    }
+}
+
+/// Turns signals into messages.
+struct End {
+    signals: EndSignals,
+    inbox: Inbox,
+}
+
+impl MutEventSubscriber for End {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        if self.signals.came() {
+            self.inbox.post(Message::Terminate);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.signals.as_raw_fd());
+    }
+}
+
+/// Brings what is typed into the serial port.
+struct SerialInput(Arc<Serial>);
+
+impl MutEventSubscriber for SerialInput {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.0.on_event();
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        watch(ops, self.0.console().as_raw_fd());
+    }
+}
+
+fn watch(ops: &mut EventOps<'_>, fd: i32) {
+    if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        tracing::error!("cannot wait for events of descriptor {fd}: {error}");
+    }
+}

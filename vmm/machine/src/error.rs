@@ -1,0 +1,105 @@
+//! Why a guest could not be built or run.
+
+use std::io;
+
+use thiserror::Error;
+use triarch_api::ConfigError;
+use triarch_arch::{BoardError, CpuError, LoadError};
+use triarch_hypervisor::HypervisorError;
+use triarch_legacy::console::OpenError;
+use triarch_memory::MemoryError;
+use triarch_pci::AddError;
+use triarch_sandbox::SandboxError;
+use triarch_vcpu::VcpuError;
+
+/// Why a guest could not be built or run. Each variant names the part; its source names the cause.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The configuration contradicts itself.
+    #[error("the configuration is invalid")]
+    Config(#[from] ConfigError),
+    /// KVM.
+    #[error("the hypervisor cannot be used")]
+    Hypervisor(#[from] HypervisorError),
+    /// Guest memory.
+    #[error("cannot provide the guest's memory")]
+    Memory(#[from] MemoryError),
+    /// vCPUs.
+    #[error("cannot provide the guest's processors")]
+    Cpu(#[from] CpuError),
+    /// vCPU threads.
+    #[error("cannot run the guest's processors")]
+    Vcpu(#[from] VcpuError),
+    /// Devices at fixed places.
+    #[error("cannot set up the board")]
+    Board(#[from] BoardError),
+    /// Kernel, initramfs, tables.
+    #[error("cannot load what the guest boots")]
+    Load(#[from] LoadError),
+    /// A console.
+    #[error("cannot open {device}")]
+    Console {
+        /// The flag that asked for it.
+        device: &'static str,
+        /// Cause.
+        #[source]
+        source: OpenError,
+    },
+    /// A device that was asked for.
+    #[error("cannot set up the device {id}")]
+    Device {
+        /// Its name.
+        id: String,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A device that has no place.
+    #[error("cannot put the device {id} on the PCI bus")]
+    Slot {
+        /// Its name.
+        id: String,
+        /// Cause.
+        #[source]
+        source: AddError,
+    },
+    /// The sandbox.
+    #[error("cannot confine the VMM")]
+    Sandbox(#[from] SandboxError),
+    /// Descriptors, signals.
+    #[error("cannot {what}")]
+    Host {
+        /// What failed.
+        what: &'static str,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest cannot go on.
+    #[error("vCPU {index} failed: {reason}")]
+    Guest {
+        /// Index of the vCPU.
+        index: usize,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl MachineError {
+    /// Names what failed on the host; for use with `map_err`.
+    pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+
+    /// The error and all its causes in one line.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
