@@ -129,6 +129,7 @@ impl PciRoot {
         let blocked = (0usize..6).find(|bar| slot.blocked & 1 << bar != 0);
         if let Some(bar) = blocked {
             self.withdraw(&mut slot);
+            slot.function.detach();
             let address = slot.function.bars()[bar].map_or(0, |b| b.address);
             return Err(AddError::Decode { bar, address });
         }
@@ -144,6 +145,9 @@ impl PciRoot {
         let mut slot = found.ok_or(RemoveError::Absent(address))?;
         self.withdraw(&mut slot);
         self.unblock(&mut slots);
+        drop(slots);
+        // May wait for what the device has in flight: not with every other function's accesses waiting too.
+        slot.function.detach();
         Ok(slot.function)
     }
 
@@ -344,7 +348,7 @@ impl PciRoot {
         }
     }
 
-    /// Takes the BARs of `slot` off the buses and the function out of service.
+    /// Takes the BARs of `slot` off the buses.
     fn withdraw(&self, slot: &mut Slot) {
         for (index, bar) in slot.function.bars().into_iter().enumerate() {
             if let (Some(bar), Some(at)) = (bar, slot.claims[index].take()) {
@@ -352,7 +356,6 @@ impl PciRoot {
                 slot.function.bar_moved(index as u8, None);
             }
         }
-        slot.function.detach();
     }
 
     fn warn(&self, index: usize, bar: &Bar, error: Option<BusError>) {
