@@ -1,7 +1,7 @@
 //! The root: which function sits where, and what of it the guest's address spaces show.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use thiserror::Error;
 use triarch_device_core::{AccessError, Bus, BusDevice, BusError, RateLimit};
@@ -56,8 +56,8 @@ pub enum RemoveError {
 /// Bus 0 of a segment, with the host bridge at 00.0.
 pub struct PciRoot {
     segment: u16,
-    mmio: Arc<Bus>,
-    io: Arc<Bus>,
+    mmio: Weak<Bus>,
+    io: Weak<Bus>,
     windows: BarAllocator,
     slots: Mutex<BTreeMap<u8, Slot>>,
     log: RateLimit,
@@ -89,13 +89,14 @@ impl BusDevice for BarDevice {
 }
 
 impl PciRoot {
-    /// A root for `segment` whose functions' BARs appear on `mmio` and `io`, inside `windows`.
+    /// A root for `segment` whose functions' BARs appear on `mmio` and `io`, inside `windows`. It does not keep
+    /// the buses alive: what is claimed there keeps the root alive.
     pub fn new(segment: u16, mmio: Arc<Bus>, io: Arc<Bus>, windows: BarAllocator) -> Self {
         let bridge = Slot::new(Arc::new(HostBridge::new()));
         Self {
             segment,
-            mmio,
-            io,
+            mmio: Arc::downgrade(&mmio),
+            io: Arc::downgrade(&io),
             windows,
             slots: Mutex::new(BTreeMap::from([(0, bridge)])),
             log: RateLimit::default(),
@@ -128,6 +129,7 @@ impl PciRoot {
         let blocked = (0usize..6).find(|bar| slot.blocked & 1 << bar != 0);
         if let Some(bar) = blocked {
             self.withdraw(&mut slot);
+            slot.function.detach();
             let address = slot.function.bars()[bar].map_or(0, |b| b.address);
             return Err(AddError::Decode { bar, address });
         }
@@ -143,6 +145,9 @@ impl PciRoot {
         let mut slot = found.ok_or(RemoveError::Absent(address))?;
         self.withdraw(&mut slot);
         self.unblock(&mut slots);
+        drop(slots);
+        // May wait for what the device has in flight: not with every other function's accesses waiting too.
+        slot.function.detach();
         Ok(slot.function)
     }
 
@@ -266,10 +271,11 @@ impl PciRoot {
         Ok(placed)
     }
 
-    fn bus(&self, kind: BarKind) -> &Bus {
+    /// The address space of a BAR, while the machine stands.
+    fn bus(&self, kind: BarKind) -> Option<Arc<Bus>> {
         match kind {
-            BarKind::Io => &self.io,
-            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => &self.mmio,
+            BarKind::Io => self.io.upgrade(),
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => self.mmio.upgrade(),
         }
     }
 
@@ -310,7 +316,9 @@ impl PciRoot {
         before: Option<u64>,
         wanted: Option<u64>,
     ) -> Result<Option<u64>, Option<BusError>> {
-        let bus = self.bus(bar.kind);
+        let Some(bus) = self.bus(bar.kind) else {
+            return Ok(None);
+        };
         let forwarded = bar
             .span()
             .is_some_and(|(first, last)| self.windows.forwards(bar.kind, first, last));
@@ -340,15 +348,14 @@ impl PciRoot {
         }
     }
 
-    /// Takes the BARs of `slot` off the buses and the function out of service.
+    /// Takes the BARs of `slot` off the buses.
     fn withdraw(&self, slot: &mut Slot) {
         for (index, bar) in slot.function.bars().into_iter().enumerate() {
             if let (Some(bar), Some(at)) = (bar, slot.claims[index].take()) {
-                let _ = self.bus(bar.kind).release(at);
+                let _ = self.bus(bar.kind).map(|bus| bus.release(at));
                 slot.function.bar_moved(index as u8, None);
             }
         }
-        slot.function.detach();
     }
 
     fn warn(&self, index: usize, bar: &Bar, error: Option<BusError>) {

@@ -232,6 +232,11 @@ fn overlaps_and_strange_places_are_not_decoded_until_they_are_free() {
     assert_eq!(guest.config(a, 0), 0x0001_1234, "ECAM cannot be taken over");
     guest.set(b, 0x10, 0xc000_0000);
     assert_eq!(guest.who(0xc000_0000), Some(2), "a 64-bit BAR may sit below 4 GiB");
+    guest.set(b, 0x14, (at_a >> 32) as u32);
+    guest.set(b, 0x10, 0x5000);
+    assert_eq!(guest.who(at_a + 0x5000), Some(1));
+    guest.root.remove(a).expect("present");
+    assert_eq!(guest.who(at_a + 0x5000), Some(2), "removal makes place too");
 }
 
 #[test]
@@ -267,8 +272,17 @@ fn a_function_may_bring_its_addresses() {
     };
     guest.root.add(restored(1), None).expect("free");
     assert_eq!(guest.who(0x10_0000_9000), Some(1));
-    let again = guest.root.add(restored(2), None);
+    let late = restored(2);
+    late.config_write(4, &[3]);
+    let again = guest.root.add(late.clone(), None);
     let address = 0x10_0000_9000;
+    let ports = late.bars()[2].expect("I/O BAR").address;
+    assert_eq!(
+        guest.io.read(ports, &mut [0]),
+        Err(AccessError::Unclaimed),
+        "nothing is left of it"
+    );
+    assert!(*lock(&late.detached));
     assert_eq!(again, Err(AddError::Decode { bar: 0, address }));
     assert_eq!(guest.who(address), Some(1));
 }

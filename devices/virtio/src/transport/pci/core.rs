@@ -155,11 +155,8 @@ impl Core {
             && self.driver_features & feature::VERSION_1 != 0
     }
 
-    /// Activates the device and starts the queues that are enabled.
+    /// Activates an idle device and starts the queues that are enabled.
     pub(super) fn activate(&mut self) {
-        if self.active {
-            return;
-        }
         let context = DeviceContext {
             features: self.driver_features,
             memory: self.surroundings.memory.clone(),

@@ -124,3 +124,42 @@ fn a_device_that_cannot_start_needs_a_reset() {
     guest.log().refuse_activation = false;
     guest.start();
 }
+
+#[test]
+fn a_queue_the_device_refuses_or_loses_needs_a_reset() {
+    let guest = Guest::new(2);
+    guest.log().refuse_queues = true;
+    guest.negotiate(feature::VERSION_1);
+    guest.set_up(0);
+    guest.set_up(1);
+    guest.calls();
+    guest.set_status(15);
+    assert_eq!(guest.status(), 15 | 64);
+    assert_eq!(guest.calls(), [Call::Activate(feature::VERSION_1), Call::Start(0)]);
+    assert!(guest.doorbells().is_empty());
+    guest.log().refuse_queues = false;
+    guest.start();
+    guest.log().lose_queues = true;
+    guest.function.pause();
+    assert_eq!(guest.status(), 15 | 64);
+    guest.function.resume();
+    assert_eq!(guest.calls(), [Call::Stop(0), Call::Stop(1)], "nothing to give back");
+}
+
+#[test]
+fn the_event_index_is_used_when_agreed_on() {
+    for (features, raised) in [(OFFERED, 0), (OFFERED & !feature::EVENT_IDX, 1)] {
+        let guest = Guest::new(1);
+        guest.negotiate(features);
+        guest.set_up(0);
+        guest.unmask(1);
+        guest.set_status(15);
+        let ram = guest.machine.memory.memory();
+        // "Only after the fifth": used_event, behind the eight entries.
+        ram.write_obj(4u16, GuestAddress(ring(0) + 0x1000 + 4 + 16))
+            .expect("used_event");
+        guest.offer(0);
+        assert_eq!(guest.serve(0), 1);
+        assert_eq!(guest.vectors()[0].take(), raised);
+    }
+}

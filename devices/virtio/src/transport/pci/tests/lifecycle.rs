@@ -51,6 +51,13 @@ fn steps_cannot_be_left_out_or_taken_back() {
     guest.set_status(1);
     assert_eq!(guest.status(), 11, "bits do not go");
     guest.calls();
+    guest.set_status(12);
+    assert_eq!(
+        (guest.status(), guest.calls()),
+        (11, vec![]),
+        "nor does the rest of such a write count"
+    );
+    guest.calls();
     guest.set_status(15);
     guest.set_status(15);
     assert_eq!(guest.calls(), [Call::Activate(feature::VERSION_1)], "once");
@@ -215,4 +222,14 @@ fn a_removed_function_is_idle() {
     guest.function.bar_write(0, 0x14, &[15]).expect("write");
     assert_eq!(guest.function.status(), 0);
     assert_eq!(guest.calls(), []);
+}
+
+#[test]
+fn a_machine_that_is_dropped_stops_its_devices() {
+    let guest = Guest::new(1);
+    guest.start();
+    let (log, doorbells) = (guest.machine.log.clone(), guest.machine.doorbells.clone());
+    drop(guest);
+    assert_eq!(log.lock().expect("lock").calls, [Call::Stop(0), Call::Reset]);
+    assert!(doorbells.attached.lock().expect("lock").is_empty());
 }

@@ -42,6 +42,8 @@ struct Log {
     context: Option<DeviceContext>,
     config: [u8; 8],
     refuse_activation: bool,
+    refuse_queues: bool,
+    lose_queues: bool,
 }
 
 struct FakeDevice {
@@ -89,6 +91,9 @@ impl VirtioDevice for FakeDevice {
         let mut log = self.log();
         assert!(log.context.is_some(), "not active");
         log.calls.push(Call::Start(queue.index()));
+        if log.refuse_queues {
+            return Err(ActivateError::Driver("no"));
+        }
         let before = log.queues.insert(queue.index(), queue);
         assert!(before.is_none(), "started already");
         Ok(())
@@ -96,7 +101,8 @@ impl VirtioDevice for FakeDevice {
     fn stop_queue(&mut self, index: u16) -> Option<VirtQueue> {
         let mut log = self.log();
         log.calls.push(Call::Stop(index));
-        log.queues.remove(&index)
+        let queue = log.queues.remove(&index);
+        queue.filter(|_| !log.lose_queues)
     }
     fn reset(&mut self) {
         let mut log = self.log();

@@ -8,6 +8,7 @@ fn restore(from: &Guest, queues: usize, state: &VirtioPciStateV1) -> Result<(Mac
         memory: from.machine.memory.clone(),
         ..Machine::new()
     };
+    machine.log.lock().expect("lock").refuse_activation = from.log().refuse_activation;
     let function = VirtioPci::restore(
         machine.device(queues),
         machine.memory.clone(),
@@ -120,4 +121,13 @@ fn a_broken_device_stays_broken() {
     let state = guest.function.save().expect("paused");
     let (_machine, function) = restore(&guest, 1, &state).expect("restored");
     assert_eq!(function.status(), 15 | 64);
+    // On a host that has what was missing it is broken all the same, until its driver resets it.
+    guest.log().refuse_activation = false;
+    let (_machine, function) = restore(&guest, 1, &state).expect("restored");
+    assert_eq!(function.status(), 15 | 64);
+    // And one that worked does not come back broken.
+    let guest = busy();
+    guest.log().refuse_activation = true;
+    let state = guest.function.save().expect("paused");
+    assert!(matches!(restore(&guest, 2, &state).err(), Some(RestoreError::Refused)));
 }
