@@ -3,7 +3,21 @@
 //! Each device is a [`BusDevice`](triarch_device_core::BusDevice) that knows its registers and nothing of where they are: the
 //! machine claims the addresses. Host consoles ([`console`]) are here because the serial port is their first user.
 
+mod calendar;
+mod clock;
+mod cmos;
 pub mod console;
+mod debug;
+mod i8042;
+mod power;
 mod serial;
 
+pub use clock::{Clock, HostClock};
+pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
+pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostCodes};
+pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
+pub use power::{
+    Ged, GedEvents, GedStateV1, PM_TIMER_HZ, PmTimer, PmTimerStateV1, PowerEvent, PowerSink, ResetPort, ResetRegister,
+    S5_SLEEP_TYPE, SLEEP_OFF, SleepControl,
+};
 pub use serial::{SERIAL_PORTS, Serial, SerialRestoreError, SerialStateV1};
