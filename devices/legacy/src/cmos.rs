@@ -67,7 +67,7 @@ struct Registers {
 /// What the RTC saves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CmosStateV1 {
-    /// Register selected.
+    /// What was written to the index port last.
     pub index: u8,
     /// The 128 registers; the clock's own are only valid while it is held.
     pub registers: Vec<u8>,
@@ -150,8 +150,7 @@ impl BusDevice for Cmos {
         };
         let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
         match offset {
-            // Bit 7 masks NMIs, of which there are none here.
-            0 => registers.index = value & 0x7f,
+            0 => registers.index = value,
             1 => registers.write(value, self.clock.time_of_day().as_secs()),
             _ => return Err(AccessError::BadAccess),
         }
@@ -160,8 +159,13 @@ impl BusDevice for Cmos {
 }
 
 impl Registers {
+    /// Bit 7 of the index masks NMIs, of which there are none here.
+    fn selected(&self) -> usize {
+        usize::from(self.index) % SIZE
+    }
+
     fn read(&self, seconds: u64, nanoseconds: u32) -> u8 {
-        let index = usize::from(self.index) % SIZE;
+        let index = self.selected();
         let held = self.memory[STATUS_B] & B_SET != 0;
         match index {
             STATUS_A => {
@@ -176,7 +180,7 @@ impl Registers {
     }
 
     fn write(&mut self, value: u8, seconds: u64) {
-        let index = usize::from(self.index) % SIZE;
+        let index = self.selected();
         match index {
             STATUS_A => self.memory[STATUS_A] = value & !A_UPDATING,
             STATUS_B => {

@@ -215,6 +215,11 @@ mod tests {
         assert_eq!(ask(0xd3, Some(0x5a)), 0x5a, "and not from the mouse");
         assert_eq!(ask(TEST_AUX, None), NO_PORT);
         assert_eq!(ask(0xd4, Some(0xf2)), RESEND);
+        device.write(STATUS, &[WRITE_MODE]).unwrap();
+        device.write(STATUS, &[TEST_KEYBOARD]).unwrap();
+        device.write(DATA, &[0x11]).unwrap();
+        get(&device, DATA);
+        assert_eq!(ask(READ_MODE, None), 0x74, "the byte came after another command");
         assert_eq!(get(&device, SYSTEM_CONTROL) & TIMER_2_HIGH, TIMER_2_HIGH);
     }
 

@@ -142,11 +142,10 @@ impl BusDevice for ResetPort {
         let (0, &[value]) = (offset, data) else {
             return Err(AccessError::BadAccess);
         };
-        let kept = value & (Self::SYSTEM_RESET | Self::RESET_CPU | Self::FULL_RESET);
-        let before = self.value.swap(kept, Ordering::Relaxed);
-        if kept & Self::RESET_CPU != 0 && before & Self::RESET_CPU == 0 {
-            // What the guest finds when it comes back.
-            self.value.store(kept & !Self::RESET_CPU, Ordering::Relaxed);
+        // The bit is never found set, since setting it resets: so each time it is set it rises.
+        self.value
+            .store(value & (Self::SYSTEM_RESET | Self::FULL_RESET), Ordering::Relaxed);
+        if value & Self::RESET_CPU != 0 {
             self.sink.power_event(PowerEvent::Reset);
         }
         Ok(())

@@ -33,8 +33,8 @@ const LCR_DIVISOR_LATCH: u8 = 0x80;
 const MCR_LOOP: u8 = 0x10;
 const LSR_DATA_READY: u8 = 0x01;
 
-/// Input taken before the control thread looks after its other work.
-const TURN: usize = 4096;
+/// Bytes the receiver's FIFO holds. More than the original's 16, which drivers cannot tell, and fewer interrupts.
+const FIFO: usize = 64;
 
 /// A 16550A with FIFOs. Claim [`SERIAL_PORTS`] ports for it and call [`on_event`](Self::on_event) when its console's descriptor is readable.
 ///
@@ -160,21 +160,13 @@ impl Serial {
 
     /// Moves input from the console into the FIFO as far as there is room. To be called when the console's descriptor is readable.
     pub fn on_event(&self) {
-        let mut buf = [0; 64];
-        let mut taken = 0;
+        let mut buf = [0; FIFO];
         // The lock is held while reading, so the guest cannot change the room meanwhile; the read does not wait.
         let mut registers = self.lock();
-        while taken < TURN {
-            let room = registers.room().min(buf.len());
-            let n = self.console.service(&mut buf[..room]);
-            let received = registers.uart.enqueue_raw_bytes(&buf[..n]);
-            self.check(received.map(|_| ()));
-            if n < room || room == 0 {
-                return;
-            }
-            taken += n;
-        }
-        self.console.room();
+        let room = registers.room().min(FIFO);
+        let n = self.console.service(&mut buf[..room]);
+        let received = registers.uart.enqueue_raw_bytes(&buf[..n]);
+        self.check(received.map(|_| ()));
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {

@@ -5,13 +5,18 @@
 
 #[allow(unsafe_code)] // host pointers into guest memory for vectored I/O
 mod chain;
+mod console;
 mod device;
 #[cfg(test)]
 pub mod mock;
 mod queue;
+mod rng;
 mod transport;
+mod wait;
 
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
+pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
 pub use queue::{QueueLayout, QueueStateV1, RingFault, VirtQueue};
+pub use rng::{EntropySource, SourceError, VirtioRng};
 pub use transport::{RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

@@ -107,17 +107,10 @@ impl Console {
         while matches!(self.epoll.wait(0, &mut events), Ok(n) if n == events.len()) {}
 
         let mut port = self.lock();
-        let mut read = 0;
         let mut lost = port.flush();
-        loop {
-            read += port.read(&mut buf[read..]);
-            // A client that came now may have sent something already.
-            let (came, overrun) = port.change_client(&self.epoll);
-            lost += overrun;
-            if !came || read == buf.len() {
-                break;
-            }
-        }
+        let read = port.read(buf);
+        // What a new client has sent already comes with an event of its own.
+        lost += port.change_client(&self.epoll);
         if let Err(error) = port.watch(&self.epoll) {
             self.warn(&format_args!("cannot wait for room for output: {error}"));
         }

@@ -179,10 +179,10 @@ impl Port {
         read
     }
 
-    /// Lets a client go that is gone and takes in the next one. Returns whether one came, and the bytes of output lost.
-    pub(super) fn change_client(&mut self, epoll: &Epoll) -> (bool, usize) {
+    /// Lets a client go that is gone and takes in the next one. Returns the bytes of output lost.
+    pub(super) fn change_client(&mut self, epoll: &Epoll) -> usize {
         let Peer::Socket { listener, client, .. } = &mut self.peer else {
-            return (false, 0);
+            return 0;
         };
         if client
             .as_ref()
@@ -214,7 +214,7 @@ impl Port {
                 came = true;
             }
         }
-        (came, if came { self.flush() } else { 0 })
+        if came { self.flush() } else { 0 }
     }
 
     fn input(&self) -> Option<&Channel> {

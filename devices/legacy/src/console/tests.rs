@@ -249,3 +249,82 @@ fn null_swallows() {
     assert_eq!((console.dropped(), console.service(&mut [0; 8])), (0, 0));
     assert!(console.drain(Duration::ZERO));
 }
+
+/// What [`tty_child`] runs as: the name of the way it ends.
+const CHILD: &str = "TRIARCH_TEST_TTY_ENDS_BY";
+
+/// Not a test by itself: the process with the terminal in [`a_terminal_is_raw_while_used_and_then_as_before`].
+#[test]
+#[ignore = "started by another test"]
+fn tty_child() {
+    let Ok(end) = std::env::var(CHILD) else { return };
+    let console = Console::open(&Backend::Tty).unwrap();
+    console.write(b"<open>");
+    let mut input = Vec::<u8>::new();
+    while input.len() < 4 && readable(&console, 5000) {
+        let mut buf = [0; 16];
+        let n = console.service(&mut buf);
+        input.extend(&buf[..n]);
+    }
+    let size = format!("<{input:?} {:?}>", console.size());
+    console.write(size.as_bytes());
+    match end.as_str() {
+        "exit" => std::process::exit(0),
+        "panic" => panic!("on purpose"),
+        _ => drop(console),
+    }
+}
+
+#[test]
+fn a_terminal_is_raw_while_used_and_then_as_before() {
+    for end in ["drop", "exit", "panic"] {
+        let (master, slave, _) = sys::open_pty().unwrap();
+        let before = sys::attributes(slave.as_fd()).unwrap();
+        assert_ne!(before.c_lflag & libc::ECHO, 0);
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "console::tests::tty_child", "--ignored", "--nocapture"])
+            .env(CHILD, end)
+            .stdin(slave.try_clone().unwrap())
+            .stdout(slave.try_clone().unwrap())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut seen = String::new();
+        let mut read_until = |mark: &str| {
+            while !seen.contains(mark) && sys::poll(master.as_fd(), libc::POLLIN, Duration::from_secs(10)) != 0 {
+                let mut buf = [0; 256];
+                let n = (&master).read(&mut buf).unwrap();
+                seen.push_str(&String::from_utf8_lossy(&buf[..n]));
+            }
+            assert!(seen.contains(mark), "{end}: {mark:?} is not in {seen:?}");
+        };
+        read_until("<open>");
+        let raw = sys::attributes(slave.as_fd()).unwrap();
+        assert_eq!(raw.c_lflag & (libc::ECHO | libc::ICANON | libc::ISIG), 0);
+        assert_eq!(raw.c_oflag, before.c_oflag);
+        (&master).write_all(b"\x03\r\x04a").unwrap();
+        read_until("<[3, 13, 4, 97] None>");
+        let status = child.wait().unwrap();
+        assert_eq!(status.success(), end != "panic");
+        let after = sys::attributes(slave.as_fd()).unwrap();
+        assert_eq!(
+            (after.c_lflag, after.c_iflag),
+            (before.c_lflag, before.c_iflag),
+            "{end}"
+        );
+    }
+}
+
+#[test]
+fn a_channel_that_cannot_be_made_non_blocking_still_never_waits() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let polled = channel::Channel::Polled(fs::File::from(std::os::fd::OwnedFd::from(ours)));
+    let would_block = |outcome: io::Result<usize>| outcome.unwrap_err().kind() == io::ErrorKind::WouldBlock;
+    assert!(would_block(polled.read(&mut [0; 8])));
+    (&theirs).write_all(b"x").unwrap();
+    assert_eq!(polled.read(&mut [0; 8]).unwrap(), 1);
+    let full = std::iter::repeat_with(|| polled.write(b"yy"))
+        .take(1 << 22)
+        .find(Result::is_err);
+    assert!(would_block(full.expect("the socket fills up")));
+}
