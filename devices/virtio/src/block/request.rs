@@ -31,7 +31,7 @@ pub(super) enum Status {
 /// Pieces of guest memory.
 pub(super) type Segments = SmallVec<[Segment; 6]>;
 
-/// A request, in bytes. Ranges are not checked against the disk; the disk does that.
+/// A request, in bytes. Whether a range fits the disk and its blocks is for the disk to check.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Request {
     Read { offset: u64 },
@@ -75,11 +75,11 @@ pub(super) fn parse(chain: &Chain, memory: &GuestMemory, features: u64) -> Resul
 
     let (mut data, mut len) = (data_in, room);
     let request = match kind {
-        T_IN => transfer(sector, room).map(|offset| Request::Read { offset }),
+        T_IN => bytes(sector).map(|offset| Request::Read { offset }),
         T_OUT => {
             len = reader.left();
             data = reader.take_segments(len).map_err(|_| SHORT)?;
-            transfer(sector, len).map(|offset| Request::Write { offset })
+            bytes(sector).map(|offset| Request::Write { offset })
         }
         T_FLUSH => Ok(Request::Flush),
         T_GET_ID => Ok(Request::GetId),
@@ -98,11 +98,8 @@ pub(super) fn parse(chain: &Chain, memory: &GuestMemory, features: u64) -> Resul
     })
 }
 
-/// The position in bytes of a transfer of `len` bytes, which must be whole sectors.
-fn transfer(sector: u64, len: u32) -> Result<u64, Status> {
-    if !u64::from(len).is_multiple_of(SECTOR) {
-        return Err(Status::IoErr);
-    }
+/// A position in bytes.
+fn bytes(sector: u64) -> Result<u64, Status> {
     sector.checked_mul(SECTOR).ok_or(Status::IoErr)
 }
 
@@ -115,14 +112,14 @@ struct Range {
 
 /// Reads the one range a request may have (`max_discard_seg` and `max_write_zeroes_seg` are 1).
 fn range(reader: &mut crate::ChainReader<'_>) -> Result<Range, Status> {
-    let mut bytes = [0; RANGE_LEN as usize];
-    if reader.left() != RANGE_LEN || reader.read_exact(&mut bytes).is_err() {
+    let mut raw = [0; RANGE_LEN as usize];
+    if reader.left() != RANGE_LEN || reader.read_exact(&mut raw).is_err() {
         return Err(Status::IoErr);
     }
-    let [low, high, sectors, flags] = words(&bytes);
+    let [low, high, sectors, flags] = words(&raw);
     let sector = u64::from(high) << 32 | u64::from(low);
     Ok(Range {
-        offset: sector.checked_mul(SECTOR).ok_or(Status::IoErr)?,
+        offset: bytes(sector)?,
         sectors,
         flags,
     })

@@ -2,6 +2,7 @@
 
 mod lifecycle;
 mod random;
+mod worker;
 
 use std::time::Duration;
 
@@ -161,7 +162,9 @@ impl Rig {
 
     fn request(&mut self, kind: u32, sector: u64, out: &[u8], room: usize, shape: &Shape) -> Answer {
         let places = self.offer(&[&header(kind, sector)[..], out].concat(), room + 1, shape);
-        self.driver.kick();
+        if self.driver.wants_kick() {
+            self.driver.kick();
+        }
         let (_, used) = self.driver.wait_used().expect("an answer");
         self.collect(&places, used)
     }

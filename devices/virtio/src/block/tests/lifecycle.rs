@@ -281,3 +281,17 @@ fn what_a_read_fills_is_marked_for_migration() {
     assert!((at..at + len).all(|at| dirty(&rig, at)));
     assert!(!dirty(&rig, at + len + 4096));
 }
+
+#[test]
+fn ranges_have_the_maximum_that_was_announced() {
+    let mut rig = Rig::new();
+    rig.file.as_file().set_len(4 << 30).unwrap();
+    rig.device.handle().refresh_size().unwrap();
+    for (kind, maximum) in [
+        (DISCARD, config::MAX_DISCARD_SECTORS),
+        (WRITE_ZEROES, config::MAX_WRITE_ZEROES_SECTORS),
+    ] {
+        assert_eq!(rig.simple(kind, 0, &range(0, maximum, 0), 0).status, OK);
+        assert_eq!(rig.simple(kind, 0, &range(0, maximum + 1, 0), 0).status, IOERR);
+    }
+}
