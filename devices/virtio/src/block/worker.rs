@@ -17,6 +17,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::request::{self, Parsed, Request, Segments, Status};
 use crate::{Chain, Segment, VirtQueue, iovecs, mark_written};
 
+/// What a worker waits for: the driver's notification, completions, the order to stop.
+const KICK: u64 = 1;
+const DONE: u64 = 2;
+const STOP: u64 = 4;
+
 /// A request in flight.
 struct Pending {
     head: u16,
@@ -71,9 +76,9 @@ impl QueueWorker {
     /// Prepares to serve `queue` through `io`, whose depth is at least 1.
     pub(super) fn new(queue: VirtQueue, io: Box<dyn IoQueue>, common: &Common) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let readable = || EpollEvent::new(EventSet::IN, 0);
-        epoll.ctl(ControlOperation::Add, queue.kick().as_raw_fd(), readable())?;
-        epoll.ctl(ControlOperation::Add, io.completion_fd().as_raw_fd(), readable())?;
+        let readable = |what| EpollEvent::new(EventSet::IN, what);
+        epoll.ctl(ControlOperation::Add, queue.kick().as_raw_fd(), readable(KICK))?;
+        epoll.ctl(ControlOperation::Add, io.completion_fd().as_raw_fd(), readable(DONE))?;
         let depth = io.depth();
         let lane = Lane {
             queue,
@@ -96,28 +101,33 @@ impl QueueWorker {
 
     /// Serves the queue until `stop` becomes readable, then finishes what is in flight.
     pub(super) fn run(&mut self, stop: &EventFd) {
-        let event = EpollEvent::new(EventSet::IN, 0);
+        let event = EpollEvent::new(EventSet::IN, STOP);
         if let Err(error) = self.epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), event) {
             return tracing::error!(disk = %self.lane.id, %error, "cannot wait for work, the queue stands still");
         }
-        let mut events = [EpollEvent::default(); 3];
         // Kept, so that a request allocates nothing.
         let mut vecs = Vec::new();
-        while stop.read().is_err() {
-            // Completions first: they make room for what is offered.
-            let lane = &mut self.lane;
-            self.io.completions(&mut |tag, result| lane.finish(tag, &result));
-            let _ = self.lane.queue.kick().read();
+        // Before the first wait, chains may be there and the notification gone.
+        let mut fired = KICK;
+        while fired & STOP == 0 {
+            if fired & KICK != 0 {
+                let _ = self.lane.queue.kick().read();
+            }
             self.lane.flush_if_wanted(&mut *self.io);
-            self.serve(&mut vecs);
+            let more = self.serve(&mut vecs);
+            // Much completes at once (the page cache, the plain backend), so look before waiting.
+            if fired & DONE != 0 || self.io.in_flight() > 0 {
+                let lane = &mut self.lane;
+                self.io.completions(&mut |tag, result| lane.finish(tag, &result));
+            }
             self.lane.signal();
-            match self.epoll.wait(-1, &mut events) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+            fired = match self.wait(more && !self.lane.free.is_empty()) {
+                Ok(fired) => fired,
+                Err(error) => {
                     tracing::error!(disk = %self.lane.id, %error, "cannot wait for work, the queue stands still");
                     break;
                 }
-                _ => {}
-            }
+            };
         }
         let lane = &mut self.lane;
         if let Err(error) = self.io.drain(&mut |tag, result| lane.finish(tag, &result)) {
@@ -126,23 +136,38 @@ impl QueueWorker {
         self.lane.signal();
     }
 
-    /// Starts all requests there are, as far as the engine has room.
-    fn serve(&mut self, vecs: &mut Vec<libc::iovec>) {
-        loop {
-            self.lane.queue.disarm();
-            while !self.lane.free.is_empty() {
-                let Some(chain) = self.lane.queue.pop() else { break };
-                self.lane.start(&chain, &mut *self.io, vecs);
-            }
+    /// Waits for something to do, or only looks if `busy`. Returns what is readable.
+    fn wait(&mut self, busy: bool) -> io::Result<u64> {
+        let mut events = [EpollEvent::default(); 3];
+        let count = match self.epoll.wait(if busy { 0 } else { -1 }, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            result => result?,
+        };
+        Ok(events.iter().take(count).fold(0, |fired, event| fired | event.data()))
+    }
+
+    /// Starts the requests there are, as far as the engine has room, and not more than a queue full: a driver that goes on and
+    /// on must not keep the worker from stopping. Returns whether there may be more.
+    pub(super) fn serve(&mut self, vecs: &mut Vec<libc::iovec>) -> bool {
+        self.lane.queue.disarm();
+        let mut more = true;
+        for _ in 0..self.lane.queue.size() {
             // Without room the next completion leads back here, and notifications would not help.
-            if self.lane.free.is_empty() || !self.lane.queue.arm() {
+            if self.lane.free.is_empty() {
+                break;
+            }
+            if let Some(chain) = self.lane.queue.pop() {
+                self.lane.start(&chain, &mut *self.io, vecs);
+            } else if !self.lane.queue.arm() {
+                more = false;
                 break;
             }
         }
         if let Err(error) = self.io.kick() {
-            self.lane
-                .warn(&format_args!("operations wait, the kernel takes none: {error}"));
+            let message = format_args!("operations wait, the kernel takes none: {error}");
+            self.lane.warn(&message);
         }
+        more
     }
 }
 

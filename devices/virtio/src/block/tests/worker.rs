@@ -201,3 +201,34 @@ fn more_requests_than_the_engine_takes_wait_their_turn() {
     assert!(bench.most.load(Ordering::Relaxed) <= 3);
     assert_eq!(bench.rig.driver.interrupt.needs_reset_count(), 0);
 }
+
+#[test]
+fn one_round_serves_a_queue_full_at_most() {
+    let file = super::image();
+    let disk = Disk::open(&DiskOptions::new(file.path())).unwrap();
+    let mut driver = FakeDriver::new(8, false);
+    let common = Common {
+        id: "_test".into(),
+        features: u64::MAX,
+        cache: Arc::new(Cache {
+            writeback: AtomicBool::new(true),
+            flush: AtomicBool::new(false),
+        }),
+        disk: Arc::clone(&disk),
+    };
+    let mut worker = QueueWorker::new(driver.queue(), disk.queue(64).unwrap(), &common).unwrap();
+    driver
+        .ram()
+        .write_slice(&header(GET_ID, 0), GuestAddress(DATA))
+        .unwrap();
+    driver.write_descriptors(&[Desc::readable(DATA, 16).next(1), Desc::writable(DATA + 64, 21)]);
+    let mut vecs = Vec::new();
+    for _ in 0..2 {
+        (0..8).for_each(|_| driver.offer(0));
+        assert!(worker.serve(&mut vecs), "there may be more");
+        assert!(!driver.wants_kick());
+        (0..8).for_each(|_| assert_eq!(driver.used(), Some((0, 21))));
+    }
+    assert!(!worker.serve(&mut vecs));
+    assert!(driver.wants_kick(), "the ring is empty");
+}
