@@ -296,15 +296,15 @@ fn discard_releases_and_zeroes_write() {
         assert_eq!(before - used(), 2 * MIB as u64);
         let op = Op::WriteZeroes {
             offset: 3 * MIB as u64 + 512,
-            len: 1024,
+            len: 65536,
             unmap: false,
             durable: true,
         };
-        assert_eq!(run(&mut *queue, &op).unwrap(), 1024);
+        assert_eq!(run(&mut *queue, &op).unwrap(), 65536);
         assert_eq!(before - used(), 2 * MIB as u64);
         let content = std::fs::read(file.path()).unwrap();
         let zero = |at: usize| {
-            at < MIB || (2 * MIB..3 * MIB).contains(&at) || (512..1536).contains(&(at.wrapping_sub(3 * MIB)))
+            at < MIB || (2 * MIB..3 * MIB).contains(&at) || (512..66_048).contains(&(at.wrapping_sub(3 * MIB)))
         };
         assert!(content.iter().enumerate().all(|(at, byte)| (*byte == 0) == zero(at)));
         assert_eq!(content.len(), 4 * MIB);

@@ -3,6 +3,7 @@
 //! A device implements [`VirtioDevice`] and works on [`VirtQueue`]s; it sees neither the transport nor the layout of a ring, so
 //! that packed rings and other transports touch no device. One directory per device.
 
+mod block;
 #[allow(unsafe_code)] // host pointers into guest memory for vectored I/O
 mod chain;
 mod console;
@@ -14,6 +15,7 @@ mod rng;
 mod transport;
 mod wait;
 
+pub use block::{Block, BlockError, BlockHandle, BlockStateV1, MAX_BLOCK_QUEUES, block_feature};
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};

@@ -125,6 +125,8 @@ pub struct FakeDriver {
     layout: QueueLayout,
     next_descriptor: u16,
     avail: u16,
+    /// The available index when [`wants_kick`](Self::wants_kick) last looked.
+    announced: u16,
     used: u16,
 }
 
@@ -161,6 +163,7 @@ impl FakeDriver {
             layout,
             next_descriptor: 0,
             avail: 0,
+            announced: 0,
             used: 0,
         }
     }
@@ -259,6 +262,23 @@ impl FakeDriver {
             .memory()
             .write_obj(index, GuestAddress(at))
             .expect("used_event");
+    }
+
+    /// Whether the device wants to be notified of what was offered since the last call (virtio 1.2, 2.7.10 and 2.7.8.1).
+    pub fn wants_kick(&mut self) -> bool {
+        // Orders the available index before what the device asks for.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let ram = self.memory.memory();
+        let load = |at| {
+            ram.load::<u16>(GuestAddress(at), Ordering::Relaxed)
+                .expect("device area")
+        };
+        let before = std::mem::replace(&mut self.announced, self.avail);
+        if !self.layout.event_idx {
+            return load(self.layout.device) & 1 == 0;
+        }
+        let event = load(self.layout.device + 4 + 8 * u64::from(self.layout.size));
+        self.avail.wrapping_sub(event).wrapping_sub(1) < self.avail.wrapping_sub(before)
     }
 
     /// Notifies the device.
