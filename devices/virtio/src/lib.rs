@@ -8,6 +8,7 @@ mod chain;
 mod device;
 #[cfg(test)]
 pub mod mock;
+pub mod net;
 mod queue;
 mod transport;
 
