@@ -126,3 +126,35 @@ fn a_guest_talks_to_the_host_over_a_tap() {
         assert_eq!(net.handle().stats().tx.packets, 1);
     });
 }
+
+#[test]
+fn an_interface_that_is_deleted_costs_packets_only() {
+    in_namespace(|| {
+        let mut tap = Tap::open(Some("doomed"), 1).expect("tap");
+        tap.bring_up().expect("up");
+        let mut net = Net::new(options("_del"), Arc::new(tap)).expect("device");
+        let rx = FakeDriver::new(64, true);
+        let mut tx = FakeDriver::beside(&rx, 1);
+        net.activate(rx.context(0)).expect("activate");
+        net.start_queue(rx.queue()).expect("rx");
+        net.start_queue(tx.queue()).expect("tx");
+        let delete = ["link", "del", "doomed"];
+        assert!(
+            std::process::Command::new("ip")
+                .args(delete)
+                .status()
+                .expect("ip")
+                .success()
+        );
+        assert!(ticks_used("_del_qp0") < 5, "it must wait, not spin");
+        tx.add(&[Desc::readable(buffer(1, 0), 100)]);
+        tx.kick();
+        tx.wait_used().expect("completed");
+        assert_eq!(net.handle().stats().tx.dropped, 1);
+        for index in [0, 1] {
+            let queue = net.stop_queue(index).expect("queue");
+            net.start_queue(queue).expect("again");
+        }
+        assert!(ticks_used("_del_qp0") < 5, "nor when it is gone at the start");
+    });
+}
