@@ -11,6 +11,7 @@ pub mod mock;
 pub mod net;
 mod queue;
 mod transport;
+pub mod vsock;
 
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
