@@ -10,10 +10,12 @@ mod console;
 mod device;
 #[cfg(test)]
 pub mod mock;
+pub mod net;
 mod queue;
 mod rng;
 mod transport;
 mod wait;
+pub mod vsock;
 
 pub use block::{Block, BlockError, BlockHandle, BlockStateV1, MAX_BLOCK_QUEUES, block_feature};
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
