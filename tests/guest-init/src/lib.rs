@@ -17,4 +17,4 @@ pub mod setup;
 mod sys;
 pub mod tools;
 
-pub use sys::reap;
+pub use sys::{interface_up, kill_group, reap};

@@ -1,5 +1,13 @@
 //! Starts VMs, hosts and daemons for the tests.
 //!
-//! [`agent`] runs commands in a machine that has `triarch-guest-init` as PID 1.
+//! - [`suite`]: the framework of tests that run a whole VMM
+//! - [`vm`]: a VMM with its flags, its output, and its end
+//! - [`linux`]: a Linux guest on it, in which [`agent`] runs commands
+//! - [`net`], [`disk`], [`vsock`], [`api`]: the host's side of the devices
 
 pub mod agent;
+pub mod api;
+pub mod capture;
+pub mod images;
+pub mod process;
+pub mod suite;

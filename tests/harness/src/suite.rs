@@ -1,0 +1,167 @@
+//! The framework of tests that run a whole VMM.
+//!
+//! Each test runs in a process of its own, leader of a process group, with a directory of its own:
+//! a panic, a hang or a crash ends that test only, and what it leaves behind is found, and is a
+//! failure. The binary with the tests calls [`main`].
+
+mod cli;
+mod run;
+
+pub use cli::main;
+pub use run::run_test;
+
+use crate::images::Images;
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+/// What a test needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Our own bare-metal guest on any KVM, also one in software.
+    Payload,
+    /// A Linux guest: a KVM that virtualises the whole processor, in hardware or emulated.
+    Nested,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Payload => "payload",
+            Self::Nested => "nested",
+        })
+    }
+}
+
+impl FromStr for Level {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "payload" => Ok(Self::Payload),
+            "nested" => Ok(Self::Nested),
+            _ => Err(format!("{text} is no level; there are payload and nested")),
+        }
+    }
+}
+
+/// How a test that did not fail ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It ran and all was right.
+    Passed,
+    /// It could not run here, because of this.
+    Skipped(String),
+}
+
+/// What a test is given.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// A directory of the test's own, removed after it.
+    pub dir: PathBuf,
+    /// The VMM under test.
+    pub triarch: PathBuf,
+    /// What guests boot.
+    pub images: Images,
+}
+
+/// A test.
+#[derive(Clone, Copy, Debug)]
+pub struct Test {
+    /// `subject::what_holds`.
+    pub name: &'static str,
+    /// What it needs.
+    pub level: Level,
+    /// The test itself.
+    pub run: fn(&Context) -> Result<Outcome>,
+    /// After this it has failed.
+    pub timeout: Duration,
+}
+
+impl Test {
+    /// A test of the payload level, which has ten seconds.
+    pub const fn payload(name: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
+        Self {
+            name,
+            level: Level::Payload,
+            run,
+            timeout: Duration::from_secs(10),
+        }
+    }
+
+    /// A test of the nested level, which has three minutes: hosts may be emulated.
+    pub const fn nested(name: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
+        Self {
+            name,
+            level: Level::Nested,
+            run,
+            timeout: Duration::from_secs(180),
+        }
+    }
+
+    /// The same test with another time limit.
+    #[must_use]
+    pub const fn within(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+}
+
+/// How a test ended; with `--json` each is printed as one line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The test's name.
+    pub name: String,
+    /// Its level.
+    pub level: Level,
+    /// How it ended.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+    /// How long it took, in milliseconds.
+    pub millis: u64,
+}
+
+/// How a test ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", rename_all = "lowercase")]
+pub enum Verdict {
+    /// It ran and all was right.
+    Passed,
+    /// It did not run.
+    Skipped {
+        /// Why.
+        why: String,
+    },
+    /// It ran, and something was wrong.
+    Failed {
+        /// What, with the end of what the test printed.
+        why: String,
+    },
+}
+
+impl Verdict {
+    /// The word for it.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Passed => "ok",
+            Self::Skipped { .. } => "skipped",
+            Self::Failed { .. } => "FAILED",
+        }
+    }
+}
+
+/// Finds the VMM: `TRIARCH_BIN`, or `triarch` in the directory of this program.
+fn find_triarch() -> PathBuf {
+    std::env::var_os("TRIARCH_BIN").map_or_else(|| beside_us("triarch"), PathBuf::from)
+}
+
+/// A file in the directory of this program.
+pub(crate) fn beside_us(name: &str) -> PathBuf {
+    let us = std::env::current_exe().unwrap_or_default();
+    us.parent().unwrap_or_else(|| Path::new(".")).join(name)
+}

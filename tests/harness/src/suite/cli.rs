@@ -1,0 +1,162 @@
+//! The command line of the binary with the tests.
+
+use super::run::{INSIDE, inside};
+use super::{Level, Report, Test, Verdict, run_test};
+use std::path::Path;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: triarch-suites [--level payload|nested] [--list] [--json] [NAME ...]
+
+Runs tests that run a whole VMM: all of them, or those whose names contain a NAME.
+  --level L  only this level
+  --list     print names and levels, run nothing
+  --json     print each result as a line of JSON
+
+TRIARCH_BIN    the VMM (default: `triarch` beside this program)
+TRIARCH_IMAGES the directory with kernels and initramfs (default: where this program is)";
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Options {
+    level: Option<Level>,
+    list: bool,
+    json: bool,
+    names: Vec<String>,
+}
+
+impl Options {
+    fn parse(arguments: &[String]) -> Result<Self, String> {
+        let mut options = Self::default();
+        let mut rest = arguments.iter();
+        while let Some(argument) = rest.next() {
+            match argument.as_str() {
+                "--list" => options.list = true,
+                "--json" => options.json = true,
+                "--level" => {
+                    let level = rest.next().ok_or("--level needs payload or nested")?;
+                    options.level = Some(level.parse()?);
+                }
+                other if other.starts_with('-') => {
+                    return Err(format!("{other} is not an option\n\n{USAGE}"));
+                }
+                name => options.names.push(name.into()),
+            }
+        }
+        Ok(options)
+    }
+
+    fn wants(&self, test: &Test) -> bool {
+        self.level.is_none_or(|level| level == test.level)
+            && (self.names.is_empty() || self.names.iter().any(|n| test.name.contains(n.as_str())))
+    }
+}
+
+/// Runs what the command line asks for; fails if a test failed, or if none ran.
+pub fn main(tests: &[Test]) -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [INSIDE, name, dir] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        return match tests.iter().find(|t| t.name == name) {
+            Some(test) => inside(test, Path::new(dir)),
+            None => ExitCode::FAILURE,
+        };
+    }
+    if arguments.iter().any(|a| a == "--help" || a == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let options = match Options::parse(&arguments) {
+        Ok(options) => options,
+        Err(e) => {
+            eprintln!("{e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let wanted: Vec<&Test> = tests.iter().filter(|test| options.wants(test)).collect();
+    if options.list {
+        for test in &wanted {
+            println!("{:<8} {}", test.level.to_string(), test.name);
+        }
+        return ExitCode::SUCCESS;
+    }
+    if run_all(&wanted, options.json) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Runs tests one after the other; whether some ran and none failed.
+fn run_all(tests: &[&Test], json: bool) -> bool {
+    let mut counts = [0; 3];
+    for test in tests {
+        let report = run_test(test);
+        match report.verdict {
+            Verdict::Passed => counts[0] += 1,
+            Verdict::Failed { .. } => counts[1] += 1,
+            Verdict::Skipped { .. } => counts[2] += 1,
+        }
+        if json {
+            println!("{}", serde_json::to_string(&report).unwrap_or_default());
+        } else {
+            print!("{}", describe(&report));
+        }
+    }
+    let [passed, failed, skipped] = counts;
+    if !json {
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+    }
+    failed == 0 && passed > 0
+}
+
+fn describe(report: &Report) -> String {
+    let Report {
+        name, verdict, millis, ..
+    } = report;
+    let millis = *millis as f64 / 1000.0;
+    let line = format!("{:<8}{millis:8.2} s  {name}\n", verdict.word());
+    match verdict {
+        Verdict::Passed => line,
+        Verdict::Skipped { why } => format!("{}: {why}\n", line.trim_end()),
+        Verdict::Failed { why } => {
+            let indented = why.lines().map(|l| format!("    {l}\n")).collect::<String>();
+            line + &indented
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suite::Outcome;
+
+    fn parse(arguments: &[&str]) -> Result<Options, String> {
+        Options::parse(&arguments.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn selects_by_level_and_name() {
+        let blk = Test::payload("blk::reads", |_| Ok(Outcome::Passed));
+        let boot = Test::nested("boot::one_cpu", |_| Ok(Outcome::Passed));
+        let wanted = |arguments: &[&str]| {
+            let options = parse(arguments).unwrap();
+            [options.wants(&blk), options.wants(&boot)]
+        };
+        assert_eq!(wanted(&[]), [true, true]);
+        assert_eq!(wanted(&["--level", "nested"]), [false, true]);
+        assert_eq!(wanted(&["blk"]), [true, false]);
+        assert_eq!(wanted(&["--level", "payload", "boot"]), [false, false]);
+        assert_eq!(wanted(&["cpu", "read"]), [true, true]);
+    }
+
+    #[test]
+    fn refuses_what_it_does_not_know() {
+        assert!(parse(&["--levl"]).unwrap_err().starts_with("--levl is not an option"));
+        assert!(parse(&["--level"]).is_err());
+        assert!(parse(&["--level", "unit"]).is_err());
+    }
+
+    #[test]
+    fn nothing_run_is_no_success() {
+        assert!(!run_all(&[], true));
+    }
+}

@@ -1,1 +1,0 @@
-//! Tests that run a whole VMM.

@@ -1,0 +1,15 @@
+//! Tests that run a whole VMM, one module a subject. `triarch-suites --help` tells how to run them.
+//!
+//! A module exports its tests as `TESTS`; adding one touches that module and the list below.
+
+use std::process::ExitCode;
+use triarch_harness::suite;
+
+mod framework;
+
+fn main() -> ExitCode {
+    if std::env::var_os(framework::VICTIMS).is_some() {
+        return suite::main(&framework::victims());
+    }
+    suite::main(&[framework::TESTS].concat())
+}
