@@ -8,6 +8,11 @@
 pub mod agent;
 pub mod api;
 pub mod capture;
+pub mod disk;
 pub mod images;
+pub mod linux;
+pub mod net;
 pub mod process;
 pub mod suite;
+pub mod vm;
+pub mod vsock;

@@ -1,0 +1,172 @@
+//! The host's side of network tests: a network namespace of the test's own, and tap interfaces in
+//! it. Both vanish with the test's process.
+#![allow(unsafe_code)]
+
+use anyhow::{Context, Result, bail};
+use std::ffi::c_int;
+use std::fs::{self, File};
+use std::io;
+use std::mem;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use triarch_guest_init::interface_up;
+
+/// Moves this thread, and what it starts from now on, into a new network namespace, in which only
+/// the loopback interface is, and up. Call it before threads or VMs are started.
+///
+/// # Errors
+/// No permission: it takes CAP_SYS_ADMIN.
+pub fn enter_namespace() -> Result<()> {
+    // SAFETY: takes plain flags and changes only which network this thread sees.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+    if result < 0 {
+        return Err(io::Error::last_os_error()).context("cannot make a network namespace");
+    }
+    interface_up("lo").context("cannot bring lo up")
+}
+
+/// Why network tests cannot run here, if they cannot.
+pub fn unavailable() -> Option<String> {
+    // SAFETY: takes nothing.
+    if unsafe { libc::geteuid() } != 0 {
+        return Some("network namespaces and tap interfaces need root".into());
+    }
+    let tun = File::options().read(true).write(true).open("/dev/net/tun");
+    tun.err().map(|e| format!("/dev/net/tun: {e}"))
+}
+
+/// The names of the interfaces in this thread's namespace.
+///
+/// # Errors
+/// `/proc` is missing.
+pub fn interfaces() -> Result<Vec<String>> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+    let names = table.lines().skip(2).filter_map(|line| line.split_once(':'));
+    Ok(names.map(|(name, _)| name.trim().to_owned()).collect())
+}
+
+/// A persistent tap interface, such as an administrator or an agent makes for a VM.
+#[derive(Debug)]
+pub struct Tap {
+    name: String,
+}
+
+impl Tap {
+    /// Makes the interface, with several queues if asked, gives it an address and brings it up.
+    ///
+    /// # Errors
+    /// No permission, or there is one of that name.
+    pub fn create(name: &str, address: Ipv4Addr, mask: Ipv4Addr, multi_queue: bool) -> Result<Self> {
+        if interfaces()?.iter().any(|n| n == name) {
+            bail!("there is an interface {name} already");
+        }
+        let file = attach(name, multi_queue).with_context(|| format!("cannot make the tap interface {name}"))?;
+        let keep: c_int = 1;
+        // SAFETY: TUNSETPERSIST takes a plain number.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, keep) })?;
+        let tap = Self { name: name.into() };
+        set_address(name, libc::SIOCSIFADDR, address)?;
+        set_address(name, libc::SIOCSIFNETMASK, mask)?;
+        interface_up(name)?;
+        Ok(tap)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Opens a tap interface, which is made if there is none of that name, as VMMs do: with virtio-net
+/// headers (Linux, Documentation/networking/tuntap.rst).
+///
+/// # Errors
+/// No permission, or another one uses it.
+pub fn attach(name: &str, multi_queue: bool) -> io::Result<File> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let queues = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues;
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the request is a live ifreq, which is what this ioctl reads and writes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+    Ok(file)
+}
+
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: ifreq is plain data, for which zeroes are valid.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the interface's name is too long",
+        ));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    Ok(request)
+}
+
+fn set_address(name: &str, what: libc::Ioctl, address: Ipv4Addr) -> io::Result<()> {
+    let mut request = request(name)?;
+    let address = libc::sockaddr_in {
+        sin_family: libc::AF_INET as libc::sa_family_t,
+        sin_port: 0,
+        sin_addr: libc::in_addr {
+            s_addr: u32::from(address).to_be(),
+        },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: both are 16 bytes of plain data, one the general, one the particular form.
+    request.ifr_ifru.ifru_addr = unsafe { mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
+    // SAFETY: takes plain numbers.
+    let socket = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just made this descriptor and nothing else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: the request is a live ifreq, which is what this ioctl reads.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw const request) }).map(drop)
+}
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
+    #[test]
+    fn a_tap_lives_in_the_threads_own_namespace() {
+        if let Some(why) = unavailable() {
+            eprintln!("not tried: {why}");
+            return;
+        }
+        let before = interfaces().unwrap();
+        let inside = thread::spawn(|| {
+            enter_namespace().unwrap();
+            assert_eq!(interfaces().unwrap(), ["lo"]);
+            let address = Ipv4Addr::new(192, 168, 249, 1);
+            let tap = Tap::create("ttest0", address, Ipv4Addr::new(255, 255, 255, 0), false).unwrap();
+            assert_eq!(tap.name(), "ttest0");
+            // The address is the host's own: it answers there.
+            let listener = TcpListener::bind((address, 0)).unwrap();
+            TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let open = attach("ttest0", false).unwrap();
+            assert!(attach("ttest0", false).is_err(), "a second user of a single queue");
+            drop(open);
+            assert!(Tap::create("ttest0", address, address, false).is_err());
+            assert!(Tap::create("a_name_that_is_too_long", address, address, false).is_err());
+            interfaces().unwrap()
+        });
+        let inside = inside.join().unwrap();
+        assert!(inside.contains(&"ttest0".to_owned()), "{inside:?}");
+        assert_eq!(interfaces().unwrap(), before);
+    }
+}
