@@ -10,6 +10,7 @@ pub mod api;
 pub mod capture;
 pub mod disk;
 pub mod images;
+pub mod kvm;
 pub mod linux;
 pub mod net;
 pub mod process;

@@ -81,6 +81,8 @@ pub struct Test {
     pub run: fn(&Context) -> Result<Outcome>,
     /// After this it has failed.
     pub timeout: Duration,
+    /// Whether it runs a VM: where /dev/kvm cannot be used it is skipped.
+    pub needs_kvm: bool,
 }
 
 impl Test {
@@ -91,6 +93,7 @@ impl Test {
             level: Level::Payload,
             run,
             timeout: Duration::from_secs(10),
+            needs_kvm: true,
         }
     }
 
@@ -101,7 +104,15 @@ impl Test {
             level: Level::Nested,
             run,
             timeout: Duration::from_secs(180),
+            needs_kvm: true,
         }
+    }
+
+    /// The same test, which runs no VM.
+    #[must_use]
+    pub const fn without_kvm(mut self) -> Self {
+        self.needs_kvm = false;
+        self
     }
 
     /// The same test with another time limit.

@@ -13,13 +13,13 @@ pub const VICTIMS: &str = "TRIARCH_SUITES_VICTIMS";
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
-    Test::payload("framework::sees_what_goes_wrong", sees_what_goes_wrong),
-    Test::payload("framework::needs_a_test_to_run", needs_a_test_to_run),
+    Test::payload("framework::sees_what_goes_wrong", sees_what_goes_wrong).without_kvm(),
+    Test::payload("framework::needs_a_test_to_run", needs_a_test_to_run).without_kvm(),
 ];
 
 /// Tests that go wrong.
 pub fn victims() -> Vec<Test> {
-    vec![
+    let tests = [
         Test::payload("passes", |_| Ok(Outcome::Passed)),
         Test::payload("skips", |_| Ok(Outcome::Skipped("no moon".into()))),
         Test::payload("fails", |_| bail!("wrong sum")),
@@ -35,7 +35,8 @@ pub fn victims() -> Vec<Test> {
             Ok(Outcome::Passed)
         }),
         Test::nested("other_level", |_| Ok(Outcome::Passed)),
-    ]
+    ];
+    tests.map(Test::without_kvm).to_vec()
 }
 
 fn hangs(context: &Context) -> Result<Outcome> {

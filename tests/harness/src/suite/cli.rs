@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: triarch-suites [--level payload|nested] [--list] [--json] [NAME ...]
+usage: triarch-suites [--level payload|nested] [--list] [--json] [--exact] [NAME ...]
 
 Runs tests that run a whole VMM: all of them, or those whose names contain a NAME.
   --level L  only this level
+  --exact    a NAME is a whole name, not a part
   --list     print names and levels, run nothing
   --json     print each result as a line of JSON
 
@@ -21,6 +22,7 @@ struct Options {
     level: Option<Level>,
     list: bool,
     json: bool,
+    exact: bool,
     names: Vec<String>,
 }
 
@@ -32,6 +34,7 @@ impl Options {
             match argument.as_str() {
                 "--list" => options.list = true,
                 "--json" => options.json = true,
+                "--exact" => options.exact = true,
                 "--level" => {
                     let level = rest.next().ok_or("--level needs payload or nested")?;
                     options.level = Some(level.parse()?);
@@ -46,8 +49,14 @@ impl Options {
     }
 
     fn wants(&self, test: &Test) -> bool {
-        self.level.is_none_or(|level| level == test.level)
-            && (self.names.is_empty() || self.names.iter().any(|n| test.name.contains(n.as_str())))
+        let named = |name: &String| {
+            if self.exact {
+                test.name == name
+            } else {
+                test.name.contains(name.as_str())
+            }
+        };
+        self.level.is_none_or(|level| level == test.level) && (self.names.is_empty() || self.names.iter().any(named))
     }
 }
 
@@ -146,6 +155,7 @@ mod tests {
         assert_eq!(wanted(&["blk"]), [true, false]);
         assert_eq!(wanted(&["--level", "payload", "boot"]), [false, false]);
         assert_eq!(wanted(&["cpu", "read"]), [true, true]);
+        assert_eq!(wanted(&["--exact", "blk", "boot::one_cpu"]), [false, true]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::{Context, Outcome, Report, Test, Verdict, find_triarch};
 use crate::capture::tail;
 use crate::images::Images;
+use crate::kvm;
 use crate::process::Process;
 use anyhow::{Context as _, Result, bail};
 use std::fs;
@@ -32,6 +33,9 @@ pub fn run_test(test: &Test) -> Report {
 }
 
 fn around(test: &Test) -> Result<Verdict> {
+    if let Some(why) = test.needs_kvm.then(kvm::unavailable).flatten() {
+        return Ok(Verdict::Skipped { why });
+    }
     let dir = tempfile::Builder::new().prefix("triarch-test-").tempdir()?;
     let program = std::env::current_exe().context("this program's path is unknown")?;
     let mut command = Command::new(program);
