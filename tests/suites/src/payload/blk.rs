@@ -26,7 +26,10 @@ fn writes_reach_the_file(context: &Context) -> Result<Outcome> {
         let checksum = number(&guest.ask(&format!("blk 0 write {sector} {count} {seed}"))?, "crc32")?;
         guest.ask("blk 0 flush")?;
         let data = disk.read(sector * 512, count * 512)?;
-        ensure!(data == pattern(seed, sector, count * 512), "sector {sector} is not what was written");
+        ensure!(
+            data == pattern(seed, sector, count * 512),
+            "sector {sector} is not what was written"
+        );
         ensure!(checksum == u64::from(crc32(&data)), "{checksum:#x}");
     }
     // What lies beside it is untouched.
@@ -118,7 +121,10 @@ fn takes_many_segments(context: &Context) -> Result<Outcome> {
         for pieces in [2, 3, 30] {
             // Pieces that do not end at sectors.
             guest.ask(&format!("blk 0 write 40 77 {pieces} segs={pieces}"))?;
-            ensure!(disk.read(40 * 512, 77 * 512)? == pattern(pieces, 40, 77 * 512), "{pieces} pieces, {options}");
+            ensure!(
+                disk.read(40 * 512, 77 * 512)? == pattern(pieces, 40, 77 * 512),
+                "{pieces} pieces, {options}"
+            );
             guest.ask(&format!("blk 0 verify 40 77 {pieces} segs={pieces}"))?;
         }
     }
@@ -129,7 +135,10 @@ fn stress(context: &Context, options: &str, init: &str, depth: u32) -> Result<Ou
     let (mut guest, disk) = start(context, options)?;
     guest.ask(&format!("blk 0 init {init}"))?;
     guest.ask(&format!("blk 0 stress 800 {depth} 12"))?;
-    ensure!(disk.read(0, 800 * 4096)? == pattern(12, 0, 800 * 4096), "the file holds other data");
+    ensure!(
+        disk.read(0, 800 * 4096)? == pattern(12, 0, 800 * 4096),
+        "the file holds other data"
+    );
     Ok(Outcome::Passed)
 }
 

@@ -33,7 +33,8 @@ fn passes_initramfs(context: &Context) -> Result<Outcome> {
 fn writes_first_byte(context: &Context) -> Result<Outcome> {
     let vm = builder(context)?.set("--serial", "tty").flag("--cmdline", "bench");
     let vm = vm.start()?;
-    vm.output().wait_for("Ttriarch-payload ready\n", 0, std::time::Duration::from_secs(5))?;
+    vm.output()
+        .wait_for("Ttriarch-payload ready\n", 0, std::time::Duration::from_secs(5))?;
     ensure!(vm.output().text().starts_with('T'), "{:?}", vm.output().text());
     Ok(Outcome::Passed)
 }
@@ -59,7 +60,11 @@ fn seconds(text: &str) -> Option<i64> {
     let numbers: Option<Vec<i64>> = text.split(['-', 'T', ':']).map(|part| part.parse().ok()).collect();
     let [year, month, day, hour, minute, second] = numbers?.try_into().ok()?;
     // Days by the formula for years that begin in March.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let (year, month) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
     let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1 - 719_468;
     Some(((days * 24 + hour) * 60 + minute) * 60 + second)
 }
@@ -71,7 +76,10 @@ fn keeps_time(context: &Context) -> Result<Outcome> {
     ensure!(by_pm.abs_diff(by_apic) < by_apic / 20, "clocks differ: {time}");
     let clock = seconds(field(&time, "rtc")?).with_context(|| format!("no time in {time}"))?;
     let now = i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())?;
-    ensure!(clock.abs_diff(now) <= 2, "the guest's clock says {clock}, the host's {now}");
+    ensure!(
+        clock.abs_diff(now) <= 2,
+        "the guest's clock says {clock}, the host's {now}"
+    );
     Ok(Outcome::Passed)
 }
 
@@ -86,7 +94,10 @@ fn talks_over_serial(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?)?;
     // More than any FIFO holds, in and out.
     let text: String = ('a'..='z').cycle().take(1500).collect();
-    ensure!(guest.ask(&format!("echo {text}"))? == text, "a long line came back changed");
+    ensure!(
+        guest.ask(&format!("echo {text}"))? == text,
+        "a long line came back changed"
+    );
     // One instruction that puts out many bytes.
     guest.send("outs by one instruction")?;
     let line = guest.read_line()?;

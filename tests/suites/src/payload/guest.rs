@@ -1,11 +1,12 @@
 //! A VM with the payload in it: questions over its serial line.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
-use triarch_harness::agent::connect_socket;
+use std::thread;
+use std::time::{Duration, Instant};
 use triarch_harness::suite::Context;
 use triarch_harness::vm::{Ended, Vm, VmBuilder};
 
@@ -42,12 +43,8 @@ impl Guest {
         Self::attach(builder.start()?, &serial)
     }
 
-    fn attach(mut vm: Vm, serial: &Path) -> Result<Self> {
-        let stream = connect_socket(serial, ANSWER).or_else(|error| {
-            vm.check_alive()?;
-            Err(error.into())
-        });
-        let stream = stream.context("no connection to the serial line")?;
+    fn attach(vm: Vm, serial: &Path) -> Result<Self> {
+        let stream = connect(&vm, serial)?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
         let line = BufReader::new(stream);
@@ -118,11 +115,30 @@ impl Guest {
         self.send("pm off")?;
         self.vm.expect_end(0)
     }
+}
 
-    /// Hangs up the serial line and expects the VMM to end with 0.
-    pub fn expect_end(self) -> Result<Ended> {
-        self.vm.expect_end(0)
+/// Connects to the serial line as soon as the VMM listens; gives up when the VMM has ended.
+fn connect(vm: &Vm, serial: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + ANSWER;
+    loop {
+        match UnixStream::connect(serial) {
+            Ok(stream) => return Ok(stream),
+            Err(_) if has_ended(vm.pid()) => bail!("the VMM ended{}", vm.last_words()),
+            Err(error) if Instant::now() >= deadline => {
+                bail!("no connection to the serial line: {error}{}", vm.last_words())
+            }
+            Err(_) => thread::sleep(Duration::from_millis(1)),
+        }
     }
+}
+
+/// Whether a child of ours has ended, without taking note of its end for whoever waits for it.
+fn has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state stands behind the name, which may contain anything but ends with the last parenthesis.
+    stat.rsplit(')')
+        .next()
+        .is_none_or(|rest| rest.trim_start().starts_with('Z'))
 }
 
 /// The value of `key=value` in an answer.

@@ -1,8 +1,8 @@
 //! RAM is where the map says, holds what is written, and takes writes at any rate.
 
+use super::data::{crc32, pattern};
 use super::guest::{Guest, builder, number};
 use super::payload_tests;
-use super::data::{crc32, pattern};
 use anyhow::{Context as _, Result, ensure};
 use triarch_harness::suite::{Context, Outcome};
 

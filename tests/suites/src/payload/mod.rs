@@ -16,9 +16,7 @@ mod rng;
 mod smp;
 mod vsock;
 
-use anyhow::Result;
-use std::fs::File;
-use triarch_harness::suite::{Context, Outcome, Test};
+use triarch_harness::suite::Test;
 
 /// This module's tests.
 pub fn tests() -> Vec<Test> {
@@ -39,23 +37,13 @@ pub fn tests() -> Vec<Test> {
     .concat()
 }
 
-/// Declares a module's tests: functions of a [`Context`], each skipped where KVM cannot be used.
+/// Declares a module's tests: functions of a context, named after the subject.
 macro_rules! payload_tests {
     ($subject:literal: $($name:ident),* $(,)?) => {
         /// This module's tests.
         pub const TESTS: &[triarch_harness::suite::Test] = &[$(
-            triarch_harness::suite::Test::payload(
-                concat!($subject, "::", stringify!($name)),
-                |context| $crate::payload::with_kvm(context, $name),
-            ),
+            triarch_harness::suite::Test::payload(concat!($subject, "::", stringify!($name)), $name),
         )*];
     };
 }
 use payload_tests;
-
-fn with_kvm(context: &Context, test: fn(&Context) -> Result<Outcome>) -> Result<Outcome> {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => test(context),
-        Err(error) => Ok(Outcome::Skipped(format!("/dev/kvm: {error}"))),
-    }
-}

@@ -102,7 +102,11 @@ fn leaves_checksums_to_the_host(context: &Context) -> Result<Outcome> {
 fn counters() -> Result<(u64, u64)> {
     let table = fs::read_to_string("/proc/thread-self/net/dev")?;
     let line = table.lines().find_map(|line| line.trim().strip_prefix("tap0:"));
-    let numbers: Vec<u64> = line.context("no tap0")?.split_whitespace().map_while(|word| word.parse().ok()).collect();
+    let numbers: Vec<u64> = line
+        .context("no tap0")?
+        .split_whitespace()
+        .map_while(|word| word.parse().ok())
+        .collect();
     Ok((numbers[0], numbers[1]))
 }
 

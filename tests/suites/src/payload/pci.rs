@@ -14,7 +14,11 @@ fn full(context: &Context) -> Result<Guest> {
     let disk = DiskImage::empty(vm.dir().join("disk"), 1 << 20)?;
     let console = format!("socket={}", vm.dir().join("console.sock").display());
     let vsock = format!("cid=3,socket={}", vm.dir().join("vsock.sock").display());
-    Guest::start(vm.disk(disk.path(), "").set("--console", console).flag("--vsock", vsock))
+    Guest::start(
+        vm.disk(disk.path(), "")
+            .set("--console", console)
+            .flag("--vsock", vsock),
+    )
 }
 
 const DEVICES: [&str; 4] = ["blk0", "rng0", "console0", "vsock0"];
@@ -35,10 +39,15 @@ fn sizes_bars(context: &Context) -> Result<Outcome> {
     for device in DEVICES {
         let bars = guest.ask(&format!("bars {device}"))?;
         for bar in bars.split(' ') {
-            let (place, size) = bar.split_once('+').with_context(|| format!("{device}: no BAR in `{bars}`"))?;
+            let (place, size) = bar
+                .split_once('+')
+                .with_context(|| format!("{device}: no BAR in `{bars}`"))?;
             let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16);
             let (address, size) = (hex(place.rsplit(':').next().unwrap_or_default())?, hex(size)?);
-            ensure!(size.is_power_of_two() && address != 0 && address % size == 0, "{device}: {bar}");
+            ensure!(
+                size.is_power_of_two() && address != 0 && address % size == 0,
+                "{device}: {bar}"
+            );
         }
     }
     Ok(Outcome::Passed)
@@ -49,7 +58,10 @@ fn moves_bars(context: &Context) -> Result<Outcome> {
     for device in DEVICES {
         let moved = guest.ask(&format!("bar-move {device}"))?;
         ensure!(number(&moved, "old")? != number(&moved, "new")?, "{device}: {moved}");
-        ensure!(number(&moved, "old_reads")? == 0xffff_ffff, "{device} still answers at its old place: {moved}");
+        ensure!(
+            number(&moved, "old_reads")? == 0xffff_ffff,
+            "{device} still answers at its old place: {moved}"
+        );
     }
     // Starting a driver anew finds the device at its new place.
     guest.ask("blk 0 init")?;

@@ -36,10 +36,15 @@ fn survives(vm: VmBuilder, device: &str) -> Result<Outcome> {
     let cases = guest.ask("fuzz-ring cases")?;
     for case in cases.split(' ') {
         // The guest itself fails unless the device works again after a reset.
-        let outcome = guest.ask(&format!("fuzz-ring {device} {case}")).with_context(|| case.to_owned())?;
+        let outcome = guest
+            .ask(&format!("fuzz-ring {device} {case}"))
+            .with_context(|| case.to_owned())?;
         if BROKEN.contains(&case) {
             ensure!(number(&outcome, "needs_reset")? == 1, "{device} {case}: {outcome}");
-            ensure!(number(&outcome, "told")? >= 1, "{device} {case}: no configuration interrupt: {outcome}");
+            ensure!(
+                number(&outcome, "told")? >= 1,
+                "{device} {case}: no configuration interrupt: {outcome}"
+            );
         }
     }
     ensure!(cases.split(' ').count() > BROKEN.len(), "cases are missing: {cases}");

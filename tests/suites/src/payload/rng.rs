@@ -16,7 +16,10 @@ fn gives_random_bytes(context: &Context) -> Result<Outcome> {
         let ones = number(answer, "ones")?;
         ensure!(ones.abs_diff(262_144) < 7_240, "{answer}");
     }
-    ensure!(field(&first, "crc32")? != field(&second, "crc32")?, "the same bytes twice");
+    ensure!(
+        field(&first, "crc32")? != field(&second, "crc32")?,
+        "the same bytes twice"
+    );
     guest.ask("rng 1")?;
     guest.ask("rng init event_idx=0 size=2")?;
     guest.ask("rng 4096")?;

@@ -6,7 +6,7 @@ use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 use triarch_harness::suite::{Context, Outcome};
@@ -24,7 +24,7 @@ fn start(context: &Context) -> Result<(Guest, PathBuf)> {
 }
 
 /// Takes one connection to `port` and sends back what comes.
-fn echo_once(socket: &PathBuf, port: u32) -> Result<thread::JoinHandle<std::io::Result<u64>>> {
+fn echo_once(socket: &Path, port: u32) -> Result<thread::JoinHandle<std::io::Result<u64>>> {
     let listener = vsock::listen(socket, port)?;
     Ok(thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
@@ -102,7 +102,10 @@ fn keeps_to_credit(context: &Context) -> Result<Outcome> {
     thread::sleep(Duration::from_millis(50));
     let got = guest.ask(&format!("vsock recv {id} 400000"))?;
     ensure!(number(&got, "len")? == 400_000, "{got}");
-    ensure!(number(&got, "crc32")? == u64::from(crc32(&pattern(2, 0, 400_000))), "{got}");
+    ensure!(
+        number(&got, "crc32")? == u64::from(crc32(&pattern(2, 0, 400_000))),
+        "{got}"
+    );
     writing.join().ok().context("the writer panicked")??;
     Ok(Outcome::Passed)
 }
