@@ -155,7 +155,7 @@ fn runs_small_queues(context: &Context) -> Result<Outcome> {
 }
 
 fn runs_without_io_uring(context: &Context) -> Result<Outcome> {
-    stress(context, "_disable_io_uring=on", "", 32)
+    stress(context, "io_uring=off", "", 32)
 }
 
 fn runs_direct(context: &Context) -> Result<Outcome> {
