@@ -50,7 +50,7 @@ fn sum(bytes: &[u8]) -> u8 {
 
 /// A table by address, mapped, its length sane and its checksum right.
 fn table(address: u64) -> Result<&'static [u8], String> {
-    if !paging::map(&(address..address + (1 << 20)), true) {
+    if paging::map(&(address..address.saturating_add(1 << 20)), true) != Some(address) {
         return Err(format!("table at {address:#x} is out of reach"));
     }
     // SAFETY: mapped above; nobody writes ACPI tables while the guest runs.

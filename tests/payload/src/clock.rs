@@ -26,11 +26,14 @@ pub fn pm_timer() -> u32 {
 /// TSC ticks per millisecond by the PM timer; `None` when the timer stands still.
 pub fn measure_by_pm_timer() -> Option<u64> {
     let (first, start) = (pm_timer(), tsc());
-    for _ in 0..2000 {
+    for reads in 0.. {
         let passed = u64::from(pm_timer().wrapping_sub(first) & 0xff_ffff);
         let ticks = tsc() - start;
         if passed > PM_TIMER_HZ / 500 {
             return Some(ticks * PM_TIMER_HZ / passed / 1000);
+        }
+        if reads > 2000 && passed == 0 {
+            break;
         }
     }
     None

@@ -61,17 +61,12 @@ pub fn outsb(port: u16, bytes: &[u8]) {
 pub struct Mmio(u64);
 
 impl Mmio {
-    /// Registers from the guest-physical (and, identity-mapped, virtual) address `base` on.
+    /// Registers from the virtual address `base` on.
     ///
     /// # Safety
     /// `base` is the address of device registers, mapped, and stays so while the value is used.
     pub const unsafe fn new(base: u64) -> Self {
         Self(base)
-    }
-
-    /// The address of the register at `offset`.
-    pub fn address(self, offset: u64) -> u64 {
-        self.0 + offset
     }
 
     /// Reads 8 bits at `offset`.

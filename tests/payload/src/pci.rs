@@ -219,11 +219,11 @@ impl Function {
 
 /// Registers at a guest-physical address, mapped.
 pub fn map_registers(address: u64, len: u64) -> Result<Mmio, String> {
-    if !paging::map(&(address..address + len), false) {
-        return Err(format!("registers at {address:#x} are out of reach"));
-    }
+    let end = address.checked_add(len).ok_or("registers wrap")?;
+    let mapped =
+        paging::map(&(address..end), false).ok_or_else(|| format!("registers at {address:#x} are out of reach"))?;
     // SAFETY: a BAR or ECAM range, mapped for good just now.
-    Ok(unsafe { Mmio::new(address) })
+    Ok(unsafe { Mmio::new(mapped) })
 }
 
 /// All functions of bus 0.

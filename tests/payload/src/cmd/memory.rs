@@ -19,7 +19,7 @@ fn slice(guest: &Guest, range: &Range<u64>) -> Result<&'static mut [u8], String>
     if !guest.platform.is_arena(range) {
         return Err(format!("{:#x}..{:#x} is not test RAM", range.start, range.end));
     }
-    if !paging::map(range, true) {
+    if paging::map(range, true) != Some(range.start) {
         return Err("out of reach of the page tables".into());
     }
     // SAFETY: RAM that nothing else uses (above the heap), mapped just now; callers hold one slice at a time.

@@ -1,0 +1,66 @@
+//! RAM is where the map says, holds what is written, and takes writes at any rate.
+
+use super::data::{crc32, pattern};
+use super::guest::{Guest, builder, number};
+use super::payload_tests;
+use anyhow::{Context as _, Result, ensure};
+use triarch_harness::suite::{Context, Outcome};
+
+payload_tests!("memory": holds_data, goes_around_the_hole, takes_odd_sizes, is_dirtied_at_a_rate);
+
+/// The test ranges: (start, length).
+fn arenas(guest: &mut Guest) -> Result<Vec<(u64, u64)>> {
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16);
+    let answer = guest.ask("mem arenas")?;
+    let ranges = answer.split(' ').map(|range| {
+        let (start, len) = range.split_once('+').with_context(|| format!("no range: {range}"))?;
+        Ok((hex(start)?, hex(len)?))
+    });
+    ranges.collect()
+}
+
+fn holds_data(context: &Context) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?)?;
+    let ranges = arenas(&mut guest)?;
+    ensure!(ranges == [(16 << 20, 48 << 20)], "{ranges:x?}");
+    guest.ask("mem fill 0x1000000 0x800000 5")?;
+    guest.ask("mem verify 0x1000000 0x800000 5")?;
+    guest.refused("mem verify 0x1000000 0x800000 6")?;
+    let checksum = number(&guest.ask("mem checksum 0x1000000 0x10000")?, "crc32")?;
+    ensure!(checksum == u64::from(crc32(&pattern(5, 0, 0x1_0000))), "{checksum:#x}");
+    Ok(Outcome::Passed)
+}
+
+fn goes_around_the_hole(context: &Context) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?.memory_mib(4096))?;
+    let ranges = arenas(&mut guest)?;
+    let expected = [(16 << 20, (3 << 30) - (16 << 20)), (4 << 30, 1 << 30)];
+    ensure!(ranges == expected, "{ranges:x?}");
+    // The last and the first pages of both parts.
+    for (seed, (start, len)) in ranges.into_iter().enumerate() {
+        for at in [start, start + len - 0x4000] {
+            guest.ask(&format!("mem fill {at:#x} 0x4000 {seed}"))?;
+            guest.ask(&format!("mem verify {at:#x} 0x4000 {seed}"))?;
+        }
+    }
+    guest.ask("mem verify 0x1000000 0x4000 0")?;
+    Ok(Outcome::Passed)
+}
+
+fn takes_odd_sizes(context: &Context) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?.set("--memory", "size=66M"))?;
+    let (start, len) = arenas(&mut guest)?[0];
+    ensure!(start + len == 66 << 20, "RAM ends at {:#x}", start + len);
+    Ok(Outcome::Passed)
+}
+
+fn is_dirtied_at_a_rate(context: &Context) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?)?;
+    guest.send("dirty 1000 20000 0")?;
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    guest.send("")?;
+    let dirty = guest.answer()?;
+    let rate = number(&dirty, "rate")?;
+    ensure!((15_000..=22_000).contains(&rate), "{dirty}");
+    Ok(Outcome::Passed)
+}

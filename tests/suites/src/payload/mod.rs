@@ -1,0 +1,49 @@
+//! Tests with the bare-metal guest (tests/payload): it drives a device, the host checks what came of it. One module a
+//! subject; they run on any KVM, also one in software.
+
+mod blk;
+mod boot;
+mod console;
+mod data;
+mod guest;
+mod memory;
+mod net;
+mod pause;
+mod pci;
+mod power;
+mod rings;
+mod rng;
+mod smp;
+mod vsock;
+
+use triarch_harness::suite::Test;
+
+/// This module's tests.
+pub fn tests() -> Vec<Test> {
+    [
+        boot::TESTS,
+        power::TESTS,
+        memory::TESTS,
+        smp::TESTS,
+        pci::TESTS,
+        blk::TESTS,
+        net::TESTS,
+        rng::TESTS,
+        console::TESTS,
+        vsock::TESTS,
+        rings::TESTS,
+        pause::TESTS,
+    ]
+    .concat()
+}
+
+/// Declares a module's tests: functions of a context, named after the subject.
+macro_rules! payload_tests {
+    ($subject:literal: $($name:ident),* $(,)?) => {
+        /// This module's tests.
+        pub const TESTS: &[triarch_harness::suite::Test] = &[$(
+            triarch_harness::suite::Test::payload(concat!($subject, "::", stringify!($name)), $name),
+        )*];
+    };
+}
+use payload_tests;

@@ -1,0 +1,148 @@
+//! A NIC on a tap interface in a network namespace of the test's own.
+
+use super::data::{crc32, pattern};
+use super::guest::{Guest, builder, field, number};
+use super::payload_tests;
+use anyhow::{Context as _, Result, ensure};
+use std::fs;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::thread;
+use std::time::Duration;
+use triarch_harness::net::{self, Tap};
+use triarch_harness::suite::{Context, Outcome};
+
+payload_tests!("net": pings, pings_without_extras, describes_itself, carries_datagrams, leaves_checksums_to_the_host,
+    leaves_segments_to_the_host, uses_several_queues, obeys_control_queue);
+
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
+const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
+
+/// Runs `test` with a guest on a tap interface, where such can be made.
+fn with_nic(context: &Context, options: &str, test: impl Fn(&mut Guest) -> Result<()>) -> Result<Outcome> {
+    if let Some(why) = net::unavailable() {
+        return Ok(Outcome::Skipped(why));
+    }
+    net::enter_namespace()?;
+    let tap = Tap::create("tap0", HOST, MASK, options.contains("num_queues"))?;
+    let mut guest = Guest::start(builder(context)?.flag("--net", format!("tap={}{options}", tap.name())))?;
+    test(&mut guest)?;
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn pings(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        ensure!(number(&guest.ask(&format!("net 0 ping {GUEST} {HOST} 10"))?, "echoes")? == 10);
+        guest.ask(&format!("net 0 ping {GUEST} {HOST} 3 len=1472"))?;
+        guest.ask("net 0 init offload=1")?;
+        guest.ask(&format!("net 0 ping {GUEST} {HOST} 3 len=1472"))?;
+        Ok(())
+    })
+}
+
+fn pings_without_extras(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        guest.ask("net 0 init event_idx=0 indirect=0 size=16")?;
+        guest.ask(&format!("net 0 ping {GUEST} {HOST} 40"))?;
+        Ok(())
+    })
+}
+
+fn describes_itself(context: &Context) -> Result<Outcome> {
+    with_nic(context, ",mac=52:54:00:ab:cd:ef,mtu=1400", |guest| {
+        let info = guest.ask("net 0 info")?;
+        ensure!(field(&info, "mac")? == "52:54:00:ab:cd:ef", "{info}");
+        ensure!(number(&info, "mtu")? == 1400, "{info}");
+        Ok(())
+    })
+}
+
+/// Sends one datagram to a socket of the host, which sends it back.
+fn datagram(guest: &mut Guest, len: usize, seed: u64, options: &str) -> Result<()> {
+    let socket = UdpSocket::bind((HOST, 0))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let port = socket.local_addr()?.port();
+    let host = thread::spawn(move || -> Result<(Vec<u8>, String)> {
+        let mut buffer = vec![0; 2000];
+        let (len, from) = socket.recv_from(&mut buffer)?;
+        socket.send_to(&buffer[..len], from)?;
+        buffer.truncate(len);
+        Ok((buffer, from.to_string()))
+    });
+    let sent = guest.ask(&format!("net 0 udp {GUEST} {HOST} {port} {len} {seed} echo {options}"))?;
+    let (data, from) = host.join().ok().context("the host's side panicked")??;
+    ensure!(from == format!("{GUEST}:4000"), "from {from}");
+    ensure!(data == pattern(seed, 0, len), "{len} bytes came changed");
+    ensure!(number(&sent, "crc32")? == u64::from(crc32(&data)), "{sent}");
+    Ok(())
+}
+
+fn carries_datagrams(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        for (len, seed) in [(1, 1), (500, 2), (1472, 3)] {
+            datagram(guest, len, seed, "")?;
+        }
+        Ok(())
+    })
+}
+
+fn leaves_checksums_to_the_host(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        for (len, seed) in [(64, 4), (1471, 5)] {
+            datagram(guest, len, seed, "csum")?;
+        }
+        // With checksum offload on receive the host may send datagrams unfinished.
+        guest.ask("net 0 init offload=1")?;
+        datagram(guest, 700, 6, "csum")
+    })
+}
+
+/// Bytes and packets the tap interface took in, that is, the guest sent.
+fn counters() -> Result<(u64, u64)> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+    let line = table.lines().find_map(|line| line.trim().strip_prefix("tap0:"));
+    let numbers: Vec<u64> = line
+        .context("no tap0")?
+        .split_whitespace()
+        .map_while(|word| word.parse().ok())
+        .collect();
+    Ok((numbers[0], numbers[1]))
+}
+
+fn leaves_segments_to_the_host(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
+        let (bytes, packets) = counters()?;
+        guest.ask(&format!("net 0 tso {GUEST} {HOST} 9 40000 1 1400"))?;
+        let (bytes, packets) = (counters()?.0 - bytes, counters()?.1 - packets);
+        // ARP and one packet far beyond the MTU: the host got it whole, to cut where it leaves the machine.
+        ensure!(bytes >= 40_000 && packets <= 3, "{bytes} bytes in {packets} packets");
+        guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
+        Ok(())
+    })
+}
+
+fn uses_several_queues(context: &Context) -> Result<Outcome> {
+    with_nic(context, ",num_queues=4", |guest| {
+        ensure!(number(&guest.ask("net 0 info")?, "max_pairs")? == 2);
+        ensure!(number(&guest.ask("net 0 init queues=2")?, "pairs")? == 2);
+        guest.ask(&format!("net 0 ping {GUEST} {HOST} 20"))?;
+        guest.ask("net 0 send 900 1 5 pair=1")?;
+        // And back to one.
+        guest.ask("net 0 init queues=1")?;
+        guest.ask(&format!("net 0 ping {GUEST} {HOST} 20"))?;
+        Ok(())
+    })
+}
+
+fn obeys_control_queue(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        guest.ask("net 0 promisc 1")?;
+        ensure!(guest.ask("net 0 mac 52:54:00:00:00:77")? == "52:54:00:00:00:77");
+        let refused = guest.refused("net 0 command 99 0 1")?;
+        ensure!(refused.contains("refused"), "{refused}");
+        guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
+        Ok(())
+    })
+}

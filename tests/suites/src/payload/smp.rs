@@ -1,0 +1,44 @@
+//! All processors start, and interrupt each other.
+
+use super::guest::{Guest, builder, field, number};
+use super::payload_tests;
+use anyhow::{Result, ensure};
+use triarch_harness::suite::{Context, Outcome};
+
+payload_tests!("smp": starts_four, starts_sixteen, numbers_threads_and_cores, interrupts_others);
+
+fn starts(context: &Context, count: u32) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?.cpus(count))?;
+    let cpus = guest.ask("cpus")?;
+    ensure!(number(&cpus, "count")? == u64::from(count), "{cpus}");
+    let ids: Vec<String> = (0..count).map(|id| id.to_string()).collect();
+    ensure!(field(&cpus, "ids")? == ids.join(","), "{cpus}");
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn starts_four(context: &Context) -> Result<Outcome> {
+    starts(context, 4)
+}
+
+fn starts_sixteen(context: &Context) -> Result<Outcome> {
+    starts(context, 16)
+}
+
+fn numbers_threads_and_cores(context: &Context) -> Result<Outcome> {
+    // Three cores of two threads: core numbers take two bits, so the second package begins at 8.
+    let flag = "boot=12,topology=2:3:1:2";
+    let mut guest = Guest::start(builder(context)?.set("--cpus", flag))?;
+    let cpus = guest.ask("cpus")?;
+    ensure!(field(&cpus, "ids")? == "0,1,2,3,4,5,8,9,10,11,12,13", "{cpus}");
+    Ok(Outcome::Passed)
+}
+
+fn interrupts_others(context: &Context) -> Result<Outcome> {
+    let mut guest = Guest::start(builder(context)?.cpus(3))?;
+    let sent = guest.ask("ipi 50")?;
+    ensure!(number(&sent, "sent")? == 100, "{sent}");
+    // The vector that wakes a processor, counted by all of them.
+    ensure!(guest.ask("count 0xe0")? == "100");
+    Ok(Outcome::Passed)
+}
