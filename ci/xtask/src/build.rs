@@ -9,6 +9,9 @@ use crate::{packages, payload, tools};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const STATIC: &str = r#"target.x86_64-unknown-linux-gnu.rustflags=["-Ctarget-feature=+crt-static"]"#;
 
+/// What makes cargo build static programs.
+pub const STATIC_ARGS: [&str; 4] = ["--target", TARGET, "--config", STATIC];
+
 /// The packages whose programs are shipped or put on hosts.
 const PACKAGES: [&str; 2] = ["triarch", "triarch-guest-init"];
 
@@ -45,7 +48,7 @@ impl Profile {
 pub fn programs(profile: Profile, names: &[&str]) -> Result<PathBuf> {
     packages::require(&packages::LINK)?;
     let mut command = tools::cargo();
-    command.args(["build", "--quiet", "--bins", "--target", TARGET, "--config", STATIC]);
+    command.args(["build", "--quiet", "--bins"]).args(STATIC_ARGS);
     command.args(["--profile", profile.name()]);
     for name in names {
         command.args(["--package", name]);

@@ -7,7 +7,6 @@ use clap::{Parser, Subcommand};
 
 mod build;
 mod cache;
-#[cfg_attr(not(test), allow(dead_code))]
 mod cpio;
 mod demo;
 mod host;
@@ -24,6 +23,7 @@ mod root;
 mod session;
 mod smaps;
 mod table;
+mod test;
 mod tools;
 
 /// Builds, hosts, demo, tests and benchmarks of Triarch.
@@ -48,6 +48,8 @@ enum Verb {
     Host(session::Args),
     /// Check format, compiler's advice, house rules, licences and advisories
     Lint,
+    /// Run all tests, and count them
+    Test(test::Args),
     /// Serve the agent on standard input
     #[command(name = local::AGENT_VERB, hide = true)]
     LocalAgent,
@@ -67,6 +69,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo(args) => demo::run(&args)?,
         Verb::Host(args) => return session::run(args),
         Verb::Lint => lint::run()?,
+        Verb::Test(args) => return Ok(test::run(&args)),
         Verb::LocalAgent => local::serve()?,
     }
     Ok(ExitCode::SUCCESS)

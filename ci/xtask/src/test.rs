@@ -1,0 +1,121 @@
+//! `cargo xtask test`: every test there is, on every level and host, counted together.
+
+mod suites;
+mod tally;
+mod unit;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::host::Kind;
+use crate::lint;
+use tally::{Tally, Verdict};
+
+/// Runs tests: all of them, or those whose names contain one of the given.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this level; may be repeated
+    #[arg(long, value_enum)]
+    level: Vec<Level>,
+    /// Only on this host (nested level); may be repeated. The default is this machine where it
+    /// has hardware KVM, else the emulated ones
+    #[arg(long, value_enum)]
+    host: Vec<Kind>,
+    /// Only tests whose names contain this
+    name: Vec<String>,
+}
+
+/// What a test needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Level {
+    /// The source alone: format, clippy, licences
+    Lint,
+    /// Nothing: tests of single crates
+    Unit,
+    /// Any /dev/kvm: our own bare-metal guest
+    Payload,
+    /// Hardware KVM, or an emulated host: Linux guests
+    Nested,
+}
+
+impl Args {
+    fn wants(&self, level: Level) -> bool {
+        self.level.is_empty() || self.level.contains(&level)
+    }
+}
+
+/// Whether a test called `name` is among those asked for by `filters`.
+fn selected(filters: &[String], name: &str) -> bool {
+    filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str()))
+}
+
+/// Carries out the verb. Its last line is `N passed, N failed, N skipped`; it fails if a test
+/// failed, or if none passed.
+///
+/// # Errors
+/// Never: what goes wrong is a failure among the others, so that the rest still runs.
+pub fn run(args: &Args) -> ExitCode {
+    let start = Instant::now();
+    let mut tally = Tally::new(std::io::stdout());
+    if args.wants(Level::Lint) {
+        lint_checks(&args.name, &mut tally);
+    }
+    if args.wants(Level::Unit) {
+        tally.guard("unit", |tally| unit::run(&args.name, tally));
+    }
+    if args.wants(Level::Payload) || args.wants(Level::Nested) {
+        tally.guard("suites", |tally| run_suites(args, tally));
+    }
+    tally.finish(start.elapsed())
+}
+
+fn lint_checks(filters: &[String], tally: &mut Tally) {
+    for check in lint::CHECKS {
+        let name = format!("lint::{}", check.name.replace(' ', "_"));
+        if !selected(filters, &name) {
+            continue;
+        }
+        let start = Instant::now();
+        let verdict = match (check.run)() {
+            Ok(lint::Outcome::Passed) => Verdict::Passed,
+            Ok(lint::Outcome::Skipped(why)) => Verdict::Skipped(why),
+            Err(e) => Verdict::Failed(format!("{e:#}")),
+        };
+        tally.add(&name, verdict, Some(start.elapsed()));
+    }
+}
+
+fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
+    let programs = suites::Programs::build()?;
+    if args.wants(Level::Payload) {
+        tally.guard("payload", |tally| programs.payload(&args.name, tally));
+    }
+    let hosts = if args.host.is_empty() {
+        Kind::defaults()
+    } else {
+        args.host.clone()
+    };
+    if args.wants(Level::Nested) {
+        for host in hosts {
+            tally.guard(&format!("nested::{host}"), |tally| {
+                programs.nested(host, &args.name, tally)
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_select() {
+        let filters = ["blk".to_owned(), "boot::".to_owned()];
+        assert!(selected(&filters, "payload::virtio_blk::reads"));
+        assert!(!selected(&filters, "payload::boots"));
+        assert!(selected(&[], "anything"));
+    }
+}

@@ -1,0 +1,236 @@
+//! The tests that run a whole VMM: on this machine, and on hosts.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use triarch_harness::agent::{Exec, Stream};
+use triarch_harness::suite::{self, Report};
+
+use super::tally::{Tally, Verdict};
+use crate::build::{self, Profile};
+use crate::host::{self, Host, Kind, Options};
+use crate::images;
+use crate::kernels::{Kernel, Version};
+use crate::root::Rig;
+use crate::{payload, tools};
+
+const SUITES: &str = "triarch-suites";
+const VMM: &str = "triarch";
+const PAYLOAD: &str = "triarch-payload";
+/// All tests on one host; each has a limit of its own.
+const LIMIT: Duration = Duration::from_secs(3600);
+/// The kernels in memory, twice, and the guests.
+const HOST_MIB: u32 = 3072;
+
+/// The programs, built once.
+pub struct Programs {
+    dir: PathBuf,
+    payload: PathBuf,
+}
+
+impl Programs {
+    /// Builds them.
+    ///
+    /// # Errors
+    /// They do not compile.
+    pub fn build() -> Result<Self> {
+        let dir = build::programs(Profile::Dev, &[VMM, SUITES])?;
+        let payload = payload::build()?;
+        Ok(Self { dir, payload })
+    }
+
+    /// Runs the payload level on this machine.
+    ///
+    /// # Errors
+    /// The program with the tests does not run.
+    pub fn payload(&self, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let images = tempfile::tempdir()?;
+        fs::copy(&self.payload, images.path().join(PAYLOAD)).context("cannot copy the payload guest")?;
+        let mut pending = Pending::new("payload", self.list("payload", filters)?);
+        if pending.names.is_empty() {
+            return Ok(());
+        }
+        let mut child = Command::new(self.dir.join(SUITES))
+            .args(pending.arguments("payload"))
+            .env("TRIARCH_BIN", self.dir.join(VMM))
+            .env("TRIARCH_IMAGES", images.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {SUITES}"))?;
+        if let Some(output) = child.stdout.take() {
+            for line in BufReader::new(output).lines() {
+                pending.line(&line?, tally);
+            }
+        }
+        pending.finish(&child.wait()?.to_string(), tally);
+        Ok(())
+    }
+
+    /// Runs the nested level on a host. When the host itself fails, it is started once more, for the
+    /// tests that have no result yet.
+    ///
+    /// # Errors
+    /// The host cannot be made, or failed twice.
+    pub fn nested(&self, kind: Kind, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let mut pending = Pending::new(&format!("nested::{kind}"), self.list("nested", filters)?);
+        if pending.names.is_empty() {
+            return Ok(());
+        }
+        let options = Options {
+            memory_mib: HOST_MIB,
+            files: self.files()?,
+            ..Options::default()
+        };
+        host::with_host(kind, &options, |host| run_on(host, &mut pending, tally))
+    }
+
+    /// The tests of a level, without running them.
+    fn list(&self, level: &str, filters: &[String]) -> Result<Vec<String>> {
+        let mut command = Command::new(self.dir.join(SUITES));
+        let listed = tools::output(command.args(["--list", "--level", level]))?;
+        let names = listed.lines().filter_map(|line| line.split_whitespace().nth(1));
+        let wanted = |name: &&str| super::selected(filters, &format!("{level}::{name}"));
+        Ok(names.filter(wanted).map(str::to_owned).collect())
+    }
+
+    /// What the tests need on a host: name, permission bits, source.
+    fn files(&self) -> Result<Vec<(String, u32, PathBuf)>> {
+        let rig = Rig::get()?;
+        let program = |name: &str| (name.to_owned(), 0o755, self.dir.join(name));
+        let mut files = vec![program(VMM), program(SUITES)];
+        files.push((PAYLOAD.to_owned(), 0o644, self.payload.clone()));
+        for version in [Version::V6_1, Version::V6_12] {
+            let kernel = Kernel::get(version, &rig.root)?;
+            let mut add = |name: String, source: &Path| files.push((name, 0o644, source.to_path_buf()));
+            add(format!("vmlinuz-{version}"), &kernel.bzimage);
+            add(format!("vmlinux-{version}"), &kernel.vmlinux);
+            add(format!("initramfs-{version}.cpio"), &images::guest(&kernel, &rig)?);
+        }
+        Ok(files)
+    }
+}
+
+fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
+    let argv = [host.path(SUITES)].into_iter().chain(pending.arguments("nested"));
+    let exec = Exec::new(argv).cwd(&host.path("")).timeout(LIMIT);
+    let mut lines = Lines::default();
+    let mut errors = Vec::new();
+    let exit = host.exec(&exec, |stream, data| match stream {
+        Stream::Stdout => lines.take(data, |line| pending.line(line, tally)),
+        Stream::Stderr => {
+            let _ = data.take(1 << 20).read_to_end(&mut errors);
+        }
+    })?;
+    let said = tools::tail(&String::from_utf8_lossy(&errors), 30);
+    pending.finish(&format!("exit code {:?}\n{said}", exit.code), tally);
+    Ok(())
+}
+
+/// Puts lines together that come in pieces.
+#[derive(Debug, Default)]
+struct Lines {
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    fn take(&mut self, data: &[u8], mut each: impl FnMut(&str)) {
+        self.rest.extend_from_slice(data);
+        while let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = self.rest.drain(..=end).collect();
+            each(String::from_utf8_lossy(&line).trim_end());
+        }
+    }
+}
+
+/// Tests that have no result yet.
+#[derive(Debug)]
+struct Pending {
+    place: String,
+    names: Vec<String>,
+}
+
+impl Pending {
+    fn new(place: &str, names: Vec<String>) -> Self {
+        Self {
+            place: place.to_owned(),
+            names,
+        }
+    }
+
+    fn arguments(&self, level: &str) -> Vec<String> {
+        let options = ["--json", "--exact", "--level", level].map(str::to_owned);
+        [options.to_vec(), self.names.clone()].concat()
+    }
+
+    /// Takes a line of output; one that is no result is passed on.
+    fn line(&mut self, line: &str, tally: &mut Tally) {
+        let report = serde_json::from_str::<Report>(line).ok();
+        let Some(report) = report.filter(|r| self.names.contains(&r.name)) else {
+            return tally.show(&format!("{line}\n"));
+        };
+        self.names.retain(|name| *name != report.name);
+        let verdict = match report.verdict {
+            suite::Verdict::Passed => Verdict::Passed,
+            suite::Verdict::Skipped { why } => Verdict::Skipped(why),
+            suite::Verdict::Failed { why } => Verdict::Failed(why),
+        };
+        let name = format!("{}::{}", self.place, report.name);
+        tally.add(&name, verdict, Some(Duration::from_millis(report.millis)));
+    }
+
+    /// What has no result when the program has ended has failed.
+    fn finish(&mut self, how: &str, tally: &mut Tally) {
+        for name in self.names.drain(..) {
+            let why = format!("no result; the program with the tests ended: {how}");
+            tally.add(&format!("{}::{name}", self.place), Verdict::Failed(why), None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_whole() {
+        let mut lines = Lines::default();
+        let mut seen = Vec::new();
+        for piece in ["on", "e\ntwo\nth", "ree"] {
+            lines.take(piece.as_bytes(), |line| seen.push(line.to_owned()));
+        }
+        assert_eq!(seen, ["one", "two"]);
+    }
+
+    #[test]
+    fn a_test_without_result_has_failed() {
+        let names = ["a", "b", "c", "d"].map(str::to_owned).to_vec();
+        let mut pending = Pending::new("nested::amd", names);
+        let mut tally = Tally::new(std::io::sink());
+        pending.line(
+            r#"{"name":"b","level":"nested","verdict":"passed","millis":20}"#,
+            &mut tally,
+        );
+        pending.line(
+            r#"{"name":"c","level":"nested","verdict":"skipped","why":"no","millis":2}"#,
+            &mut tally,
+        );
+        pending.line(
+            r#"{"name":"x","level":"nested","verdict":"passed","millis":20}"#,
+            &mut tally,
+        );
+        let expected = ["--json", "--exact", "--level", "nested", "a", "d"];
+        assert_eq!(pending.arguments("nested"), expected);
+        pending.line(
+            r#"{"name":"d","level":"nested","verdict":"failed","why":"e","millis":2}"#,
+            &mut tally,
+        );
+        assert_eq!(tally.counts(), "1 passed, 1 failed, 1 skipped");
+        pending.finish("killed", &mut tally);
+        assert_eq!(tally.counts(), "1 passed, 2 failed, 1 skipped");
+    }
+}
