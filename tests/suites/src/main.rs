@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use triarch_harness::suite;
 
 mod framework;
+mod linux;
 
 fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {
         return suite::main(&framework::victims());
     }
-    suite::main(&[framework::TESTS].concat())
+    suite::main(&[framework::TESTS, &linux::tests()].concat())
 }
