@@ -6,6 +6,7 @@ use crate::suite::Context;
 use crate::vm::{Ended, Vm, VmBuilder};
 use crate::vsock;
 use anyhow::{Context as _, Result};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ pub enum Channel {
 pub struct LinuxBuilder {
     vm: VmBuilder,
     channel: Channel,
+    console: OsString,
     cmdline: String,
 }
 
@@ -49,6 +51,7 @@ impl LinuxBuilder {
         Ok(Self {
             vm,
             channel: Channel::Vsock,
+            console: "off".into(),
             // A panic ends in a reset at once: a test shall not wait for nothing.
             cmdline: "console=ttyS0 quiet panic=-1".into(),
         })
@@ -80,6 +83,13 @@ impl LinuxBuilder {
         self
     }
 
+    /// Sets where the virtio console goes; [`Channel::Console`] takes it for the agent.
+    #[must_use]
+    pub fn console(mut self, value: impl Into<OsString>) -> Self {
+        self.console = value.into();
+        self
+    }
+
     /// Lets the guest run these shell commands and then power off, without an agent.
     #[must_use]
     pub fn run(self, commands: &str) -> Self {
@@ -93,15 +103,15 @@ impl LinuxBuilder {
     /// The VMM cannot be started.
     pub fn start(self) -> Result<Vm> {
         let (vm, console, agent) = match self.channel {
-            Channel::None => (self.vm, "off".into(), String::new()),
+            Channel::None => (self.vm, self.console, String::new()),
             Channel::Vsock => {
                 let value = format!("cid={CID},socket={}", vsock_socket(self.vm.dir()).display());
                 let agent = format!(" triarch.agent=vsock:{AGENT_PORT}");
-                (self.vm.set("--vsock", value), "off".into(), agent)
+                (self.vm.set("--vsock", value), self.console, agent)
             }
             Channel::Console => {
                 let value = format!("socket={}", console_socket(self.vm.dir()).display());
-                (self.vm, value, " triarch.agent=console:hvc0".into())
+                (self.vm, value.into(), " triarch.agent=console:hvc0".into())
             }
         };
         vm.set("--cmdline", self.cmdline + &agent)

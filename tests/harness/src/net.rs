@@ -93,6 +93,16 @@ pub fn attach(name: &str, multi_queue: bool) -> io::Result<File> {
     Ok(file)
 }
 
+/// Lets a file's descriptor pass to the programs that are started from now on.
+///
+/// # Errors
+/// The kernel refused.
+pub fn inheritable(file: File) -> io::Result<File> {
+    // SAFETY: an open descriptor and plain numbers.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) })?;
+    Ok(file)
+}
+
 fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is plain data, for which zeroes are valid.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };

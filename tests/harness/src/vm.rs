@@ -188,9 +188,18 @@ impl Vm {
     /// Waits for the VMM's end, which has to be with exit code `code` and leave no socket behind.
     ///
     /// # Errors
-    /// It still runs, ended otherwise, or left something; the error shows the last output.
-    pub fn expect_end(mut self, code: i32) -> Result<Ended> {
-        let status = self.process.wait(END)?;
+    /// It still runs after half a minute, ended otherwise, or left something; the error shows the
+    /// last output.
+    pub fn expect_end(self, code: i32) -> Result<Ended> {
+        self.expect_end_within(code, END)
+    }
+
+    /// [`Vm::expect_end`] with another limit, for a guest that has not even booted yet.
+    ///
+    /// # Errors
+    /// As [`Vm::expect_end`].
+    pub fn expect_end_within(mut self, code: i32, limit: Duration) -> Result<Ended> {
+        let status = self.process.wait(limit)?;
         self.process.expect(status, code)?;
         let left = sockets(self.dir())?;
         if !left.is_empty() {

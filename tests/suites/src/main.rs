@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use triarch_harness::suite;
 
 mod framework;
+mod linux;
 mod payload;
 
 fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {
         return suite::main(&framework::victims());
     }
-    suite::main(&[framework::TESTS, &payload::tests()].concat())
+    suite::main(&[framework::TESTS, &linux::tests(), &payload::tests()].concat())
 }
