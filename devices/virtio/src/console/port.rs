@@ -81,8 +81,6 @@ impl Port {
                 return;
             }
         };
-        // Input may have been held back when the queues were last stopped.
-        self.console.wake();
         loop {
             match self.turn(stop) {
                 Next::Stop => return,

@@ -102,6 +102,41 @@ fn input_interrupts_a_driver_that_already_waits() {
 }
 
 #[test]
+fn more_buffers_than_a_turn_are_filled_from_one_notification() {
+    let mut rig = rig(false);
+    rig.device.stop_queue(0).unwrap();
+    let mut rx = FakeDriver::new(256, false);
+    rig.device.stop_queue(1).unwrap();
+    rig.device.reset();
+    rig.device.activate(rx.context(0)).unwrap();
+    rig.device.start_queue(rx.queue()).unwrap();
+    for _ in 0..200 {
+        rx.add(&[Desc::writable(DATA, 1)]);
+    }
+    rig.client.write_all(&[b'x'; 200]).unwrap();
+    for i in 0..200 {
+        assert_eq!(rx.wait_used(), Some((i, 1)));
+    }
+}
+
+#[test]
+fn notifications_are_asked_for_where_they_are_needed() {
+    let mut rig = rig(true);
+    // avail_event, behind the used ring of queue 1.
+    let asked = |rig: &Rig| -> u16 { rig.tx.ram().read_obj(GuestAddress(0x10_3000 + 4 + 8 * 16)).unwrap() };
+    for i in 1..=3 {
+        rig.put(b"x");
+        for _ in 0..1000 {
+            if asked(&rig) == i {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(asked(&rig), i, "or the driver would never notify of the next chain");
+    }
+}
+
+#[test]
 fn a_long_chain_is_cut() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("log");

@@ -33,6 +33,15 @@ fn requests_are_filled_with_different_bytes() {
             driver.set_used_event(u16::MAX);
             driver.kick();
             assert_eq!(driver.wait_used(), Some((head, 32)));
+            if event_idx {
+                // avail_event: or the driver would never notify of the next request.
+                let asked = || driver.ram().read_obj::<u16>(GuestAddress(0x3000 + 4 + 8 * 8)).unwrap();
+                let waited = (0..1000).any(|_| {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                    usize::from(asked()) == seen.len() + 1
+                });
+                assert!(waited);
+            }
             let got = bytes(&driver, 33);
             assert_eq!(got[32], 0, "one byte too many");
             assert!(!seen.contains(&got));
@@ -71,6 +80,11 @@ fn a_file_is_used_to_its_end_and_then_the_kernel() {
         }
     }
     rng.stop_queue(0).unwrap();
+    let mut source = EntropySource::open(&path).unwrap();
+    for _ in 0..2 {
+        source.fill(&mut [0; 16]).unwrap();
+    }
+    assert_eq!(raw([&source]), [-1], "it is closed");
     let missing = EntropySource::open(&dir.path().join("none")).err().expect("missing");
     assert!(missing.to_string().ends_with("none"));
     assert!(EntropySource::open(dir.path()).is_err(), "a directory");
@@ -93,6 +107,7 @@ fn a_dry_device_holds_requests_back_without_holding_us_up() {
     let queue = rng.stop_queue(0).expect("stops although a request waits");
     assert_eq!(queue.state().next_avail, 0, "the request is still the driver's");
     rng.start_queue(queue).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(30));
     feed.write_all(b"late").unwrap();
     assert_eq!(driver.wait_used(), Some((0, 4)));
     assert_eq!(bytes(&driver, 4), b"late");
