@@ -55,7 +55,7 @@ pub(super) struct Port {
 /// All sources are edge-triggered: a hung-up terminal would otherwise be reported for ever.
 pub(super) const INPUT: EventSet = EventSet::IN
     .union(EventSet::READ_HANG_UP)
-    ;
+    .union(EventSet::EDGE_TRIGGERED);
 const OUTPUT: EventSet = EventSet::OUT.union(EventSet::EDGE_TRIGGERED);
 
 enum Sent {
