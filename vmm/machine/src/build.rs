@@ -15,6 +15,7 @@ use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
 use vm_memory::GuestAddressSpace;
 
+use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::devices::{Devices, Host};
 use crate::{GuestEvent, MachineError};
@@ -27,6 +28,8 @@ pub struct Machine {
     vcpus: VcpuSet,
     devices: Devices,
     board: Board,
+    /// The PCI root does not keep these alive.
+    _buses: [Arc<Bus>; 2],
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
     _vm: Vm,
     _memory: GuestMemoryHandle,
@@ -38,6 +41,7 @@ impl Machine {
         kvm: &Kvm,
         config: &VmConfig,
         consoles: &Consoles,
+        backends: &Backends,
         sandbox: &Arc<dyn Sandbox>,
         report: Report,
     ) -> Result<Self, MachineError> {
@@ -75,9 +79,10 @@ impl Machine {
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
         };
-        let devices = Devices::build(config, consoles, host)?;
+        let devices = Devices::build(config, consoles, backends, host)?;
         boot(&memory.memory(), config, &plan, &board, &devices, &vcpus)?;
 
+        let _buses = [pio.clone(), mmio.clone()];
         let buses = Buses { pio, mmio };
         let vcpus = VcpuSet::start(vcpus, buses, sandbox, move |index, event| {
             report(GuestEvent::Vcpu(index, event));
@@ -86,6 +91,7 @@ impl Machine {
             vcpus,
             devices,
             board,
+            _buses,
             _vm: vm,
             _memory: memory,
         })

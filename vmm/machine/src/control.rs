@@ -13,6 +13,7 @@ use triarch_legacy::{PowerEvent, Serial};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::backends::Backends;
 use crate::build::Machine;
 use crate::consoles::Consoles;
 use crate::inbox::Outbox;
@@ -43,6 +44,7 @@ pub struct Controller {
     phase: Phase,
     config: Option<VmConfig>,
     consoles: Option<Consoles>,
+    backends: Option<Backends>,
     machine: Option<Machine>,
     serial_input: Option<SubscriberId>,
     /// How many guests were built.
@@ -76,6 +78,7 @@ impl Controller {
             phase: Phase::Absent,
             config: None,
             consoles: None,
+            backends: None,
             machine: None,
             serial_input: None,
             generation: 0,
@@ -108,6 +111,7 @@ impl Controller {
     /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
         config.validate()?;
+        crate::identity::complete(&mut config).map_err(MachineError::host("choose an address"))?;
         let consoles = Consoles::open(&config)?;
         consoles.show_paths(&mut config);
         self.consoles = Some(consoles);
@@ -121,10 +125,15 @@ impl Controller {
         let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
             return Ok(());
         };
+        let backends = match self.backends.take() {
+            Some(backends) => backends,
+            None => Backends::open(config)?,
+        };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());
         let report = Arc::new(move |event| inbox.post(Message::Guest(generation, event)));
-        let mut machine = Machine::build(&self.kvm, config, consoles, &self.sandbox, report)?;
+        let mut machine = Machine::build(&self.kvm, config, consoles, &backends, &self.sandbox, report)?;
+        self.backends = Some(backends);
         machine.resume()?;
         self.serial_input = machine.serial().map(|serial| {
             let input: Subscriber = Arc::new(Mutex::new(SerialInput(serial.clone())));
@@ -159,8 +168,7 @@ impl Controller {
             }
             GuestEvent::Power(PowerEvent::Reset) | GuestEvent::Vcpu(_, VcpuEvent::Reset) => {
                 tracing::info!("the guest resets");
-                self.stop_guest();
-                self.boot()?;
+                self.restart()?;
             }
             GuestEvent::Power(PowerEvent::Panicked) | GuestEvent::Vcpu(_, VcpuEvent::Crashed) => {
                 tracing::warn!("the guest crashed, by its own word");
@@ -185,10 +193,7 @@ impl Controller {
                 self.stop_guest();
                 Ok(())
             }
-            Request::Reboot => {
-                self.stop_guest();
-                self.boot()
-            }
+            Request::Reboot => self.restart(),
             Request::Delete => {
                 self.forget();
                 Ok(())
@@ -240,8 +245,19 @@ impl Controller {
         }
     }
 
-    /// Ends the guest, keeps its configuration and consoles.
+    /// Ends the guest and builds it again, on the same ends of the host.
+    fn restart(&mut self) -> Result<(), MachineError> {
+        self.end_machine();
+        self.boot()
+    }
+
+    /// Ends the guest and frees its disks and network interfaces; keeps its configuration and consoles.
     fn stop_guest(&mut self) {
+        self.end_machine();
+        self.backends = None;
+    }
+
+    fn end_machine(&mut self) {
         if let Some(id) = self.serial_input.take() {
             // It was added by us and is removed nowhere else.
             let _ = self.events.remove_subscriber(id);

@@ -1,15 +1,22 @@
 //! The PCI devices of a guest: made from the configuration, paused and resumed together.
 //!
-//! A new kind of device is one more `add_...` call in [`Devices::build`].
+//! A new kind of device is one more call of [`Devices::add`].
 
+use std::error::Error;
 use std::sync::Arc;
 
-use triarch_api::VmConfig;
+use triarch_api::{NetConfig, RngConfig, VmConfig, VsockConfig};
+use triarch_block::Disk;
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
+use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciRoot};
+use triarch_virtio::net::{Net, NetOptions, OffloadGroups};
+use triarch_virtio::vsock::{Vsock, VsockOptions};
+use triarch_virtio::{Block, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng};
 
 use crate::MachineError;
+use crate::backends::Backends;
 use crate::consoles::Consoles;
 
 /// What devices are built on.
@@ -24,19 +31,112 @@ pub(crate) struct Host {
 /// The PCI devices of a guest.
 pub(crate) struct Devices {
     host: Host,
+    functions: Vec<Arc<VirtioPci>>,
 }
 
+type Made<T> = Result<T, Box<dyn Error + Send + Sync>>;
+
 impl Devices {
-    pub(crate) fn build(config: &VmConfig, consoles: &Consoles, host: Host) -> Result<Self, MachineError> {
-        let _ = (config, consoles);
-        Ok(Self { host })
+    pub(crate) fn build(
+        config: &VmConfig,
+        consoles: &Consoles,
+        backends: &Backends,
+        host: Host,
+    ) -> Result<Self, MachineError> {
+        let mut devices = Self {
+            host,
+            functions: Vec::new(),
+        };
+        for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
+            let (queues, size) = (disk.num_queues, disk.queue_size);
+            devices.add(&disk.id, |id| block(id, backend, queues, size))?;
+        }
+        for (net, tap) in config.net.iter().flatten().zip(&backends.taps) {
+            devices.add(&net.id, |id| network(id, net, tap))?;
+        }
+        devices.add(&Some("_rng".into()), |id| rng(id, &config.rng))?;
+        if let Some(console) = &consoles.console {
+            devices.add(&Some("_console".into()), |id| {
+                Ok(Box::new(VirtioConsole::new(id, console.clone())))
+            })?;
+        }
+        if let Some(config) = &config.vsock {
+            devices.add(&config.id, |id| vsock(id, config))?;
+        }
+        Ok(devices)
     }
 
+    /// Makes a device and puts it into the next free slot.
+    fn add(
+        &mut self,
+        id: &Option<String>,
+        make: impl FnOnce(&str) -> Made<Box<dyn VirtioDevice>>,
+    ) -> Result<(), MachineError> {
+        let name = id.as_deref().unwrap_or_default();
+        let failed = |source| MachineError::Device {
+            id: name.to_owned(),
+            source,
+        };
+        let host = &self.host;
+        let device = make(name).map_err(failed)?;
+        let (router, io_events) = (host.router.clone(), host.io_events.clone());
+        let function = VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone());
+        let function = Arc::new(function.map_err(|e| failed(e.into()))?);
+        let slot = host.root.add(function.clone(), None);
+        let address = slot.map_err(|source| MachineError::Slot {
+            id: name.to_owned(),
+            source,
+        })?;
+        tracing::debug!(id = name, %address, "device added");
+        self.functions.push(function);
+        Ok(())
+    }
+
+    /// Where the guest's devices may have their BARs.
     pub(crate) fn windows(&self) -> &BarAllocator {
         self.host.root.windows()
     }
 
-    pub(crate) fn pause(&self) {}
+    /// Finishes what is in flight and stops the devices.
+    pub(crate) fn pause(&self) {
+        self.functions.iter().for_each(|f| f.pause());
+    }
 
-    pub(crate) fn resume(&self) {}
+    /// Lets the devices go on.
+    pub(crate) fn resume(&self) {
+        self.functions.iter().for_each(|f| f.resume());
+    }
+}
+
+fn block(id: &str, disk: &Arc<Disk>, queues: u16, size: u16) -> Made<Box<dyn VirtioDevice>> {
+    Ok(Box::new(Block::new(id, disk.clone(), queues, size)?))
+}
+
+fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>) -> Made<Box<dyn VirtioDevice>> {
+    let options = NetOptions {
+        id: id.to_owned(),
+        mac: config.mac.map(|m| m.0).unwrap_or_default(),
+        mtu: config.mtu,
+        queue_size: config.queue_size,
+        offloads: OffloadGroups {
+            csum: config.offload_csum,
+            tso: config.offload_tso,
+            ufo: config.offload_ufo,
+        },
+    };
+    Ok(Box::new(Net::new(options, tap.clone())?))
+}
+
+fn rng(id: &str, config: &RngConfig) -> Made<Box<dyn VirtioDevice>> {
+    Ok(Box::new(VirtioRng::new(id, EntropySource::open(&config.src)?)))
+}
+
+fn vsock(id: &str, config: &VsockConfig) -> Made<Box<dyn VirtioDevice>> {
+    let options = VsockOptions {
+        id: id.to_owned(),
+        cid: u32::try_from(config.cid)?,
+        socket: config.socket.clone(),
+        max_connections: VsockOptions::DEFAULT_CONNECTIONS,
+    };
+    Ok(Box::new(Vsock::new(&options)?))
 }

@@ -91,6 +91,14 @@ impl MachineError {
         move |source| Self::Host { what, source }
     }
 
+    /// Names the device that failed, by its id.
+    pub(crate) fn device(id: &Option<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Device {
+            id: id.clone().unwrap_or_default(),
+            source: source.into(),
+        }
+    }
+
     /// The error and all its causes in one line.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();

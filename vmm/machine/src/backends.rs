@@ -1,0 +1,82 @@
+//! The host's ends of disks and network interfaces. They outlive resets of the guest: a disk stays locked, a tap keeps its place in
+//! the host's network.
+
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use triarch_api::{DiskConfig, NetConfig, VmConfig};
+use triarch_block::{Backend, Disk, DiskOptions};
+use triarch_net::{Tap, TapError};
+
+use crate::MachineError;
+
+/// One of each for every device of the configuration, in its order.
+pub(crate) struct Backends {
+    pub(crate) disks: Vec<Arc<Disk>>,
+    pub(crate) taps: Vec<Arc<Tap>>,
+}
+
+impl Backends {
+    pub(crate) fn open(config: &VmConfig) -> Result<Self, MachineError> {
+        let disks: Result<_, _> = config.disks.iter().flatten().map(open_disk).collect();
+        let taps: Result<_, _> = config.net.iter().flatten().map(open_tap).collect();
+        Ok(Self {
+            disks: disks?,
+            taps: taps?,
+        })
+    }
+}
+
+fn open_disk(config: &DiskConfig) -> Result<Arc<Disk>, MachineError> {
+    let options = DiskOptions {
+        path: config.path.clone().unwrap_or_default(),
+        readonly: config.readonly,
+        direct: config.direct,
+        backend: if config.disable_io_uring {
+            Backend::Sync
+        } else {
+            Backend::Auto
+        },
+        serial: config.serial.clone(),
+    };
+    Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))
+}
+
+fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {
+    let id = &config.id;
+    let mut tap = match &config.fds {
+        Some(fds) => {
+            let copies: Result<Vec<OwnedFd>, _> = fds.iter().map(|fd| inherited(*fd)).collect();
+            Tap::from_fds(copies.map_err(|e| MachineError::device(id, e))?)
+        }
+        None => Tap::open(config.tap.as_deref(), usize::from(config.num_queues / 2)),
+    }
+    .map_err(|e| MachineError::device(id, e))?;
+    set_up(&mut tap, config).map_err(|e| MachineError::device(id, e))?;
+    Ok(Arc::new(tap))
+}
+
+fn set_up(tap: &mut Tap, config: &NetConfig) -> Result<(), TapError> {
+    if let Some(mac) = config.host_mac {
+        tap.set_mac(mac.0)?;
+    }
+    if let Some(mtu) = config.mtu {
+        tap.set_mtu(mtu)?;
+    }
+    if let (Some(ip), Some(mask)) = (config.ip, config.mask) {
+        tap.set_address(ip, mask)?;
+    }
+    // Whoever hands over descriptors has set the interface up, and may have it in a namespace we cannot reach.
+    if config.fds.is_none() {
+        tap.bring_up()?;
+    }
+    Ok(())
+}
+
+/// A copy of a descriptor this process was started with.
+fn inherited(fd: RawFd) -> std::io::Result<OwnedFd> {
+    // SAFETY: the number came from the user and stands for a descriptor of theirs; it is only copied, and a number that is not open
+    // gives an error.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    borrowed.try_clone_to_owned()
+}

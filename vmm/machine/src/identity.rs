@@ -1,0 +1,75 @@
+//! Names and addresses nobody gave: fixed once, when a VM is created, so that they survive its resets.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use triarch_api::{MacAddress, VmConfig};
+
+/// First byte of an address that is local and unicast.
+const LOCAL_UNICAST: u8 = 0x02;
+
+/// Gives every device an id and every network interface an address.
+pub(crate) fn complete(config: &mut VmConfig) -> io::Result<()> {
+    let mut number = 0;
+    let mut name = |id: &mut Option<String>, kind: &str| {
+        id.get_or_insert_with(|| format!("_{kind}{number}"));
+        number += 1;
+    };
+    for disk in config.disks.iter_mut().flatten() {
+        name(&mut disk.id, "disk");
+    }
+    for net in config.net.iter_mut().flatten() {
+        name(&mut net.id, "net");
+        if net.mac.is_none() {
+            net.mac = Some(random_mac()?);
+        }
+    }
+    if let Some(vsock) = &mut config.vsock {
+        name(&mut vsock.id, "vsock");
+    }
+    Ok(())
+}
+
+fn random_mac() -> io::Result<MacAddress> {
+    let mut bytes = [0; 6];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    bytes[0] = bytes[0] & 0xfc | LOCAL_UNICAST;
+    Ok(MacAddress(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use triarch_api::{DiskConfig, NetConfig};
+
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_filled_in_and_what_is_there_stays() {
+        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let named = DiskConfig {
+            id: Some("root".into()),
+            ..DiskConfig::default()
+        };
+        let addressed = NetConfig {
+            mac: Some(mac),
+            ..NetConfig::default()
+        };
+        let mut config = VmConfig {
+            disks: Some(vec![DiskConfig::default(), named]),
+            net: Some(vec![NetConfig::default(), addressed]),
+            ..VmConfig::default()
+        };
+        complete(&mut config).expect("complete");
+        let ids: Vec<_> = config
+            .disks
+            .iter()
+            .flatten()
+            .map(|d| d.id.clone().unwrap_or_default())
+            .collect();
+        assert_eq!(ids, ["_disk0", "root"]);
+        let nets = config.net.unwrap_or_default();
+        assert_eq!(nets[0].id.as_deref(), Some("_net2"));
+        assert_eq!(nets[0].mac.map(|m| m.0[0] & 3), Some(LOCAL_UNICAST));
+        assert_eq!(nets[1].mac, Some(mac));
+    }
+}
