@@ -14,8 +14,8 @@ pub mod net;
 mod queue;
 mod rng;
 mod transport;
-mod wait;
 pub mod vsock;
+mod wait;
 
 pub use block::{Block, BlockError, BlockHandle, BlockStateV1, MAX_BLOCK_QUEUES, block_feature};
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
