@@ -61,10 +61,17 @@ impl Listener {
     }
 
     /// The next connection; [`io::ErrorKind::WouldBlock`] when none waits.
+    #[allow(unsafe_code)] // std needs a second call to make it non-blocking, which the sandbox of the thread does not have
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
-        let (stream, _) = self.socket.accept()?;
-        stream.set_nonblocking(true)?;
-        Ok(stream)
+        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let nobody = std::ptr::null_mut();
+        // SAFETY: the two null pointers say that the peer's address is of no interest.
+        let fd = unsafe { libc::accept4(self.socket.as_raw_fd(), nobody, std::ptr::null_mut(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and owned by nobody else.
+        Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Connects to the program that serves port `port` for the guest.
