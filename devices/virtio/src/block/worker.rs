@@ -48,9 +48,12 @@ struct Lane {
     id: Arc<str>,
     features: u64,
     cache: Arc<Cache>,
-    /// Requests by the tag the engine knows them by.
+    /// Requests by the tag the engine knows them by. It grows with what was ever in flight at once, because most disks never
+    /// have a queue full.
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// Tags there may be.
+    depth: usize,
     /// Something was completed since the driver was told last.
     completed: bool,
     log: RateLimit,
@@ -86,8 +89,9 @@ impl QueueWorker {
             id: Arc::clone(&common.id),
             features: common.features,
             cache: Arc::clone(&common.cache),
-            pending: std::iter::repeat_with(|| None).take(depth).collect(),
-            free: (0..depth).rev().collect(),
+            pending: Vec::with_capacity(depth),
+            free: Vec::with_capacity(depth),
+            depth,
             completed: false,
             log: RateLimit::default(),
         };
@@ -121,7 +125,7 @@ impl QueueWorker {
                 self.io.completions(&mut |tag, result| lane.finish(tag, &result));
             }
             self.lane.signal();
-            fired = match self.wait(more && !self.lane.free.is_empty()) {
+            fired = match self.wait(more && self.lane.has_room()) {
                 Ok(fired) => fired,
                 Err(error) => {
                     tracing::error!(disk = %self.lane.id, %error, "cannot wait for work, the queue stands still");
@@ -153,7 +157,7 @@ impl QueueWorker {
         let mut more = true;
         for _ in 0..self.lane.queue.size() {
             // Without room the next completion leads back here, and notifications would not help.
-            if self.lane.free.is_empty() {
+            if !self.lane.has_room() {
                 break;
             }
             if let Some(chain) = self.lane.queue.pop() {
@@ -172,12 +176,26 @@ impl QueueWorker {
 }
 
 impl Lane {
+    /// Whether the engine takes another operation.
+    fn has_room(&self) -> bool {
+        !self.free.is_empty() || self.pending.len() < self.depth
+    }
+
+    /// A tag for an operation, if there is room.
+    fn take_tag(&mut self) -> Option<usize> {
+        if self.free.is_empty() && self.pending.len() < self.depth {
+            self.pending.push(None);
+            return Some(self.pending.len() - 1);
+        }
+        self.free.pop()
+    }
+
     /// Flushes when the driver switched the cache off. The tag it uses has no pending request.
     fn flush_if_wanted(&mut self, io: &mut dyn IoQueue) {
-        if !self.cache.flush.load(Relaxed) || self.free.is_empty() || !self.cache.flush.swap(false, Relaxed) {
+        if !self.cache.flush.load(Relaxed) || !self.has_room() || !self.cache.flush.swap(false, Relaxed) {
             return;
         }
-        if let Some(tag) = self.free.pop()
+        if let Some(tag) = self.take_tag()
             && io.submit(&Op::Flush, tag as u64).is_err()
         {
             // Cannot be: there are as many tags as the engine has room for.
@@ -208,7 +226,7 @@ impl Lane {
         if moves && iovecs(&memory, &data, vecs).is_err() {
             return self.answer(&memory, chain.head(), status, Status::IoErr, 0, room);
         }
-        let Some(tag) = self.free.pop() else {
+        let Some(tag) = self.take_tag() else {
             // Cannot be: `serve` looked.
             return self.queue.unpop();
         };
