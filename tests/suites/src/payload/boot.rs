@@ -7,7 +7,7 @@ use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("boot": says_hello, passes_initramfs, writes_first_byte, has_acpi, keeps_time, sleeps, talks_over_serial);
+payload_tests!("boot": says_hello, passes_initramfs, writes_first_byte, has_acpi, keeps_time, sleeps, talks_over_serial, talks_over_debug_port);
 
 fn says_hello(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?.flag("--cmdline", "one two=3 \"four five\""))?;
@@ -104,6 +104,19 @@ fn talks_over_serial(context: &Context) -> Result<Outcome> {
     ensure!(line == "by one instruction", "string output came as `{line}`");
     guest.answer()?;
     ensure!(guest.refused("nonsense")?.contains("unknown command"));
+    Ok(Outcome::Passed)
+}
+
+fn talks_over_debug_port(context: &Context) -> Result<Outcome> {
+    let vm = builder(context)?;
+    let log = vm.dir().join("debug.txt");
+    let mut guest = Guest::start(vm.flag("--debug-console", format!("file={}", log.display())))?;
+    for byte in b"boo\n" {
+        guest.ask(&format!("port out 0x402 {byte}"))?;
+    }
+    // The other debug port swallows what it is given.
+    guest.ask("port out 0x80 0x55")?;
+    ensure!(fs::read(&log)? == b"boo\n");
     Ok(Outcome::Passed)
 }
 
