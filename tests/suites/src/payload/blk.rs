@@ -7,9 +7,22 @@ use anyhow::{Result, ensure};
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("blk": writes_reach_the_file, reads_come_from_the_file, describes_itself, refuses_writes_when_read_only,
-    refuses_what_it_cannot, discards, writes_zeroes, takes_many_segments, runs_without_extras, runs_several_queues,
-    runs_small_queues, runs_without_io_uring, runs_direct, has_two_disks);
+payload_tests!("blk":
+    writes_reach_the_file,
+    reads_come_from_the_file,
+    describes_itself,
+    refuses_writes_when_read_only,
+    refuses_what_it_cannot,
+    discards,
+    writes_zeroes,
+    takes_many_segments,
+    runs_without_extras,
+    runs_several_queues,
+    runs_small_queues,
+    runs_without_io_uring,
+    runs_direct,
+    has_two_disks,
+);
 
 const SIZE: u64 = 8 << 20;
 

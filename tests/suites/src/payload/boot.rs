@@ -7,7 +7,16 @@ use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("boot": says_hello, passes_initramfs, writes_first_byte, has_acpi, keeps_time, sleeps, talks_over_serial, talks_over_debug_port);
+payload_tests!("boot":
+    says_hello,
+    passes_initramfs,
+    writes_first_byte,
+    has_acpi,
+    keeps_time,
+    sleeps,
+    talks_over_serial,
+    talks_over_debug_port,
+);
 
 fn says_hello(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?.flag("--cmdline", "one two=3 \"four five\""))?;

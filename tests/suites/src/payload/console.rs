@@ -10,7 +10,11 @@ use std::time::Duration;
 use triarch_harness::agent::connect_socket;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("console": writes, reads, writes_to_a_file);
+payload_tests!("console":
+    writes,
+    reads,
+    writes_to_a_file,
+);
 
 fn start(context: &Context) -> Result<(Guest, UnixStream)> {
     let vm = builder(context)?;

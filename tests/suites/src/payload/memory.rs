@@ -6,7 +6,12 @@ use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("memory": holds_data, goes_around_the_hole, takes_odd_sizes, is_dirtied_at_a_rate);
+payload_tests!("memory":
+    holds_data,
+    goes_around_the_hole,
+    takes_odd_sizes,
+    is_dirtied_at_a_rate,
+);
 
 /// The test ranges: (start, length).
 fn arenas(guest: &mut Guest) -> Result<Vec<(u64, u64)>> {

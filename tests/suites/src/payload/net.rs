@@ -11,8 +11,16 @@ use std::time::Duration;
 use triarch_harness::net::{self, Tap};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("net": pings, pings_without_extras, describes_itself, carries_datagrams, leaves_checksums_to_the_host,
-    leaves_segments_to_the_host, uses_several_queues, obeys_control_queue);
+payload_tests!("net":
+    pings,
+    pings_without_extras,
+    describes_itself,
+    carries_datagrams,
+    leaves_checksums_to_the_host,
+    leaves_segments_to_the_host,
+    uses_several_queues,
+    obeys_control_queue,
+);
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);

@@ -8,7 +8,11 @@ use std::time::Duration;
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("pause": stops_and_goes_on, keeps_requests, keeps_processors);
+payload_tests!("pause":
+    stops_and_goes_on,
+    keeps_requests,
+    keeps_processors,
+);
 
 fn stops_and_goes_on(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?.api())?;

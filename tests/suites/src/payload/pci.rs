@@ -6,7 +6,13 @@ use anyhow::{Context as _, Result, ensure};
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("pci": lists_functions, sizes_bars, moves_bars, moves_there_and_back, masks_interrupts);
+payload_tests!("pci":
+    lists_functions,
+    sizes_bars,
+    moves_bars,
+    moves_there_and_back,
+    masks_interrupts,
+);
 
 /// A guest with every device that needs nothing from the host but files.
 fn full(context: &Context) -> Result<Guest> {

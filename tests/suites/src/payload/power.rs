@@ -5,8 +5,14 @@ use super::payload_tests;
 use anyhow::{Result, ensure};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("power": powers_off, resets_by_acpi_register, resets_by_keyboard_controller, resets_by_triple_fault,
-    resets_ten_times, resets_with_all_processors);
+payload_tests!("power":
+    powers_off,
+    resets_by_acpi_register,
+    resets_by_keyboard_controller,
+    resets_by_triple_fault,
+    resets_ten_times,
+    resets_with_all_processors,
+);
 
 fn powers_off(context: &Context) -> Result<Outcome> {
     Guest::start(builder(context)?)?.power_off()?;

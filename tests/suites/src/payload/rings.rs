@@ -9,7 +9,13 @@ use triarch_harness::net;
 use triarch_harness::suite::{Context, Outcome};
 use triarch_harness::vm::VmBuilder;
 
-payload_tests!("rings": disk_survives, nic_survives, rng_survives, console_survives, vsock_survives);
+payload_tests!("rings":
+    disk_survives,
+    nic_survives,
+    rng_survives,
+    console_survives,
+    vsock_survives,
+);
 
 /// Cases after which every device has to ask for a reset: they break the queue itself.
 const BROKEN: [&str; 16] = [

@@ -6,7 +6,10 @@ use anyhow::{Result, ensure};
 use std::fs;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("rng": gives_random_bytes, takes_them_from_a_file);
+payload_tests!("rng":
+    gives_random_bytes,
+    takes_them_from_a_file,
+);
 
 fn gives_random_bytes(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?)?;

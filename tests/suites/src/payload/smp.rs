@@ -5,7 +5,12 @@ use super::payload_tests;
 use anyhow::{Result, ensure};
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("smp": starts_four, starts_sixteen, numbers_threads_and_cores, interrupts_others);
+payload_tests!("smp":
+    starts_four,
+    starts_sixteen,
+    numbers_threads_and_cores,
+    interrupts_others,
+);
 
 fn starts(context: &Context, count: u32) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?.cpus(count))?;

@@ -12,7 +12,13 @@ use std::time::Duration;
 use triarch_harness::suite::{Context, Outcome};
 use triarch_harness::vsock;
 
-payload_tests!("vsock": guest_connects, host_connects, refuses_unknown_ports, closes_from_the_host, keeps_to_credit);
+payload_tests!("vsock":
+    guest_connects,
+    host_connects,
+    refuses_unknown_ports,
+    closes_from_the_host,
+    keeps_to_credit,
+);
 
 const LIMIT: Duration = Duration::from_secs(5);
 
