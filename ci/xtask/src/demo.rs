@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use triarch_harness::agent::{Exec, Machine, Stream};
 
 use crate::build::{self, Profile};
@@ -128,14 +128,20 @@ fn watch(host: &Host) -> Result<Report> {
     argv.extend(command());
     let exec = Exec::new(argv).cwd(&host.path("")).timeout(LIMIT);
     let mut console = Console::default();
-    let mut sample = None;
+    let smaps = format!("cat /proc/$(cat {})/smaps", host.path("pid"));
     let start = Instant::now();
-    let exit = host.exec(&exec, |stream, data| {
-        show(data);
-        if stream == Stream::Stdout && console.take(data, start.elapsed()) {
-            sample = Some(host.shell(&format!("cat /proc/$(cat {})/smaps", host.path("pid"))));
-        }
-    })?;
+    // Measured by a thread of its own: who hears the console must not wait for another answer of the same agent.
+    let (exit, sample) = std::thread::scope(|scope| {
+        let mut sample = None;
+        let exit = host.exec(&exec, |stream, data| {
+            show(data);
+            if stream == Stream::Stdout && console.take(data, start.elapsed()) {
+                sample = Some(scope.spawn(|| host.shell(&smaps)));
+            }
+        });
+        (exit, sample.map(std::thread::ScopedJoinHandle::join))
+    });
+    let exit = exit?;
     report.end = start.elapsed();
     if exit.timed_out {
         bail!("the guest did not end in {} s", LIMIT.as_secs());
@@ -143,7 +149,8 @@ fn watch(host: &Host) -> Result<Report> {
     if !exit.success() {
         bail!("triarch ended with {exit:?}");
     }
-    let smaps = sample.context("triarch ended well, but the guest never reached user space")??;
+    let smaps = sample.context("triarch ended well, but the guest never reached user space")?;
+    let smaps = smaps.map_err(|_| anyhow!("measuring the memory panicked"))??;
     report.memory = smaps::usage(&smaps, GUEST_MIB * 1024 / 2);
     console.finish(&mut report)?;
     Ok(report)

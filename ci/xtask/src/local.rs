@@ -76,12 +76,19 @@ pub fn serve() -> Result<()> {
     Ok(agent::serve(reader, writer)?)
 }
 
-/// Whether this machine can run guests by itself: its processor has VMX or SVM, and /dev/kvm may
-/// be used.
+/// Whether this machine can run any guest by itself: its processor has VMX or SVM, and /dev/kvm may
+/// be used. Without them /dev/kvm may still be a software one, which runs only payloads.
 pub fn hardware_kvm() -> bool {
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let open = || File::options().read(true).write(true).open("/dev/kvm");
-    has_virtualization(&flags) && open().is_ok()
+    has_virtualization(&flags) && usable_kvm().is_ok()
+}
+
+/// Opens /dev/kvm as a VMM would.
+///
+/// # Errors
+/// It is not there, or may not be used.
+pub fn usable_kvm() -> io::Result<()> {
+    File::options().read(true).write(true).open("/dev/kvm").map(drop)
 }
 
 fn has_virtualization(cpuinfo: &str) -> bool {

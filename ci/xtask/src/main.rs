@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod cache;
 mod cpio;
@@ -36,6 +37,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Measure Triarch and its peers on this machine
+    #[command(subcommand)]
+    Bench(bench::Args),
     /// Build Triarch's programs, static
     Build {
         /// How to compile
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
+        Verb::Bench(args) => bench::run(&args)?,
         Verb::Build { profile } => build::everything(profile)?,
         Verb::Demo(args) => demo::run(&args)?,
         Verb::Host(args) => return session::run(args),

@@ -18,6 +18,7 @@ const TOOLS: [&str; 4] = ["busybox-static/trixie", "xz-utils", "zstd", "lz4"];
 const QEMU: &str = "qemu-system-x86";
 /// The first QEMU whose emulated AMD host runs firmware in its guests without aborting.
 const QEMU_WANTED: (u32, u32) = (11, 1);
+const QEMU_PROGRAM: &str = "usr/bin/qemu-system-x86_64";
 const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
 
 /// An unpacked set of Debian packages.
@@ -109,11 +110,18 @@ impl Rig {
         if let Some(own) = &self.own_qemu {
             return Command::new(own);
         }
-        let mut command = self.root.command("usr/bin/qemu-system-x86_64");
+        let mut command = self.root.command(QEMU_PROGRAM);
         for data in ["usr/share/qemu", "usr/share/seabios"] {
             command.arg("-L").arg(self.root.dir.join(data));
         }
         command
+    }
+
+    /// The emulator's program file.
+    pub fn qemu_binary(&self) -> PathBuf {
+        self.own_qemu
+            .clone()
+            .unwrap_or_else(|| self.root.dir.join(QEMU_PROGRAM))
     }
 
     /// The emulator's version, as it prints it, e.g. `11.1.3`.
