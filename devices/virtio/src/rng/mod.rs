@@ -128,22 +128,24 @@ enum Served {
 
 impl Job {
     fn run(&mut self, stop: &EventFd) {
+        if let Err(error) = self.work(stop) {
+            tracing::error!("the entropy device cannot wait and stops: {error}");
+        }
+    }
+
+    fn work(&mut self, stop: &EventFd) -> io::Result<()> {
+        let notified = Waiter::new(&raw([self.queue.kick(), stop]))?;
         loop {
-            let woken = match self.serve(stop) {
-                Served::Stop => return,
-                Served::All if self.queue.arm() => continue,
-                Served::All => Waiter::new(&raw([self.queue.kick(), stop])),
-                Served::Dry => Waiter::new(&raw([&self.source, stop])),
-            };
-            match woken {
-                Ok(waiter) => waiter.wait(),
-                Err(error) => {
-                    tracing::error!("the entropy device cannot wait for its driver and stops: {error}");
-                    return;
+            match self.serve(stop) {
+                Served::Stop => return Ok(()),
+                Served::All if self.queue.arm() => {}
+                Served::All => {
+                    notified.wait();
+                    // A notification that came is answered by looking at the queue.
+                    let _ = self.queue.kick().read();
                 }
+                Served::Dry => Waiter::new(&raw([&self.source, stop]))?.wait(),
             }
-            // A notification that came is answered by looking at the queue.
-            let _ = self.queue.kick().read();
         }
     }
 
