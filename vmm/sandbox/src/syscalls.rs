@@ -115,6 +115,7 @@ const BUILD: &[i64] = &[
     SYS_fstatfs,
     SYS_ftruncate,
     SYS_geteuid,
+    SYS_getpgid,
     SYS_getuid,
     SYS_memfd_create,
     SYS_newfstatat,
@@ -159,12 +160,16 @@ const BLOCK: &[u64] = &[
 
 /// Terminals.
 const TERMINAL: &[u64] = &[
-    0x5401, // TCGETS
-    0x5402, // TCSETS
     0x5403, // TCSETSW
     0x5413, // TIOCGWINSZ
     0x5421, // FIONBIO
     0x541b, // FIONREAD
+];
+
+/// A panic on any thread gives the terminal back before it is reported.
+const PANIC: &[u64] = &[
+    0x5401, // TCGETS: the C library looks whether the settings were taken
+    0x5402, // TCSETS
 ];
 
 fn calls(list: &'static [i64]) -> impl Iterator<Item = Allowed> {
@@ -189,7 +194,7 @@ fn unix_sockets() -> impl Iterator<Item = Allowed> {
 
 /// What threads of `class` may do.
 pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
-    let base = calls(BASE);
+    let base = calls(BASE).chain(ioctls(PANIC));
     match class {
         ThreadClass::Vcpu => base
             .chain(calls(EVENTS))

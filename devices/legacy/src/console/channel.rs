@@ -8,15 +8,20 @@ use std::time::Duration;
 
 use super::sys;
 
-/// One direction of a console, or both.
+/// One direction of a console, or both. A vCPU thread may write to it, so it only uses calls that every thread is allowed.
 pub(super) enum Channel {
     /// Does not block by itself: opened so, or a regular file, whose writes end in the page cache.
     Direct(File),
-    /// A socket, asked not to block at each call, because its flags may be shared with other processes.
-    Socket(File),
-    /// Blocks, and cannot be opened a second time; asked for readiness before each byte.
-    Polled(File),
+    /// Blocks, and shares its flags with other processes; asked for readiness first.
+    Polled {
+        file: File,
+        /// Bytes that can be written at once without waiting when it says that it is ready.
+        at_once: usize,
+    },
 }
+
+/// A stream socket is only ready when a good part of its buffer is free: far more than this.
+const SOCKET_ROOM: usize = 4096;
 
 impl Channel {
     /// A way to use `fd` (stdin or stdout) without blocking and without touching the flags it shares with other processes.
@@ -26,27 +31,23 @@ impl Channel {
         if kind.is_file() {
             return Ok(Self::Direct(file));
         }
-        if kind.is_socket() {
-            return Ok(Self::Socket(file));
-        }
-        // A second open file description of the same terminal or pipe has flags of its own.
+        // A second open file description of the same terminal or pipe has flags of its own. Sockets have none.
         let again = OpenOptions::new()
             .read(!write)
             .write(write)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        Ok(again.map_or_else(|_| Self::Polled(file), Self::Direct))
+        let at_once = if kind.is_socket() { SOCKET_ROOM } else { 1 };
+        Ok(again.map_or_else(|_| Self::Polled { file, at_once }, Self::Direct))
     }
 
     /// Reads what is there: zero bytes at the end, `WouldBlock` when there is nothing.
     pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Direct(file) => (&*file).read(buf),
-            Self::Socket(file) => sys::receive(file.as_fd(), buf),
-            Self::Polled(file) => {
+            Self::Polled { file, .. } => {
                 self.ready(libc::POLLIN)?;
-                let first = buf.len().min(1);
-                (&*file).read(&mut buf[..first])
+                (&*file).read(buf)
             }
         }
     }
@@ -55,10 +56,9 @@ impl Channel {
     pub(super) fn write(&self, buf: &[u8]) -> io::Result<usize> {
         match self {
             Self::Direct(file) => (&*file).write(buf),
-            Self::Socket(file) => sys::send(file.as_fd(), buf),
-            Self::Polled(file) => {
+            Self::Polled { file, at_once } => {
                 self.ready(libc::POLLOUT)?;
-                (&*file).write(&buf[..buf.len().min(1)])
+                (&*file).write(&buf[..buf.len().min(*at_once)])
             }
         }
     }
@@ -80,7 +80,7 @@ impl Channel {
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Direct(file) | Self::Socket(file) | Self::Polled(file) => file.as_fd(),
+            Self::Direct(file) | Self::Polled { file, .. } => file.as_fd(),
         }
     }
 }

@@ -103,6 +103,7 @@ fn terminal(epoll: &Epoll) -> io::Result<Peer> {
         Err(e) if e.raw_os_error() == Some(libc::EPERM) => {}
         other => other?,
     }
+    sys::ignore_background_reads();
     Ok(Peer::Stream {
         input: Some(input),
         output: Some(output),
@@ -143,7 +144,7 @@ fn socket(epoll: &Epoll, path: &Path) -> io::Result<Peer> {
     let listener = match UnixListener::bind(path) {
         // The socket of a process that was killed; one that still listens is left alone.
         Err(e) if e.kind() == io::ErrorKind::AddrInUse && abandoned(path) => {
-            fs::remove_file(path)?;
+            sys::remove(path)?;
             UnixListener::bind(path)?
         }
         other => other?,

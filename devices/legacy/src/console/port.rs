@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -199,13 +199,12 @@ impl Port {
                 // One at a time: the second is told so by the end of its connection.
                 continue;
             }
-            let channel = Channel::Socket(std::fs::File::from(std::os::fd::OwnedFd::from(stream)));
-            let added = epoll.ctl(
-                ControlOperation::Add,
-                channel.as_fd().as_raw_fd(),
-                EpollEvent::new(INPUT, 0),
-            );
-            if added.is_ok() {
+            let event = EpollEvent::new(INPUT, 0);
+            let ready = stream
+                .set_nonblocking(true)
+                .and_then(|()| epoll.ctl(ControlOperation::Add, stream.as_raw_fd(), event));
+            if ready.is_ok() {
+                let channel = Channel::Direct(OwnedFd::from(stream).into());
                 *client = Some(Client {
                     channel,
                     ended: false,
@@ -220,10 +219,7 @@ impl Port {
     fn input(&self) -> Option<&Channel> {
         match &self.peer {
             Peer::Null => None,
-            Peer::Stream { input, terminal, .. } => {
-                // A read by a background job would stop the whole VM.
-                input.as_ref().filter(|_| !terminal || sys::in_foreground(sys::STDIN))
-            }
+            Peer::Stream { input, .. } => input.as_ref(),
             Peer::Pty(master) => Some(master),
             Peer::Socket { client, .. } => client.as_ref().filter(|c| !c.ended).map(|c| &c.channel),
         }
@@ -312,7 +308,7 @@ impl Drop for Port {
     fn drop(&mut self) {
         if let Peer::Socket { path, .. } = &self.peer {
             // It may have been removed already, and nobody is left to tell.
-            let _ = std::fs::remove_file(path);
+            let _ = sys::remove(path);
         }
     }
 }

@@ -2,12 +2,12 @@
 
 #![allow(unsafe_code)] // poll, ioctl and terminal calls on descriptors this module is lent
 
-use std::ffi::{CStr, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmm_sys_util::epoll::Epoll;
@@ -45,10 +45,10 @@ pub(super) fn window_size(fd: BorrowedFd) -> Option<(u16, u16)> {
     (done && size.ws_col != 0 && size.ws_row != 0).then_some((size.ws_col, size.ws_row))
 }
 
-/// Whether reading from the terminal `fd` would not stop the process: it runs in the foreground, or job control has no say.
+/// Whether changing the terminal `fd` would not stop the process: it runs in the foreground, or job control has no say.
 pub(super) fn in_foreground(fd: BorrowedFd) -> bool {
     // SAFETY: both calls take and return plain numbers.
-    let (group, own) = unsafe { (libc::tcgetpgrp(fd.as_raw_fd()), libc::getpgrp()) };
+    let (group, own) = unsafe { (libc::tcgetpgrp(fd.as_raw_fd()), libc::getpgid(0)) };
     group == -1 || group == own
 }
 
@@ -116,19 +116,20 @@ unsafe fn owned(fd: libc::c_int) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Receives from a socket without ever waiting.
-pub(super) fn receive(fd: BorrowedFd, buf: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: the kernel writes at most `buf.len()` bytes into `buf`.
-    let n = unsafe { libc::recv(fd.as_raw_fd(), buf.as_mut_ptr().cast(), buf.len(), libc::MSG_DONTWAIT) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+/// Removes the file at `path`, with the call that the sandbox knows on every architecture.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: `path` is a valid string for the length of the call.
+    match unsafe { libc::unlinkat(libc::AT_FDCWD, path.as_ptr(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
-/// Sends to a socket without ever waiting, and without SIGPIPE.
-pub(super) fn send(fd: BorrowedFd, buf: &[u8]) -> io::Result<usize> {
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: the kernel reads at most `buf.len()` bytes of `buf`.
-    let n = unsafe { libc::send(fd.as_raw_fd(), buf.as_ptr().cast(), buf.len(), flags) };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+/// From now on a read from the terminal by a background job fails instead of stopping the whole VM.
+pub(super) fn ignore_background_reads() {
+    // SAFETY: ignoring a signal runs no handler.
+    unsafe { libc::signal(libc::SIGTTIN, libc::SIG_IGN) };
 }
 
 /// The descriptor of an epoll set, for as long as the set is borrowed.

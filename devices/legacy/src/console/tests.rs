@@ -318,12 +318,15 @@ fn a_terminal_is_raw_while_used_and_then_as_before() {
 #[test]
 fn a_channel_that_cannot_be_made_non_blocking_still_never_waits() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let polled = channel::Channel::Polled(fs::File::from(std::os::fd::OwnedFd::from(ours)));
+    let polled = channel::Channel::Polled {
+        file: fs::File::from(std::os::fd::OwnedFd::from(ours)),
+        at_once: 1000,
+    };
     let would_block = |outcome: io::Result<usize>| outcome.unwrap_err().kind() == io::ErrorKind::WouldBlock;
     assert!(would_block(polled.read(&mut [0; 8])));
     (&theirs).write_all(b"x").unwrap();
     assert_eq!(polled.read(&mut [0; 8]).unwrap(), 1);
-    let full = std::iter::repeat_with(|| polled.write(b"yy"))
+    let full = std::iter::repeat_with(|| polled.write(&[b'y'; 2000]))
         .take(1 << 22)
         .find(Result::is_err);
     assert!(would_block(full.expect("the socket fills up")));
