@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use thiserror::Error;
 use triarch_device_core::RateLimit;
-use triarch_memory::GuestMemoryHandle;
+use triarch_memory::{GuestMemory, GuestMemoryHandle};
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::atomic::GuestMemoryLoadGuard;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::in_memory;
@@ -53,8 +54,8 @@ pub enum RingFault {
     /// A readable buffer follows a writable one.
     #[error("a readable buffer follows a writable one")]
     Order,
-    /// A chain has more buffers than any request needs.
-    #[error("a chain has more than {MAX_SEGMENTS} buffers")]
+    /// A chain has more buffers or bytes than any request needs.
+    #[error("a chain has more than {MAX_SEGMENTS} buffers or 4 GiB")]
     TooLong,
     /// The request inside the chain is not one the device type defines.
     #[error("{0}")]
@@ -170,7 +171,7 @@ impl VirtQueue {
     }
 
     /// Guest memory as it is now.
-    pub fn memory(&self) -> GuestMemoryLoadGuard<triarch_memory::GuestMemory> {
+    pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemory> {
         self.memory.memory()
     }
 
@@ -316,7 +317,6 @@ impl VirtQueue {
 
     fn try_pop(&mut self) -> Result<Option<Chain>, RingFault> {
         let memory = self.memory.memory();
-        let size = self.ring.size();
         let avail = self
             .ring
             .avail_idx(&*memory, Ordering::Acquire)
@@ -328,40 +328,101 @@ impl VirtQueue {
             virtio_queue::Error::InvalidAvailRingIndex => RingFault::AvailIndex,
             _ => RingFault::Inaccessible,
         })?;
-        let mut descriptors = offered.next().ok_or(RingFault::Inaccessible)?;
-        let head = descriptors.head_index();
+        let head = offered.next().ok_or(RingFault::Inaccessible)?.head_index();
+        let size = self.ring.size();
         if head >= size {
             return Err(RingFault::Head(head));
         }
-        let mut chain = Chain {
-            head,
-            segments: SmallVec::new(),
-            readable: 0,
+        let table = Table {
+            at: GuestAddress(self.ring.desc_table()),
+            len: size,
         };
-        let mut ended = false;
-        for descriptor in descriptors.by_ref() {
-            let (addr, len) = (descriptor.addr(), descriptor.len());
-            if len == 0 {
-                return Err(RingFault::Empty);
-            }
-            if !in_memory(&memory, addr, len) {
-                return Err(RingFault::OutOfMemory { addr: addr.0, len });
-            }
-            if !descriptor.is_write_only() {
-                if chain.readable != chain.segments.len() {
-                    return Err(RingFault::Order);
-                }
-                chain.readable += 1;
-            }
-            if chain.segments.len() == MAX_SEGMENTS {
-                return Err(RingFault::TooLong);
-            }
-            chain.segments.push(Segment { addr, len });
-            ended = !descriptor.has_next();
-        }
-        // The iterator just stops at whatever it cannot follow; a whole chain ends with a descriptor that has no next.
-        if ended { Ok(Some(chain)) } else { Err(RingFault::Broken) }
+        walk(&memory, table, head).map(Some)
     }
+}
+
+/// A table of descriptors: the ring's own or an indirect one.
+#[derive(Clone, Copy)]
+struct Table {
+    at: GuestAddress,
+    len: u16,
+}
+
+impl Table {
+    /// The indirect table that `descriptor` points to (virtio 1.2, 2.7.5.3).
+    fn indirect(descriptor: &Descriptor) -> Result<Self, RingFault> {
+        let bytes = descriptor.len() as usize;
+        let len = u16::try_from(bytes / size_of::<Descriptor>()).map_err(|_| RingFault::Broken)?;
+        if len == 0 || !bytes.is_multiple_of(size_of::<Descriptor>()) {
+            return Err(RingFault::Broken);
+        }
+        Ok(Self {
+            at: descriptor.addr(),
+            len,
+        })
+    }
+
+    fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, RingFault> {
+        if index >= self.len {
+            return Err(RingFault::Broken);
+        }
+        let offset = u64::from(index) * size_of::<Descriptor>() as u64;
+        let at = self.at.checked_add(offset).ok_or(RingFault::Broken)?;
+        memory.read_obj(at).map_err(|_| RingFault::Broken)
+    }
+}
+
+/// Follows a chain from `head` and checks all of it.
+fn walk(memory: &GuestMemory, ring: Table, head: u16) -> Result<Chain, RingFault> {
+    let mut chain = Chain {
+        head,
+        segments: SmallVec::new(),
+        readable: 0,
+    };
+    let (mut table, mut index, mut inside) = (ring, head, false);
+    let (mut steps, mut bytes) = (0, 0u32);
+    loop {
+        // A chain that visits more descriptors than its table has goes round in circles.
+        if steps == table.len {
+            return Err(RingFault::Broken);
+        }
+        steps += 1;
+        let descriptor = table.read(memory, index)?;
+        if descriptor.refers_to_indirect_table() {
+            if inside || descriptor.has_next() {
+                return Err(RingFault::Broken);
+            }
+            (table, index, inside, steps) = (Table::indirect(&descriptor)?, 0, true, 0);
+            continue;
+        }
+        let (addr, len) = (descriptor.addr(), descriptor.len());
+        check_buffer(memory, addr, len)?;
+        bytes = bytes.checked_add(len).ok_or(RingFault::TooLong)?;
+        if !descriptor.is_write_only() {
+            if chain.readable != chain.segments.len() {
+                return Err(RingFault::Order);
+            }
+            chain.readable += 1;
+        }
+        if chain.segments.len() == MAX_SEGMENTS {
+            return Err(RingFault::TooLong);
+        }
+        chain.segments.push(Segment { addr, len });
+        if !descriptor.has_next() {
+            return Ok(chain);
+        }
+        index = descriptor.next();
+    }
+}
+
+fn check_buffer(memory: &GuestMemory, addr: GuestAddress, len: u32) -> Result<(), RingFault> {
+    if len == 0 {
+        return Err(RingFault::Empty);
+    }
+    if !in_memory(memory, addr, len) {
+        return Err(RingFault::OutOfMemory { addr: addr.0, len });
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -476,6 +537,10 @@ mod tests {
         assert!(
             faults(&[Desc::writable(DATA, 8).next(1), Desc::readable(DATA, 8)], 0),
             "wrong direction"
+        );
+        assert!(
+            faults(&[Desc::indirect(0x6000, 16).next(1), Desc::readable(DATA, 8)], 0),
+            "indirect and next"
         );
         assert!(faults(&[Desc::indirect(0x6000, 17)], 0), "odd indirect table");
         assert!(faults(&[Desc::indirect(0x6000, 0)], 0), "empty indirect table");
