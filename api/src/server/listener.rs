@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use thiserror::Error;
 
@@ -129,7 +129,7 @@ impl Drop for Listener {
         // Somebody may have put another one there meanwhile.
         let ours =
             fs::symlink_metadata(&place.path).is_ok_and(|file| (file.dev(), file.ino()) == (place.device, place.inode));
-        if ours && let Err(error) = rustix::fs::unlink(&place.path) {
+        if ours && let Err(error) = rustix::fs::unlinkat(CWD, &place.path, AtFlags::empty()) {
             tracing::warn!("cannot remove {}: {error}", place.path.display());
         }
     }
@@ -150,7 +150,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
     if attempt != Err(rustix::io::Errno::CONNREFUSED) {
         return Err(ListenError::InUse(path.to_owned()));
     }
-    rustix::fs::unlink(path).map_err(|e| ListenError::Make {
+    rustix::fs::unlinkat(CWD, path, AtFlags::empty()).map_err(|e| ListenError::Make {
         what: "remove the abandoned socket",
         path: path.to_owned(),
         source: e.into(),
