@@ -1,16 +1,21 @@
 //! What the API and the command line speak: configuration of a VM, in the field set of Cloud Hypervisor's API (v51-v53).
 //!
 //! Plain data without any dependency on the VMM. Unknown fields are ignored, as agents expect; sizes are bytes.
+//!
+//! [`server`] speaks it over HTTP; whoever owns the VM gives it a [`Handler`].
 
+mod answer;
 mod config;
 mod request;
+pub mod server;
 mod size;
 mod validate;
 
+pub use answer::{Answer, Handler};
 pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
     MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
-pub use request::{ApiError, Phase, Reply, Request, VmInfo};
+pub use request::{ApiError, Causes, Phase, Reply, Request, VmInfo};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

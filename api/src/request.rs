@@ -145,7 +145,7 @@ pub enum ApiError {
     Unsupported(String),
     /// 500: it was tried and failed.
     #[error("{0}")]
-    Failed(String),
+    Failed(Causes),
 }
 
 impl ApiError {
@@ -158,6 +158,40 @@ impl ApiError {
             Self::Unsupported(_) => 501,
             Self::Failed(_) => 500,
         }
+    }
+
+    /// The error and its causes, the outermost first: the body clients get.
+    pub fn messages(&self) -> Vec<&str> {
+        match self {
+            Self::BadRequest(text) | Self::NotFound(text) | Self::WrongPhase(text) | Self::Unsupported(text) => {
+                vec![text]
+            }
+            Self::Failed(causes) => causes.0.iter().map(String::as_str).collect(),
+        }
+    }
+}
+
+/// An error and its causes, the outermost first. Shown as one line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Causes(Vec<String>);
+
+impl Causes {
+    /// `error` and its chain of sources.
+    pub fn of(error: &dyn std::error::Error) -> Self {
+        let chain = std::iter::successors(Some(error), |error| error.source());
+        Self(chain.map(ToString::to_string).collect())
+    }
+}
+
+impl<T: Into<String>> From<T> for Causes {
+    fn from(text: T) -> Self {
+        Self(vec![text.into()])
+    }
+}
+
+impl std::fmt::Display for Causes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(": "))
     }
 }
 
@@ -199,6 +233,17 @@ mod tests {
     fn nothing_but_create_and_the_end_works_without_a_vm() {
         let accepted: Vec<_> = all().into_iter().filter(|r| r.check(Phase::Absent).is_ok()).collect();
         assert_eq!(accepted, [Request::Create(Box::default()), Request::VmmShutdown]);
+    }
+
+    #[test]
+    fn a_failure_tells_all_its_causes() {
+        #[derive(Debug, Error)]
+        #[error("cannot load the kernel")]
+        struct Outer(#[source] std::fmt::Error);
+        let error = ApiError::Failed(Causes::of(&Outer(std::fmt::Error)));
+        let inner = std::fmt::Error.to_string();
+        assert_eq!(error.messages(), ["cannot load the kernel", &inner]);
+        assert_eq!(error.to_string(), format!("cannot load the kernel: {inner}"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `triarch`: one guest, one process.
 
+mod api;
 mod cli;
 mod flags;
 mod keyvalue;
@@ -8,10 +9,12 @@ mod logging;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use triarch_api::VmConfig;
 use triarch_device_core::{NoSandbox, Sandbox, ThreadClass};
 use triarch_machine::{Controller, OLDER_SYSCALLS};
 use triarch_sandbox::Seccomp;
 
+use api::Api;
 use cli::Cli;
 
 fn main() -> ExitCode {
@@ -37,11 +40,23 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => Arc::new(NoSandbox),
     };
     // Signals are taken before anything else runs in this process but the spawner, which waits for nothing they interrupt.
-    let mut controller = Controller::new(sandbox)?;
+    let controller = Controller::new(sandbox.clone())?;
+    // Clients are answered from here on, also while the guest is built.
+    let api = match &cli.api_socket {
+        Some(socket) => Some(Api::start(socket, controller.inbox(), &sandbox)?),
+        None => None,
+    };
     if let Some(seccomp) = &seccomp {
         seccomp.apply(ThreadClass::Control)?;
     }
-    if let Some(config) = cli.config {
+    let result = control(controller, cli.config);
+    // The controller is gone, and with it every request that was not answered: now the answers can be sent.
+    drop(api);
+    result
+}
+
+fn control(mut controller: Controller, config: Option<VmConfig>) -> anyhow::Result<()> {
+    if let Some(config) = config {
         controller.create(config)?;
         controller.boot()?;
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_ioctls::Kvm;
-use triarch_api::{ApiError, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::{ApiError, Causes, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
 use triarch_legacy::{PowerEvent, Serial};
 use triarch_vcpu::VcpuEvent;
@@ -93,6 +93,7 @@ impl Controller {
 
     /// Serves messages until the guest powers itself off or somebody ends the VMM. An error is one of the guest itself; it has ended.
     pub fn run(mut self) -> Result<Outcome, MachineError> {
+        self.publish();
         loop {
             while let Some(message) = self.outbox.next() {
                 self.handle(message)?;
@@ -117,6 +118,7 @@ impl Controller {
         self.consoles = Some(consoles);
         self.config = Some(config);
         self.phase = Phase::Created;
+        self.publish();
         Ok(())
     }
 
@@ -146,13 +148,16 @@ impl Controller {
 
     fn handle(&mut self, message: Message) -> Result<(), MachineError> {
         match message {
-            Message::Request(request, reply) => {
+            Message::Request(request, answer) => {
                 tracing::info!(request = request.name(), phase = self.phase.name(), "request");
-                // A client that went away does not want its answer any more.
-                let _ = reply.send(self.serve(request));
+                let result = self.serve(request);
+                // Whoever has the answer sees what it changed.
+                self.publish();
+                answer.send(result);
             }
             Message::Guest(generation, event) if generation == self.generation && self.machine.is_some() => {
                 self.guest_event(event)?;
+                self.publish();
             }
             Message::Guest(..) => {}
             Message::Terminate => self.outcome = Some(Outcome::Terminated),
@@ -184,7 +189,10 @@ impl Controller {
     fn serve(&mut self, request: Request) -> Result<Reply, ApiError> {
         request.check(self.phase)?;
         let outcome = match request {
-            Request::Info => return self.info(),
+            Request::Info => {
+                let info = self.info().map(|info| Reply::Info(Box::new(info)));
+                return info.ok_or_else(|| ApiError::NotFound("vm.info: there is no VM".into()));
+            }
             Request::Create(config) => self.create(*config),
             Request::Boot => self.boot(),
             Request::Pause => self.pause(),
@@ -206,18 +214,22 @@ impl Controller {
         };
         outcome.map(|()| Reply::Done).map_err(|error| match error {
             MachineError::Config(cause) => ApiError::BadRequest(cause.to_string()),
-            other => ApiError::Failed(other.chain()),
+            other => ApiError::Failed(Causes::of(&other)),
         })
     }
 
-    fn info(&self) -> Result<Reply, ApiError> {
-        let config = self.config.clone().unwrap_or_default();
+    fn info(&self) -> Option<VmInfo> {
+        let config = self.config.clone()?;
         let memory_actual_size = config.memory.size;
-        Ok(Reply::Info(Box::new(VmInfo {
+        Some(VmInfo {
             config,
             state: self.phase,
             memory_actual_size,
-        })))
+        })
+    }
+
+    fn publish(&self) {
+        self.outbox.publish(self.info());
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {

@@ -2,9 +2,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
-use triarch_api::{ApiError, Reply, Request};
+use arc_swap::ArcSwapOption;
+use triarch_api::{Answer, ApiError, Handler, Reply, Request, VmInfo};
 use triarch_legacy::PowerEvent;
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -12,8 +13,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// What the controller is told.
 #[derive(Debug)]
 pub enum Message {
-    /// A client asks for something; the answer goes into the channel.
-    Request(Request, SyncSender<Result<Reply, ApiError>>),
+    /// A client asks for something.
+    Request(Request, Answer),
     /// Something happened in the guest. The number tells which build of it: what a guest did before its reset is of no interest
     /// after it.
     Guest(u64, GuestEvent),
@@ -35,6 +36,7 @@ pub enum GuestEvent {
 pub struct Inbox {
     messages: Sender<Message>,
     wake: Arc<EventFd>,
+    info: Arc<ArcSwapOption<VmInfo>>,
 }
 
 impl Inbox {
@@ -42,14 +44,17 @@ impl Inbox {
     pub(crate) fn new() -> io::Result<(Self, Outbox)> {
         let (messages, receiver) = channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let info = Arc::new(ArcSwapOption::empty());
         Ok((
             Self {
                 messages,
                 wake: wake.clone(),
+                info: info.clone(),
             },
             Outbox {
                 messages: receiver,
                 wake,
+                info,
             },
         ))
     }
@@ -62,11 +67,24 @@ impl Inbox {
 
     /// Asks for something and waits for the answer.
     pub fn request(&self, request: Request) -> Result<Reply, ApiError> {
-        let (reply, answer) = sync_channel(1);
-        self.post(Message::Request(request, reply));
-        answer
+        let (sender, receiver) = sync_channel(1);
+        // It fails only when nobody receives, and we do.
+        let answer = Answer::new(move |result| drop(sender.send(result)));
+        self.submit(request, answer);
+        // An answer that is forgotten answers by itself.
+        receiver
             .recv()
-            .unwrap_or_else(|_| Err(ApiError::Failed("the VMM is shutting down".into())))
+            .unwrap_or_else(|_| Err(ApiError::Failed("the request was lost".into())))
+    }
+}
+
+impl Handler for Inbox {
+    fn submit(&self, request: Request, answer: Answer) {
+        self.post(Message::Request(request, answer));
+    }
+
+    fn info(&self) -> Option<Arc<VmInfo>> {
+        self.info.load_full()
     }
 }
 
@@ -74,12 +92,18 @@ impl Inbox {
 pub(crate) struct Outbox {
     messages: Receiver<Message>,
     wake: Arc<EventFd>,
+    info: Arc<ArcSwapOption<VmInfo>>,
 }
 
 impl Outbox {
     /// The next message, if there is one.
     pub(crate) fn next(&self) -> Option<Message> {
         self.messages.try_recv().ok()
+    }
+
+    /// Shows what `vm.info` tells from now on, to whoever asks without a message.
+    pub(crate) fn publish(&self, info: Option<VmInfo>) {
+        self.info.store(info.map(Arc::new));
     }
 
     /// Readable when there are messages.

@@ -1,0 +1,250 @@
+//! The body of `vm.create`.
+//!
+//! Agents send fields of other versions; those are ignored, and logged once. But a field that asks for a device or a protection this
+//! build does not have must not be ignored: the agent would believe the guest has it.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::{ApiError, VmConfig};
+
+/// Names of fields that mean something the guest would miss, wherever they stand, unless their value is nothing: null, false, 0 or empty.
+const MISSED: &[&str] = &[
+    // Devices.
+    "balloon",
+    "devices",
+    "fs",
+    "generic_vhost_user",
+    "ivshmem",
+    "pmem",
+    "pvpanic",
+    "tpm",
+    "user_devices",
+    "vdpa",
+    "watchdog",
+    // Where they are and what serves them.
+    "backing_files",
+    "iommu",
+    "iommu_segments",
+    "pci_segment",
+    "pci_segments",
+    "vhost_socket",
+    "vhost_user",
+    // What limits and protects.
+    "igvm",
+    "landlock_enable",
+    "rate_limit_group",
+    "rate_limit_groups",
+    "rate_limiter_config",
+    "sev_snp",
+    "tdx",
+    // Memory.
+    "hotplugged_size",
+    "numa",
+    "zones",
+];
+
+/// Unknown fields that are remembered as logged.
+const MAX_LOGGED: usize = 100;
+/// Characters of a field's name that are logged.
+const MAX_NAME: usize = 100;
+
+/// Reads configurations.
+#[derive(Debug, Default)]
+pub(super) struct Reader {
+    logged: BTreeSet<String>,
+}
+
+impl Reader {
+    /// Reads the body of `vm.create`. Descriptor numbers in it are those of the client and mean nothing here.
+    pub(super) fn read(&mut self, body: &[u8]) -> Result<VmConfig, ApiError> {
+        let bad = |error: &dyn std::fmt::Display| ApiError::BadRequest(format!("vm.create: {error}"));
+        let value: Value =
+            serde_json::from_slice(body).map_err(|error| bad(&format!("the body is not JSON: {error}")))?;
+        if !value.is_object() {
+            return Err(bad(&"the body is not a JSON object"));
+        }
+        let mut unknown = Vec::new();
+        let mut note = |path: serde_ignored::Path<'_>| unknown.push(Field::at(&path, &value));
+        let mut track = serde_path_to_error::Track::new();
+        let inner = serde_path_to_error::Deserializer::new(&value, &mut track);
+        let outer = serde_ignored::Deserializer::new(inner, &mut note);
+        let config: Result<VmConfig, _> = serde::Deserialize::deserialize(outer);
+        let mut config = config.map_err(|error| bad(&format!("{}: {error}", track.path())))?;
+        for field in unknown {
+            if field.missed {
+                let name = field.name;
+                let message = format!("vm.create: this version does not support {name}; leave it out");
+                return Err(ApiError::Unsupported(message));
+            }
+            self.log(field.name);
+        }
+        for net in config.net.iter_mut().flatten() {
+            if net.fds.take().is_some() {
+                self.log("net.fds".into());
+            }
+        }
+        Ok(config)
+    }
+
+    fn log(&mut self, name: String) {
+        if self.logged.len() < MAX_LOGGED && !self.logged.contains(&name) {
+            let start: String = name.chars().take(MAX_NAME).collect();
+            tracing::info!(field = ?start, "vm.create: ignored");
+            self.logged.insert(name);
+        }
+    }
+}
+
+/// A field that nobody asked for.
+struct Field {
+    /// Names on the way to it, without positions in lists.
+    name: String,
+    /// The guest would miss what it asks for.
+    missed: bool,
+}
+
+impl Field {
+    fn at(path: &serde_ignored::Path<'_>, root: &Value) -> Self {
+        let mut names = Vec::new();
+        let value = find(path, root, &mut names);
+        let missed = names.last().is_some_and(|name| MISSED.contains(&name.as_str()));
+        Self {
+            missed: missed && !value.is_none_or(is_nothing),
+            name: names.join("."),
+        }
+    }
+}
+
+/// The value at `path`; adds the names on the way to it.
+fn find<'v>(path: &serde_ignored::Path<'_>, root: &'v Value, names: &mut Vec<String>) -> Option<&'v Value> {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => Some(root),
+        Path::Seq { parent, index } => find(parent, root, names)?.get(index),
+        Path::Map { parent, key } => {
+            let value = find(parent, root, names);
+            names.push(key.clone());
+            value?.get(key)
+        }
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
+            find(parent, root, names)
+        }
+    }
+}
+
+fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(on) => !on,
+        Value::Number(n) => n.as_u64() == Some(0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(body: &str) -> Result<VmConfig, ApiError> {
+        Reader::default().read(body.as_bytes())
+    }
+
+    fn error(body: &str) -> (u16, String) {
+        let error = read(body).expect_err("an error");
+        (error.status(), error.to_string())
+    }
+
+    /// What Kata sends for a small guest, by the names and values of its fields.
+    const KATA: &str = r#"{
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 4, "topology": {"threads_per_core":1,"cores_per_die":4,"dies_per_package":1,"packages":1}, "nested": false},
+        "memory": {"size": 268435456, "shared": true, "hugepages": false, "hotplug_size": 1073741824, "prefault": false, "mergeable": false},
+        "payload": {"kernel": "/k", "cmdline": "console=hvc0", "initramfs": "/i"},
+        "platform": {"num_pci_segments": 1, "iommu_segments": []},
+        "disks": [{"path": "/d", "readonly": true, "image_type": "Raw", "direct": false, "num_queues": 1, "queue_size": 1024, "iommu": false}],
+        "fs": null, "devices": [],
+        "vsock": {"cid": 3, "socket": "/s", "iommu": false},
+        "rng": {"src": "/dev/urandom", "iommu": false},
+        "serial": {"mode": "Off"}, "console": {"mode": "Off", "iommu": false},
+        "net": [{"fds": [5, 6], "num_queues": 2}]
+    }"#;
+
+    #[test]
+    fn what_agents_send_is_understood() {
+        let config = read(KATA).expect("a configuration");
+        assert_eq!(config.cpus.max_vcpus, 4);
+        assert_eq!(config.memory.size, 256 << 20);
+        assert_eq!(config.vsock.expect("vsock").cid, 3);
+        assert_eq!(config.disks.expect("disks")[0].queue_size, 1024);
+        // The numbers of a client's descriptors are not ours.
+        assert_eq!(config.net.expect("net")[0].fds, None);
+    }
+
+    #[test]
+    fn what_the_guest_would_miss_is_refused() {
+        for (body, name) in [
+            (r#"{"fs": [{"tag": "a"}]}"#, "fs"),
+            (r#"{"balloon": {"size": 0, "free_page_reporting": true}}"#, "balloon"),
+            (
+                r#"{"disks": [{"path":"/d"}, {"vhost_user": true}]}"#,
+                "disks.vhost_user",
+            ),
+            (r#"{"net": [{"iommu": true}]}"#, "net.iommu"),
+            (r#"{"memory": {"zones": [{"id": "a"}]}}"#, "memory.zones"),
+            (r#"{"platform": {"iommu_segments": [1]}}"#, "platform.iommu_segments"),
+        ] {
+            let (status, text) = error(body);
+            assert_eq!(status, 501, "{text}");
+            assert!(text.contains(&format!("support {name};")), "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_remembered_once() {
+        let mut reader = Reader::default();
+        for _ in 0..3 {
+            reader
+                .read(br#"{"future": {"a": 1}, "disks": [{"colour": 1}, {"colour": 2}]}"#)
+                .expect("a configuration");
+        }
+        let names: Vec<_> = reader.logged.iter().map(String::as_str).collect();
+        assert_eq!(names, ["disks.colour", "future"]);
+        for i in 0..1000 {
+            reader
+                .read(format!("{{\"f{i}\": 1}}").as_bytes())
+                .expect("a configuration");
+        }
+        assert_eq!(reader.logged.len(), MAX_LOGGED);
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        let (status, text) = error(r#"{"disks": [{}, {"num_queues": "many"}]}"#);
+        assert_eq!(status, 400);
+        assert!(text.contains("disks[1].num_queues: invalid type: string"), "{text}");
+        assert!(error(r#"{"serial": {"mode": "Loud"}}"#).1.contains("serial.mode"));
+        for body in ["", "{", "[]", "7", "\"a\"", "{\"a\":1}x", &"[".repeat(100_000)] {
+            assert_eq!(error(body).0, 400, "{body:.20}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bodies_never_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Reader::default().read(&body);
+        }
+
+        #[test]
+        fn a_body_broken_anywhere_never_panics(at in 0..KATA.len(), byte in any::<u8>()) {
+            let mut body = KATA.as_bytes().to_vec();
+            body[at] = byte;
+            let _ = Reader::default().read(&body);
+            let _ = Reader::default().read(&body[..at]);
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! The server, over real sockets.
+
+mod clients;
+mod common;
+mod listener;
+mod routes;

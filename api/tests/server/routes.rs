@@ -1,0 +1,132 @@
+//! What the routes answer.
+
+use triarch_api::server::Limits;
+use triarch_api::{PayloadConfig, VmConfig, VmInfo};
+
+use crate::common::{Running, put};
+
+const MINIMAL: &str = r#"{"payload": {"kernel": "/k"}, "memory": {"size": 1048576}}"#;
+
+#[test]
+fn a_vm_goes_through_its_life() {
+    let (server, _vm) = Running::api(Limits::default());
+    let mut client = server.connect();
+    assert_eq!(client.get("vm.info").status, 404);
+    assert_eq!(client.put("vm.boot", "").status, 404);
+    let created = client.put("vm.create", MINIMAL);
+    assert_eq!((created.status, created.body.as_str()), (204, ""));
+    assert!(!created.head.contains("Content-Length"), "{}", created.head);
+    assert_eq!(client.put("vm.create", MINIMAL).status, 409);
+    for (name, state) in [
+        ("vm.boot", "Running"),
+        ("vm.pause", "Paused"),
+        ("vm.resume", "Running"),
+        ("vm.reboot", "Running"),
+        ("vm.power-button", "Running"),
+        ("vm.shutdown", "Shutdown"),
+    ] {
+        assert_eq!(client.put(name, "").status, 204, "{name}");
+        let got = client.get("vm.info");
+        assert_eq!(got.status, 200);
+        let info: VmInfo = serde_json::from_str(&got.body).expect("JSON");
+        assert_eq!(info.state.name(), state, "after {name}");
+        assert_eq!(info.config.memory.size, 1 << 20);
+    }
+    let refused = client.put("vm.pause", "");
+    assert_eq!(refused.status, 409);
+    let messages: Vec<String> = serde_json::from_str(&refused.body).expect("a list of strings");
+    assert_eq!(messages, ["vm.pause: the VM is Shutdown, it must be Running"]);
+    assert_eq!(client.put("vm.delete", "").status, 204);
+    assert_eq!(client.get("vm.info").status, 404);
+    assert_eq!(client.put("vmm.shutdown", "").status, 204);
+}
+
+#[test]
+fn ping_tells_who_answers() {
+    let (server, _vm) = Running::api(Limits::default());
+    let got = server.connect().get("vmm.ping");
+    assert_eq!(
+        (got.status, got.body.as_str()),
+        (
+            200,
+            r#"{"build_version":"v1.2.3","version":"1.2.3","pid":42,"features":["kvm"]}"#
+        )
+    );
+    assert!(got.head.contains("\r\nContent-Length: 72\r\n"), "{}", got.head);
+    assert!(got.head.contains("\r\nContent-Type: application/json\r\n"));
+}
+
+#[test]
+fn routes_without_their_device_say_so() {
+    let (server, vm) = Running::api(Limits::default());
+    vm.create(VmConfig::default());
+    let mut client = server.connect();
+    for name in "nmi resize resize-disk resize-zone add-device add-disk add-fs add-generic-vhost-user add-net add-pmem add-vdpa \
+                 add-user-device add-vsock remove-device snapshot restore coredump send-migration receive-migration"
+        .split_whitespace()
+    {
+        let got = client.put(&format!("vm.{name}"), "{}");
+        assert_eq!(got.status, 501, "{name}");
+        assert_eq!(got.body, format!(r#"["vm.{name} is not supported by this version"]"#));
+    }
+    assert_eq!(client.get("vm.counters").status, 501);
+}
+
+#[test]
+fn wrong_paths_methods_and_bodies_are_told_apart() {
+    let (server, _vm) = Running::api(Limits::default());
+    let mut client = server.connect();
+    for path in ["vm.fly", "", "vm.info/", "vm.infos"] {
+        assert_eq!(client.get(path).status, 404, "{path}");
+    }
+    client.send("GET / HTTP/1.1\r\n\r\n");
+    assert_eq!(client.response().expect("a response").status, 404);
+    let wrong = client.get("vm.boot");
+    assert_eq!(wrong.status, 405);
+    assert!(wrong.head.contains("\r\nAllow: PUT\r\n"));
+    assert!(client.put("vm.info", "").head.contains("\r\nAllow: GET\r\n"));
+    client.send("DELETE /api/v1/vm.info HTTP/1.1\r\n\r\n");
+    assert_eq!(client.response().expect("a response").status, 405);
+    assert_eq!(client.put("vm.create", "").status, 400);
+    assert_eq!(client.put("vm.create", "{}").status, 400);
+    assert_eq!(client.put("vm.create", r#"{"memory": {"size": "big"}}"#).status, 400);
+    assert_eq!(client.put("vm.create", r#"{"fs": [{}]}"#).status, 501);
+    // After all that the connection still serves.
+    assert_eq!(client.get("vmm.ping").status, 200);
+}
+
+#[test]
+fn descriptors_that_nobody_wants_are_refused() {
+    use std::os::fd::AsFd;
+    let (server, _vm) = Running::api(Limits::default());
+    let mut client = server.connect();
+    let fd = std::io::stderr();
+    client.send_fds(put("vm.create", MINIMAL).as_bytes(), &[fd.as_fd()]);
+    let got = client.response().expect("a response");
+    assert_eq!(
+        (got.status, got.body.as_str()),
+        (400, r#"["vm.create takes no descriptors"]"#)
+    );
+    assert_eq!(client.put("vm.create", MINIMAL).status, 204);
+}
+
+#[test]
+fn info_is_the_state_of_now_and_ascii() {
+    let (server, vm) = Running::api(Limits::default());
+    let mut client = server.connect();
+    for kernel in ["/Größe", "/b"] {
+        vm.create(VmConfig {
+            payload: Some(PayloadConfig {
+                kernel: Some(kernel.into()),
+                ..PayloadConfig::default()
+            }),
+            ..VmConfig::default()
+        });
+        for _ in 0..2 {
+            let got = client.get("vm.info");
+            assert!(got.body.is_ascii());
+            let info: VmInfo = serde_json::from_str(&got.body).expect("JSON");
+            assert_eq!(info.config.payload.and_then(|p| p.kernel), Some(kernel.into()));
+        }
+    }
+}
