@@ -6,7 +6,7 @@ use crate::clock::Deadline;
 use crate::dev::{Setup, device_name};
 use crate::interrupts;
 use crate::shell::{Args, Reply};
-use crate::virtio::ring::{Dma, INDIRECT, NEXT, Queue, WRITE, write_descriptor};
+use crate::virtio::ring::{Dma, INDIRECT, NEXT, Options, Queue, WRITE, write_descriptor};
 use crate::virtio::{Transport, status};
 use alloc::format;
 use alloc::string::String;
@@ -50,7 +50,6 @@ pub fn fuzz(guest: &mut Guest, args: &mut Args) -> Reply {
     if !CASES.contains(&case) {
         return Err(format!("no case {case}"));
     }
-    guest.restart(name, index, &Setup::default())?;
     let driver = guest.driver(name, index)?;
     driver.prove()?;
     let dma = Dma::new(8192)?;
@@ -98,14 +97,13 @@ pub fn fuzz(guest: &mut Guest, args: &mut Args) -> Reply {
 fn bad_ring(transport: &mut Transport, victim: u16, case: &str) -> Result<(), String> {
     let setup = Setup::default();
     let features = transport.negotiate(setup.features())?;
-    let queue = transport.queue(victim, 64, crate::virtio::ring::Options::of(features))?;
+    let mut queue = transport.unplaced_queue(victim, 64, Options::of(features))?;
     let (desc, avail, used) = queue.addresses();
     match case {
         "nowhere" => transport.place_rings(victim, NOWHERE, NOWHERE + 0x1000, NOWHERE + 0x2000),
         _ => transport.place_rings(victim, desc + 1, avail + 1, used + 1),
     }
     transport.run();
-    let mut queue = queue;
     queue.kick_anyway();
     // Stop before the rings of `queue` are freed; the caller only reads the status.
     let deadline = Deadline::after_ms(20);

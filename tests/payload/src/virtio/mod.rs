@@ -176,6 +176,14 @@ impl Transport {
     /// Makes queue `index`, of at most `limit` entries, with a vector of its own and with `options` taken from the
     /// agreed features.
     pub fn queue(&self, index: u16, limit: u16, options: Options) -> Result<Queue, String> {
+        let queue = self.unplaced_queue(index, limit, options)?;
+        let (desc, avail, used) = queue.addresses();
+        self.place_rings(index, desc, avail, used);
+        Ok(queue)
+    }
+
+    /// The same without telling the device where its rings are, and without enabling it.
+    pub fn unplaced_queue(&self, index: u16, limit: u16, options: Options) -> Result<Queue, String> {
         self.common.write16(common::QUEUE_SELECT, index);
         let size = self.common.read16(common::QUEUE_SIZE).min(limit);
         if size == 0 {
@@ -190,10 +198,7 @@ impl Transport {
             return Err(format!("MSI-X vector {entry} refused for queue {index}"));
         }
         let offset = u64::from(self.common.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_multiplier);
-        let queue = Queue::new(index, size, options, vector, entry, self.notify, offset)?;
-        let (desc, avail, used) = queue.addresses();
-        self.place_rings(index, desc, avail, used);
-        Ok(queue)
+        Queue::new(index, size, options, vector, entry, self.notify, offset)
     }
 
     /// Writes the addresses of queue `index`'s rings and enables it.

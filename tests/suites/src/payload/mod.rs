@@ -11,6 +11,7 @@ mod net;
 mod pause;
 mod pci;
 mod power;
+mod refusals;
 mod rings;
 mod rng;
 mod smp;
@@ -33,6 +34,7 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         rings::TESTS,
         pause::TESTS,
+        refusals::TESTS,
     ]
     .concat()
 }

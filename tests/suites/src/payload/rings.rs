@@ -18,7 +18,7 @@ payload_tests!("rings":
 );
 
 /// Cases after which every device has to ask for a reset: they break the queue itself.
-const BROKEN: [&str; 15] = [
+const BROKEN: [&str; 17] = [
     "loop",
     "self-loop",
     "next-out-of-range",
@@ -34,6 +34,8 @@ const BROKEN: [&str; 15] = [
     "indirect-empty",
     "indirect-nowhere",
     "indirect-loop",
+    "ring-nowhere",
+    "ring-misaligned",
 ];
 
 fn survives(vm: VmBuilder, device: &str) -> Result<Outcome> {

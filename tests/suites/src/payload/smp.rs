@@ -8,6 +8,7 @@ use triarch_harness::suite::{Context, Outcome};
 payload_tests!("smp":
     starts_four,
     starts_sixteen,
+    starts_the_most,
     numbers_threads_and_cores,
     interrupts_others,
 );
@@ -28,6 +29,10 @@ fn starts_four(context: &Context) -> Result<Outcome> {
 
 fn starts_sixteen(context: &Context) -> Result<Outcome> {
     starts(context, 16)
+}
+
+fn starts_the_most(context: &Context) -> Result<Outcome> {
+    starts(context, 254)
 }
 
 fn numbers_threads_and_cores(context: &Context) -> Result<Outcome> {
