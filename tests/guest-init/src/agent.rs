@@ -75,12 +75,7 @@ impl<W: Write + Send + 'static> Session<W> {
 
     /// Carries out one request. Reads the `size` bytes that belong to it, whatever happens, so that
     /// the next header is found. An error means that the stream is of no more use.
-    fn handle(
-        self: &Arc<Self>,
-        request: Request,
-        size: u64,
-        reader: &mut impl BufRead,
-    ) -> io::Result<()> {
+    fn handle(self: &Arc<Self>, request: Request, size: u64, reader: &mut impl BufRead) -> io::Result<()> {
         let mut data = reader.take(size);
         match request {
             Request::Hello { token } => {
@@ -111,15 +106,12 @@ impl<W: Write + Send + 'static> Session<W> {
             }
             Request::Get { id, path } => {
                 let this = Arc::clone(self);
-                thread::Builder::new()
-                    .name(format!("get{id}"))
-                    .spawn(move || {
-                        let result = this.send_file(id, Path::new(&path));
-                        let result =
-                            result.map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")));
-                        // If this fails, the reading side of the session notices too.
-                        let _ = this.outcome(id, result);
-                    })?;
+                thread::Builder::new().name(format!("get{id}")).spawn(move || {
+                    let result = this.send_file(id, Path::new(&path));
+                    let result = result.map_err(|e| io::Error::new(e.kind(), format!("{path}: {e}")));
+                    // If this fails, the reading side of the session notices too.
+                    let _ = this.outcome(id, result);
+                })?;
             }
             Request::Kill { id, exec } => {
                 let group = lock(&self.running).get(&exec).copied();
@@ -159,40 +151,32 @@ impl<W: Write + Send + 'static> Session<W> {
         };
         let detached = command.detach;
         if detached {
-            self.reply(
-                &Reply::Started {
-                    id,
-                    pid: running.pid(),
-                },
-                b"",
-            )?;
+            self.reply(&Reply::Started { id, pid: running.pid() }, b"")?;
         } else {
             lock(&self.running).insert(id, running.pid());
         }
         let this = Arc::clone(self);
-        thread::Builder::new()
-            .name(format!("exec{id}"))
-            .spawn(move || {
-                let exit = running.finish(|stream, data| match stream {
-                    Stream::Stdout => this.reply(&Reply::Stdout { id }, data),
-                    Stream::Stderr => this.reply(&Reply::Stderr { id }, data),
-                });
-                if detached {
-                    return;
-                }
-                lock(&this.running).remove(&id);
-                // If this fails, the reading side of the session notices too.
-                let _ = match exit {
-                    Ok(exit) => this.reply(&Reply::Exit { id, exit }, b""),
-                    Err(e) => this.reply(
-                        &Reply::Error {
-                            id,
-                            message: e.to_string(),
-                        },
-                        b"",
-                    ),
-                };
-            })?;
+        thread::Builder::new().name(format!("exec{id}")).spawn(move || {
+            let exit = running.finish(|stream, data| match stream {
+                Stream::Stdout => this.reply(&Reply::Stdout { id }, data),
+                Stream::Stderr => this.reply(&Reply::Stderr { id }, data),
+            });
+            if detached {
+                return;
+            }
+            lock(&this.running).remove(&id);
+            // If this fails, the reading side of the session notices too.
+            let _ = match exit {
+                Ok(exit) => this.reply(&Reply::Exit { id, exit }, b""),
+                Err(e) => this.reply(
+                    &Reply::Error {
+                        id,
+                        message: e.to_string(),
+                    },
+                    b"",
+                ),
+            };
+        })?;
         Ok(())
     }
 
@@ -225,11 +209,7 @@ fn store(path: &Path, mode: u32, data: &mut impl Read) -> io::Result<()> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    let mut file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)?;
+    let mut file = File::options().write(true).create_new(true).mode(mode).open(path)?;
     io::copy(data, &mut file)?;
     file.set_permissions(fs::Permissions::from_mode(mode))
 }

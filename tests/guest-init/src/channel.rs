@@ -37,9 +37,7 @@ impl FromStr for Channel {
                 .map(Self::Vsock)
                 .map_err(|e| format!("{text}: the vsock port is not a number: {e}")),
             Some(("serial", path)) if path.starts_with("/dev/") => Ok(Self::Terminal(path.into())),
-            Some(("console", name)) if !name.is_empty() => {
-                Ok(Self::Terminal(Path::new("/dev").join(name)))
-            }
+            Some(("console", name)) if !name.is_empty() => Ok(Self::Terminal(Path::new("/dev").join(name))),
             _ => Err(format!(
                 "{text}: not a channel; write port:NAME, vsock:PORT, serial:/dev/ttyS1 or console:hvc0"
             )),
@@ -95,8 +93,8 @@ impl Channel {
     pub fn serve(&self) -> io::Result<()> {
         match self {
             Self::Port(name) => {
-                let device = port_device(name)
-                    .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such port"))?;
+                let device =
+                    port_device(name).ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such port"))?;
                 serve_port(&device)
             }
             Self::Vsock(port) => serve_vsock(*port),
@@ -136,12 +134,10 @@ fn serve_vsock(port: u32) -> io::Result<()> {
     loop {
         let stream = listener.accept()?;
         let writer = stream.try_clone()?;
-        thread::Builder::new()
-            .name("client".into())
-            .spawn(move || {
-                // A client that breaks off ends its own session only.
-                let _ = agent::serve(stream, writer);
-            })?;
+        thread::Builder::new().name("client".into()).spawn(move || {
+            // A client that breaks off ends its own session only.
+            let _ = agent::serve(stream, writer);
+        })?;
     }
 }
 
@@ -161,10 +157,7 @@ mod tests {
         assert_eq!(list.unwrap(), expected);
         assert_eq!(expected[1].to_string(), "vsock:1024");
         for wrong in ["", "port:", "vsock:x", "serial:ttyS1", "hvc0"] {
-            assert!(
-                wrong.parse::<Channel>().unwrap_err().starts_with(wrong),
-                "{wrong}"
-            );
+            assert!(wrong.parse::<Channel>().unwrap_err().starts_with(wrong), "{wrong}");
         }
     }
 
@@ -175,9 +168,6 @@ mod tests {
         let channels = [Channel::Terminal(path.clone())];
         assert_eq!(Channel::first(&channels, Duration::from_millis(1)), None);
         fs::write(&path, "").unwrap();
-        assert_eq!(
-            Channel::first(&channels, Duration::ZERO),
-            Some(&channels[0])
-        );
+        assert_eq!(Channel::first(&channels, Duration::ZERO), Some(&channels[0]));
     }
 }

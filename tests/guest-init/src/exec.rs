@@ -35,11 +35,7 @@ impl Running {
             .split_first()
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "argv is empty"))?;
         let output = || {
-            if command.detach {
-                Stdio::null()
-            } else {
-                Stdio::piped()
-            }
+            if command.detach { Stdio::null() } else { Stdio::piped() }
         };
         let mut child = process::Command::new(program)
             .args(arguments)
@@ -82,10 +78,7 @@ impl Running {
 
     /// Feeds the command, hands each piece of its output to `output`, and waits for its end. When
     /// `output` fails, nobody listens any more, and the command is killed.
-    pub fn finish(
-        mut self,
-        mut output: impl FnMut(Stream, &[u8]) -> io::Result<()>,
-    ) -> io::Result<Exit> {
+    pub fn finish(mut self, mut output: impl FnMut(Stream, &[u8]) -> io::Result<()>) -> io::Result<Exit> {
         let mut pipes = (self.child.stdout.take(), self.child.stderr.take());
         let result = self.stream(&mut pipes, &mut output);
         if result.is_err() {
@@ -120,9 +113,7 @@ impl Running {
                     stdout.as_ref().map(|f| (f.as_fd(), For::Reading)),
                     stderr.as_ref().map(|f| (f.as_fd(), For::Reading)),
                     self.input.as_ref().map(|(f, _)| (f.as_fd(), For::Writing)),
-                    status
-                        .is_none()
-                        .then_some((self.ended.as_fd(), For::Reading)),
+                    status.is_none().then_some((self.ended.as_fd(), For::Reading)),
                 ],
                 wait,
             )?;

@@ -54,8 +54,8 @@ fn run(arguments: &[&str]) -> Result<(), String> {
 
 fn agent(channels: &str) -> Result<(), String> {
     let channels = Channel::list(channels)?;
-    let channel = Channel::first(&channels, CHANNEL_WAIT)
-        .ok_or_else(|| format!("no channel appeared in {CHANNEL_WAIT:?}"))?;
+    let channel =
+        Channel::first(&channels, CHANNEL_WAIT).ok_or_else(|| format!("no channel appeared in {CHANNEL_WAIT:?}"))?;
     channel.serve().map_err(|e| format!("{channel}: {e}"))
 }
 
@@ -65,17 +65,14 @@ fn init() -> ExitCode {
     let mut problems = setup::system();
     problems.extend(load_modules());
     let init = Init {
-        console: File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/console")
-            .ok(),
+        console: File::options().read(true).write(true).open("/dev/console").ok(),
     };
     for problem in &problems {
         init.say(problem);
     }
-    init.print(&setup::banner(&setup::machine()));
+    // Before the banner: whoever has seen it may press.
     init.watch_button();
+    init.print(&setup::banner(&setup::machine()));
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let channels = cmdline::value(&line, "triarch.agent");
     let mut agent = channels
@@ -166,8 +163,11 @@ impl Init {
             return;
         };
         let watcher = Self { console };
+        let Some(button) = power::Button::open() else {
+            return;
+        };
         let watch = move || {
-            if power::wait_for_button().is_some() {
+            if button.wait().is_some() {
                 watcher.say("power button pressed");
                 watcher.end(Power::Poweroff);
             }

@@ -32,14 +32,10 @@ pub fn needs(module: &[u8]) -> Option<Needs> {
             continue;
         };
         if let Some(list) = item.strip_prefix("depends=") {
-            needs
-                .hard
-                .extend(list.split(',').filter(|n| !n.is_empty()).map(normal));
+            needs.hard.extend(list.split(',').filter(|n| !n.is_empty()).map(normal));
         } else if let Some(rule) = item.strip_prefix("softdep=") {
             let before = rule.split_whitespace().skip_while(|w| *w != "pre:").skip(1);
-            needs
-                .soft
-                .extend(before.take_while(|w| *w != "post:").map(normal));
+            needs.soft.extend(before.take_while(|w| *w != "post:").map(normal));
         }
     }
     Some(needs)
@@ -92,11 +88,7 @@ pub fn find(dir: &Path) -> io::Result<BTreeMap<String, PathBuf>> {
             let path = entry.path();
             if entry.file_type()?.is_dir() {
                 pending.push(path);
-            } else if let Some(name) = entry
-                .file_name()
-                .to_str()
-                .and_then(|n| n.strip_suffix(".ko"))
-            {
+            } else if let Some(name) = entry.file_name().to_str().and_then(|n| n.strip_suffix(".ko")) {
                 found.insert(normal(name), path);
             }
         }
@@ -192,10 +184,7 @@ mod tests {
         elf[0x3c] = 3;
         elf[0x3e] = 1;
         let mut at = elf.len();
-        for (i, (name, data)) in [(1, names.as_slice()), (11, modinfo)]
-            .into_iter()
-            .enumerate()
-        {
+        for (i, (name, data)) in [(1, names.as_slice()), (11, modinfo)].into_iter().enumerate() {
             let header = 64 + (i + 1) * 64;
             elf[header] = name;
             elf[header + 0x18..header + 0x20].copy_from_slice(&(at as u64).to_le_bytes());

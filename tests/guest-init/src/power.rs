@@ -2,7 +2,7 @@
 
 use crate::proto::Power;
 use crate::sys;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
 
 const EV_KEY: u16 = 1;
@@ -23,25 +23,35 @@ pub fn end(action: Power) -> io::Result<()> {
     }
 }
 
-/// Waits for a press of the power button on any input device; `None` if there is no such device.
-pub fn wait_for_button() -> Option<()> {
-    let mut devices: Vec<fs::File> = fs::read_dir("/dev/input")
-        .ok()?
-        .flatten()
-        .filter(|entry| entry.file_name().to_string_lossy().starts_with("event"))
-        .filter_map(|entry| fs::File::open(entry.path()).ok())
-        .collect();
-    loop {
-        if devices.is_empty() {
-            return None;
+/// The input devices on which a power button may be pressed.
+pub struct Button {
+    devices: Vec<File>,
+}
+
+impl Button {
+    /// Opens the devices: presses from now on are seen. `None` if there are none.
+    pub fn open() -> Option<Self> {
+        let devices: Vec<File> = fs::read_dir("/dev/input")
+            .ok()?
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("event"))
+            .filter_map(|entry| File::open(entry.path()).ok())
+            .collect();
+        (!devices.is_empty()).then_some(Self { devices })
+    }
+
+    /// Waits for a press; `None` if all devices went away.
+    pub fn wait(mut self) -> Option<()> {
+        while !self.devices.is_empty() {
+            let ready = sys::wait_readable(&self.devices).ok()?;
+            let mut event = [0; EVENT_SIZE];
+            match self.devices[ready].read(&mut event) {
+                Ok(EVENT_SIZE) if is_press(&event) => return Some(()),
+                Ok(n) if n > 0 => {}
+                _ => drop(self.devices.swap_remove(ready)),
+            }
         }
-        let ready = sys::wait_readable(&devices).ok()?;
-        let mut event = [0; EVENT_SIZE];
-        match devices[ready].read(&mut event) {
-            Ok(EVENT_SIZE) if is_press(&event) => return Some(()),
-            Ok(n) if n > 0 => {}
-            _ => drop(devices.swap_remove(ready)),
-        }
+        None
     }
 }
 

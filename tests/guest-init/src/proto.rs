@@ -224,12 +224,7 @@ pub fn read<T: DeserializeOwned>(mut reader: impl BufRead) -> io::Result<Option<
     let mut line = Vec::new();
     loop {
         line.clear();
-        if reader
-            .by_ref()
-            .take(MAX_HEADER)
-            .read_until(b'\n', &mut line)?
-            == 0
-        {
+        if reader.by_ref().take(MAX_HEADER).read_until(b'\n', &mut line)? == 0 {
             return Ok(None);
         }
         // A header may follow noise that had no end of line.

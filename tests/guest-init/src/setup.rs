@@ -15,23 +15,11 @@ const MOUNTS: [(&str, &str, &str, u64, &str); 8] = [
     ("proc", "/proc", "proc", NOSUID | NODEV, ""),
     ("sysfs", "/sys", "sysfs", NOSUID | NODEV, ""),
     ("devtmpfs", "/dev", "devtmpfs", NOSUID, "mode=0755"),
-    (
-        "devpts",
-        "/dev/pts",
-        "devpts",
-        NOSUID,
-        "gid=5,mode=620,ptmxmode=666",
-    ),
+    ("devpts", "/dev/pts", "devpts", NOSUID, "gid=5,mode=620,ptmxmode=666"),
     ("tmpfs", "/dev/shm", "tmpfs", NOSUID | NODEV, "mode=1777"),
     ("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "mode=1777"),
     ("tmpfs", "/run", "tmpfs", NOSUID | NODEV, "mode=0755"),
-    (
-        "hugetlbfs",
-        "/dev/hugepages",
-        "hugetlbfs",
-        NOSUID | NODEV,
-        "",
-    ),
+    ("hugetlbfs", "/dev/hugepages", "hugetlbfs", NOSUID | NODEV, ""),
 ];
 
 /// Mounts the file systems that programs expect and brings the loopback interface up. What fails is
@@ -39,8 +27,7 @@ const MOUNTS: [(&str, &str, &str, u64, &str); 8] = [
 pub fn system() -> Vec<String> {
     let mut problems = Vec::new();
     for (source, target, kind, flags, data) in MOUNTS {
-        let mounted =
-            fs::create_dir_all(target).and_then(|()| sys::mount(source, target, kind, flags, data));
+        let mounted = fs::create_dir_all(target).and_then(|()| sys::mount(source, target, kind, flags, data));
         match mounted {
             Ok(()) => {}
             // A kernel may have mounted /dev itself, or lack huge pages.
@@ -92,9 +79,7 @@ pub fn banner(machine: &Machine) -> String {
 /// The file cannot be read.
 pub fn module_names(list: &Path) -> io::Result<Vec<String>> {
     let text = fs::read_to_string(list)?;
-    let names = text
-        .lines()
-        .map(|l| l.split('#').next().unwrap_or_default().trim());
+    let names = text.lines().map(|l| l.split('#').next().unwrap_or_default().trim());
     Ok(names.filter(|l| !l.is_empty()).map(str::to_owned).collect())
 }
 
@@ -131,15 +116,9 @@ mod tests {
     #[test]
     fn reads_what_the_kernel_prints() {
         assert_eq!((online("0\n"), online("0-3,5\n"), online("")), (1, 5, 0));
-        assert_eq!(
-            vendor("processor\t: 0\nvendor_id\t: HygonGenuine\n"),
-            "HygonGenuine"
-        );
+        assert_eq!(vendor("processor\t: 0\nvendor_id\t: HygonGenuine\n"), "HygonGenuine");
         assert_eq!(vendor("CPU implementer\t: 0x41\n"), "implementer 0x41");
-        assert_eq!(
-            memory_mib("MemTotal:         249876 kB\nMemFree: 1 kB\n"),
-            244
-        );
+        assert_eq!(memory_mib("MemTotal:         249876 kB\nMemFree: 1 kB\n"), 244);
     }
 
     #[test]

@@ -115,19 +115,14 @@ pub fn poll<const N: usize>(
         None => pollfd(-1, 0),
     });
     // One millisecond more than asked for, so that a deadline is past when the call returns.
-    let millis = timeout.map_or(-1, |t| {
-        c_int::try_from(t.as_millis() + 1).unwrap_or(c_int::MAX)
-    });
+    let millis = timeout.map_or(-1, |t| c_int::try_from(t.as_millis() + 1).unwrap_or(c_int::MAX));
     poll_raw(&mut fds, millis)?;
     Ok(fds.map(|fd| fd.revents != 0))
 }
 
 /// Waits until one of `files` is readable and gives its index.
 pub fn wait_readable(files: &[File]) -> io::Result<usize> {
-    let mut fds: Vec<_> = files
-        .iter()
-        .map(|f| pollfd(f.as_raw_fd(), libc::POLLIN))
-        .collect();
+    let mut fds: Vec<_> = files.iter().map(|f| pollfd(f.as_raw_fd(), libc::POLLIN)).collect();
     loop {
         poll_raw(&mut fds, -1)?;
         if let Some(ready) = fds.iter().position(|fd| fd.revents != 0) {
@@ -144,11 +139,7 @@ pub fn hung_up(fd: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 fn pollfd(fd: c_int, events: c_short) -> libc::pollfd {
-    libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    }
+    libc::pollfd { fd, events, revents: 0 }
 }
 
 fn poll_raw(fds: &mut [libc::pollfd], millis: c_int) -> io::Result<()> {
@@ -194,13 +185,11 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     }
     request.ifr_ifru.ifru_flags = c_short::try_from(libc::IFF_UP).map_err(io::Error::other)?;
     // SAFETY: takes plain numbers.
-    let socket =
-        check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    let socket = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
     // SAFETY: the kernel just made this descriptor and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: the request is a live ifreq, which is what this ioctl reads.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
-        .map(drop)
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).map(drop)
 }
 
 /// A stream socket of the vsock family (vsock(7)).

@@ -14,8 +14,7 @@ struct Client {
 impl Client {
     fn new() -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(20)))
-            .unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let writer = theirs.try_clone().unwrap();
         let agent = thread::spawn(move || serve(theirs, writer));
         Self {
@@ -31,11 +30,7 @@ impl Client {
     fn receive(&mut self) -> (Reply, Vec<u8>) {
         let (reply, size) = proto::read(&mut self.stream).unwrap().unwrap();
         let mut data = Vec::new();
-        self.stream
-            .by_ref()
-            .take(size)
-            .read_to_end(&mut data)
-            .unwrap();
+        self.stream.by_ref().take(size).read_to_end(&mut data).unwrap();
         (reply, data)
     }
 
@@ -69,10 +64,7 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        self.stream
-            .get_ref()
-            .shutdown(std::net::Shutdown::Both)
-            .unwrap();
+        self.stream.get_ref().shutdown(std::net::Shutdown::Both).unwrap();
         let _ = self.agent.take().map(JoinHandle::join);
     }
 }
@@ -88,17 +80,8 @@ fn code(code: i32) -> Exit {
 #[test]
 fn says_hello_after_noise() {
     let mut client = Client::new();
-    client
-        .stream
-        .get_mut()
-        .write_all(b"garbage \xff\n")
-        .unwrap();
-    client.send(
-        &Request::Hello {
-            token: "abc".into(),
-        },
-        b"",
-    );
+    client.stream.get_mut().write_all(b"garbage \xff\n").unwrap();
+    client.send(&Request::Hello { token: "abc".into() }, b"");
     let (reply, _) = client.receive();
     assert!(matches!(reply, Reply::Hello { token, machine } if token == "abc" && machine.cpus > 0));
 }
@@ -160,10 +143,7 @@ fn commands_run_side_by_side_and_can_be_killed() {
         timed_out: false,
     };
     assert!(replies.contains(&Reply::Done { id: 3 }), "{replies:?}");
-    assert!(
-        replies.contains(&Reply::Exit { id: 1, exit }),
-        "{replies:?}"
-    );
+    assert!(replies.contains(&Reply::Exit { id: 1, exit }), "{replies:?}");
 }
 
 #[test]
@@ -220,17 +200,10 @@ fn detached_commands_outlive_the_session_and_others_do_not() {
     };
     client.send(&Request::Exec { id: 1, command }, b"");
     assert!(matches!(client.receive().0, Reply::Started { id: 1, .. }));
-    client.exec(
-        2,
-        &format!("sleep 0.4; touch {}", file("attached").display()),
-        b"",
-    );
+    client.exec(2, &format!("sleep 0.4; touch {}", file("attached").display()), b"");
     drop(client);
     thread::sleep(Duration::from_millis(1500));
-    assert_eq!(
-        (file("detached").exists(), file("attached").exists()),
-        (true, false)
-    );
+    assert_eq!((file("detached").exists(), file("attached").exists()), (true, false));
 }
 
 #[test]
@@ -251,10 +224,7 @@ fn files_travel_both_ways() {
         );
         assert_eq!(client.receive().0, Reply::Done { id });
     }
-    assert_eq!(
-        fs::metadata(&path).unwrap().permissions().mode() & 0o7777,
-        0o751
-    );
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o751);
     client.send(&Request::Get { id: 3, path: name }, b"");
     let mut received = Vec::new();
     loop {
@@ -286,7 +256,5 @@ fn a_failed_put_swallows_its_data() {
         b"",
     );
     let (reply, _) = client.receive();
-    assert!(
-        matches!(&reply, Reply::Error { id: 2, message } if message.starts_with("/proc/no/such: "))
-    );
+    assert!(matches!(&reply, Reply::Error { id: 2, message } if message.starts_with("/proc/no/such: ")));
 }

@@ -27,7 +27,7 @@ fn both_ways(context: &Context) -> Result<Outcome> {
 
 fn kernels_console(context: &Context) -> Result<Outcome> {
     let guest = LinuxBuilder::new(context, Kernel::V6_1)?;
-    let file = guest.dir().join("console.log");
+    let file = context.dir.join("console.log");
     let mut value = std::ffi::OsString::from("file=");
     value.push(&file);
     let guest = guest.cmdline("console=hvc0").run("echo written to the console");
@@ -43,7 +43,7 @@ fn kernels_console(context: &Context) -> Result<Outcome> {
 
 fn serial_to_a_file(context: &Context) -> Result<Outcome> {
     let guest = LinuxBuilder::new(context, Kernel::V6_1)?.run("true");
-    let file = guest.dir().join("serial.log");
+    let file = context.dir.join("serial.log");
     let mut value = std::ffi::OsString::from("file=");
     value.push(&file);
     let vm = guest.vm(|vm| vm.set("--serial", value)).start()?;
