@@ -27,9 +27,12 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub enum Args {
     /// From exec to the guest's first byte, with CPU time and memory of the VMM
     Start {
-        /// Starts of each VMM; they take turns
+        /// Starts of triarch
         #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
         runs: u32,
+        /// Starts of each peer: some take seconds
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+        peer_runs: u32,
         /// How triarch is compiled
         #[arg(long, value_enum, default_value = "release")]
         profile: Profile,
@@ -41,14 +44,23 @@ pub enum Args {
 /// # Errors
 /// This machine has no usable /dev/kvm, or a VMM did not start.
 pub fn run(args: &Args) -> Result<()> {
-    let Args::Start { runs, profile } = args;
+    let Args::Start {
+        runs,
+        peer_runs,
+        profile,
+    } = args;
     local::usable_kvm().context("the benchmark needs /dev/kvm")?;
     let vmms = vmms(*profile)?;
     let mut samples: Vec<Vec<Sample>> = vmms.iter().map(|_| Vec::new()).collect();
-    tools::step(&format!("starting each of {} VMMs {runs} times", vmms.len()), || {
+    let what = format!("starting triarch {runs} times, its peers {peer_runs} times");
+    tools::step(&what, || {
         // In turns, so that what else the machine does meets all alike. The first round warms caches.
-        for round in 0..=*runs {
-            for (vmm, samples) in vmms.iter().zip(&mut samples) {
+        for round in 0..=*runs.max(peer_runs) {
+            for (n, (vmm, samples)) in vmms.iter().zip(&mut samples).enumerate() {
+                let wanted = if n == 0 { runs } else { peer_runs };
+                if round > *wanted {
+                    continue;
+                }
                 let sample = start(vmm).with_context(|| format!("starting {}", vmm.name))?;
                 if round > 0 {
                     samples.push(sample);
