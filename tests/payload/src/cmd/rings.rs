@@ -73,6 +73,12 @@ pub fn fuzz(guest: &mut Guest, args: &mut Args) -> Reply {
         interrupts::sleep(config_vector, told_before, left.min(1_000_000));
     }
     let state = driver.transport().status();
+    // The status changes before the interrupt comes.
+    let deadline = Deadline::after_ms(if state & status::NEEDS_RESET != 0 { 100 } else { 0 });
+    while interrupts::count(config_vector) == told_before {
+        let Some(left) = deadline.left() else { break };
+        interrupts::sleep(config_vector, told_before, left);
+    }
     let completed = driver
         .queues()
         .into_iter()
