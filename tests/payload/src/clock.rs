@@ -23,16 +23,31 @@ pub fn pm_timer() -> u32 {
     inl(PM_TIMER_PORT)
 }
 
+/// A count and the time-stamp counter of the same moment. The host may take the processor away between the two, so of a
+/// few tries the one in which the least time passed counts.
+fn moment(count: impl Fn() -> u64) -> (u64, u64) {
+    let mut best = (u64::MAX, 0, 0);
+    for _ in 0..8 {
+        let before = tsc();
+        let count = count();
+        let passed = tsc() - before;
+        if passed < best.0 {
+            best = (passed, count, before + passed / 2);
+        }
+    }
+    (best.1, best.2)
+}
+
 /// TSC ticks per millisecond by the PM timer; `None` when the timer stands still.
 pub fn measure_by_pm_timer() -> Option<u64> {
-    let (first, start) = (pm_timer(), tsc());
-    for reads in 0.. {
-        let passed = u64::from(pm_timer().wrapping_sub(first) & 0xff_ffff);
-        let ticks = tsc() - start;
+    let (first, start) = moment(|| pm_timer().into());
+    for tries in 0.. {
+        let (now, end) = moment(|| pm_timer().into());
+        let passed = now.wrapping_sub(first) & 0xff_ffff;
         if passed > PM_TIMER_HZ / 500 {
-            return Some(ticks * PM_TIMER_HZ / passed / 1000);
+            return Some((end - start) * PM_TIMER_HZ / passed / 1000);
         }
-        if reads > 2000 && passed == 0 {
+        if tries > 200 && passed == 0 {
             break;
         }
     }
@@ -42,13 +57,13 @@ pub fn measure_by_pm_timer() -> Option<u64> {
 /// TSC ticks per millisecond by the APIC timer, which KVM runs at 1 GHz.
 pub fn measure_by_apic_timer() -> u64 {
     wrmsr(TIMER_INITIAL, 0xffff_ffff);
-    let (first, start) = (rdmsr(TIMER_CURRENT), tsc());
+    let (first, start) = moment(|| rdmsr(TIMER_CURRENT));
     loop {
-        let passed = first.wrapping_sub(rdmsr(TIMER_CURRENT));
-        let ticks = tsc() - start;
-        if passed > 1_000_000 {
+        let (now, end) = moment(|| rdmsr(TIMER_CURRENT));
+        let passed = first.wrapping_sub(now);
+        if passed > 2_000_000 {
             wrmsr(TIMER_INITIAL, 0);
-            return ticks * 1_000_000 / passed;
+            return (end - start) * 1_000_000 / passed;
         }
     }
 }

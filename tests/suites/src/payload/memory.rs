@@ -66,6 +66,6 @@ fn is_dirtied_at_a_rate(context: &Context) -> Result<Outcome> {
     guest.send("")?;
     let dirty = guest.answer()?;
     let rate = number(&dirty, "rate")?;
-    ensure!((15_000..=22_000).contains(&rate), "{dirty}");
+    ensure!((12_000..=22_000).contains(&rate), "{dirty}");
     Ok(Outcome::Passed)
 }
