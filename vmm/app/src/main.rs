@@ -3,6 +3,7 @@
 mod api;
 mod cli;
 mod flags;
+mod heap;
 mod keyvalue;
 mod logging;
 
@@ -18,6 +19,7 @@ use api::Api;
 use cli::Cli;
 
 fn main() -> ExitCode {
+    heap::one_arena();
     match Cli::from_args().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -28,8 +28,17 @@ pub struct CpuidEntry {
 pub struct CpuidTable(Vec<CpuidEntry>);
 
 impl FromIterator<CpuidEntry> for CpuidTable {
+    /// Of two entries for one leaf and subleaf the later one counts.
     fn from_iter<I: IntoIterator<Item = CpuidEntry>>(entries: I) -> Self {
-        Self(entries.into_iter().collect())
+        let mut table = Self::default();
+        for entry in entries {
+            let same = |e: &CpuidEntry| (e.leaf, e.subleaf, e.indexed) == (entry.leaf, entry.subleaf, entry.indexed);
+            match table.0.iter_mut().find(|e| same(e)) {
+                Some(earlier) => *earlier = entry,
+                None => table.0.push(entry),
+            }
+        }
+        table
     }
 }
 

@@ -1,5 +1,7 @@
 //! vCPUs: CPUID, the registers the boot protocols ask for, the MSRs a firmware would have set.
 
+use std::arch::x86_64::{__cpuid, CpuidResult};
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_segment,
 };
@@ -81,7 +83,12 @@ impl CpuPlan {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(HypervisorError::kvm("tell its CPUID"))?;
-        let host = supported.as_slice().iter().map(from_kvm).collect();
+        let host = supported
+            .as_slice()
+            .iter()
+            .map(from_kvm)
+            .chain(names_and_caches())
+            .collect();
         Ok(Self {
             host,
             topology,
@@ -148,6 +155,26 @@ fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
     let msrs = Msrs::from_entries(&[mtrr]).map_err(|_| HypervisorError::Capability("room for MSRs"))?;
     vcpu.fd().set_msrs(&msrs).map_err(HypervisorError::kvm("set MSRs"))?;
     Ok(vcpu)
+}
+
+/// Leaves KVM does not tell, since they enable nothing: the CPU's name (0x8000_0002 to 4) and AMD's first-level caches
+/// (0x8000_0005). An empty entry of KVM gives way.
+fn names_and_caches() -> impl Iterator<Item = CpuidEntry> {
+    let highest = __cpuid(0x8000_0000).eax;
+    (0x8000_0002..=0x8000_0005)
+        .filter(move |leaf| *leaf <= highest)
+        .map(|leaf| {
+            let CpuidResult { eax, ebx, ecx, edx } = __cpuid(leaf);
+            CpuidEntry {
+                leaf,
+                subleaf: 0,
+                indexed: false,
+                eax,
+                ebx,
+                ecx,
+                edx,
+            }
+        })
 }
 
 fn from_kvm(e: &kvm_cpuid_entry2) -> CpuidEntry {
