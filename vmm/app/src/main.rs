@@ -32,6 +32,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     logging::start(&cli)?;
+    // The sandbox starts the first of the other threads.
+    triarch_machine::hold_end_signals()?;
     let seccomp = cli
         .seccomp
         .map(|mode| Seccomp::new(mode, OLDER_SYSCALLS))
@@ -41,7 +43,6 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Some(seccomp) => seccomp.clone(),
         None => Arc::new(NoSandbox),
     };
-    // Signals are taken before anything else runs in this process but the spawner, which waits for nothing they interrupt.
     let controller = Controller::new(sandbox.clone())?;
     // Clients are answered from here on, also while the guest is built.
     let api = match &cli.api_socket {

@@ -53,7 +53,8 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller without a guest. Call it on the main thread before there is another: it takes SIGTERM and SIGINT.
+    /// A controller without a guest. Call it on the main thread, and [`hold_end_signals`](crate::hold_end_signals) before there is
+    /// another one: it takes SIGTERM and SIGINT.
     pub fn new(sandbox: Arc<dyn Sandbox>) -> Result<Self, MachineError> {
         let kvm = triarch_hypervisor::open()?;
         let (inbox, outbox) = Inbox::new().map_err(MachineError::host("make an event descriptor"))?;
