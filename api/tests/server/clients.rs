@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use triarch_api::server::{Call, Later, Limits, Response, Served, Service};
@@ -97,6 +99,23 @@ fn a_long_request_delays_nobody_and_is_answered_in_the_end() {
     let got = booting.response().expect("a response");
     assert_eq!((got.status, got.body.as_str()), (500, r#"["no"]"#));
     assert_eq!(booting.response().expect("a response").status, 200);
+}
+
+#[test]
+fn who_waits_for_an_answer_is_not_read_any_further() {
+    let (server, vm) = Running::api(Limits::default());
+    vm.create(VmConfig::default());
+    vm.hold_boots();
+    let mut client = server.connect();
+    client.send(put("vm.boot", ""));
+    vm.wait_for_boot();
+    let patience = Some(Duration::from_millis(100));
+    client.stream.set_write_timeout(patience).expect("a timeout");
+    // The socket holds some hundred KiB, the server nothing.
+    let sent = (0..4096)
+        .take_while(|_| client.stream.write_all(&[b'\n'; 1024]).is_ok())
+        .count();
+    assert!(sent < 4096, "{sent} KiB were taken");
 }
 
 #[test]
@@ -317,6 +336,50 @@ fn descriptors_stay_with_their_request_in_order() {
     client.send_fds(b"GET /4 HTTP/1.1\r\n\r\n", &[fd(4), fd(0)]);
     let bodies: Vec<String> = (0..4).map(|_| client.response().expect("a response").body).collect();
     assert_eq!(bodies, [r#""/1:abc""#, r#""/2:""#, r#""/3:d""#, r#""/4:ea""#]);
+}
+
+/// Answers with more than a socket holds, and counts.
+struct Large(Arc<AtomicUsize>);
+
+const LARGE: usize = 4 << 20;
+
+impl Service for Large {
+    fn serve(&mut self, _call: Call<'_>, _later: &dyn Fn() -> Later) -> Served {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Served::Now(Response::json(vec![b'1'; LARGE].into()))
+    }
+}
+
+#[test]
+fn a_response_is_read_before_the_next_is_made() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let server = Running::start(Box::new(Large(calls.clone())), Limits::default());
+    let mut client = server.connect();
+    client.send("GET / HTTP/1.1\r\n\r\n".repeat(20));
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    for _ in 0..20 {
+        assert_eq!(client.response().expect("a response").body.len(), LARGE);
+    }
+    assert_eq!(calls.load(Ordering::SeqCst), 20);
+}
+
+#[test]
+fn the_end_waits_a_moment_for_who_is_reading() {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let server = Running::start(Box::new(Large(calls.clone())), Limits::default());
+    let mut client = server.connect();
+    client.send("GET / HTTP/1.1\r\n\r\n");
+    while calls.load(Ordering::SeqCst) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let reader = std::thread::spawn(move || {
+        // Part of it is sent when the server is told to end.
+        std::thread::sleep(Duration::from_millis(20));
+        client.response().expect("a response").body.len()
+    });
+    drop(server.stop());
+    assert_eq!(reader.join().expect("the whole response"), LARGE);
 }
 
 #[test]

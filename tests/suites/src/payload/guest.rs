@@ -110,6 +110,11 @@ impl Guest {
         }
     }
 
+    /// Expects the VMM to end with `code` by itself.
+    pub fn expect_end(self, code: i32) -> Result<Ended> {
+        self.vm.expect_end(code)
+    }
+
     /// Asks for power-off and expects the VMM to end with 0.
     pub fn power_off(mut self) -> Result<Ended> {
         self.send("pm off")?;

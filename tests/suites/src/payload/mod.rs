@@ -1,6 +1,7 @@
 //! Tests with the bare-metal guest (tests/payload): it drives a device, the host checks what came of it. One module a
 //! subject; they run on any KVM, also one in software.
 
+mod api;
 mod blk;
 mod boot;
 mod console;
@@ -35,6 +36,7 @@ pub fn tests() -> Vec<Test> {
         rings::TESTS,
         pause::TESTS,
         refusals::TESTS,
+        api::TESTS,
     ]
     .concat()
 }
