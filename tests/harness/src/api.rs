@@ -141,11 +141,21 @@ mod tests {
 
     #[test]
     fn asks_and_understands() {
-        let (_dir, api, server) = serve_one("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}");
-        assert_eq!(api.put("vm.pause", None).unwrap(), "{}");
+        let (_dir, api, server) = serve_one("HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{\"state\":\"Paused\"}");
+        assert_eq!(api.put("vm.pause", None).unwrap(), "{\"state\":\"Paused\"}");
         let asked = server.join().unwrap();
         assert!(asked.starts_with("PUT /api/v1/vm.pause HTTP/1.1\r\n"), "{asked}");
         assert!(asked.contains("\r\nContent-Length: 0\r\n"), "{asked}");
+    }
+
+    #[test]
+    fn waits_for_the_whole_answer() {
+        let data = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc";
+        for cut in 0..data.len() {
+            assert_eq!(parse(&data[..cut]).unwrap(), None, "{cut}");
+        }
+        let body = parse(data).unwrap().unwrap().body;
+        assert_eq!(body, "abc");
     }
 
     #[test]

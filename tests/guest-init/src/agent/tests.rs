@@ -239,22 +239,23 @@ fn files_travel_both_ways() {
 #[test]
 fn a_failed_put_swallows_its_data() {
     let mut client = Client::new();
+    // Data that would be a request if it were taken for one.
+    let mut data = Vec::new();
+    proto::write(&mut data, &Request::Kill { id: 9, exec: 9 }, b"").unwrap();
+    let path = "/proc/no/such".to_owned();
     client.send(
         &Request::Put {
             id: 1,
-            path: "/proc/no/such".into(),
+            path: path.clone(),
             mode: 0o644,
         },
-        b"{\"type\"\n",
+        &data,
     );
     assert!(matches!(client.receive().0, Reply::Error { id: 1, .. }));
-    client.send(
-        &Request::Get {
-            id: 2,
-            path: "/proc/no/such".into(),
-        },
-        b"",
-    );
+    client.send(&Request::Get { id: 2, path }, b"");
     let (reply, _) = client.receive();
-    assert!(matches!(&reply, Reply::Error { id: 2, message } if message.starts_with("/proc/no/such: ")));
+    assert!(
+        matches!(&reply, Reply::Error { id: 2, message } if message.starts_with("/proc/no/such: ")),
+        "{reply:?}"
+    );
 }
