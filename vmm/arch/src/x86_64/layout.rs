@@ -3,7 +3,7 @@
 //! ```text
 //! 0x0000_0000  RAM; GDT, start info, zero page, page tables and command line below 640 KiB during boot
 //! 0x000a_0000  ACPI tables (reserved to the guest)
-//! 0x000f_0000  SMBIOS
+//! 0x000f_0000  SMBIOS; in its last 16 bytes what a jump to the BIOS's reset vector finds
 //! 0x0010_0000  kernel
 //! 0xc000_0000  end of low RAM; 32-bit BARs
 //! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
@@ -43,6 +43,8 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const ACPI_TABLES: MemRange = MemRange::from_bounds(0xa_0000, 0xf_0000);
 /// SMBIOS entry point and tables.
 pub const SMBIOS: MemRange = MemRange::from_bounds(0xf_0000, 0x10_0000);
+/// Where software that restarts the machine "by the BIOS" jumps to, in real mode (F000:FFF0).
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// A 64-bit window is this large at least, whatever the CPU's address width.
 const MMIO64_ALIGN: u64 = 1 << 30;
 

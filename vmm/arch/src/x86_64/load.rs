@@ -136,6 +136,17 @@ fn memory_layout(memory: &GuestMemory) -> Result<MemoryLayout, LayoutError> {
     MemoryLayout::new(ram, reserved)
 }
 
+/// Code at [`layout::RESET_VECTOR`]: asks the keyboard controller for a reset, then halts.
+///
+/// Linux believes every machine with hardware-reduced ACPI to have EFI, restarts it by EFI unless its command line says
+/// otherwise, finds that there is none, and goes on with the BIOS's reset vector (arch/x86/kernel/reboot.c).
+const RESET_CODE: [u8; 7] = [
+    0xb0, 0xfe, // mov al, 0xfe
+    0xe6, 0x64, // out 0x64, al
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp to the hlt
+];
+
 /// Writes ACPI and SMBIOS tables and returns the address of the RSDP.
 fn write_tables(config: &LoadConfig<'_>) -> Result<GuestAddress, LoadError> {
     let tables = acpi::build(&acpi_config(config))?;
@@ -148,8 +159,11 @@ fn write_tables(config: &LoadConfig<'_>) -> Result<GuestAddress, LoadError> {
         uuid: config.uuid.as_deref().map(smbios::parse_uuid).transpose()?,
         oem_strings: config.oem_strings.clone(),
     };
-    let bytes = smbios::build(&identity, smbios::PC_ADDRESS, smbios::PC_SIZE)?;
+    let room = (layout::RESET_VECTOR - smbios::PC_ADDRESS) as usize;
+    let bytes = smbios::build(&identity, smbios::PC_ADDRESS, room)?;
     config.memory.write_slice(&bytes, GuestAddress(smbios::PC_ADDRESS))?;
+    let vector = GuestAddress(layout::RESET_VECTOR);
+    config.memory.write_slice(&RESET_CODE, vector)?;
     Ok(GuestAddress(tables.rsdp_at))
 }
 
