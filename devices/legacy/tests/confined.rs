@@ -39,7 +39,7 @@ fn child() {
         "file" => Backend::File(path.into()),
         _ => Backend::Socket(path.into()),
     };
-    let sandbox = Arc::new(Seccomp::new(Mode::Enforce, triarch_arch::OLDER_SYSCALLS).unwrap());
+    let sandbox = Arc::new(Seccomp::new(Mode::Enforce, triarch_arch::OLDER_SYSCALLS));
     let (serial, mut user) = on(&sandbox, ThreadClass::Control, move || {
         let console = Arc::new(Console::open(&backend).unwrap());
         let serial = Arc::new(Serial::new(console, Arc::new(CountingLine::default())));

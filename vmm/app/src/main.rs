@@ -32,13 +32,9 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     logging::start(&cli)?;
-    // The sandbox starts the first of the other threads.
+    // Before there is another thread.
     triarch_machine::hold_end_signals()?;
-    let seccomp = cli
-        .seccomp
-        .map(|mode| Seccomp::new(mode, OLDER_SYSCALLS))
-        .transpose()?
-        .map(Arc::new);
+    let seccomp = cli.seccomp.map(|mode| Arc::new(Seccomp::new(mode, OLDER_SYSCALLS)));
     let sandbox: Arc<dyn Sandbox> = match &seccomp {
         Some(seccomp) => seccomp.clone(),
         None => Arc::new(NoSandbox),
@@ -52,16 +48,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if let Some(seccomp) = &seccomp {
         seccomp.apply(ThreadClass::Control)?;
     }
-    let result = control(controller, cli.config);
+    let result = control(controller, cli.config, seccomp.as_deref());
     // The controller is gone, and with it every request that was not answered: now the answers can be sent.
     drop(api);
     result
 }
 
-fn control(mut controller: Controller, config: Option<VmConfig>) -> anyhow::Result<()> {
+fn control(mut controller: Controller, config: Option<VmConfig>, seccomp: Option<&Seccomp>) -> anyhow::Result<()> {
     if let Some(config) = config {
         controller.create(config)?;
         controller.boot()?;
+    }
+    if let Some(seccomp) = seccomp {
+        seccomp.start_spawner()?;
     }
     controller.run()?;
     Ok(())

@@ -58,18 +58,21 @@ pub struct Seccomp {
 }
 
 impl Seccomp {
-    /// Starts the spawner. Call it on the main thread, before that confines itself. `older` pairs system
-    /// calls with what this architecture has beside them for the same purpose (openat and open).
-    pub fn new(mode: Mode, older: &'static [(i64, i64)]) -> Result<Self, SandboxError> {
-        let control = Arc::new(build(ThreadClass::Control, mode, older)?);
-        let spawner = Spawner::start(control.clone()).map_err(SandboxError::Spawner)?;
-        let programs = Mutex::new([(ThreadClass::Control, control)].into());
-        Ok(Self {
+    /// Filters for the threads of this process. Call it on the main thread: see [`start_spawner`](Self::start_spawner). `older` pairs
+    /// system calls with what this architecture has beside them for the same purpose (openat and open).
+    pub fn new(mode: Mode, older: &'static [(i64, i64)]) -> Self {
+        Self {
             mode,
             older,
-            programs,
-            spawner,
-        })
+            programs: Mutex::default(),
+            spawner: Spawner::new(),
+        }
+    }
+
+    /// Starts the thread that makes the threads other threads than the main one ask for; until then they wait. Call it on the main
+    /// thread, confined, as soon as the guest runs: it is not needed to get there.
+    pub fn start_spawner(&self) -> Result<(), SandboxError> {
+        self.spawner.start().map_err(SandboxError::Spawner)
     }
 
     fn program(&self, class: ThreadClass) -> Result<Arc<BpfProgram>, SandboxError> {
