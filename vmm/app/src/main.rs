@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     logging::start(&cli)?;
     // The sandbox starts the first of the other threads.
-    triarch_machine::hold_end_signals()?;
+    triarch_machine::hold_signals()?;
     let seccomp = cli
         .seccomp
         .map(|mode| Seccomp::new(mode, OLDER_SYSCALLS))
