@@ -5,6 +5,7 @@ mod cli;
 mod flags;
 mod heap;
 mod keyvalue;
+mod limits;
 mod logging;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use cli::Cli;
 
 fn main() -> ExitCode {
     heap::one_arena();
+    limits::raise_descriptors();
     match Cli::from_args().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
