@@ -362,7 +362,10 @@ mod tests {
         };
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.path = None)])).contains("path=FILE"));
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 100)])).contains("power of two"));
-        let same = disk(|d| d.id = Some("a".into()));
+        let same = disk(|d| {
+            d.id = Some("a".into());
+            d.readonly = true;
+        });
         assert!(refusal(|c| c.disks = Some(vec![same.clone(), same.clone()])).contains("two devices have the id 'a'"));
         let net = |edit: fn(&mut NetConfig)| {
             let mut net = NetConfig::default();

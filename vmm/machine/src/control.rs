@@ -113,7 +113,7 @@ impl Controller {
     /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
         config.validate()?;
-        crate::identity::complete(&mut config).map_err(MachineError::host("choose an address"))?;
+        crate::identity::complete(&mut config).map_err(MachineError::host("read /dev/urandom for a MAC address"))?;
         let consoles = Consoles::open(&config)?;
         consoles.show_paths(&mut config);
         self.consoles = Some(consoles);
