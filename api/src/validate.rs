@@ -1,8 +1,10 @@
 //! Checks that need nothing but the configuration itself.
 
+use std::path::{Path, PathBuf};
+
 use thiserror::Error;
 
-use crate::{ConsoleConfig, ConsoleMode, DiskConfig, NetConfig, VmConfig};
+use crate::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, DiskConfig, NetConfig, VmConfig};
 
 /// Why a configuration cannot be used: names the field, its value and the fix.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -51,23 +53,25 @@ impl VmConfig {
                 "there is nothing to boot; give --kernel FILE".into(),
             ));
         }
-        for (i, disk) in self.disks.iter().flatten().enumerate() {
-            validate_disk(i, disk)?;
-        }
+        self.validate_disks()?;
         for (i, net) in self.net.iter().flatten().enumerate() {
             validate_net(i, net)?;
         }
-        validate_console("--serial", &self.serial)?;
-        validate_console("--console", &self.console)?;
-        if self.serial.mode == ConsoleMode::Tty && self.console.mode == ConsoleMode::Tty {
-            return Err(ConfigError::Conflict(
-                "--serial tty and --console tty want the same terminal; set one of them to off or null".into(),
-            ));
+        self.validate_consoles()?;
+        if let Some(vsock) = &self.vsock {
+            if !(3..u64::from(u32::MAX)).contains(&vsock.cid) {
+                return Err(range("--vsock cid", vsock.cid, "between 3 and 4294967294"));
+            }
+            if vsock.socket.as_os_str().is_empty() {
+                return Err(ConfigError::Missing(
+                    "--vsock has an empty path on the host; give socket=PATH".into(),
+                ));
+            }
         }
-        if let Some(vsock) = &self.vsock
-            && !(3..u64::from(u32::MAX)).contains(&vsock.cid)
-        {
-            return Err(range("--vsock cid", vsock.cid, "between 3 and 4294967294"));
+        if self.rng.src.as_os_str().is_empty() {
+            return Err(ConfigError::Missing(
+                "--rng has no source; give src=/dev/urandom".into(),
+            ));
         }
         self.validate_ids()
     }
@@ -107,6 +111,52 @@ impl VmConfig {
             return Err(ConfigError::Conflict(
                 "--memory mergeable=on works on private small pages only; drop shared and hugepages".into(),
             ));
+        }
+        Ok(())
+    }
+
+    fn validate_disks(&self) -> Result<(), ConfigError> {
+        let mut before: Vec<&DiskConfig> = Vec::new();
+        for (i, disk) in self.disks.iter().flatten().enumerate() {
+            validate_disk(i, disk)?;
+            let same = before.iter().find(|d| d.path == disk.path);
+            if let (Some(other), Some(path)) = (same, &disk.path)
+                && !(disk.readonly && other.readonly)
+            {
+                return Err(ConfigError::Conflict(format!(
+                    "--disk: two disks have the path {}; give each its own, or readonly=on to both",
+                    path.display()
+                )));
+            }
+            before.push(disk);
+        }
+        Ok(())
+    }
+
+    fn validate_consoles(&self) -> Result<(), ConfigError> {
+        validate_console("--serial", &self.serial)?;
+        validate_console("--console", &self.console)?;
+        validate_debug_console(&self.debug_console)?;
+        if self.serial.mode == ConsoleMode::Tty && self.console.mode == ConsoleMode::Tty {
+            return Err(ConfigError::Conflict(
+                "--serial tty and --console tty want the same terminal; set one of them to off or null".into(),
+            ));
+        }
+        let debug = &self.debug_console;
+        let paths = [
+            place(self.serial.mode, &self.serial.file, &self.serial.socket),
+            place(self.console.mode, &self.console.file, &self.console.socket),
+            place(debug.mode, &debug.file, &None),
+        ];
+        for (i, path) in paths.iter().enumerate() {
+            if let Some(path) = path
+                && paths[..i].contains(&Some(path))
+            {
+                return Err(ConfigError::Conflict(format!(
+                    "two consoles lead to {}; give each a path of its own",
+                    path.display()
+                )));
+            }
         }
         Ok(())
     }
@@ -189,6 +239,13 @@ fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
             ));
         }
     }
+    if let Some(fd) = net.fds.iter().flatten().find(|fd| **fd < 0) {
+        return Err(range(
+            format!("{field} fd"),
+            fd,
+            "the number of an inherited descriptor",
+        ));
+    }
     if let Some(mac) = net.mac.filter(|m| m.0[0] & 1 != 0) {
         return Err(range(
             format!("{field} mac"),
@@ -196,8 +253,15 @@ fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
             "a unicast address: the first byte even",
         ));
     }
-    if net.mask.is_some() && net.ip.is_none() {
-        return Err(ConfigError::Missing(format!("{field} has a mask and no ip; give both")));
+    if net.mask.is_some() != net.ip.is_some() {
+        let (has, lacks) = if net.ip.is_some() {
+            ("an ip", "mask")
+        } else {
+            ("a mask", "ip")
+        };
+        return Err(ConfigError::Missing(format!(
+            "{field} has {has} and no {lacks}; give both"
+        )));
     }
     if let Some(mtu) = net.mtu.filter(|m| *m < 68) {
         return Err(range(format!("{field} mtu"), mtu, "at least 68"));
@@ -211,10 +275,40 @@ fn validate_console(field: &str, console: &ConsoleConfig) -> Result<(), ConfigEr
             "{field} {what} needs a path: {field} {what}=PATH"
         )))
     };
+    let empty = |path: &Option<PathBuf>| path.as_ref().is_none_or(|p| p.as_os_str().is_empty());
     match console.mode {
-        ConsoleMode::File if console.file.is_none() => missing("file"),
-        ConsoleMode::Socket if console.socket.is_none() => missing("socket"),
+        ConsoleMode::File if empty(&console.file) => missing("file"),
+        ConsoleMode::Socket if empty(&console.socket) => missing("socket"),
         _ => Ok(()),
+    }
+}
+
+/// The port only writes, so there is nothing for a client to connect to.
+fn validate_debug_console(debug: &DebugConsoleConfig) -> Result<(), ConfigError> {
+    let name = match debug.mode {
+        ConsoleMode::Pty => "pty",
+        ConsoleMode::Socket => "a socket",
+        mode => {
+            let file = debug.file.clone();
+            return validate_console(
+                "--debug-console",
+                &ConsoleConfig {
+                    mode,
+                    file,
+                    socket: None,
+                },
+            );
+        }
+    };
+    Err(range("--debug-console", name, "tty, null, off or file=PATH"))
+}
+
+/// The path a console leads to, if it leads to one.
+fn place<'a>(mode: ConsoleMode, file: &'a Option<PathBuf>, socket: &'a Option<PathBuf>) -> Option<&'a Path> {
+    match mode {
+        ConsoleMode::File => file.as_deref(),
+        ConsoleMode::Socket => socket.as_deref(),
+        _ => None,
     }
 }
 
@@ -268,7 +362,10 @@ mod tests {
         };
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.path = None)])).contains("path=FILE"));
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 100)])).contains("power of two"));
-        let same = disk(|d| d.id = Some("a".into()));
+        let same = disk(|d| {
+            d.id = Some("a".into());
+            d.readonly = true;
+        });
         assert!(refusal(|c| c.disks = Some(vec![same.clone(), same.clone()])).contains("two devices have the id 'a'"));
         let net = |edit: fn(&mut NetConfig)| {
             let mut net = NetConfig::default();
@@ -290,6 +387,19 @@ mod tests {
             c.console.mode = ConsoleMode::Tty;
         });
         assert!(both.contains("same terminal"));
+        let twice = refusal(|c| {
+            c.serial.mode = ConsoleMode::File;
+            c.serial.file = Some("log".into());
+            c.debug_console.mode = ConsoleMode::File;
+            c.debug_console.file = Some("log".into());
+        });
+        assert_eq!(twice, "two consoles lead to log; give each a path of its own");
+        let twice = refusal(|c| c.disks = Some(vec![disk(|_| ()), disk(|d| d.readonly = true)]));
+        assert!(twice.contains("two disks have the path x"));
+        assert!(refusal(|c| c.net = net(|n| n.ip = Some([10, 0, 0, 1].into()))).contains("an ip and no mask"));
+        assert!(refusal(|c| c.net = net(|n| n.fds = Some(vec![-1]))).contains("fd is -1"));
+        assert!(refusal(|c| c.debug_console.mode = ConsoleMode::Pty).contains("--debug-console is pty"));
+        assert!(refusal(|c| c.rng.src = "".into()).contains("src=/dev/urandom"));
     }
 
     const MAC_MULTICAST: crate::MacAddress = crate::MacAddress([1, 0, 0, 0, 0, 1]);

@@ -44,7 +44,7 @@ pub enum TapError {
     #[error("{0} queue pairs asked for; a tap has 1 to 256")]
     QueueCount(usize),
     /// A descriptor handed in is no tap.
-    #[error("descriptor {index} is not an attached tap; pass one on which TUNSETIFF was done")]
+    #[error("descriptor number {} of those passed is not an attached tap; pass one on which TUNSETIFF was done", .index + 1)]
     BadFd {
         /// Its place among the descriptors given.
         index: usize,
@@ -54,7 +54,8 @@ pub enum TapError {
     },
     /// A descriptor handed in was opened with other flags than needed.
     #[error(
-        "descriptor {index} ({name}) was opened without {flag}; open the tap with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+        "descriptor number {} of those passed ({name}) was opened without {flag}; open the tap with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+        .index + 1
     )]
     FdFlags {
         /// Its place among the descriptors given.

@@ -3,7 +3,7 @@
 //! - [`suite`]: the framework of tests that run a whole VMM
 //! - [`vm`]: a VMM with its flags, its output, and its end
 //! - [`linux`]: a Linux guest on it, in which [`agent`] runs commands
-//! - [`net`], [`disk`], [`vsock`], [`api`]: the host's side of the devices
+//! - [`net`], [`disk`], [`vsock`], [`terminal`], [`api`]: the host's side of the devices
 
 pub mod agent;
 pub mod api;
@@ -15,5 +15,6 @@ pub mod linux;
 pub mod net;
 pub mod process;
 pub mod suite;
+pub mod terminal;
 pub mod vm;
 pub mod vsock;

@@ -201,11 +201,13 @@ impl Vm {
     pub fn expect_end_within(mut self, code: i32, limit: Duration) -> Result<Ended> {
         let status = self.process.wait(limit)?;
         self.process.expect(status, code)?;
-        let left = sockets(self.dir())?;
-        if !left.is_empty() {
-            bail!("the VMM left sockets behind: {left:?}");
+        let sockets = sockets(self.dir())?;
+        if !sockets.is_empty() {
+            bail!("the VMM left sockets behind: {sockets:?}");
         }
+        let files = fs::read_dir(self.dir())?.map(|entry| Ok(entry?.file_name()));
         Ok(Ended {
+            files: files.collect::<Result<_>>()?,
             output: self.process.stdout().text(),
             stderr: self.process.stderr().text(),
         })
@@ -224,6 +226,8 @@ pub struct Ended {
     pub output: String,
     /// Standard error.
     pub stderr: String,
+    /// What its directory holds now.
+    pub files: Vec<OsString>,
 }
 
 fn sockets(dir: &Path) -> Result<Vec<PathBuf>> {

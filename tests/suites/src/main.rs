@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 use triarch_harness::suite;
 
+mod bad_input;
 mod framework;
 mod linux;
 mod payload;
@@ -13,5 +14,13 @@ fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {
         return suite::main(&framework::victims());
     }
-    suite::main(&[framework::TESTS, &linux::tests(), &payload::tests()].concat())
+    suite::main(
+        &[
+            framework::TESTS,
+            &linux::tests(),
+            &payload::tests(),
+            &bad_input::tests(),
+        ]
+        .concat(),
+    )
 }

@@ -132,6 +132,9 @@ impl Cli {
                 "there is nothing to do; give --kernel FILE to boot or --api-socket PATH to be driven, or see --help"
             );
         }
+        if !described && let Some(flag) = without_kernel(&args) {
+            anyhow::bail!("{flag} describes a VM that has nothing to boot; give --kernel FILE beside it");
+        }
         let config = if described { Some(config(args)?) } else { None };
         Ok(Self {
             config,
@@ -143,7 +146,23 @@ impl Cli {
     }
 }
 
+/// A flag that would go unheard because there is no kernel: who drives the VMM by its API describes the VM there.
+fn without_kernel(args: &Args) -> Option<&'static str> {
+    let given = [
+        ("--initramfs", args.initramfs.is_some()),
+        ("--cmdline", args.cmdline.is_some()),
+        ("--disk", !args.disk.is_empty()),
+        ("--net", !args.net.is_empty()),
+        ("--vsock", args.vsock.is_some()),
+        ("--platform", args.platform.is_some()),
+    ];
+    given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
+}
+
 fn api_socket(text: &str) -> anyhow::Result<ApiSocket> {
+    if matches!(text, "" | "path=") {
+        anyhow::bail!("--api-socket: the path is empty; write path=FILE");
+    }
     match text.split_once('=') {
         Some(("fd", fd)) => match fd.parse() {
             Ok(fd) if fd >= 0 => Ok(ApiSocket::Fd(fd)),

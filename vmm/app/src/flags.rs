@@ -19,22 +19,21 @@ fn set<T>(field: &mut T, value: Option<T>) {
 
 /// `--cpus boot=2,max=4,topology=1:4:1:1`, or just a number.
 pub(crate) fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
-    if let Ok(n) = text.parse() {
-        return Ok(CpusConfig {
-            boot_vcpus: n,
-            max_vcpus: n,
-            topology: None,
-        });
-    }
+    let only_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let text = if only_number {
+        format!("boot={text}")
+    } else {
+        text.to_owned()
+    };
     let known = ["boot", "max", "topology"];
     let kv = KeyValues::parse(
         "--cpus",
-        text,
+        &text,
         &known,
         &["kvm_hyperv", "max_phys_bits", "affinity", "features", "nested"],
     )?;
-    let boot_vcpus = kv.get("boot")?.unwrap_or(1);
-    let max_vcpus = kv.get("max")?.unwrap_or(boot_vcpus);
+    let boot_vcpus = kv.number("boot")?.unwrap_or(1);
+    let max_vcpus = kv.number("max")?.unwrap_or(boot_vcpus);
     let topology = kv.text("topology").map(topology).transpose()?;
     Ok(CpusConfig {
         boot_vcpus,
@@ -111,8 +110,8 @@ pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
     config.path = kv.text("path").map(PathBuf::from);
     set(&mut config.readonly, kv.switch("readonly")?);
     set(&mut config.direct, kv.switch("direct")?);
-    set(&mut config.num_queues, kv.get("num_queues")?);
-    set(&mut config.queue_size, kv.get("queue_size")?);
+    set(&mut config.num_queues, kv.number("num_queues")?);
+    set(&mut config.queue_size, kv.number("queue_size")?);
     config.serial = kv.text("serial").map(str::to_owned);
     config.disable_io_uring = kv.switch("io_uring")? == Some(false);
     config.id = kv.text("id").map(str::to_owned);
@@ -147,15 +146,20 @@ pub(crate) fn net(text: &str) -> anyhow::Result<NetConfig> {
     config.mask = kv.get("mask")?;
     config.mac = kv.get("mac")?;
     config.host_mac = kv.get("host_mac")?;
-    config.mtu = kv.get("mtu")?;
+    config.mtu = kv.number("mtu")?;
     if let Some(fds) = kv.list("fd")? {
-        let fds: Result<Vec<i32>, _> = fds.into_iter().map(str::parse).collect();
-        let fds = fds.context("--net: fd is not a list of descriptor numbers; write fd=3 or fd=[3,4]")?;
+        let numbers: Option<Vec<i32>> = fds.iter().map(|fd| fd.parse().ok()).collect();
+        let Some(fds) = numbers else {
+            bail!(
+                "--net: fd=[{}] are no descriptor numbers; write fd=3 or fd=[3,4]",
+                fds.join(",")
+            );
+        };
         config.num_queues = 2 * fds.len().min(1 << 14) as u16;
         config.fds = Some(fds);
     }
-    set(&mut config.num_queues, kv.get("num_queues")?);
-    set(&mut config.queue_size, kv.get("queue_size")?);
+    set(&mut config.num_queues, kv.number("num_queues")?);
+    set(&mut config.queue_size, kv.number("queue_size")?);
     set(&mut config.offload_tso, kv.switch("offload_tso")?);
     set(&mut config.offload_ufo, kv.switch("offload_ufo")?);
     set(&mut config.offload_csum, kv.switch("offload_csum")?);
@@ -174,7 +178,7 @@ pub(crate) fn rng(text: &str) -> anyhow::Result<RngConfig> {
 pub(crate) fn vsock(text: &str) -> anyhow::Result<VsockConfig> {
     let kv = KeyValues::parse("--vsock", text, &["cid", "socket", "id"], &["iommu", "pci_segment"])?;
     let cid = kv
-        .get("cid")?
+        .number("cid")?
         .context("--vsock needs the guest's context id; write cid=3")?;
     let socket = kv
         .text("socket")
@@ -266,6 +270,8 @@ mod tests {
         let text = |error: anyhow::Error| format!("{error:#}");
         assert!(text(cpus("topology=4").expect_err("refused")).contains("like 2:4:1:1"));
         assert!(text(cpus("boot=-1").expect_err("refused")).contains("--cpus: boot=-1"));
+        assert!(text(cpus("99999999999").expect_err("refused")).contains("boot=99999999999 is too large"));
+        assert!(text(net("fd=[3,x]").expect_err("refused")).contains("fd=[3,x] are no descriptor numbers"));
         assert!(text(console("--serial", "ttyS0").expect_err("refused")).contains("file=PATH"));
         assert!(text(vsock("cid=3").expect_err("refused")).contains("socket=PATH"));
         assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));

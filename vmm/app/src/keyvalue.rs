@@ -3,6 +3,7 @@
 //! Commas inside of `[...]` and `"..."` do not separate. Lists are `[a,b]`, switches `on` and `off`.
 
 use std::fmt::Display;
+use std::num::{IntErrorKind, ParseIntError};
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
@@ -20,6 +21,12 @@ impl<'a> KeyValues<'a> {
     pub(crate) fn parse(flag: &'static str, text: &'a str, known: &[&str], elsewhere: &[&str]) -> anyhow::Result<Self> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
         for part in split(text).with_context(|| format!("{flag} '{text}'"))? {
+            if part.is_empty() {
+                bail!(
+                    "{flag}: a key=value is empty in '{text}'; it takes {}",
+                    known.join(", ")
+                );
+            }
             let Some((key, value)) = part.split_once('=') else {
                 bail!("{flag}: '{part}' is not key=value; it takes {}", known.join(", "));
             };
@@ -56,6 +63,18 @@ impl<'a> KeyValues<'a> {
         }
     }
 
+    /// `key` as a whole number.
+    pub(crate) fn number<T: FromStr<Err = ParseIntError>>(&self, key: &str) -> anyhow::Result<Option<T>> {
+        let Some(text) = self.text(key) else { return Ok(None) };
+        match text.parse::<T>() {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if *error.kind() == IntErrorKind::PosOverflow => {
+                bail!("{}: {key}={text} is too large; write a smaller number", self.flag)
+            }
+            Err(_) => bail!("{}: {key}={text} is no whole number; write digits only", self.flag),
+        }
+    }
+
     /// `key` as a size in bytes.
     pub(crate) fn size(&self, key: &str) -> anyhow::Result<Option<u64>> {
         let Some(text) = self.text(key) else { return Ok(None) };
@@ -70,7 +89,7 @@ impl<'a> KeyValues<'a> {
             None => Ok(None),
             Some("on" | "true") => Ok(Some(true)),
             Some("off" | "false") => Ok(Some(false)),
-            Some(other) => bail!("{}: {key}={other} is neither on nor off", self.flag),
+            Some(other) => bail!("{}: {key}={other} is neither on nor off; write one of them", self.flag),
         }
     }
 
@@ -141,14 +160,33 @@ mod tests {
             error("1G"),
             "--test: '1G' is not key=value; it takes size, on, list, path"
         );
+        assert_eq!(
+            error("size=1,"),
+            "--test: a key=value is empty in 'size=1,'; it takes size, on, list, path"
+        );
         assert!(error("size=1,size=2").contains("given twice"));
         assert!(error("list=[a").contains("not closed"));
         assert!(error("iommu=on").contains("not supported"));
         parse("iommu=off").expect("changes nothing");
+        let number = |text: &str| {
+            let kv = parse(text).expect("valid keys");
+            kv.number::<u16>("size").map_err(|e| e.to_string())
+        };
+        assert_eq!(number("size=65535"), Ok(Some(65535)));
+        assert_eq!(
+            number("size=65536"),
+            Err("--test: size=65536 is too large; write a smaller number".into())
+        );
+        for text in ["size=", "size=-1", "size=x", "size=1.5"] {
+            assert_eq!(
+                number(text),
+                Err(format!("--test: {text} is no whole number; write digits only"))
+            );
+        }
         let kv = parse("on=maybe,size=1.5G").expect("valid keys");
         assert_eq!(
             kv.switch("on").expect_err("switch").to_string(),
-            "--test: on=maybe is neither on nor off"
+            "--test: on=maybe is neither on nor off; write one of them"
         );
         assert!(format!("{:#}", kv.size("size").expect_err("size")).contains("'1.5G' is not a size"));
     }

@@ -5,6 +5,7 @@ mod cli;
 mod flags;
 mod heap;
 mod keyvalue;
+mod limits;
 mod logging;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use cli::Cli;
 
 fn main() -> ExitCode {
     heap::one_arena();
+    limits::raise_descriptors();
     match Cli::from_args().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     logging::start(&cli)?;
     // Before there is another thread.
-    triarch_machine::hold_end_signals()?;
+    triarch_machine::hold_signals()?;
     let seccomp = cli.seccomp.map(|mode| Arc::new(Seccomp::new(mode, OLDER_SYSCALLS)));
     let sandbox: Arc<dyn Sandbox> = match &seccomp {
         Some(seccomp) => seccomp.clone(),

@@ -28,6 +28,16 @@ pub enum OpenError {
         /// What it is instead.
         found: &'static str,
     },
+    /// It may not be read.
+    #[error("no permission to read {role} '{}'; change its owner or mode", .path.display())]
+    Permission {
+        /// What the file was to be.
+        role: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The system refused.
     #[error("cannot open {role} '{}' for reading", .path.display())]
     Io {
@@ -57,6 +67,11 @@ pub fn open_boot_file(path: &Path, role: &'static str) -> Result<File, OpenError
             io::ErrorKind::NotFound => OpenError::Missing {
                 role,
                 path: path.into(),
+            },
+            io::ErrorKind::PermissionDenied => OpenError::Permission {
+                role,
+                path: path.into(),
+                source: error,
             },
             _ => io_error(error),
         })?;

@@ -35,6 +35,9 @@ pub enum HypervisorError {
     /// It exists and yet cannot be opened.
     #[error("/dev/kvm cannot be opened")]
     Open(#[source] io::Error),
+    /// Some other device, or a file.
+    #[error("/dev/kvm is there but is not KVM's device; check what is mounted or was made at that path")]
+    NotKvm,
     /// Not the stable interface.
     #[error("/dev/kvm speaks version {0} of the interface, version {API_VERSION} is needed")]
     Version(i32),
@@ -70,6 +73,9 @@ pub fn open() -> Result<Kvm, HypervisorError> {
         _ => HypervisorError::Open(error.into()),
     })?;
     let version = kvm.get_api_version();
+    if version < 0 {
+        return Err(HypervisorError::NotKvm);
+    }
     if version != API_VERSION {
         return Err(HypervisorError::Version(version));
     }

@@ -1,9 +1,11 @@
 //! The host's ends of disks and network interfaces. They outlive resets of the guest: a disk stays locked, a tap keeps its place in
 //! the host's network.
 
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use thiserror::Error;
 use triarch_api::{DiskConfig, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_net::{Tap, TapError};
@@ -74,9 +76,22 @@ fn set_up(tap: &mut Tap, config: &NetConfig) -> Result<(), TapError> {
 }
 
 /// A copy of a descriptor this process was started with.
-fn inherited(fd: RawFd) -> std::io::Result<OwnedFd> {
+fn inherited(fd: RawFd) -> Result<OwnedFd, InheritError> {
+    let failed = |source| InheritError { fd, source };
+    if fd < 0 {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    }
     // SAFETY: the number came from the user and stands for a descriptor of theirs; it is only copied, and a number that is not open
-    // gives an error.
+    // gives an error. It is not -1, which no descriptor may be.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    borrowed.try_clone_to_owned()
+    borrowed.try_clone_to_owned().map_err(failed)
+}
+
+/// A descriptor that whoever started this process did not hand over.
+#[derive(Debug, Error)]
+#[error("descriptor {fd} was not inherited; open the tap before starting this program and leave it open")]
+struct InheritError {
+    fd: RawFd,
+    #[source]
+    source: io::Error,
 }

@@ -116,6 +116,11 @@ impl Machine {
         self.board.serial()
     }
 
+    /// Tells the guest of the new size of its terminal, if that has one.
+    pub(crate) fn terminal_resized(&self) {
+        self.devices.terminal_resized();
+    }
+
     /// Asks the guest's operating system to shut down.
     pub(crate) fn press_power_button(&self) -> io::Result<()> {
         self.board.press_power_button()

@@ -17,7 +17,7 @@ use crate::backends::Backends;
 use crate::build::Machine;
 use crate::consoles::Consoles;
 use crate::inbox::Outbox;
-use crate::signals::EndSignals;
+use crate::signals::{Signal, Signals};
 use crate::{GuestEvent, Inbox, MachineError, Message};
 
 /// How long the end of a VM waits for a slow reader of a console.
@@ -53,12 +53,12 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller without a guest. Call it on the main thread, and [`hold_end_signals`](crate::hold_end_signals) before there is
-    /// another one: it takes SIGTERM and SIGINT.
+    /// A controller without a guest. Call it on the main thread, and [`hold_signals`](crate::hold_signals) before there is
+    /// another one: it takes the signals.
     pub fn new(sandbox: Arc<dyn Sandbox>) -> Result<Self, MachineError> {
         let kvm = triarch_hypervisor::open()?;
         let (inbox, outbox) = Inbox::new().map_err(MachineError::host("make an event descriptor"))?;
-        let signals = EndSignals::take().map_err(MachineError::host("take signals"))?;
+        let signals = Signals::take().map_err(MachineError::host("take signals"))?;
         triarch_vcpu::install_kick_signal().map_err(MachineError::host("install the signal of vCPUs"))?;
         let failed = |error| MachineError::Host {
             what: "make the event loop",
@@ -66,7 +66,7 @@ impl Controller {
         };
         let mut events = EventManager::<Subscriber>::new().map_err(failed)?;
         events.add_subscriber(Arc::new(Mutex::new(Wake(outbox.wake().clone()))));
-        events.add_subscriber(Arc::new(Mutex::new(End {
+        events.add_subscriber(Arc::new(Mutex::new(SignalInput {
             signals,
             inbox: inbox.clone(),
         })));
@@ -113,7 +113,7 @@ impl Controller {
     /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
         config.validate()?;
-        crate::identity::complete(&mut config).map_err(MachineError::host("choose an address"))?;
+        crate::identity::complete(&mut config).map_err(MachineError::host("read /dev/urandom for a MAC address"))?;
         let consoles = Consoles::open(&config)?;
         consoles.show_paths(&mut config);
         self.consoles = Some(consoles);
@@ -162,6 +162,11 @@ impl Controller {
             }
             Message::Guest(..) => {}
             Message::Terminate => self.outcome = Some(Outcome::Terminated),
+            Message::Resized => {
+                if let Some(machine) = &self.machine {
+                    machine.terminal_resized();
+                }
+            }
         }
         Ok(())
     }
@@ -306,15 +311,18 @@ impl MutEventSubscriber for Wake {
 }
 
 /// Turns signals into messages.
-struct End {
-    signals: EndSignals,
+struct SignalInput {
+    signals: Signals,
     inbox: Inbox,
 }
 
-impl MutEventSubscriber for End {
+impl MutEventSubscriber for SignalInput {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        if self.signals.came() {
-            self.inbox.post(Message::Terminate);
+        while let Some(signal) = self.signals.next() {
+            self.inbox.post(match signal {
+                Signal::End => Message::Terminate,
+                Signal::Resized => Message::Resized,
+            });
         }
     }
 

@@ -13,7 +13,7 @@ use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_virtio::net::{Net, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockOptions};
-use triarch_virtio::{Block, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng};
+use triarch_virtio::{Block, ConsoleResizer, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng};
 
 use crate::MachineError;
 use crate::backends::Backends;
@@ -32,6 +32,7 @@ pub(crate) struct Host {
 pub(crate) struct Devices {
     host: Host,
     functions: Vec<Arc<VirtioPci>>,
+    resizer: Option<ConsoleResizer>,
 }
 
 type Made<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -46,6 +47,7 @@ impl Devices {
         let mut devices = Self {
             host,
             functions: Vec::new(),
+            resizer: None,
         };
         for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
             let (queues, size) = (disk.num_queues, disk.queue_size);
@@ -56,9 +58,13 @@ impl Devices {
         }
         devices.add(&Some("_rng".into()), |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
+            let mut resizer = None;
             devices.add(&Some("_console".into()), |id| {
-                Ok(Box::new(VirtioConsole::new(id, console.clone())))
+                let device = VirtioConsole::new(id, console.clone());
+                resizer = Some(device.resizer());
+                Ok(Box::new(device))
             })?;
+            devices.resizer = resizer;
         }
         if let Some(config) = &config.vsock {
             devices.add(&config.id, |id| vsock(id, config))?;
@@ -95,6 +101,13 @@ impl Devices {
     /// Where the guest's devices may have their BARs.
     pub(crate) fn windows(&self) -> &BarAllocator {
         self.host.root.windows()
+    }
+
+    /// Tells the guest of its console's new size, if it has one.
+    pub(crate) fn terminal_resized(&self) {
+        if let Some(resizer) = &self.resizer {
+            resizer.resized();
+        }
     }
 
     /// Finishes what is in flight and stops the devices.

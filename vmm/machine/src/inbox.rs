@@ -18,8 +18,10 @@ pub enum Message {
     /// Something happened in the guest. The number tells which build of it: what a guest did before its reset is of no interest
     /// after it.
     Guest(u64, GuestEvent),
-    /// The process was asked to end (SIGTERM, SIGINT).
+    /// The process was asked to end (SIGTERM, SIGINT, SIGHUP).
     Terminate,
+    /// The terminal may have another size (SIGWINCH).
+    Resized,
 }
 
 /// What happens in a guest.

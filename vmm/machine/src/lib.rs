@@ -20,7 +20,7 @@ pub use build::Machine;
 pub use control::{Controller, Outcome};
 pub use error::MachineError;
 pub use inbox::{GuestEvent, Inbox, Message};
-pub use signals::hold_end_signals;
+pub use signals::hold_signals;
 
 pub use triarch_arch::OLDER_SYSCALLS;
 pub use triarch_legacy::console::restore_terminal;

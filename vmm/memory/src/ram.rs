@@ -61,7 +61,7 @@ pub enum MemoryError {
     #[error("the host offers no huge pages of {0} bytes; see /sys/kernel/mm/hugepages for the sizes it has")]
     HugePageSize(u64),
     /// Region sizes must be whole pages.
-    #[error("{size} bytes at {base:#x} are not whole pages of {page} bytes")]
+    #[error("{size} bytes at {base:#x} are not whole pages of {page} bytes; make the memory a multiple of that")]
     Unaligned {
         /// GPA of the region.
         base: u64,
@@ -111,13 +111,6 @@ pub fn allocate(ranges: &[(GuestAddress, u64)], options: &RamOptions) -> Result<
     if options.huge_pages.is_none() {
         check_host_has(total)?;
     }
-    let file = if options.shared || options.huge_pages.is_some() {
-        Some(memfd(total, options)?)
-    } else {
-        None
-    };
-    let mut offset = 0;
-    let mut regions = Vec::with_capacity(ranges.len());
     for &(base, size) in ranges {
         if size == 0 || size % page != 0 {
             return Err(MemoryError::Unaligned {
@@ -126,6 +119,15 @@ pub fn allocate(ranges: &[(GuestAddress, u64)], options: &RamOptions) -> Result<
                 page,
             });
         }
+    }
+    let file = if options.shared || options.huge_pages.is_some() {
+        Some(memfd(total, options)?)
+    } else {
+        None
+    };
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(ranges.len());
+    for &(base, size) in ranges {
         let backing = match &file {
             Some(file) => Some(FileOffset::new(
                 file.try_clone().map_err(|source| MemoryError::MemFd { size, source })?,
@@ -343,6 +345,14 @@ mod tests {
         assert!(matches!(
             allocate(&[(GuestAddress(0), MIB)], &huge),
             Err(MemoryError::HugePageSize(_))
+        ));
+        let default_huge = RamOptions {
+            huge_pages: Some(HugePages { page_size: None }),
+            ..options
+        };
+        assert!(matches!(
+            allocate(&[(GuestAddress(0), MIB)], &default_huge),
+            Err(MemoryError::Unaligned { size: MIB, .. })
         ));
     }
 }

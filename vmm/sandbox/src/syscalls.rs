@@ -200,8 +200,6 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(EVENTS))
             .chain(ioctls(KVM_RUNNING))
             .chain(activation())
-            // A byte for the serial port goes to its socket at once.
-            .chain(calls(&[SYS_sendto]))
             .collect(),
         ThreadClass::Disk => base
             .chain(calls(EVENTS))

@@ -32,7 +32,7 @@ pub enum OpenError {
     #[error("cannot make a pseudo-terminal")]
     Pty(#[source] io::Error),
     /// The output file cannot be written.
-    #[error("cannot write the console to {}", path.display())]
+    #[error("cannot write the console to {}; give a file in a directory that exists and may be written", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -40,8 +40,14 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// Another process listens at the path.
+    #[error("another process listens on the socket {}; stop it or choose another path", .0.display())]
+    InUse(PathBuf),
+    /// Something else is at the path.
+    #[error("{} exists and is no socket; remove it or choose another path", .0.display())]
+    NotASocket(PathBuf),
     /// The socket cannot be listened on.
-    #[error("cannot listen for console clients at {}", path.display())]
+    #[error("cannot listen for console clients at {}; give a short path in a directory that exists and may be written", path.display())]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -69,10 +75,7 @@ impl Console {
                 (peer, Some(path.clone()))
             }
             Backend::Socket(path) => {
-                let peer = socket(&epoll, path).map_err(|source| OpenError::Socket {
-                    path: path.clone(),
-                    source,
-                })?;
+                let peer = socket(&epoll, path).map_err(|source| socket_error(path, source))?;
                 (peer, Some(path.clone()))
             }
         };
@@ -156,6 +159,15 @@ fn socket(epoll: &Epoll, path: &Path) -> io::Result<Peer> {
         client: None,
         path: path.to_owned(),
     })
+}
+
+fn socket_error(path: &Path, source: io::Error) -> OpenError {
+    let path = path.to_owned();
+    match fs::metadata(&path) {
+        _ if source.kind() != io::ErrorKind::AddrInUse => OpenError::Socket { path, source },
+        Ok(found) if !found.file_type().is_socket() => OpenError::NotASocket(path),
+        _ => OpenError::InUse(path),
+    }
 }
 
 fn abandoned(path: &Path) -> bool {

@@ -150,7 +150,7 @@ fn input_waits_for_room_and_the_descriptor_stays_quiet_meanwhile() {
 fn sockets_come_and_go_with_the_console() {
     let (_dir, path, console) = socket();
     let busy = Console::open(&Backend::Socket(path.clone())).err().expect("in use");
-    assert!(matches!(busy, OpenError::Socket { .. }));
+    assert!(matches!(busy, OpenError::InUse(_)));
     drop(console);
     assert!(!path.exists());
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());

@@ -15,7 +15,7 @@ pub struct EntropySource(Option<(File, PathBuf)>);
 
 /// Why a source cannot be used.
 #[derive(Debug, Error)]
-#[error("cannot read entropy from {}", path.display())]
+#[error("cannot read entropy from {}; give a readable device or file, like src=/dev/urandom", path.display())]
 pub struct SourceError {
     /// The source.
     pub path: PathBuf,

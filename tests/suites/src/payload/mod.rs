@@ -2,19 +2,21 @@
 //! subject; they run on any KVM, also one in software.
 
 mod api;
+mod backing;
 mod blk;
 mod boot;
 mod console;
-mod data;
-mod guest;
+pub(crate) mod data;
+mod ends;
+pub(crate) mod guest;
 mod memory;
 mod net;
 mod pause;
 mod pci;
 mod power;
-mod refusals;
 mod rings;
 mod rng;
+mod sandbox;
 mod smp;
 mod vsock;
 
@@ -26,6 +28,7 @@ pub fn tests() -> Vec<Test> {
         boot::TESTS,
         power::TESTS,
         memory::TESTS,
+        backing::TESTS,
         smp::TESTS,
         pci::TESTS,
         blk::TESTS,
@@ -35,7 +38,8 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         rings::TESTS,
         pause::TESTS,
-        refusals::TESTS,
+        ends::TESTS,
+        sandbox::TESTS,
         api::TESTS,
     ]
     .concat()
@@ -50,4 +54,4 @@ macro_rules! payload_tests {
         )*];
     };
 }
-use payload_tests;
+pub(crate) use payload_tests;
