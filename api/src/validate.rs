@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use std::ops::RangeInclusive;
+
 use thiserror::Error;
 
 use crate::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, DiskConfig, NetConfig, VmConfig};
@@ -31,8 +33,10 @@ pub enum ConfigError {
 const MAX_VCPUS: u32 = 254;
 /// Queues a disk or pair-wise a network interface can have.
 const MAX_QUEUES: u16 = 256;
-/// Ring sizes of virtio.
-const MAX_QUEUE_SIZE: u16 = 32768;
+/// Ring sizes of network interfaces: what virtio allows.
+const NET_QUEUE_SIZES: RangeInclusive<u16> = 2..=32768;
+/// Ring sizes of disks: a request has three descriptors at least, and the host takes 1024 buffers at once.
+const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
 fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
     ConfigError::Range {
@@ -184,7 +188,7 @@ impl VmConfig {
     }
 }
 
-fn validate_queues(field: &str, queues: u16, size: u16) -> Result<(), ConfigError> {
+fn validate_queues(field: &str, queues: u16, size: u16, sizes: &RangeInclusive<u16>) -> Result<(), ConfigError> {
     if !(1..=MAX_QUEUES).contains(&queues) {
         return Err(range(
             format!("{field} num_queues"),
@@ -192,8 +196,8 @@ fn validate_queues(field: &str, queues: u16, size: u16) -> Result<(), ConfigErro
             format!("between 1 and {MAX_QUEUES}"),
         ));
     }
-    if !size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&size) {
-        let allowed = format!("a power of two between 2 and {MAX_QUEUE_SIZE}");
+    if !size.is_power_of_two() || !sizes.contains(&size) {
+        let allowed = format!("a power of two between {} and {}", sizes.start(), sizes.end());
         return Err(range(format!("{field} queue_size"), size, allowed));
     }
     Ok(())
@@ -211,12 +215,12 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
             "at most 20 bytes long",
         ));
     }
-    validate_queues(&field, disk.num_queues, disk.queue_size)
+    validate_queues(&field, disk.num_queues, disk.queue_size, &DISK_QUEUE_SIZES)
 }
 
 fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
     let field = format!("--net (number {index})");
-    validate_queues(&field, net.num_queues, net.queue_size)?;
+    validate_queues(&field, net.num_queues, net.queue_size, &NET_QUEUE_SIZES)?;
     if !net.num_queues.is_multiple_of(2) {
         return Err(range(
             format!("{field} num_queues"),
@@ -373,6 +377,8 @@ mod tests {
             Some(vec![net])
         };
         assert!(refusal(|c| c.net = net(|n| n.num_queues = 3)).contains("even"));
+        assert!(refusal(|c| c.net = net(|n| n.ip = "10.0.0.1".parse().ok())).contains("no mask"));
+        assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 2048)])).contains("between 4 and 1024"));
         assert!(refusal(|c| c.net = net(|n| n.mac = Some(MAC_MULTICAST))).contains("unicast"));
         assert!(
             refusal(|c| c.vsock = Some(VsockConfig {
