@@ -356,6 +356,10 @@ fn a_response_is_read_before_the_next_is_made() {
     let server = Running::start(Box::new(Large(calls.clone())), Limits::default());
     let mut client = server.connect();
     client.send("GET / HTTP/1.1\r\n\r\n".repeat(20));
+    while calls.load(Ordering::SeqCst) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Time to go wrong in.
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(calls.load(Ordering::SeqCst), 1);
     for _ in 0..20 {

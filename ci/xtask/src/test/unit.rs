@@ -27,7 +27,15 @@ struct Program {
 pub fn run(filters: &[String], tally: &mut Tally) -> Result<()> {
     packages::require(&packages::LINK)?;
     let mut command = tools::cargo();
-    command.args(["test", "--quiet", "--workspace", "--lib", "--bins", "--tests", "--no-run"]);
+    command.args([
+        "test",
+        "--quiet",
+        "--workspace",
+        "--lib",
+        "--bins",
+        "--tests",
+        "--no-run",
+    ]);
     command
         .args(build::STATIC_ARGS)
         .args(["--message-format", "json-render-diagnostics"]);
