@@ -9,13 +9,20 @@ mod cmos;
 pub mod console;
 mod debug;
 mod i8042;
+mod pl011;
+mod pl031;
+mod port;
 mod power;
+mod primecell;
 mod serial;
 
 pub use clock::{Clock, HostClock};
 pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
 pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostCodes};
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
+pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};
+pub use pl031::{PL031_SIZE, Pl031, Pl031StateV1};
+pub use port::SerialPort;
 pub use power::{
     Ged, GedEvents, GedStateV1, PM_TIMER_HZ, PmTimer, PmTimerStateV1, PowerEvent, PowerSink, ResetPort, ResetRegister,
     S5_SLEEP_TYPE, SLEEP_OFF, SleepControl,

@@ -10,6 +10,7 @@ use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 
 use crate::console::{Console, ConsoleWriter};
+use crate::port::SerialPort;
 
 /// Ports the device claims.
 pub const SERIAL_PORTS: u64 = 8;
@@ -36,7 +37,7 @@ const LSR_DATA_READY: u8 = 0x01;
 /// Bytes the receiver's FIFO holds. More than the original's 16, which drivers cannot tell, and fewer interrupts.
 const FIFO: usize = 64;
 
-/// A 16550A with FIFOs. Claim [`SERIAL_PORTS`] ports for it and call [`on_event`](Self::on_event) when its console's descriptor is readable.
+/// A 16550A with FIFOs. Claim [`SERIAL_PORTS`] ports for it and call [`SerialPort::on_event`] when its console's descriptor is readable.
 ///
 /// A byte the guest writes is with the host when the write returns ([`Console::write`]). Input is taken as the FIFO has room.
 pub struct Serial {
@@ -153,22 +154,6 @@ impl Serial {
         }
     }
 
-    /// The console behind the port. Its descriptor is the one to watch.
-    pub fn console(&self) -> &Arc<Console> {
-        &self.console
-    }
-
-    /// Moves input from the console into the FIFO as far as there is room. To be called when the console's descriptor is readable.
-    pub fn on_event(&self) {
-        let mut buf = [0; FIFO];
-        // The lock is held while reading, so the guest cannot change the room meanwhile; the read does not wait.
-        let mut registers = self.lock();
-        let room = registers.room().min(FIFO);
-        let n = self.console.service(&mut buf[..room]);
-        let received = registers.uart.enqueue_raw_bytes(&buf[..n]);
-        self.check(received.map(|_| ()));
-    }
-
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -232,6 +217,22 @@ impl Registers {
             self.uart.read(DATA);
         }
         let _ = self.uart.write(LINE_CONTROL, line_control);
+    }
+}
+
+impl SerialPort for Serial {
+    fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    fn on_event(&self) {
+        let mut buf = [0; FIFO];
+        // The lock is held while reading, so the guest cannot change the room meanwhile; the read does not wait.
+        let mut registers = self.lock();
+        let room = registers.room().min(FIFO);
+        let n = self.console.service(&mut buf[..room]);
+        let received = registers.uart.enqueue_raw_bytes(&buf[..n]);
+        self.check(received.map(|_| ()));
     }
 }
 

@@ -334,7 +334,7 @@ impl PciSegment {
         (self.ecam_base.saturating_add(first), buses << 20)
     }
 
-    fn check(&self) -> Result<(), AcpiError> {
+    pub(super) fn check(&self) -> Result<(), AcpiError> {
         if self.last_bus < self.first_bus {
             return Err(AcpiError::BadBusRange {
                 segment: self.segment,

@@ -8,7 +8,7 @@ use super::table::Table;
 use super::{cpus, events, pci};
 
 /// From this revision on, integers have 64 bits.
-const REVISION: u8 = 2;
+pub(super) const REVISION: u8 = 2;
 
 /// AML that was made before.
 pub(super) struct Raw(pub(super) Vec<u8>);
@@ -38,7 +38,7 @@ pub(super) fn name(name: &str, value: &dyn Aml) -> Raw {
 
 pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     let mut table = Table::new(*b"DSDT", REVISION);
-    for segment in pci::roots(&config.pci, !config.numa.is_empty()) {
+    for segment in pci::roots(&config.pci, true, !config.numa.is_empty()) {
         table.push_aml(&segment);
     }
     table.push_aml(&motherboard(config));
@@ -102,7 +102,7 @@ fn claimed_ports(config: &AcpiConfig) -> Vec<(u16, u8)> {
 }
 
 /// A claim of a memory range, in the descriptor that its address needs.
-fn memory_claim(base: u64, size: u64) -> Raw {
+pub(super) fn memory_claim(base: u64, size: u64) -> Raw {
     match (u32::try_from(base), u32::try_from(size)) {
         (Ok(base), Ok(size)) => Raw::of(&Memory32Fixed::new(true, base, size)),
         _ => pci::memory_window(base, size, false),

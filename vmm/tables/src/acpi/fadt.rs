@@ -11,6 +11,9 @@ use super::table::{CREATOR_ID, CREATOR_REVISION, OEM_ID, OEM_REVISION, OEM_TABLE
 const VGA_NOT_PRESENT: u16 = 1 << 2;
 const NO_ASPM: u16 = 1 << 4;
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
+/// ARM boot flags (table 5.12).
+const PSCI_COMPLIANT: u16 = 1 << 0;
+const PSCI_USES_HVC: u16 = 1 << 1;
 /// Where the RTC counts centuries, as on every PC.
 const CENTURY_INDEX: u8 = 0x32;
 
@@ -47,6 +50,21 @@ pub(super) fn fadt(config: &AcpiConfig, dsdt: u64) -> Vec<u8> {
         None => boot_flags |= CMOS_RTC_NOT_PRESENT,
     }
     fadt.iapc_boot_arch = boot_flags.into();
+    let mut bytes = Vec::new();
+    fadt.finalize().to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// No registers at all: power is PSCI's, called by HVC.
+pub(super) fn arm_fadt(dsdt: u64) -> Vec<u8> {
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .preferred_pm_profile(PmProfile::EnterpriseServer)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::Headless);
+    fadt.creator_id = CREATOR_ID;
+    fadt.creator_revision = CREATOR_REVISION;
+    fadt.arm_boot_arch = (PSCI_COMPLIANT | PSCI_USES_HVC).into();
     let mut bytes = Vec::new();
     fadt.finalize().to_aml_bytes(&mut bytes);
     bytes

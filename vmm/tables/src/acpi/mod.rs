@@ -1,4 +1,4 @@
-//! ACPI for a hardware-reduced PC (ACPI 6.5).
+//! ACPI for a hardware-reduced PC (ACPI 6.5); for ARM see [`arm`].
 //!
 //! | table | what it says |
 //! |---|---|
@@ -21,6 +21,7 @@
 //!   the wake status) precedes it and means nothing.
 //! - Reading the event register returns what is pending and clears it, see [`EventBits`].
 
+pub mod arm;
 mod config;
 mod cpus;
 mod dsdt;
@@ -88,6 +89,17 @@ pub enum AcpiError {
     /// Two processors have one APIC identifier.
     #[error("two vCPUs have the APIC ID {0:#x}")]
     DuplicateApicId(u32),
+    /// Two processors have one affinity.
+    #[error("two vCPUs have the MPIDR {0:#x}")]
+    DuplicateMpidr(u64),
+    /// The topology has more or fewer places than there are processors.
+    #[error("the CPU topology has {places} places for {cpus} vCPUs")]
+    BadTopology {
+        /// Product of its levels.
+        places: u64,
+        /// Processors in the configuration.
+        cpus: usize,
+    },
     /// More serial ports than a PC has.
     #[error("{count} serial ports are more than the {max} that a PC has")]
     TooManySerialPorts {
@@ -162,27 +174,7 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
             pointers.push(block.add(slit));
         }
     }
-    let mut xsdt = Table::new(*b"XSDT", 1);
-    for pointer in pointers {
-        xsdt.push(&pointer.to_le_bytes());
-    }
-    let xsdt = block.add(xsdt.finish());
-
-    let size = block.bytes.len() as u64;
-    if size > config.placement.tables_size {
-        return Err(AcpiError::TooLarge {
-            size,
-            room: config.placement.tables_size,
-        });
-    }
-    let mut rsdp = Vec::new();
-    Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
-    Ok(AcpiTables {
-        tables_at: config.placement.tables,
-        tables: block.bytes,
-        rsdp_at: config.placement.rsdp,
-        rsdp,
-    })
+    block.finish(pointers, &config.placement)
 }
 
 /// Tables one behind the other.
@@ -205,5 +197,29 @@ impl Block {
         self.bytes.resize(at, 0);
         self.bytes.extend(table);
         self.base + at as u64
+    }
+
+    /// Ends the block with the XSDT of the tables at `pointers`, and makes the root pointer to it.
+    fn finish(mut self, pointers: Vec<u64>, placement: &AcpiPlacement) -> Result<AcpiTables, AcpiError> {
+        let mut xsdt = Table::new(*b"XSDT", 1);
+        for pointer in pointers {
+            xsdt.push(&pointer.to_le_bytes());
+        }
+        let xsdt = self.add(xsdt.finish());
+        let size = self.bytes.len() as u64;
+        if size > placement.tables_size {
+            return Err(AcpiError::TooLarge {
+                size,
+                room: placement.tables_size,
+            });
+        }
+        let mut rsdp = Vec::new();
+        Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
+        Ok(AcpiTables {
+            tables_at: placement.tables,
+            tables: self.bytes,
+            rsdp_at: placement.rsdp,
+            rsdp,
+        })
     }
 }

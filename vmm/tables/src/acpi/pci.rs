@@ -48,16 +48,16 @@ pub(super) fn mcfg(segments: &[PciSegment]) -> Vec<u8> {
     table.finish()
 }
 
-/// The root devices, `\_SB.PCI0` and so on.
-pub(super) fn roots(segments: &[PciSegment], numa: bool) -> Vec<Raw> {
+/// The root devices, `\_SB.PCI0` and so on; with `config_ports` the first has the PC's ports for configuration space.
+pub(super) fn roots(segments: &[PciSegment], config_ports: bool, numa: bool) -> Vec<Raw> {
     segments
         .iter()
         .enumerate()
-        .map(|(index, segment)| root(index, segment, numa))
+        .map(|(index, segment)| root(index, segment, config_ports && index == 0, numa))
         .collect()
 }
 
-fn root(index: usize, segment: &PciSegment, numa: bool) -> Raw {
+fn root(index: usize, segment: &PciSegment, config_ports: bool, numa: bool) -> Raw {
     let mut children = vec![
         name("_HID", &EISAName::new("PNP0A08")),
         name("_CID", &EISAName::new("PNP0A03")),
@@ -66,7 +66,7 @@ fn root(index: usize, segment: &PciSegment, numa: bool) -> Raw {
         name("_UID", &index),
         // Devices see memory as the processors' caches do.
         name("_CCA", &ONE),
-        name("_CRS", &resources(index == 0, segment)),
+        name("_CRS", &resources(config_ports, segment)),
         osc(),
     ];
     if numa {

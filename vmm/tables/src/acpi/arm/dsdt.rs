@@ -1,0 +1,89 @@
+//! DSDT: the name space of an ARM machine.
+
+use acpi_tables::aml::{
+    BufferData, Device, EISAName, Interrupt, Memory32Fixed, Method, Name, Path, ResourceTemplate, Return, ZERO,
+};
+
+use super::super::config::Register;
+use super::super::dsdt::{REVISION, Raw, memory_claim, name, refs};
+use super::super::table::Table;
+use super::super::{cpus, events, pci};
+use super::config::{ArmAcpiConfig, ArmCpu, Gic, Uart};
+use super::madt::enabled_cpu_entry;
+
+/// Present, enabled, shown, functioning (ACPI 6.3.7).
+const STATUS_THERE: u8 = 0xf;
+/// The same without enabled: ARM's processors are always present, their GIC interfaces cannot come later.
+const STATUS_DISABLED: u8 = 0xd;
+
+pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
+    let mut table = Table::new(*b"DSDT", REVISION);
+    for segment in pci::roots(&config.pci, false, false) {
+        table.push_aml(&segment);
+    }
+    table.push_aml(&motherboard(config));
+    table.push_aml(&processors(config));
+    if let Some(uart) = &config.uart {
+        table.push_aml(&serial(uart));
+    }
+    if let Some(device) = &config.events {
+        table.push_aml(&events::power_button());
+        table.push_aml(&events::event_device(device));
+    }
+    table.finish()
+}
+
+/// Claims what no driver claims: ECAM, without which Linux does not use it, and the machine's registers.
+fn motherboard(config: &ArmAcpiConfig) -> Raw {
+    let ecam = config.pci.iter().map(|segment| segment.ecam());
+    let mut resources: Vec<Raw> = ecam
+        .chain(config.claimed.iter().copied())
+        .map(|(base, size)| memory_claim(base, size))
+        .collect();
+    if let Some(Register::Memory(at)) = config.events.map(|device| device.register) {
+        resources.push(memory_claim(at, 1));
+    }
+    Raw::of(&Device::new(
+        Path::new("\\_SB_.MBRD"),
+        vec![
+            &name("_HID", &EISAName::new("PNP0C02")),
+            &name("_UID", &ZERO),
+            &name("_CRS", &ResourceTemplate::new(refs(&resources))),
+        ],
+    ))
+}
+
+fn processors(config: &ArmAcpiConfig) -> Raw {
+    let mut children = vec![name("_HID", &"ACPI0010"), name("_CID", &EISAName::new("PNP0A05"))];
+    children.extend((0u32..).zip(&config.cpus).map(|(uid, cpu)| processor(uid, cpu, &config.gic)));
+    Raw::of(&Device::new(Path::new("\\_SB_.CPUS"), refs(&children)))
+}
+
+fn processor(uid: u32, cpu: &ArmCpu, gic: &Gic) -> Raw {
+    let status = if cpu.enabled { STATUS_THERE } else { STATUS_DISABLED };
+    let children = [
+        name("_HID", &"ACPI0007"),
+        name("_UID", &uid),
+        Raw::of(&Method::new(Path::new("_STA"), 0, false, vec![&Return::new(&status)])),
+        Raw::of(&Name::new(
+            Path::new("_MAT"),
+            &BufferData::new(enabled_cpu_entry(uid, cpu, gic)),
+        )),
+    ];
+    Raw::of(&Device::new(Path::new(&cpus::device_name(uid)), refs(&children)))
+}
+
+/// Its registers are those of the SBSA generic UART and more.
+fn serial(uart: &Uart) -> Raw {
+    let interrupt = Interrupt::new(true, true, false, false, uart.gsi);
+    let registers = Memory32Fixed::new(true, uart.base, uart.size);
+    let resources = ResourceTemplate::new(vec![&registers, &interrupt]);
+    Raw::of(&Device::new(
+        Path::new("\\_SB_.COM1"),
+        vec![
+            &name("_HID", &"ARMH0011"),
+            &name("_UID", &ZERO),
+            &name("_CRS", &resources),
+        ],
+    ))
+}
