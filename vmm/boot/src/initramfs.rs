@@ -8,7 +8,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::kernel::{BootProtocol, LoadedKernel};
-use crate::layout::{BootTarget, MemRange};
+use crate::layout::{BootTarget, MemRange, MemoryLayout};
 
 /// An initramfs in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,10 +75,6 @@ fn load<M: GuestMemory + ?Sized>(
     kernel: &LoadedKernel,
     file: &mut File,
 ) -> Result<LoadedInitramfs, InitramfsProblem> {
-    let size = file.metadata().map_err(InitramfsProblem::Read)?.len();
-    if size == 0 {
-        return Err(InitramfsProblem::Empty);
-    }
     // Where memory ends below the hole, that is the limit worth naming.
     let kernel_limit = match &kernel.protocol {
         BootProtocol::Pvh => u64::from(u32::MAX) + 1,
@@ -86,20 +82,30 @@ fn load<M: GuestMemory + ?Sized>(
     };
     let limit = kernel_limit.min(target.layout.device_hole_start);
     let window = MemRange::from_bounds(target.layout.kernel_start, limit);
+    place(target.mem, target.memory, &window, &kernel.occupied, file)
+}
+
+/// Loads the initramfs in `file` at the highest page inside of `window`, clear of `occupied`.
+pub(crate) fn place<M: GuestMemory + ?Sized>(
+    mem: &M,
+    memory: &MemoryLayout,
+    window: &MemRange,
+    occupied: &[MemRange],
+    file: &mut File,
+) -> Result<LoadedInitramfs, InitramfsProblem> {
+    let size = file.metadata().map_err(InitramfsProblem::Read)?.len();
+    if size == 0 {
+        return Err(InitramfsProblem::Empty);
+    }
     let too_large = || InitramfsProblem::TooLarge {
         size,
-        room: target.memory.largest_fit(&window, &kernel.occupied),
-        limit,
+        room: memory.largest_fit(window, occupied),
+        limit: window.end(),
     };
-    let start = target
-        .memory
-        .highest_fit(size, &window, &kernel.occupied)
-        .ok_or_else(too_large)?;
+    let start = memory.highest_fit(size, window, occupied).ok_or_else(too_large)?;
     let length = usize::try_from(size).map_err(|_| too_large())?;
     file.rewind().map_err(InitramfsProblem::Read)?;
-    target
-        .mem
-        .read_exact_volatile_from(GuestAddress(start), file, length)
+    mem.read_exact_volatile_from(GuestAddress(start), file, length)
         .map_err(InitramfsProblem::Memory)?;
     Ok(LoadedInitramfs {
         start: GuestAddress(start),

@@ -56,8 +56,11 @@ pub enum KernelProblem {
     #[error("reading the file failed")]
     Read(#[source] io::Error),
     /// The file has no bytes.
-    #[error("the file is empty; give an x86-64 bzImage (vmlinuz) or a vmlinux ELF")]
-    Empty,
+    #[error("the file is empty; give {}", wants(*.wanted))]
+    Empty {
+        /// The guest's architecture.
+        wanted: GuestArch,
+    },
     /// The file is a kernel of another architecture.
     #[error("it is {found}, but this guest is {wanted}; give a kernel built for {wanted}")]
     WrongArch {
@@ -67,11 +70,19 @@ pub enum KernelProblem {
         wanted: GuestArch,
     },
     /// The file is something else.
-    #[error("it looks like {found}, not like a kernel; give an x86-64 bzImage (vmlinuz) or a vmlinux ELF")]
+    #[error("it looks like {found}, not like a kernel; give {}", wants(*.wanted))]
     NotAKernel {
         /// What the file looks like.
         found: FileKind,
+        /// The guest's architecture.
+        wanted: GuestArch,
     },
+    /// An EFI application that unpacks a kernel by a method we do not have.
+    #[error("it is a kernel compressed by {0} for UEFI; give the plain Image, or one compressed by gzip")]
+    Compression(String),
+    /// The kernel wants its data the other way round.
+    #[error("it is a big-endian kernel; give a little-endian one")]
+    BigEndian,
     /// The file ends too early.
     #[error("the file is truncated: its headers promise {needed} bytes, it has {found}; copy it again")]
     Truncated {
@@ -100,7 +111,7 @@ pub enum KernelProblem {
     /// There is no memory where the kernel has to be.
     #[error(
         "it needs guest memory from {start:#x} to {end:#x}, which is not free RAM; {}",
-        fit_advice(*.start, *.end, *.lowest)
+        fit_advice(*.start, *.end, *.lowest, *.ram_start)
     )]
     DoesNotFit {
         /// First address that is needed.
@@ -109,17 +120,27 @@ pub enum KernelProblem {
         end: u64,
         /// Lowest address for kernels in this machine.
         lowest: u64,
+        /// First address of RAM.
+        ram_start: u64,
     },
     /// Guest memory refused the bytes.
     #[error("copying it into guest memory failed")]
     Memory(#[source] GuestMemoryError),
 }
 
-fn fit_advice(start: u64, end: u64, lowest: u64) -> String {
+/// What a kernel has to be, in words.
+fn wants(arch: GuestArch) -> &'static str {
+    match arch {
+        GuestArch::X86_64 => "an x86-64 bzImage (vmlinuz) or a vmlinux ELF",
+        GuestArch::Aarch64 => "an arm64 Image, plain or compressed by gzip",
+    }
+}
+
+fn fit_advice(start: u64, end: u64, lowest: u64, ram_start: u64) -> String {
     if start < lowest {
         format!("link the kernel at {lowest:#x} or above")
     } else {
-        let mib = end.div_ceil(1 << 20);
+        let mib = end.saturating_sub(ram_start).div_ceil(1 << 20);
         format!("give the guest at least {mib} MiB of memory")
     }
 }
@@ -141,7 +162,7 @@ pub fn load_kernel<M: GuestMemory + ?Sized>(
 }
 
 fn load<M: GuestMemory + ?Sized>(target: &BootTarget<'_, M>, file: &mut File) -> Result<LoadedKernel, KernelProblem> {
-    let mut image = Image::new(file)?;
+    let mut image = Image::new(file, GuestArch::X86_64)?;
     let head = image.read_up_to(0, PROBE_SIZE)?;
     let kind = identify(&head);
     match kind.arch() {
@@ -150,7 +171,10 @@ fn load<M: GuestMemory + ?Sized>(target: &BootTarget<'_, M>, file: &mut File) ->
         None => {
             return Err(match kind {
                 FileKind::Elf { .. } | FileKind::EfiZboot => wrong_arch(kind),
-                _ => KernelProblem::NotAKernel { found: kind },
+                _ => KernelProblem::NotAKernel {
+                    found: kind,
+                    wanted: GuestArch::X86_64,
+                },
             });
         }
     }
@@ -175,10 +199,10 @@ pub(crate) struct Image<'a> {
 }
 
 impl<'a> Image<'a> {
-    fn new(file: &'a mut File) -> Result<Self, KernelProblem> {
+    pub(crate) fn new(file: &'a mut File, wanted: GuestArch) -> Result<Self, KernelProblem> {
         let len = file.metadata().map_err(KernelProblem::Read)?.len();
         if len == 0 {
-            return Err(KernelProblem::Empty);
+            return Err(KernelProblem::Empty { wanted });
         }
         Ok(Self { file, len })
     }
@@ -238,6 +262,7 @@ impl<M: GuestMemory + ?Sized> BootTarget<'_, M> {
                 start: range.start,
                 end: range.end(),
                 lowest: self.layout.kernel_start,
+                ram_start: 0,
             });
         }
         Ok(())

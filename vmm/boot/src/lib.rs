@@ -1,4 +1,6 @@
-//! Direct boot of x86-64 guests: kernel, initramfs, command line and the structures a kernel expects.
+//! Direct boot: kernel, initramfs, command line and the structures a kernel expects.
+//!
+//! For x86-64 guests that is what follows; for ARM see [`arm64`].
 //!
 //! Configuration comes in, bytes in guest memory and the state of the first vCPU go out; no KVM here.
 //! Two protocols are spoken, chosen by what the kernel file is:
@@ -21,6 +23,7 @@
 //! [pvh]: https://xenbits.xen.org/docs/unstable/misc/pvh.html
 //! [linux]: https://www.kernel.org/doc/html/latest/arch/x86/boot.html
 
+pub mod arm64;
 mod boot_data;
 mod bzimage;
 mod cmdline;
