@@ -379,4 +379,6 @@ pub struct PlatformConfig {
     /// OEM strings in SMBIOS; cloud-init and systemd read credentials from them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oem_strings: Option<Vec<String>>,
+    /// ARM: describe the machine by a device tree instead of ACPI.
+    pub dtb: bool,
 }

@@ -44,7 +44,10 @@ pub(crate) fn check(offset: u64, len: usize) -> Result<(), AccessError> {
 
 /// The value a guest writes.
 pub(crate) fn get(data: &[u8]) -> u32 {
-    data.iter().take(4).rev().fold(0, |value, byte| value << 8 | u32::from(*byte))
+    data.iter()
+        .take(4)
+        .rev()
+        .fold(0, |value, byte| value << 8 | u32::from(*byte))
 }
 
 /// Gives the guest as much of `value` as it reads.

@@ -59,7 +59,7 @@ struct Args {
     /// Debug port 0x402: tty, null, off or file=PATH
     #[arg(long, value_name = "CONSOLE", default_value = "off")]
     debug_console: String,
-    /// [uuid=UUID][,serial_number=TEXT][,oem_strings=[TEXT,...]]
+    /// [uuid=UUID][,serial_number=TEXT][,oem_strings=[TEXT,...]][,dtb=on]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
     /// API socket: PATH, path=PATH or fd=N

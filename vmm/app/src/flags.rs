@@ -226,9 +226,9 @@ pub(crate) fn debug_console(text: &str) -> anyhow::Result<DebugConsoleConfig> {
     Ok(DebugConsoleConfig { mode, file })
 }
 
-/// `--platform uuid=...,serial_number=...,oem_strings=[...]`
+/// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on`
 pub(crate) fn platform(text: &str) -> anyhow::Result<PlatformConfig> {
-    let known = ["serial_number", "uuid", "oem_strings"];
+    let known = ["serial_number", "uuid", "oem_strings", "dtb"];
     let elsewhere = [
         "num_pci_segments",
         "iommu_segments",
@@ -242,6 +242,7 @@ pub(crate) fn platform(text: &str) -> anyhow::Result<PlatformConfig> {
         serial_number: kv.text("serial_number").map(str::to_owned),
         uuid: kv.text("uuid").map(str::to_owned),
         oem_strings: strings.map(|list| list.into_iter().map(str::to_owned).collect()),
+        dtb: kv.switch("dtb")?.unwrap_or(false),
     })
 }
 

@@ -4,7 +4,15 @@
 //! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`Board`] (the devices that sit
 //! at fixed places) and [`load`] (kernel and firmware tables). No other crate asks which architecture it is built for.
 
+mod common;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
+pub use common::{AddressLimit, Vcpus};
+
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::*;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use triarch_api::{CpuTopology, MemoryConfig, VmConfig};
-use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, Platform, layout};
+use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
-use triarch_hypervisor::Vm;
-use triarch_legacy::Serial;
+use triarch_hypervisor::{Vcpu, Vm};
+use triarch_legacy::SerialPort;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
@@ -30,6 +30,8 @@ pub struct Machine {
     board: Board,
     /// The PCI root does not keep these alive.
     _buses: [Arc<Bus>; 2],
+    /// vCPUs the guest does not have yet.
+    _parked: Vec<Vcpu>,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
     _vm: Vm,
     _memory: GuestMemoryHandle,
@@ -47,12 +49,12 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let cpus = &config.cpus;
         let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
-        let ram = layout::ram_ranges(config.memory.size);
+        let ram = layout::ram_ranges(config.memory.size, plan.address_bits())?;
         let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(&config.memory))?);
         let vm = Vm::new(kvm)?;
         let platform = Platform::new(&vm)?;
         vm.map_memory(&memory.memory())?;
-        let vcpus = triarch_arch::create_vcpus(&vm, &plan)?;
+        let Vcpus { running, parked } = triarch_arch::create_vcpus(&vm, &plan, &platform)?;
 
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let windows = BarAllocator {
@@ -70,6 +72,7 @@ impl Machine {
             memory_size: config.memory.size,
             serial: consoles.serial.as_ref(),
             debug: consoles.debug.as_ref(),
+            device_tree: has_device_tree(config),
             power: Arc::new(move |event| power(GuestEvent::Power(event))),
         })?;
         let host = Host {
@@ -80,11 +83,11 @@ impl Machine {
             sandbox: sandbox.clone(),
         };
         let devices = Devices::build(config, consoles, backends, host)?;
-        boot(&memory.memory(), config, &plan, &board, &devices, &vcpus)?;
+        boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
 
         let _buses = [pio.clone(), mmio.clone()];
         let buses = Buses { pio, mmio };
-        let vcpus = VcpuSet::start(vcpus, buses, sandbox, move |index, event| {
+        let vcpus = VcpuSet::start(running, buses, sandbox, move |index, event| {
             report(GuestEvent::Vcpu(index, event));
         })?;
         Ok(Self {
@@ -92,6 +95,7 @@ impl Machine {
             devices,
             board,
             _buses,
+            _parked: parked,
             _vm: vm,
             _memory: memory,
         })
@@ -112,7 +116,7 @@ impl Machine {
     }
 
     /// The serial port, for its input.
-    pub(crate) fn serial(&self) -> Option<&Arc<Serial>> {
+    pub(crate) fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
         self.board.serial()
     }
 
@@ -144,7 +148,7 @@ fn boot(
     plan: &CpuPlan,
     board: &Board,
     devices: &Devices,
-    vcpus: &[triarch_hypervisor::Vcpu],
+    vcpus: &[Vcpu],
 ) -> Result<(), MachineError> {
     let payload = config.payload.clone().unwrap_or_default();
     let platform = config.platform.clone().unwrap_or_default();
@@ -156,6 +160,7 @@ fn boot(
         kernel: payload.kernel.or(payload.firmware).unwrap_or_default(),
         initramfs: payload.initramfs,
         cmdline: payload.cmdline.unwrap_or_default(),
+        device_tree: has_device_tree(config),
         serial_number: platform.serial_number,
         uuid: platform.uuid,
         oem_strings: platform.oem_strings.unwrap_or_default(),
@@ -164,6 +169,10 @@ fn boot(
         Some(first) => Ok(triarch_arch::set_entry(first, &entry)?),
         None => Ok(()),
     }
+}
+
+fn has_device_tree(config: &VmConfig) -> bool {
+    config.platform.as_ref().is_some_and(|platform| platform.dtb)
 }
 
 fn topology(t: CpuTopology) -> Topology {

@@ -9,7 +9,7 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use kvm_ioctls::Kvm;
 use triarch_api::{ApiError, Causes, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
-use triarch_legacy::{PowerEvent, Serial};
+use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -332,7 +332,7 @@ impl MutEventSubscriber for SignalInput {
 }
 
 /// Brings what is typed into the serial port.
-struct SerialInput(Arc<Serial>);
+struct SerialInput(Arc<dyn SerialPort>);
 
 impl MutEventSubscriber for SerialInput {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {

@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 use triarch_api::ConfigError;
-use triarch_arch::{BoardError, CpuError, LoadError};
+use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError};
 use triarch_hypervisor::HypervisorError;
 use triarch_legacy::console::OpenError;
 use triarch_memory::MemoryError;
@@ -24,6 +24,9 @@ pub enum MachineError {
     /// Guest memory.
     #[error("cannot provide the guest's memory")]
     Memory(#[from] MemoryError),
+    /// Guest memory's place.
+    #[error("cannot place the guest's memory")]
+    Address(#[from] AddressLimit),
     /// vCPUs.
     #[error("cannot provide the guest's processors")]
     Cpu(#[from] CpuError),

@@ -9,7 +9,7 @@ use triarch_hypervisor::Interrupts;
 use triarch_legacy::console::Console;
 use triarch_legacy::{
     CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, PowerSink,
-    ResetPort, ResetRegister, SERIAL_PORTS, Serial, SleepControl,
+    ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam, PciRoot};
 
@@ -50,6 +50,8 @@ pub struct BoardConfig<'a> {
     pub serial: Option<&'a Arc<Console>>,
     /// What the debug port is connected to; no port without.
     pub debug: Option<&'a Arc<Console>>,
+    /// Whether the guest boots by a device tree: not on a PC.
+    pub device_tree: bool,
     /// Told when the guest ends or resets itself.
     pub power: Arc<dyn PowerSink>,
 }
@@ -63,11 +65,14 @@ pub enum BoardError {
     /// No interrupt.
     #[error("cannot connect an interrupt")]
     Interrupt(#[from] io::Error),
+    /// Only ARM guests can have one.
+    #[error("--platform dtb=on is for ARM guests, this host's are described by ACPI; leave it out")]
+    DeviceTree,
 }
 
 /// The devices at fixed places.
 pub struct Board {
-    serial: Option<Arc<Serial>>,
+    serial: Option<Arc<dyn SerialPort>>,
     events: Arc<Ged>,
 }
 
@@ -77,6 +82,9 @@ impl Board {
         let BoardConfig {
             pio, interrupts, power, ..
         } = config;
+        if config.device_tree {
+            return Err(BoardError::DeviceTree);
+        }
         let port = |base: u16, len, device: Arc<dyn BusDevice>| pio.claim(u64::from(base), len, device);
         let clock = Arc::new(HostClock::new());
 
@@ -85,7 +93,7 @@ impl Board {
                 let line = interrupts.line(COM1_GSI)?;
                 let serial = Arc::new(Serial::new(console.clone(), line));
                 port(COM1, SERIAL_PORTS, serial.clone())?;
-                Some(serial)
+                Some(serial as Arc<dyn SerialPort>)
             }
             None => None,
         };
@@ -122,7 +130,7 @@ impl Board {
     }
 
     /// The serial port, for its input.
-    pub fn serial(&self) -> Option<&Arc<Serial>> {
+    pub fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
         self.serial.as_ref()
     }
 

@@ -11,7 +11,8 @@ use triarch_boot::EntryMode;
 use triarch_cpu_model::{CpuidEntry, CpuidTable, GuestCpu, Topology, TopologyError, Vendor, guest_cpuid};
 use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
 
-use super::Entry;
+use super::{Entry, Platform};
+use crate::Vcpus;
 
 /// Ids 255 and above cannot be addressed before a guest switches to x2APIC.
 const MAX_APIC_ID: u32 = 254;
@@ -135,9 +136,13 @@ impl CpuPlan {
     }
 }
 
-/// Makes the vCPUs the guest starts with. All but the first wait to be started by it.
-pub fn create_vcpus(vm: &Vm, plan: &CpuPlan) -> Result<Vec<Vcpu>, CpuError> {
-    (0..plan.boot).map(|index| create_vcpu(vm, plan, index)).collect()
+/// Makes the vCPUs the guest starts with. All but the first wait to be started by it. Others can be made at any time.
+pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, _platform: &Platform) -> Result<Vcpus, CpuError> {
+    let running: Result<_, _> = (0..plan.boot).map(|index| create_vcpu(vm, plan, index)).collect();
+    Ok(Vcpus {
+        running: running?,
+        parked: Vec::new(),
+    })
 }
 
 fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {

@@ -17,6 +17,8 @@ use std::ops::Range;
 use triarch_boot::MemRange;
 use vm_memory::GuestAddress;
 
+use crate::AddressLimit;
+
 /// Where the hole for devices below 4 GiB starts.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole.
@@ -48,14 +50,19 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// A 64-bit window is this large at least, whatever the CPU's address width.
 const MMIO64_ALIGN: u64 = 1 << 30;
 
-/// Where `size` bytes of RAM lie: below the hole, and the rest above it.
-pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+/// Where `size` bytes of RAM lie in an address space of `address_bits`: below the hole, and the rest above it.
+pub fn ram_ranges(size: u64, address_bits: u8) -> Result<Vec<(GuestAddress, u64)>, AddressLimit> {
     let low = size.min(LOW_RAM_END);
+    let end = match size - low {
+        0 => Some(low),
+        high => HIGH_RAM.checked_add(high),
+    };
+    AddressLimit::check(size, end, address_bits)?;
     let mut ranges = vec![(GuestAddress(0), low)];
     if size > low {
         ranges.push((GuestAddress(HIGH_RAM), size - low));
     }
-    ranges
+    Ok(ranges)
 }
 
 /// 64-bit BARs: from the end of RAM to the end of what a CPU with `address_bits` can reach.
@@ -75,11 +82,18 @@ mod tests {
 
     #[test]
     fn ram_goes_around_the_hole() {
-        assert_eq!(ram_ranges(GIB), [(GuestAddress(0), GIB)]);
-        assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
+        let ranges = |size| ram_ranges(size, 40).unwrap();
+        assert_eq!(ranges(GIB), [(GuestAddress(0), GIB)]);
+        assert_eq!(ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
         assert_eq!(
-            ram_ranges(5 * GIB),
+            ranges(5 * GIB),
             [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 2 * GIB)]
+        );
+        assert_eq!(ranges(1023 * GIB).len(), 2);
+        let error = ram_ranges(1024 * GIB, 40).unwrap_err().to_string();
+        assert!(
+            error.starts_with("1048576 MiB of memory") && error.contains("40 bits"),
+            "{error}"
         );
     }
 

@@ -35,6 +35,8 @@ pub struct LoadConfig<'a> {
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: String,
+    /// Whether to describe the machine by a device tree, which a [`Board`] of a PC refuses.
+    pub device_tree: bool,
     /// Serial number for SMBIOS.
     pub serial_number: Option<String>,
     /// UUID for SMBIOS.

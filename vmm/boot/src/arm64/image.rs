@@ -88,14 +88,19 @@ fn load<M: GuestMemory + ?Sized>(
 
 /// Where the packed kernel is in an EFI application of Linux (drivers/firmware/efi/libstub/zboot-header.S): offset, size.
 fn zboot_payload(head: &[u8], len: u64) -> Result<(u64, u64), KernelProblem> {
-    let number = |at: usize| head.get(at..at + 4).map(|b| u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])));
+    let number = |at: usize| {
+        head.get(at..at + 4)
+            .map(|b| u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+    };
     let (Some(start), Some(size), Some(method)) = (number(8), number(12), head.get(24..56)) else {
         return Err(KernelProblem::Truncated { needed: 56, found: len });
     };
     let method = method.split(|byte| *byte == 0).next().unwrap_or_default();
     if method != b"gzip" {
         let method = String::from_utf8_lossy(method);
-        return Err(KernelProblem::Compression(method.chars().filter(char::is_ascii_graphic).collect()));
+        return Err(KernelProblem::Compression(
+            method.chars().filter(char::is_ascii_graphic).collect(),
+        ));
     }
     let needed = start.saturating_add(size);
     if needed > len {
@@ -203,7 +208,10 @@ impl<M: GuestMemory + ?Sized> Copier<'_, M> {
             done += n as u64;
         }
         if let Some(len) = len.filter(|len| done < *len) {
-            return Err(KernelProblem::Truncated { needed: len, found: done });
+            return Err(KernelProblem::Truncated {
+                needed: len,
+                found: done,
+            });
         }
         Ok(Image {
             entry: GuestAddress(start),

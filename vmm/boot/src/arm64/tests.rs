@@ -96,8 +96,14 @@ fn refusals_say_what_is_wrong() {
     for (bytes, words) in [
         (vec![], "the file is empty; give an arm64 Image"),
         (bz, "it is an x86 bzImage, but this guest is arm64"),
-        (b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0".to_vec(), "an ELF file for x86-64, but this guest is arm64"),
-        (zboot(b"zstd", &[1, 2, 3]), "compressed by zstd for UEFI; give the plain Image"),
+        (
+            b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0".to_vec(),
+            "an ELF file for x86-64, but this guest is arm64",
+        ),
+        (
+            zboot(b"zstd", &[1, 2, 3]),
+            "compressed by zstd for UEFI; give the plain Image",
+        ),
         (zboot(b"gzip", &packed)[..5000].to_vec(), "truncated"),
         (packed[..packed.len() / 2].to_vec(), "compressed data"),
         (gzip(b"hello"), "compressed data end too early"),
@@ -167,7 +173,14 @@ fn trees_have_what_a_kernel_looks_for() {
     let full = device_tree(&chosen("quiet"), &machine(254)).unwrap();
     assert_eq!(full[..4], [0xd0, 0x0d, 0xfe, 0xed]);
     let has = |tree: &[u8], text: &str| tree.windows(text.len()).any(|w| w == text.as_bytes());
-    for text in ["quiet", "cpu@fd", "arm,gic-v3-its", "pci-host-ecam-generic", "/pl011@9000000", "arm,pl031"] {
+    for text in [
+        "quiet",
+        "cpu@fd",
+        "arm,gic-v3-its",
+        "pci-host-ecam-generic",
+        "/pl011@9000000",
+        "arm,pl031",
+    ] {
         assert!(has(&full, text), "{text}");
     }
     assert!(!has(&full, "linux,uefi"));
@@ -185,7 +198,10 @@ fn trees_have_what_a_kernel_looks_for() {
         ..chosen("quiet")
     };
     assert!(matches!(stub_device_tree(&small, &efi), Err(FdtError::TooLarge { .. })));
-    assert!(matches!(stub_device_tree(&chosen("a\0b"), &efi), Err(FdtError::Cmdline(_))));
+    assert!(matches!(
+        stub_device_tree(&chosen("a\0b"), &efi),
+        Err(FdtError::Cmdline(_))
+    ));
 }
 
 proptest! {

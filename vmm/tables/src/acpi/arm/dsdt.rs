@@ -55,7 +55,11 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
 
 fn processors(config: &ArmAcpiConfig) -> Raw {
     let mut children = vec![name("_HID", &"ACPI0010"), name("_CID", &EISAName::new("PNP0A05"))];
-    children.extend((0u32..).zip(&config.cpus).map(|(uid, cpu)| processor(uid, cpu, &config.gic)));
+    children.extend(
+        (0u32..)
+            .zip(&config.cpus)
+            .map(|(uid, cpu)| processor(uid, cpu, &config.gic)),
+    );
     Raw::of(&Device::new(Path::new("\\_SB_.CPUS"), refs(&children)))
 }
 

@@ -86,9 +86,7 @@ fn named<'a>(tables: &[&'a [u8]], signature: &[u8]) -> &'a [u8] {
 fn all_tables_are_there_and_sum_to_zero() {
     let built = build(&config(4, 2)).unwrap();
     let tables = found(&built);
-    for signature in [
-        "FACP", "APIC", "GTDT", "PPTT", "MCFG", "IORT", "SPCR", "DSDT",
-    ] {
+    for signature in ["FACP", "APIC", "GTDT", "PPTT", "MCFG", "IORT", "SPCR", "DSDT"] {
         assert_eq!(checksum(named(&tables, signature.as_bytes())), 0, "{signature}");
     }
     let sizes = ["GTDT", "SPCR"].map(|s| named(&tables, s.as_bytes()).len());
@@ -137,7 +135,10 @@ fn contradictions_are_refused() {
     assert_eq!(build(&twice), Err(AcpiError::DuplicateMpidr(0)));
     let mut shape = config(2, 2);
     shape.topology.cores = 3;
-    assert!(matches!(build(&shape), Err(AcpiError::BadTopology { places: 3, cpus: 2 })));
+    assert!(matches!(
+        build(&shape),
+        Err(AcpiError::BadTopology { places: 3, cpus: 2 })
+    ));
     let mut small = config(2, 2);
     small.placement.tables_size = 64;
     assert!(matches!(build(&small), Err(AcpiError::TooLarge { .. })));

@@ -1,0 +1,221 @@
+//! vCPUs: which features of the host's they have, and where they start.
+
+use kvm_bindings::{
+    KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
+    KVM_ARM_VCPU_SVE, kvm_device_attr, kvm_vcpu_init,
+};
+use kvm_ioctls::{Cap, Kvm};
+use thiserror::Error;
+use triarch_cpu_model::{Topology, TopologyError};
+use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
+
+use super::{Entry, Platform, layout};
+use crate::Vcpus;
+
+/// Addresses of guests where the host does not tell.
+const DEFAULT_ADDRESS_BITS: u8 = 40;
+
+/// KVM's numbers of registers (Linux, Documentation/virt/kvm/api.rst, 4.68): core registers of 64 bits by their index in 32-bit
+/// words, and system registers by their encoding.
+const CORE_REGISTER: u64 = 0x6030_0000_0010_0000;
+const X0: u64 = CORE_REGISTER;
+const PC: u64 = CORE_REGISTER | 64;
+const MPIDR_EL1: u64 = 0x6030_0000_0013_c005;
+/// Affinity fields of MPIDR_EL1.
+const AFFINITY: u64 = 0xff_00ff_ffff;
+
+/// Why vCPUs could not be made as asked.
+#[derive(Debug, Error)]
+pub enum CpuError {
+    /// The topology does not fit.
+    #[error("the CPU topology is invalid")]
+    Topology(#[from] TopologyError),
+    /// More vCPUs than the host's KVM can run.
+    #[error("{asked} vCPUs were asked for, the GIC of this host's KVM allows {max}; lower --cpus max")]
+    TooMany {
+        /// vCPUs asked for.
+        asked: u32,
+        /// vCPUs the host allows.
+        max: usize,
+    },
+    /// The tables would lie.
+    #[error("KVM gave vCPU {index} the MPIDR {found:#x} instead of {expected:#x}")]
+    Affinity {
+        /// Index of the vCPU.
+        index: u32,
+        /// What it has.
+        found: u64,
+        /// What the tables say.
+        expected: u64,
+    },
+    /// KVM refused.
+    #[error("cannot set up a vCPU")]
+    Kvm(#[from] HypervisorError),
+}
+
+/// The processors of a guest, before they exist.
+pub struct CpuPlan {
+    topology: Topology,
+    boot: u32,
+    max: u32,
+    address_bits: u8,
+    features: Features,
+}
+
+/// Optional features, all of which a guest has where the host has them.
+#[derive(Clone, Copy)]
+struct Features {
+    sve: bool,
+    pauth: bool,
+    pmu: bool,
+}
+
+impl CpuPlan {
+    /// Plans `boot` vCPUs now and `max` at most, shaped by `topology` (flat when `None`).
+    pub fn new(kvm: &Kvm, boot: u32, max: u32, topology: Option<Topology>) -> Result<Self, CpuError> {
+        let allowed = kvm.get_max_vcpus().min(layout::MAX_VCPUS as usize);
+        if max as usize > allowed {
+            return Err(CpuError::TooMany {
+                asked: max,
+                max: allowed,
+            });
+        }
+        let topology = topology.unwrap_or_else(|| Topology::flat(max as u16));
+        topology.check(max)?;
+        if !kvm.check_extension(Cap::ArmPsci02) {
+            return Err(HypervisorError::Capability("PSCI 0.2").into());
+        }
+        let has = |capability| kvm.check_extension(capability);
+        Ok(Self {
+            topology,
+            boot,
+            max,
+            address_bits: match kvm.get_host_ipa_limit() {
+                limit @ 32..=52 => limit as u8,
+                _ => DEFAULT_ADDRESS_BITS,
+            },
+            features: Features {
+                sve: has(Cap::ArmSve),
+                pauth: has(Cap::ArmPtrAuthAddress) && has(Cap::ArmPtrAuthGeneric),
+                pmu: has(Cap::ArmPmuV3),
+            },
+        })
+    }
+
+    /// Width of a guest physical address in bits: the host's limit, which is lower than its CPU's on some.
+    pub fn address_bits(&self) -> u8 {
+        self.address_bits
+    }
+
+    /// vCPUs the guest starts with.
+    pub fn boot_vcpus(&self) -> u32 {
+        self.boot
+    }
+
+    /// vCPUs it can have at most.
+    pub fn max_vcpus(&self) -> u32 {
+        self.max
+    }
+
+    /// Their shape.
+    pub(super) fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Interrupt number of the performance monitors, if the vCPUs have them.
+    pub(super) fn pmu_interrupt(&self) -> Option<u32> {
+        self.features.pmu.then_some(layout::interrupt::PMU)
+    }
+
+    /// The affinity fields of vCPU `index`, which KVM derives from its number: 16 to a level-0 group, since no more get an
+    /// interrupt of another by one write, and 256 to the next.
+    pub fn hardware_id(&self, index: u32) -> u64 {
+        u64::from(index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
+    }
+
+    fn init(&self, target: &kvm_vcpu_init, index: u32) -> kvm_vcpu_init {
+        let Features { sve, pauth, pmu } = self.features;
+        let mut init = *target;
+        for (bit, on) in [
+            (KVM_ARM_VCPU_PSCI_0_2, true),
+            (KVM_ARM_VCPU_POWER_OFF, index > 0),
+            (KVM_ARM_VCPU_SVE, sve),
+            (KVM_ARM_VCPU_PTRAUTH_ADDRESS, pauth),
+            (KVM_ARM_VCPU_PTRAUTH_GENERIC, pauth),
+            (KVM_ARM_VCPU_PMU_V3, pmu),
+        ] {
+            init.features[0] |= u32::from(on) << bit;
+        }
+        init
+    }
+}
+
+/// Makes all vCPUs the guest may ever have, since KVM takes none once the GIC works, and starts the GIC. All but the first wait to be
+/// started by it; those the guest does not start with are parked.
+pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpus, CpuError> {
+    platform.place_redistributors(plan.max)?;
+    let mut target = kvm_vcpu_init::default();
+    vm.fd()
+        .get_preferred_target(&mut target)
+        .map_err(HypervisorError::kvm("tell its kind of vCPU"))?;
+    let made: Result<Vec<_>, _> = (0..plan.max).map(|index| create(vm, plan, &target, index)).collect();
+    let mut running = made?;
+    platform.start()?;
+    if plan.features.pmu {
+        running.iter().try_for_each(start_pmu)?;
+    }
+    let parked = running.split_off(plan.boot as usize);
+    Ok(Vcpus { running, parked })
+}
+
+fn create(vm: &Vm, plan: &CpuPlan, target: &kvm_vcpu_init, index: u32) -> Result<Vcpu, CpuError> {
+    let vcpu = vm.create_vcpu(u64::from(index))?;
+    vcpu.fd()
+        .vcpu_init(&plan.init(target, index))
+        .map_err(HypervisorError::kvm("give a vCPU the host's features"))?;
+    if plan.features.sve {
+        vcpu.fd()
+            .vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
+            .map_err(HypervisorError::kvm("give a vCPU SVE"))?;
+    }
+    let mut mpidr = [0; 8];
+    vcpu.fd()
+        .get_one_reg(MPIDR_EL1, &mut mpidr)
+        .map_err(HypervisorError::kvm("read registers"))?;
+    let (found, expected) = (u64::from_le_bytes(mpidr) & AFFINITY, plan.hardware_id(index));
+    if found != expected {
+        return Err(CpuError::Affinity { index, found, expected });
+    }
+    Ok(vcpu)
+}
+
+/// Connects a vCPU's performance monitors to the GIC.
+fn start_pmu(vcpu: &Vcpu) -> Result<(), HypervisorError> {
+    let interrupt = layout::interrupt::PMU;
+    for (attr, addr) in [
+        (KVM_ARM_VCPU_PMU_V3_IRQ, std::ptr::from_ref(&interrupt) as u64),
+        (KVM_ARM_VCPU_PMU_V3_INIT, 0),
+    ] {
+        let attribute = kvm_device_attr {
+            flags: 0,
+            group: KVM_ARM_VCPU_PMU_V3_CTRL,
+            attr: u64::from(attr),
+            addr,
+        };
+        vcpu.fd()
+            .set_device_attr(&attribute)
+            .map_err(HypervisorError::kvm("start the performance monitors"))?;
+    }
+    Ok(())
+}
+
+/// Puts the first vCPU at the kernel's entry: at EL1, interrupts masked, as KVM makes it, with the device tree in x0.
+pub fn set_entry(vcpu: &Vcpu, entry: &Entry) -> Result<(), HypervisorError> {
+    for (register, value) in [(X0, entry.device_tree), (PC, entry.kernel)] {
+        vcpu.fd()
+            .set_one_reg(register, &value.to_le_bytes())
+            .map_err(HypervisorError::kvm("set registers"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! The machine in the words of ACPI and of device trees.
+
+use triarch_boot::arm64::{DeviceTree, Gic, Pci, Timer};
+use triarch_legacy::{PL011_SIZE, PL031_SIZE};
+use triarch_tables::acpi::arm::{self, ArmAcpiConfig, ArmCpu, Uart};
+use triarch_tables::acpi::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
+
+use super::layout::{self, interrupt};
+use super::load::{LoadConfig, ram};
+
+const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
+
+fn redistributors_size(config: &LoadConfig<'_>) -> u64 {
+    u64::from(config.plan.max_vcpus()) * layout::GIC_REDISTRIBUTOR_SIZE
+}
+
+pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
+    let plan = config.plan;
+    let topology = plan.topology();
+    let cpu = |index| ArmCpu {
+        mpidr: plan.hardware_id(index),
+        enabled: index < plan.boot_vcpus(),
+    };
+    ArmAcpiConfig {
+        placement: AcpiPlacement {
+            tables: layout::ACPI_TABLES.start,
+            tables_size: layout::ACPI_TABLES.size,
+            rsdp: layout::RSDP,
+        },
+        cpus: (0..plan.max_vcpus()).map(cpu).collect(),
+        topology: arm::Topology {
+            threads: topology.threads_per_core,
+            cores: topology.cores_per_die,
+            dies: topology.dies_per_package,
+            packages: topology.packages,
+        },
+        gic: arm::Gic {
+            distributor: layout::GIC_DISTRIBUTOR,
+            redistributors: layout::GIC_REDISTRIBUTORS,
+            redistributors_size: redistributors_size(config) as u32,
+            its: layout::GIC_ITS,
+            pmu: plan.pmu_interrupt(),
+        },
+        timer: arm::Timer {
+            secure: interrupt::TIMER_SECURE,
+            physical: interrupt::TIMER_PHYSICAL,
+            virt: interrupt::TIMER_VIRTUAL,
+            hypervisor: interrupt::TIMER_HYPERVISOR,
+        },
+        pci: vec![pci_segment(config)],
+        events: Some(EventDevice {
+            gsi: interrupt::GED,
+            register: Register::Memory(layout::GED),
+        }),
+        uart: config.board.serial().map(|_| Uart {
+            base: layout::UART as u32,
+            size: PL011_SIZE as u32,
+            gsi: interrupt::UART,
+        }),
+        claimed: vec![(layout::RTC, PL031_SIZE)],
+    }
+}
+
+fn pci_segment(config: &LoadConfig<'_>) -> PciSegment {
+    let windows = [(&config.windows.mmio32, false), (&config.windows.mmio64, true)];
+    let windows = windows.into_iter().filter(|(range, _)| !range.is_empty());
+    PciSegment {
+        segment: 0,
+        ecam_base: layout::ECAM,
+        first_bus: 0,
+        last_bus: LAST_BUS,
+        io: Vec::new(),
+        mmio: windows
+            .map(|(range, prefetchable)| MmioWindow {
+                start: range.start,
+                size: range.end - range.start,
+                prefetchable,
+            })
+            .collect(),
+        prt: Vec::new(),
+        node: 0,
+    }
+}
+
+/// Only the processors the guest starts with: a device tree knows none that come later.
+pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
+    let plan = config.plan;
+    let window = |range: &std::ops::Range<u64>| (range.start, range.end.saturating_sub(range.start));
+    DeviceTree {
+        ram: ram(config.memory),
+        cpus: (0..plan.boot_vcpus()).map(|index| plan.hardware_id(index)).collect(),
+        gic: Gic {
+            distributor: (layout::GIC_DISTRIBUTOR, layout::GIC_DISTRIBUTOR_SIZE),
+            redistributors: (layout::GIC_REDISTRIBUTORS, redistributors_size(config)),
+            its: (layout::GIC_ITS, layout::GIC_ITS_SIZE),
+        },
+        timer: Timer {
+            secure: interrupt::TIMER_SECURE,
+            physical: interrupt::TIMER_PHYSICAL,
+            virt: interrupt::TIMER_VIRTUAL,
+            hypervisor: interrupt::TIMER_HYPERVISOR,
+        },
+        pmu: plan.pmu_interrupt(),
+        uart: config
+            .board
+            .serial()
+            .map(|_| (layout::UART, PL011_SIZE, interrupt::UART)),
+        rtc: (layout::RTC, PL031_SIZE),
+        pci: Pci {
+            ecam: (layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE),
+            last_bus: u32::from(LAST_BUS),
+            mmio32: window(&config.windows.mmio32),
+            mmio64: window(&config.windows.mmio64),
+        },
+    }
+}

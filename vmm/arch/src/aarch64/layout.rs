@@ -1,0 +1,143 @@
+//! The guest's physical address map. RAM, device tree, root pointer, serial port and clock are where Cloud Hypervisor has them, so
+//! that its firmware builds fit.
+//!
+//! ```text
+//! 0x0000_0000  firmware
+//! 0x0600_0000  GIC: ITS
+//! 0x0700_0000  GIC: redistributors, 128 KiB a vCPU
+//! 0x08ff_0000  GIC: distributor
+//! 0x0900_0000  PL011, then PL031 and the event register, 64 KiB apart
+//! 0x1000_0000  32-bit BARs
+//! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
+//! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
+//! ...          64-bit BARs, from the first GiB behind RAM to the end of what a guest can address
+//! ```
+
+use std::ops::Range;
+
+use triarch_boot::MemRange;
+use vm_memory::GuestAddress;
+
+use crate::AddressLimit;
+
+/// First address of RAM.
+pub const RAM: u64 = 0x4000_0000;
+/// 32-bit BARs.
+pub const MMIO32: Range<u64> = 0x1000_0000..ECAM;
+/// PCI configuration space of segment 0.
+pub const ECAM: u64 = 0x3000_0000;
+/// Bytes of configuration space a bus has.
+pub const ECAM_BUS_SIZE: u64 = 1 << 20;
+/// Buses of a segment.
+pub const PCI_BUSES: u64 = 1;
+/// There are no I/O ports.
+pub const PCI_IO: Range<u16> = 0..0;
+
+/// GIC: interrupt translation service.
+pub const GIC_ITS: u64 = 0x0600_0000;
+/// Its bytes.
+pub const GIC_ITS_SIZE: u64 = 0x2_0000;
+/// GIC: redistributor of the first vCPU; the others follow.
+pub const GIC_REDISTRIBUTORS: u64 = 0x0700_0000;
+/// Bytes of one.
+pub const GIC_REDISTRIBUTOR_SIZE: u64 = 0x2_0000;
+/// GIC: distributor.
+pub const GIC_DISTRIBUTOR: u64 = 0x08ff_0000;
+/// Its bytes.
+pub const GIC_DISTRIBUTOR_SIZE: u64 = 0x1_0000;
+/// vCPUs there is room for redistributors for.
+pub const MAX_VCPUS: u32 = ((GIC_DISTRIBUTOR - GIC_REDISTRIBUTORS) / GIC_REDISTRIBUTOR_SIZE) as u32;
+
+/// Serial port.
+pub const UART: u64 = 0x0900_0000;
+/// Real-time clock.
+pub const RTC: u64 = 0x0901_0000;
+/// Register of the generic event device.
+pub const GED: u64 = 0x0903_0000;
+
+/// Interrupt numbers of the GIC.
+pub mod interrupt {
+    /// The first that is shared by all vCPUs.
+    pub const FIRST_SHARED: u32 = 32;
+    /// Serial port.
+    pub const UART: u32 = 33;
+    /// Generic event device.
+    pub const GED: u32 = 36;
+    /// Performance monitors of each vCPU.
+    pub const PMU: u32 = 23;
+    /// Generic timer of each vCPU, non-secure EL2.
+    pub const TIMER_HYPERVISOR: u32 = 26;
+    /// Virtual timer.
+    pub const TIMER_VIRTUAL: u32 = 27;
+    /// Secure EL1.
+    pub const TIMER_SECURE: u32 = 29;
+    /// Non-secure EL1.
+    pub const TIMER_PHYSICAL: u32 = 30;
+}
+
+/// Device tree.
+pub const DEVICE_TREE: MemRange = MemRange::from_bounds(RAM, RAM + (2 << 20));
+/// ACPI, EFI and SMBIOS tables.
+pub const TABLES: MemRange = MemRange::from_bounds(RAM + (2 << 20), RAM + (4 << 20));
+/// ACPI's root pointer; firmware looks for it here.
+pub const RSDP: u64 = TABLES.start;
+/// ACPI tables.
+pub const ACPI_TABLES: MemRange = MemRange::from_bounds(RSDP + 0x1000, EFI_TABLES);
+/// EFI tables.
+pub const EFI_TABLES: u64 = TABLES.start + 0x10_0000;
+/// SMBIOS entry point and tables.
+pub const SMBIOS: MemRange = MemRange::from_bounds(TABLES.start + 0x18_0000, TABLES.end());
+/// Lowest address for kernels.
+pub const KERNEL: u64 = TABLES.end();
+
+/// A 64-bit window is this large at least.
+const MMIO64_ALIGN: u64 = 1 << 30;
+/// Kernels with 4 KiB pages see no more.
+const USUAL_ADDRESS_BITS: u8 = 48;
+
+/// Where `size` bytes of RAM lie in an address space of `address_bits`.
+pub fn ram_ranges(size: u64, address_bits: u8) -> Result<Vec<(GuestAddress, u64)>, AddressLimit> {
+    AddressLimit::check(size, RAM.checked_add(size), address_bits)?;
+    Ok(vec![(GuestAddress(RAM), size)])
+}
+
+/// 64-bit BARs: from the end of RAM to the end of the address space.
+pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
+    let start = RAM
+        .saturating_add(ram_size)
+        .checked_next_multiple_of(MMIO64_ALIGN)
+        .unwrap_or(u64::MAX);
+    // BARs of 64 bits lie above those of 32.
+    let start = start.max(1 << 32);
+    let end = 1u64 << address_bits.clamp(32, USUAL_ADDRESS_BITS);
+    start..end.max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn memory_ends_where_addresses_do() {
+        assert_eq!(ram_ranges(GIB, 40).unwrap(), [(GuestAddress(RAM), GIB)]);
+        assert!(ram_ranges(1023 * GIB, 40).is_ok());
+        let error = ram_ranges(1024 * GIB, 40).unwrap_err().to_string();
+        assert!(error.contains("1048576 MiB") && error.contains("40 bits"), "{error}");
+        assert!(ram_ranges(u64::MAX, 48).is_err());
+    }
+
+    #[test]
+    fn the_64_bit_window_follows_ram() {
+        assert_eq!(mmio64(GIB, 40), 4 * GIB..1 << 40);
+        assert_eq!(mmio64(6 * GIB + 4096, 40).start, 8 * GIB);
+        assert!(mmio64(1 << 52, 40).is_empty());
+    }
+
+    #[test]
+    fn everything_a_configuration_allows_has_a_redistributor() {
+        const { assert!(MAX_VCPUS >= 254) };
+        const { assert!(GIC_ITS + GIC_ITS_SIZE <= GIC_REDISTRIBUTORS) };
+    }
+}

@@ -1,0 +1,16 @@
+//! 64-bit ARM: GICv3 with ITS, PSCI, ACPI or a device tree.
+
+mod board;
+mod cpu;
+mod describe;
+pub mod layout;
+mod load;
+mod platform;
+
+pub use board::{Board, BoardConfig, BoardError};
+pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
+pub use load::{Entry, LoadConfig, LoadError, load};
+pub use platform::Platform;
+
+/// System calls this architecture has beside the ones every architecture has: none, it came after them.
+pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];
