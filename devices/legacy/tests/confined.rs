@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use triarch_device_core::mock::CountingLine;
 use triarch_device_core::{BusDevice, ThreadClass};
-use triarch_legacy::Serial;
 use triarch_legacy::console::{Backend, Console};
+use triarch_legacy::{Serial, SerialPort};
 use triarch_sandbox::{Mode, Seccomp};
 
 /// Which [`Backend`] the child uses, when this runs as one.

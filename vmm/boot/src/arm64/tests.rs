@@ -25,7 +25,7 @@ fn guest(mib: u64) -> (GuestMemoryMmap, MemoryLayout) {
 
 /// A kernel of `len` bytes that asks for `size` bytes of memory.
 fn image(len: usize, size: u64) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..len).map(|n| (n * 31 >> 3) as u8).collect();
+    let mut bytes: Vec<u8> = (0..len).map(|n| ((n * 31) >> 3) as u8).collect();
     bytes[..64].fill(0);
     bytes[16..24].copy_from_slice(&size.to_le_bytes());
     bytes[24] = 0xa;
