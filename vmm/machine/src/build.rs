@@ -49,8 +49,10 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let cpus = &config.cpus;
         let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
-        let ram = layout::ram_ranges(config.memory.size, plan.address_bits())?;
+        let ram = layout::ram_ranges(config.memory.size);
         let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(&config.memory))?);
+        // Most of what cannot be addressed is more than the host has, which is the better thing to say.
+        layout::check_ram(config.memory.size, plan.address_bits())?;
         let vm = Vm::new(kvm)?;
         let platform = Platform::new(&vm)?;
         vm.map_memory(&memory.memory())?;

@@ -50,19 +50,23 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// A 64-bit window is this large at least, whatever the CPU's address width.
 const MMIO64_ALIGN: u64 = 1 << 30;
 
-/// Where `size` bytes of RAM lie in an address space of `address_bits`: below the hole, and the rest above it.
-pub fn ram_ranges(size: u64, address_bits: u8) -> Result<Vec<(GuestAddress, u64)>, AddressLimit> {
+/// Where `size` bytes of RAM lie: below the hole, and the rest above it.
+pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     let low = size.min(LOW_RAM_END);
-    let end = match size - low {
-        0 => Some(low),
-        high => HIGH_RAM.checked_add(high),
-    };
-    AddressLimit::check(size, end, address_bits)?;
     let mut ranges = vec![(GuestAddress(0), low)];
     if size > low {
         ranges.push((GuestAddress(HIGH_RAM), size - low));
     }
-    Ok(ranges)
+    ranges
+}
+
+/// Checks that a guest with addresses of `address_bits` reaches all of `size` bytes of RAM.
+pub fn check_ram(size: u64, address_bits: u8) -> Result<(), AddressLimit> {
+    let end = match size.saturating_sub(LOW_RAM_END) {
+        0 => Some(size),
+        high => HIGH_RAM.checked_add(high),
+    };
+    AddressLimit::check(size, end, address_bits)
 }
 
 /// 64-bit BARs: from the end of RAM to the end of what a CPU with `address_bits` can reach.
@@ -82,15 +86,19 @@ mod tests {
 
     #[test]
     fn ram_goes_around_the_hole() {
-        let ranges = |size| ram_ranges(size, 40).unwrap();
-        assert_eq!(ranges(GIB), [(GuestAddress(0), GIB)]);
-        assert_eq!(ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
+        assert_eq!(ram_ranges(GIB), [(GuestAddress(0), GIB)]);
+        assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
         assert_eq!(
-            ranges(5 * GIB),
+            ram_ranges(5 * GIB),
             [(GuestAddress(0), 3 * GIB), (GuestAddress(4 * GIB), 2 * GIB)]
         );
-        assert_eq!(ranges(1023 * GIB).len(), 2);
-        let error = ram_ranges(1024 * GIB, 40).unwrap_err().to_string();
+    }
+
+    #[test]
+    fn memory_ends_where_addresses_do() {
+        assert_eq!(check_ram(1023 * GIB, 40), Ok(()));
+        assert!(check_ram(u64::MAX, 52).is_err());
+        let error = check_ram(1024 * GIB, 40).unwrap_err().to_string();
         assert!(
             error.starts_with("1048576 MiB of memory") && error.contains("40 bits"),
             "{error}"
