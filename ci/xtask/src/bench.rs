@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::root::Rig;
 use crate::smaps::{self, Usage};
@@ -85,7 +86,7 @@ struct Vmm {
 /// Triarch first, then the peers there are.
 fn vmms(profile: Profile) -> Result<Vec<Vmm>> {
     let kernel = payload::build()?.display().to_string();
-    let triarch = build::program(profile, "triarch", "triarch")?;
+    let triarch = build::program(Arch::native(), profile, "triarch", "triarch")?;
     let memory = format!("size={GUEST_MIB}M");
     let dialect = |program: PathBuf, name: &str| Vmm {
         name: name.to_owned(),
@@ -109,7 +110,7 @@ fn vmms(profile: Profile) -> Result<Vec<Vmm>> {
     if let Some(found) = tools::find("cloud-hypervisor") {
         vmms.push(dialect(found, "Cloud Hypervisor"));
     }
-    let rig = Rig::get()?;
+    let rig = Rig::get(Arch::native())?;
     let qemu = rig.qemu();
     let own = words(
         [

@@ -1,19 +1,56 @@
 //! Building the project's own programs, static, so that they run on any host.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
+use crate::stdlib::{self, Library};
 use crate::{packages, payload, tools};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
-const STATIC: &str = r#"target.x86_64-unknown-linux-gnu.rustflags=["-Ctarget-feature=+crt-static"]"#;
-
-/// What makes cargo build static programs.
-pub const STATIC_ARGS: [&str; 4] = ["--target", TARGET, "--config", STATIC];
-
 /// The packages whose programs are shipped or put on hosts.
-const PACKAGES: [&str; 2] = ["triarch", "triarch-guest-init"];
+const PACKAGES: [&str; 3] = ["triarch", "triarch-guest-init", "triarch-suites"];
+
+/// What to build.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// For which architecture; by default that of this machine
+    #[arg(long, value_enum)]
+    arch: Option<Arch>,
+    /// How to compile
+    #[arg(long, value_enum, default_value = "release")]
+    profile: Profile,
+}
+
+/// Cargo, told to carry out `words` for static programs of `arch`. The compiler, libc and library they need are
+/// there when this returns.
+///
+/// # Errors
+/// Something is missing and cannot be installed or made.
+pub fn cargo(arch: Arch, words: &[&str]) -> Result<Command> {
+    packages::require(arch.link_needs())?;
+    let target = arch.target();
+    let mut command = tools::cargo();
+    command.args(words).args(["--target", target]);
+    let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
+    match stdlib::get(arch)? {
+        Library::Installed => {}
+        Library::Sysroot(dir) => {
+            let dir = dir.to_str().context("the checkout's path is not UTF-8")?;
+            flags.push(format!("--sysroot={dir}"));
+        }
+        Library::Compiler(rustc) => {
+            command.env("RUSTC", rustc);
+        }
+    }
+    // Rust's and TOML's notations of such strings are the same.
+    command.args(["--config", &format!("target.{target}.rustflags={flags:?}")]);
+    if arch != Arch::native() {
+        command.args(["--config", &format!("target.{target}.linker={:?}", arch.linker())]);
+    }
+    Ok(command)
+}
 
 /// How programs are compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -45,26 +82,24 @@ impl Profile {
 ///
 /// # Errors
 /// The compiler or libc is missing, or the code does not compile.
-pub fn programs(profile: Profile, names: &[&str]) -> Result<PathBuf> {
-    packages::require(&packages::LINK)?;
-    let mut command = tools::cargo();
-    command.args(["build", "--quiet", "--bins"]).args(STATIC_ARGS);
+pub fn programs(arch: Arch, profile: Profile, names: &[&str]) -> Result<PathBuf> {
+    let mut command = cargo(arch, &["build", "--quiet", "--bins"])?;
     command.args(["--profile", profile.name()]);
     for name in names {
         command.args(["--package", name]);
     }
-    let what = format!("building {} ({})", names.join(", "), profile.name());
+    let what = format!("building {} for {arch} ({})", names.join(", "), profile.name());
     // The compiler's words come on lines of their own.
     tools::step(&what, || tools::run(&mut command))?;
-    Ok(directory(profile))
+    Ok(directory(arch, profile))
 }
 
 /// Builds one program and returns its file.
 ///
 /// # Errors
 /// As [`programs`], or the package has no program of that name.
-pub fn program(profile: Profile, package: &str, binary: &str) -> Result<PathBuf> {
-    let file = programs(profile, &[package])?.join(binary);
+pub fn program(arch: Arch, profile: Profile, package: &str, binary: &str) -> Result<PathBuf> {
+    let file = programs(arch, profile, &[package])?.join(binary);
     check_static(&file)?;
     Ok(file)
 }
@@ -73,8 +108,9 @@ pub fn program(profile: Profile, package: &str, binary: &str) -> Result<PathBuf>
 ///
 /// # Errors
 /// As [`programs`].
-pub fn everything(profile: Profile) -> Result<()> {
-    let dir = programs(profile, &PACKAGES)?;
+pub fn everything(args: &Args) -> Result<()> {
+    let arch = args.arch.unwrap_or_else(Arch::native);
+    let dir = programs(arch, args.profile, &PACKAGES)?;
     for item in std::fs::read_dir(&dir)? {
         let file = item?.path();
         let is_program = file.is_file() && file.extension().is_none() && check_static(&file).is_ok();
@@ -82,8 +118,10 @@ pub fn everything(profile: Profile) -> Result<()> {
             println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
         }
     }
-    let file = payload::build()?;
-    println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
+    if payload::exists_for(arch) {
+        let file = payload::build()?;
+        println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
+    }
     Ok(())
 }
 
@@ -91,15 +129,15 @@ pub fn everything(profile: Profile) -> Result<()> {
 ///
 /// # Errors
 /// As [`programs`].
-pub fn guest_init() -> Result<PathBuf> {
+pub fn guest_init(arch: Arch) -> Result<PathBuf> {
     const NAME: &str = "triarch-guest-init";
-    program(Profile::Release, NAME, NAME)
+    program(arch, Profile::Release, NAME, NAME)
 }
 
-fn directory(profile: Profile) -> PathBuf {
+fn directory(arch: Arch, profile: Profile) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| tools::top().join("target"), |d| tools::top().join(PathBuf::from(d)));
-    target.join(TARGET).join(profile.directory())
+    target.join(arch.target()).join(profile.directory())
 }
 
 /// A program that asks for a dynamic loader would not start on a host that has none.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use triarch_harness::agent::{Exec, Machine, Stream};
 
+use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::host::{Host, Kind, Options, with_host};
 use crate::images;
@@ -19,9 +20,9 @@ const LIMIT: Duration = Duration::from_secs(180);
 const GUEST_MIB: u64 = 256;
 /// What our init prints when it runs.
 const USER_SPACE: &str = "triarch-guest: user space reached";
-const MODEL: &str = "model name";
-/// What the guest does: it names its processor, then idles while its VMM is measured.
-const GUEST_RUN: &str = "grep -m1 'model name' /proc/cpuinfo; sleep 2";
+/// What names the processor in /proc/cpuinfo; ARM's kernel knows only numbers.
+const MODELS: [&str; 2] = ["model name", "CPU part"];
+const ASK_MODEL: &str = "grep -m1 -e '^model name' -e '^CPU part' /proc/cpuinfo";
 const KERNEL_FILE: &str = "kernel";
 const INITRAMFS_FILE: &str = "guest.cpio";
 
@@ -33,10 +34,13 @@ pub struct Args {
     /// emulated Hygon machine
     #[arg(long, value_enum)]
     host: Option<Kind>,
+    /// QEMU's name of the CPU model of an emulated host, e.g. cortex-a72
+    #[arg(long, value_name = "MODEL", requires = "host")]
+    cpu: Option<String>,
     /// The guest's kernel
     #[arg(long, value_enum, default_value = "6.1")]
     kernel: Version,
-    /// Boot the ELF file by the PVH protocol instead of the bzImage
+    /// Boot the ELF file by the PVH protocol instead of the bzImage; on ARM the Image instead of the compressed one
     #[arg(long)]
     pvh: bool,
     /// How triarch is compiled
@@ -64,13 +68,13 @@ struct Report {
 /// A part cannot be made, or the guest did not do what it should.
 pub fn run(args: &Args) -> Result<()> {
     let kinds = args.host.map_or_else(Kind::defaults, |kind| vec![kind]);
-    let files = parts(args)?;
-    let options = Options {
-        files,
-        ..Options::default()
-    };
     let mut reports = Vec::new();
     for kind in kinds {
+        let options = Options {
+            cpu: args.cpu.clone(),
+            files: parts(args, kind.arch())?,
+            ..Options::default()
+        };
         println!("\n== a guest on the host `{kind}` ==");
         let report = with_host(kind, &options, watch).with_context(|| format!("the demo on `{kind}`"))?;
         reports.push((kind, report));
@@ -79,11 +83,11 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn parts(args: &Args) -> Result<Vec<(String, u32, PathBuf)>> {
-    let rig = Rig::get()?;
-    let kernel = Kernel::get(args.kernel, &rig.root)?;
-    let triarch = build::program(args.profile, "triarch", "triarch")?;
-    let boot = if args.pvh { &kernel.vmlinux } else { &kernel.bzimage };
+fn parts(args: &Args, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
+    let rig = Rig::get(arch)?;
+    let kernel = Kernel::get(args.kernel, arch, &rig.root)?;
+    let triarch = build::program(arch, args.profile, "triarch", "triarch")?;
+    let boot = if args.pvh { &kernel.vmlinux } else { &kernel.vmlinuz };
     Ok(vec![
         ("triarch".to_owned(), 0o755, triarch),
         (KERNEL_FILE.to_owned(), 0o644, boot.clone()),
@@ -92,8 +96,10 @@ fn parts(args: &Args) -> Result<Vec<(String, u32, PathBuf)>> {
 }
 
 /// The command line a user would type.
-fn command() -> Vec<String> {
-    let cmdline = format!("console=ttyS0 panic=-1 triarch.run=\"{GUEST_RUN}\"");
+fn command(arch: Arch) -> Vec<String> {
+    // The guest names its processor, then idles while its VMM is measured.
+    let console = arch.console();
+    let cmdline = format!("console={console} panic=-1 triarch.run=\"{ASK_MODEL}; sleep 2\"");
     let memory = format!("size={GUEST_MIB}M");
     let words = [
         "./triarch",
@@ -118,14 +124,14 @@ fn command() -> Vec<String> {
 fn watch(host: &Host) -> Result<Report> {
     let mut report = Report {
         host: host.machine().clone(),
-        host_cpu: model(&host.shell("grep -m1 'model name' /proc/cpuinfo || true")?),
+        host_cpu: model(&host.shell(&format!("{ASK_MODEL} || true"))?),
         ..Report::default()
     };
     // The process keeps its number when the shell turns into triarch.
     let mut argv: Vec<String> = ["/bin/sh", "-c", "echo $$ >pid; exec \"$@\"", "sh"]
         .map(str::to_owned)
         .to_vec();
-    argv.extend(command());
+    argv.extend(command(host.kind().arch()));
     let exec = Exec::new(argv).cwd(&host.path("")).timeout(LIMIT);
     let mut console = Console::default();
     let smaps = format!("cat /proc/$(cat {})/smaps", host.path("pid"));
@@ -187,7 +193,8 @@ impl Console {
         report.user_space = self.user_space.context("the guest never reached user space")?;
         // The kernel repeats its command line, which has the same words: not at a line's start.
         let line = |word: &str| self.text.lines().find(|l| l.starts_with(word)).unwrap_or_default();
-        report.guest_cpu = model(line(MODEL));
+        let name = MODELS.map(line).into_iter().find(|l| !l.is_empty());
+        report.guest_cpu = model(name.unwrap_or_default());
         let said = line(USER_SPACE).strip_prefix(USER_SPACE);
         report.guest = said.unwrap_or_default().trim_matches([',', ' ', '\r']).to_owned();
         Ok(())
@@ -196,11 +203,10 @@ impl Console {
 
 /// The processor's name in a line of /proc/cpuinfo.
 fn model(line: &str) -> String {
-    let name = line.split_once(':').map_or("", |(_, name)| name.trim());
-    if name.is_empty() {
-        "not named".to_owned()
-    } else {
-        name.to_owned()
+    match line.split_once(':').map(|(key, name)| (key.trim(), name.trim())) {
+        None | Some((_, "")) => "not named".to_owned(),
+        Some(("CPU part", number)) => format!("part {number}"),
+        Some((_, name)) => name.to_owned(),
     }
 }
 
@@ -265,6 +271,13 @@ mod tests {
         assert_eq!(report.guest_cpu, "Hygon C86");
         assert_eq!(said(&report.guest, "vendor "), "HygonGenuine");
         assert_eq!(said(&report.guest, "kernel "), "6.1.0-9");
+    }
+
+    #[test]
+    fn an_arm_processor_has_a_number() {
+        assert_eq!(model("CPU part\t: 0xd0c\n"), "part 0xd0c");
+        assert_eq!(model("model name\t: Hygon C86\n"), "Hygon C86");
+        assert_eq!(model(""), "not named");
     }
 
     #[test]

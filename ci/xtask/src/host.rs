@@ -1,4 +1,4 @@
-//! Hosts that run Triarch: emulated AMD and Hygon machines, or this machine itself.
+//! Hosts that run Triarch: emulated AMD, Hygon and ARM machines, or this machine itself.
 //!
 //! An emulated host is QEMU without acceleration, a stock Debian kernel with KVM, and our own init
 //! with its agent. It starts in seconds and serves any number of commands.
@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use triarch_harness::agent::{Agent, AgentError, Exec, Exit, Machine, Stream};
 
+use crate::arch::Arch;
 use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::local::{self, Local};
@@ -32,6 +33,8 @@ pub enum Kind {
     Amd,
     /// An emulated Hygon C86.
     Hygon,
+    /// An emulated 64-bit ARM machine.
+    Arm,
     /// This machine, with its own KVM.
     Native,
 }
@@ -42,7 +45,17 @@ impl Kind {
         match self {
             Self::Amd => Some("EPYC-Milan"),
             Self::Hygon => Some("Dhyana"),
+            Self::Arm => Some("neoverse-n1"),
             Self::Native => None,
+        }
+    }
+
+    /// The architecture of the host, and of its guests.
+    pub fn arch(self) -> Arch {
+        match self {
+            Self::Amd | Self::Hygon => Arch::X86_64,
+            Self::Arm => Arch::Aarch64,
+            Self::Native => Arch::native(),
         }
     }
 
@@ -62,6 +75,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Amd => "amd",
             Self::Hygon => "hygon",
+            Self::Arm => "arm",
             Self::Native => "native",
         })
     }
@@ -70,6 +84,8 @@ impl fmt::Display for Kind {
 /// How to make an emulated host.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// QEMU's name of the CPU model, when it is not the usual one of an emulated host.
+    pub cpu: Option<String>,
     /// Number of CPUs. With more than one an emulated host is less steady.
     pub smp: u32,
     /// Memory in MiB.
@@ -85,6 +101,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            cpu: None,
             smp: 1,
             memory_mib: 2048,
             kernel: Version::V6_1,
@@ -123,10 +140,10 @@ struct Parts {
 }
 
 impl Parts {
-    fn get(version: Version) -> Result<Self> {
-        let rig = Rig::get()?;
+    fn get(arch: Arch, version: Version) -> Result<Self> {
+        let rig = Rig::get(arch)?;
         rig.qemu_version()?;
-        let kernel = Kernel::get(version, &rig.root)?;
+        let kernel = Kernel::get(version, arch, &rig.root)?;
         let initramfs = images::host(&kernel, &rig)?;
         Ok(Self { rig, kernel, initramfs })
     }
@@ -156,12 +173,16 @@ impl Host {
         let Some(model) = kind.model() else {
             return Self::native(options);
         };
-        let parts = Parts::get(options.kernel)?;
+        let model = options.cpu.as_deref().unwrap_or(model);
+        let parts = Parts::get(kind.arch(), options.kernel)?;
         let boot = || Self::boot(kind, model, options, &parts);
         boot().or_else(|error| again(error, boot))
     }
 
     fn native(options: &Options) -> Result<Self> {
+        if let Some(model) = &options.cpu {
+            bail!("this machine has the CPU it has: {model} is for emulated hosts");
+        }
         let (local, stream) = Local::start()?;
         let host = Self {
             kind: Kind::Native,
@@ -182,13 +203,15 @@ impl Host {
         let initramfs = images::appended(&parts.initramfs, DIR, &files)?;
         // The file has no name: the emulator reads it through our own descriptor.
         let path = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
+        let console = kind.arch().console();
         let hardware = Hardware {
+            arch: kind.arch(),
             cpu: model,
             smp: options.smp,
             memory_mib: options.memory_mib,
-            kernel: &parts.kernel.bzimage,
+            kernel: parts.kernel.shipped(),
             initramfs: Path::new(&path),
-            cmdline: &format!("console=ttyS0 quiet panic=-1 triarch.agent=port:{PORT}"),
+            cmdline: &format!("console={console} quiet panic=-1 triarch.agent=port:{PORT}"),
             port: PORT,
             terminal: options.terminal,
             name: &format!("host-{kind}"),

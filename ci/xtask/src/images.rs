@@ -7,6 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::arch::Arch;
 use crate::cache::{self, Recipe};
 use crate::cpio::Archive;
 use crate::kernels::Kernel;
@@ -17,16 +18,23 @@ use crate::{build, tools};
 const SCRIPT: &str = "2";
 
 /// Modules an emulated host loads at start: KVM, its channel to us, and what tests use.
-const HOST_MODULES: [&str; 8] = [
+const HOST_MODULES: [&str; 7] = [
     "virtio_pci",
     "virtio_console",
-    "kvm-amd",
     "tun",
     "virtio_blk",
     "bridge",
     "veth",
     "loop",
 ];
+
+/// The module with the host's KVM; on ARM it is built in.
+fn kvm_modules(arch: Arch) -> &'static [&'static str] {
+    match arch {
+        Arch::X86_64 => &["kvm-amd"],
+        Arch::Aarch64 => &[],
+    }
+}
 
 /// Modules a guest loads at start: one for each device Triarch has.
 const GUEST_MODULES: [&str; 8] = [
@@ -45,7 +53,7 @@ const GUEST_MODULES: [&str; 8] = [
 /// # Errors
 /// A part is missing, or the file cannot be written.
 pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
-    image("host", &HOST_MODULES, kernel, rig)
+    image("host", &[&HOST_MODULES, kvm_modules(rig.arch)].concat(), kernel, rig)
 }
 
 /// The initramfs of a guest with this kernel.
@@ -61,8 +69,9 @@ fn image(name: &str, modules: &[&str], kernel: &Kernel, rig: &Rig) -> Result<Pat
         name,
         kernel,
         modules,
-        init: &build::guest_init()?,
-        busybox: &rig.root.busybox(),
+        init: &build::guest_init(rig.arch)?,
+        busybox: &rig.busybox,
+        applets: &rig.root.busybox(),
     };
     image.get()
 }
@@ -78,6 +87,8 @@ struct Image<'a> {
     init: &'a Path,
     /// A static one.
     busybox: &'a Path,
+    /// The same for this machine, which tells what it can do.
+    applets: &'a Path,
 }
 
 impl Image<'_> {
@@ -85,7 +96,13 @@ impl Image<'_> {
     /// appended.
     fn get(&self) -> Result<PathBuf> {
         let modules = self.kernel.modules(self.modules)?;
-        let mut recipe = Recipe::new(&format!("initramfs-{}-{}", self.name, self.kernel.version))
+        let name = format!(
+            "initramfs-{}-{}-{}",
+            self.name,
+            self.kernel.arch.debian(),
+            self.kernel.version
+        );
+        let mut recipe = Recipe::new(&name)
             .with("script", SCRIPT)
             .with("release", &self.kernel.release)
             .with_file("init", self.init)?
@@ -109,7 +126,7 @@ impl Image<'_> {
         archive.node("dev/console", 0o600, 5, 1);
         archive.file_from("init", 0o755, self.init);
         archive.file_from("bin/busybox", 0o755, self.busybox);
-        for applet in tools::output(Command::new(self.busybox).arg("--list"))?.lines() {
+        for applet in tools::output(Command::new(self.applets).arg("--list"))?.lines() {
             if applet != "busybox" {
                 archive.symlink(&format!("bin/{applet}"), "busybox");
             }

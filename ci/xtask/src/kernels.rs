@@ -3,20 +3,24 @@
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::cache::{self, Recipe};
 use crate::root::Root;
 use crate::{modules, packages, tools};
 
 /// Changes whenever this file makes something else from the same package.
-const SCRIPT: &str = "4";
-const META_PACKAGE: &str = "linux-image-cloud-amd64";
+const SCRIPT: &str = "5";
 /// Boot protocol fields of a bzImage (Linux, Documentation/arch/x86/boot.rst).
 const SETUP_SECTS: usize = 0x1f1;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
+
+/// Offset and value of the magic number in an Image (Linux, Documentation/arch/arm64/booting.rst).
+const IMAGE_MAGIC: (usize, &[u8]) = (0x38, b"ARM\x64");
 
 /// Modules taken from the packages, with all they depend on.
 const WANTED: [&str; 26] = [
@@ -48,6 +52,11 @@ const WANTED: [&str; 26] = [
     "evdev",
 ];
 
+/// The package that depends on the newest kernel.
+fn meta_package(arch: Arch) -> String {
+    format!("linux-image-cloud-{}", arch.debian())
+}
+
 /// Which kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Version {
@@ -73,11 +82,13 @@ impl fmt::Display for Version {
 pub struct Kernel {
     /// Which one.
     pub version: Version,
+    /// For which machines.
+    pub arch: Arch,
     /// Its full name, e.g. `6.1.0-50-cloud-amd64`.
     pub release: String,
-    /// The bzImage.
-    pub bzimage: PathBuf,
-    /// The ELF file inside the bzImage, for the PVH boot protocol.
+    /// Compressed: x86's bzImage, ARM's Image in gzip's format.
+    pub vmlinuz: PathBuf,
+    /// Uncompressed: the ELF file inside the bzImage, for the PVH boot protocol; ARM's Image.
     pub vmlinux: PathBuf,
     modules: PathBuf,
 }
@@ -87,19 +98,28 @@ impl Kernel {
     ///
     /// # Errors
     /// It cannot be downloaded or unpacked.
-    pub fn get(version: Version, root: &Root) -> Result<Self> {
-        let recipe = Recipe::new(&format!("kernel-{version}"))
+    pub fn get(version: Version, arch: Arch, root: &Root) -> Result<Self> {
+        let recipe = Recipe::new(&format!("kernel-{}-{version}", arch.debian()))
             .with("script", SCRIPT)
-            .with("package", META_PACKAGE)
+            .with("package", &meta_package(arch))
             .with("modules", &WANTED.join(" "));
-        let dir = cache::ensure(&recipe, |dir| make(dir, version, root))?;
+        let dir = cache::ensure(&recipe, |dir| make(dir, version, arch, root))?;
         Ok(Self {
             version,
+            arch,
             release: fs::read_to_string(dir.join("release"))?.trim().to_owned(),
-            bzimage: dir.join("vmlinuz"),
+            vmlinuz: dir.join("vmlinuz"),
             vmlinux: dir.join("vmlinux"),
             modules: dir.join("modules"),
         })
+    }
+
+    /// The file that the package ships, which QEMU starts.
+    pub fn shipped(&self) -> &Path {
+        match self.arch {
+            Arch::X86_64 => &self.vmlinuz,
+            Arch::Aarch64 => &self.vmlinux,
+        }
     }
 
     /// The module files of `names` and of all they depend on, each after those it needs. What is
@@ -112,11 +132,12 @@ impl Kernel {
     }
 }
 
-fn make(dir: &Path, version: Version, root: &Root) -> Result<()> {
+fn make(dir: &Path, version: Version, arch: Arch, root: &Root) -> Result<()> {
     let scratch = tempfile::tempdir_in(cache::base()?)?;
     let tree = scratch.path();
-    let release = packages::with_apt(|apt| {
-        let (package, number) = newest(version, &apt.versions(META_PACKAGE)?)?;
+    let release = packages::with_apt(arch, |apt| {
+        let meta = meta_package(arch);
+        let (package, number) = newest(&meta, version, &apt.versions(&meta)?)?;
         tools::step(&format!("downloading {package} {number}"), || {
             let file = apt.download_alone(&package, &number)?;
             packages::unpack(&file, tree)?;
@@ -124,13 +145,32 @@ fn make(dir: &Path, version: Version, root: &Root) -> Result<()> {
         })?;
         Ok(package.trim_start_matches("linux-image-").to_owned())
     })?;
-    let bzimage = tree.join(format!("boot/vmlinuz-{release}"));
-    fs::copy(&bzimage, dir.join("vmlinuz")).context("the package has no vmlinuz")?;
     fs::copy(tree.join(format!("boot/config-{release}")), dir.join("config"))?;
     fs::write(dir.join("release"), &release)?;
-    tools::step(&format!("unpacking the ELF file in Linux {version}"), || {
-        extract_vmlinux(&dir.join("vmlinuz"), &dir.join("vmlinux"), tree, root)
-    })?;
+    let shipped = tree.join(format!("boot/vmlinuz-{release}"));
+    let (vmlinuz, vmlinux) = (dir.join("vmlinuz"), dir.join("vmlinux"));
+    match arch {
+        Arch::X86_64 => {
+            fs::copy(&shipped, &vmlinuz).context("the package has no vmlinuz")?;
+            tools::step(&format!("unpacking the ELF file in Linux {version}"), || {
+                extract_vmlinux(&vmlinuz, &vmlinux, tree, root)
+            })?;
+        }
+        Arch::Aarch64 => {
+            let image = fs::read(&shipped).context("the package has no vmlinuz")?;
+            if image.get(IMAGE_MAGIC.0..IMAGE_MAGIC.0 + 4) != Some(IMAGE_MAGIC.1) {
+                bail!("the kernel of {release} is no plain Image");
+            }
+            fs::write(&vmlinux, image)?;
+            tools::step(&format!("compressing the Image of Linux {version}"), || {
+                let mut gzip = Command::new("gzip");
+                Ok(fs::write(
+                    &vmlinuz,
+                    tools::output_bytes(gzip.args(["-n", "-c"]).arg(&vmlinux))?,
+                )?)
+            })?;
+        }
+    }
     // Older packages ship /lib, newer ones /usr/lib.
     let places = ["lib/modules", "usr/lib/modules"].map(|p| tree.join(p).join(&release));
     let Some(from) = places.iter().find(|p| p.is_dir()) else {
@@ -142,13 +182,13 @@ fn make(dir: &Path, version: Version, root: &Root) -> Result<()> {
 }
 
 /// The package and version that the newest meta package of this kernel points to.
-fn newest(version: Version, records: &[(String, String)]) -> Result<(String, String)> {
+fn newest(meta: &str, version: Version, records: &[(String, String)]) -> Result<(String, String)> {
     let start = format!("{version}.");
     // apt lists the newest first.
     let record = records
         .iter()
         .find(|(number, _)| number.starts_with(&start))
-        .with_context(|| format!("the mirror has no {META_PACKAGE} of Linux {version}"))?;
+        .with_context(|| format!("the mirror has no {meta} of Linux {version}"))?;
     let depends = packages::field(&record.1, "Depends").unwrap_or_default();
     let (package, rest) = depends.split_once(' ').unwrap_or((depends, ""));
     let number = rest.trim_start_matches("(= ").split(')').next();
@@ -156,7 +196,7 @@ fn newest(version: Version, records: &[(String, String)]) -> Result<(String, Str
         Some(number) if package.starts_with("linux-image-") && !number.is_empty() => {
             Ok((package.to_owned(), number.to_owned()))
         }
-        _ => bail!("{META_PACKAGE} {} depends on `{depends}`", record.0),
+        _ => bail!("{meta} {} depends on `{depends}`", record.0),
     }
 }
 
@@ -196,8 +236,10 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 mod tests {
     use super::*;
 
+    const META: &str = "linux-image-cloud-amd64";
+
     fn record(number: &str, depends: &str) -> (String, String) {
-        let text = format!("Package: {META_PACKAGE}\nVersion: {number}\nDepends: {depends}\n");
+        let text = format!("Package: {META}\nVersion: {number}\nDepends: {depends}\n");
         (number.to_owned(), text)
     }
 
@@ -208,14 +250,14 @@ mod tests {
             record("6.1.176-1", "linux-image-6.1.0-50-cloud-amd64 (= 6.1.176-1)"),
             record("6.1.170-1", "linux-image-6.1.0-47-cloud-amd64 (= 6.1.170-1)"),
         ];
-        let pick = |v| newest(v, &records).unwrap();
+        let pick = |v| newest(META, v, &records).unwrap();
         assert_eq!(
             pick(Version::V6_1),
             ("linux-image-6.1.0-50-cloud-amd64".into(), "6.1.176-1".into())
         );
         assert_eq!(pick(Version::V6_12).1, "6.12.107-1");
-        assert!(newest(Version::V6_1, &records[..1]).is_err());
-        assert!(newest(Version::V6_1, &[record("6.1.1-1", "dpkg")]).is_err());
+        assert!(newest(META, Version::V6_1, &records[..1]).is_err());
+        assert!(newest(META, Version::V6_1, &[record("6.1.1-1", "dpkg")]).is_err());
     }
 
     #[test]

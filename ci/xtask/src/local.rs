@@ -15,6 +15,8 @@ use anyhow::{Context, Result};
 use tempfile::TempDir;
 use triarch_guest_init::agent;
 
+use crate::arch::Arch;
+
 /// The hidden verb by which this program becomes the agent.
 pub const AGENT_VERB: &str = "local-agent";
 
@@ -76,9 +78,13 @@ pub fn serve() -> Result<()> {
     Ok(agent::serve(reader, writer)?)
 }
 
-/// Whether this machine can run any guest by itself: its processor has VMX or SVM, and /dev/kvm may
-/// be used. Without them /dev/kvm may still be a software one, which runs only payloads.
+/// Whether this machine can run any guest by itself: its processor has VMX, SVM or EL2, and
+/// /dev/kvm may be used. Without them /dev/kvm may still be a software one, which runs only payloads.
 pub fn hardware_kvm() -> bool {
+    if Arch::native() == Arch::Aarch64 {
+        // There is no flag to read, and no software KVM either.
+        return usable_kvm().is_ok();
+    }
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     has_virtualization(&flags) && usable_kvm().is_ok()
 }

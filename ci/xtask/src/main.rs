@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod arch;
 mod bench;
 mod build;
 mod cache;
@@ -23,6 +24,7 @@ mod qemu;
 mod root;
 mod session;
 mod smaps;
+mod stdlib;
 mod table;
 mod test;
 mod tools;
@@ -41,11 +43,7 @@ enum Verb {
     #[command(subcommand)]
     Bench(bench::Args),
     /// Build Triarch's programs, static
-    Build {
-        /// How to compile
-        #[arg(long, value_enum, default_value = "release")]
-        profile: build::Profile,
-    },
+    Build(build::Args),
     /// Boot a stock Debian guest under Triarch and show how it did
     Demo(demo::Args),
     /// Start a host, and run a command or a shell on it
@@ -70,7 +68,7 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
         Verb::Bench(args) => bench::run(&args)?,
-        Verb::Build { profile } => build::everything(profile)?,
+        Verb::Build(args) => build::everything(&args)?,
         Verb::Demo(args) => demo::run(&args)?,
         Verb::Host(args) => return session::run(args),
         Verb::Lint => lint::run()?,

@@ -8,10 +8,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::{cache, tools};
 
 /// Names a mirror of the Debian archive where apt does not know one.
@@ -23,7 +24,8 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Something the machine must have.
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
-    /// A program on the path, or a file when it starts with a slash.
+    /// A program on the path, a file when it starts with a slash, or COMPILER:LIBRARY for a library that this
+    /// compiler finds.
     pub file: &'static str,
     /// The Debian package that has it.
     pub package: &'static str,
@@ -46,18 +48,45 @@ const UNPACK: [Need; 4] = [
 /// What linking static programs needs.
 pub const LINK: [Need; 2] = [
     need("cc", "gcc", "to link static programs"),
-    need(LIBC_A, "libc6-dev", "to link static programs"),
+    need("cc:libc.a", "libc6-dev", "to link static programs"),
 ];
-const LIBC_A: &str = "/usr/lib/x86_64-linux-gnu/libc.a";
+
+/// The same for ARM on another machine.
+pub const LINK_FOR_AARCH64: [Need; 2] = [
+    need(
+        "aarch64-linux-gnu-gcc",
+        "gcc-aarch64-linux-gnu",
+        "to link programs for ARM",
+    ),
+    need(
+        "aarch64-linux-gnu-gcc:libc.a",
+        "libc6-dev-arm64-cross",
+        "to link programs for ARM",
+    ),
+];
+
+/// The same for x86 on another machine.
+pub const LINK_FOR_X86_64: [Need; 2] = [
+    need(
+        "x86_64-linux-gnu-gcc",
+        "gcc-x86-64-linux-gnu",
+        "to link programs for x86",
+    ),
+    need(
+        "x86_64-linux-gnu-gcc:libc.a",
+        "libc6-dev-amd64-cross",
+        "to link programs for x86",
+    ),
+];
 
 fn present(file: &str) -> bool {
+    // Distributions have the static libc in different places; the compiler knows.
+    if let Some((compiler, library)) = file.split_once(':') {
+        let mut cc = Command::new(compiler);
+        let said = tools::output(cc.arg(format!("-print-file-name={library}"))).unwrap_or_default();
+        return Path::new(said.trim()).is_absolute();
+    }
     match file {
-        // Other distributions have the static libc elsewhere; the compiler knows.
-        LIBC_A => {
-            let mut cc = Command::new("cc");
-            let said = tools::output(cc.arg("-print-file-name=libc.a")).unwrap_or_default();
-            Path::new(said.trim()).is_absolute()
-        }
         path if path.starts_with('/') => Path::new(path).exists(),
         program => tools::find(program).is_some(),
     }
@@ -150,34 +179,35 @@ fn pick_mirror(known: &str, configured: &str) -> Option<String> {
 #[derive(Debug)]
 pub struct Apt {
     dir: PathBuf,
+    arch: Arch,
 }
 
-/// One apt a run, shared: its lists are fetched once.
-static APT: OnceLock<Mutex<Option<Apt>>> = OnceLock::new();
+/// One apt a run and architecture, shared: its lists are fetched once.
+static APT: Mutex<Vec<Apt>> = Mutex::new(Vec::new());
 
-/// Calls `work` with an apt whose lists are fresh.
+/// Calls `work` with an apt whose lists of packages for `arch` are fresh.
 ///
 /// # Errors
 /// The machine lacks apt, the lists cannot be fetched, or `work` failed.
-pub fn with_apt<T>(work: impl FnOnce(&Apt) -> Result<T>) -> Result<T> {
-    let cell = APT.get_or_init(|| Mutex::new(None));
-    let mut apt = cell.lock().unwrap_or_else(PoisonError::into_inner);
+pub fn with_apt<T>(arch: Arch, work: impl FnOnce(&Apt) -> Result<T>) -> Result<T> {
+    let mut opened = APT.lock().unwrap_or_else(PoisonError::into_inner);
     let _one_process = cache::lock("apt")?;
-    if apt.is_none() {
-        *apt = Some(Apt::open()?);
+    if let Some(apt) = opened.iter().find(|a| a.arch == arch) {
+        return work(apt);
     }
-    match apt.as_ref() {
-        Some(apt) => work(apt),
-        None => bail!("apt could not be prepared"),
-    }
+    let apt = Apt::open(arch)?;
+    let result = work(&apt);
+    opened.push(apt);
+    result
 }
 
 impl Apt {
-    fn open() -> Result<Self> {
+    fn open(arch: Arch) -> Result<Self> {
         require(&UNPACK)?;
         let mirror = mirror()?;
         let apt = Self {
-            dir: cache::base()?.join("apt"),
+            dir: cache::base()?.join(format!("apt-{}", arch.debian())),
+            arch,
         };
         for sub in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(apt.dir.join(sub))?;
@@ -185,7 +215,11 @@ impl Apt {
         let source = |suite| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
         fs::write(apt.dir.join("sources.list"), SUITES.map(source).concat())?;
         fs::write(apt.dir.join("status"), "")?;
-        let what = format!("reading the package lists of {}", SUITES.join(", "));
+        let what = format!(
+            "reading the package lists of {} for {}",
+            SUITES.join(", "),
+            arch.debian()
+        );
         tools::step(&what, || {
             tools::output(apt.command("apt-get").args(["-qq", "update"])).map(drop)
         })?;
@@ -205,8 +239,8 @@ impl Apt {
             ("Dir::Etc::sourceparts", "/dev/null".into()),
             ("Dir::Etc::preferences", "/dev/null".into()),
             ("Dir::Etc::preferencesparts", "/dev/null".into()),
-            ("APT::Architecture", "amd64".into()),
-            ("APT::Architectures::", "amd64".into()),
+            ("APT::Architecture", self.arch.debian().into()),
+            ("APT::Architectures::", self.arch.debian().into()),
             ("APT::Sandbox::User", "root".into()),
             ("APT::Update::Post-Invoke::", "true".into()),
             ("Acquire::Languages", "none".into()),
@@ -237,15 +271,26 @@ impl Apt {
     /// # Errors
     /// The package is not there, or the download failed.
     pub fn download_alone(&self, package: &str, version: &str) -> Result<PathBuf> {
+        self.download_one(&format!("{package}={version}"))
+    }
+
+    fn download_one(&self, what: &str) -> Result<PathBuf> {
         self.empty_archives()?;
         let mut command = self.command("apt-get");
-        command.args(["-qq", "download"]);
-        command.arg(format!("{package}={version}"));
+        command.args(["-qq", "download", what]);
         tools::output(command.current_dir(self.dir.join("cache/archives")))?;
         match self.archives()?.as_slice() {
             [one] => Ok(one.clone()),
             other => bail!("asked for one package, got {}", other.len()),
         }
+    }
+
+    /// Downloads just `package`, in the version of `suite`.
+    ///
+    /// # Errors
+    /// As [`Self::download_alone`].
+    pub fn download_of(&self, package: &str, suite: &str) -> Result<PathBuf> {
+        self.download_one(&format!("{package}/{suite}"))
     }
 
     /// The records of all versions of a package, as (version, other fields' text).
@@ -293,6 +338,18 @@ pub fn field<'a>(record: &'a str, name: &str) -> Option<&'a str> {
 /// # Errors
 /// The package is damaged or `root` cannot be written.
 pub fn unpack(package: &Path, root: &Path) -> Result<()> {
+    unpack_with(package, root, None)
+}
+
+/// Unpacks only the directory `part` of a package below `root`.
+///
+/// # Errors
+/// As [`unpack`], or the package has no such directory.
+pub fn unpack_part(package: &Path, root: &Path, part: &str) -> Result<()> {
+    unpack_with(package, root, Some(&format!("./{part}")))
+}
+
+fn unpack_with(package: &Path, root: &Path, part: Option<&str>) -> Result<()> {
     let mut reader = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -307,6 +364,7 @@ pub fn unpack(package: &Path, root: &Path) -> Result<()> {
     for waste in ["doc", "man", "locale", "lintian", "info"] {
         tar.arg(format!("--exclude=./usr/share/{waste}/*"));
     }
+    tar.args(part);
     let unpacked = tar.stdin(stream).status().context("cannot run tar")?;
     let read = reader.wait().context("cannot wait for dpkg-deb")?;
     if !unpacked.success() || !read.success() {

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::lint::Outcome;
 use crate::{packages, tools};
 
@@ -16,6 +17,11 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const NAME: &str = "triarch-payload";
 /// Where a PVH loader enters (Xen's public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+
+/// Whether there is a payload for guests of this architecture.
+pub fn exists_for(arch: Arch) -> bool {
+    arch == Arch::X86_64
+}
 
 fn source() -> PathBuf {
     tools::top().join("tests/payload")
@@ -30,15 +36,7 @@ fn target_directory() -> PathBuf {
 fn cargo(verb: &str) -> Command {
     let mut command = tools::cargo();
     command.current_dir(source()).arg(verb);
-    for name in [
-        "RUSTFLAGS",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-    ] {
-        command.env_remove(name);
-    }
-    command.env("CARGO_TARGET_DIR", target_directory());
+    tools::without_flags(&mut command).env("CARGO_TARGET_DIR", target_directory());
     command
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::arch::Arch;
 use crate::root::Rig;
 use crate::{cache, tools};
 
@@ -25,13 +26,15 @@ const UNSUPPORTED: &str = "TCG doesn't support requested feature";
 /// What the machine is made of.
 #[derive(Debug)]
 pub struct Hardware<'a> {
-    /// QEMU's name of the CPU model.
+    /// The architecture.
+    pub arch: Arch,
+    /// QEMU's name of the CPU model, with its properties if any.
     pub cpu: &'a str,
     /// Number of CPUs.
     pub smp: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// The bzImage.
+    /// The bzImage, or ARM's Image.
     pub kernel: &'a Path,
     /// The initramfs; any path that this process may open, of /proc/self/fd too.
     pub initramfs: &'a Path,
@@ -130,7 +133,7 @@ impl Qemu {
             last("the host's console", &self.logs.console, |_| true),
             last("QEMU's words", &self.logs.errors, |l| !l.contains(UNSUPPORTED)),
             last("CPU resets", &self.logs.resets, |l| {
-                l.starts_with("CPU Reset") || l.contains("ault") || l.contains("RIP=")
+                l.starts_with("CPU Reset") || l.contains("ault") || l.contains("RIP=") || l.contains("PC=")
             }),
         ]
         .concat()
@@ -174,6 +177,14 @@ fn forget_old(dir: &Path) {
     }
 }
 
+/// QEMU's machine on which the host's kernel finds all that KVM uses.
+fn machine(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "q35",
+        Arch::Aarch64 => "virt,virtualization=on,gic-version=3,its=on",
+    }
+}
+
 fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
     let file = |path: &Path| path.display().to_string();
     // A comma in a value is doubled (qemu(1)).
@@ -181,7 +192,7 @@ fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
     let port = format!("virtserialport,chardev=agent,name={}", hardware.port);
     let pairs = [
         ("-accel", "tcg,thread=multi".to_owned()),
-        ("-machine", "q35".to_owned()),
+        ("-machine", machine(hardware.arch).to_owned()),
         ("-cpu", hardware.cpu.to_owned()),
         ("-smp", hardware.smp.to_string()),
         ("-m", format!("{}M", hardware.memory_mib)),

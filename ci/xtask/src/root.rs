@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::cache::{self, Recipe};
 use crate::{packages, tools};
 
@@ -15,11 +16,25 @@ const SCRIPT: &str = "3";
 const SUITE: &str = "trixie-backports";
 /// Shell and tools for guests and hosts (static), and what unpacks kernels and their modules.
 const TOOLS: [&str; 4] = ["busybox-static/trixie", "xz-utils", "zstd", "lz4"];
-const QEMU: &str = "qemu-system-x86";
 /// The first QEMU whose emulated AMD host runs firmware in its guests without aborting.
 const QEMU_WANTED: (u32, u32) = (11, 1);
-const QEMU_PROGRAM: &str = "usr/bin/qemu-system-x86_64";
-const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
+/// The static busybox of an architecture that is not the machine's.
+const BUSYBOX: &str = "busybox-static";
+const BUSYBOX_SUITE: &str = "trixie";
+const BUSYBOX_FILE: &str = "usr/bin/busybox";
+
+/// Debian's package of the emulator of hosts of this architecture.
+fn qemu_package(arch: Arch) -> &'static str {
+    match arch {
+        Arch::X86_64 => "qemu-system-x86",
+        Arch::Aarch64 => "qemu-system-arm",
+    }
+}
+
+/// The emulator's program.
+fn qemu_program(arch: Arch) -> String {
+    format!("qemu-system-{arch}")
+}
 
 /// An unpacked set of Debian packages.
 #[derive(Debug, Clone)]
@@ -28,24 +43,24 @@ pub struct Root {
 }
 
 impl Root {
-    /// The root with `extra` packages beside the tools.
+    /// The root called `name` with `extra` packages beside the tools.
     ///
     /// # Errors
     /// The packages cannot be downloaded or unpacked.
-    fn get(extra: &[&str]) -> Result<Self> {
+    fn get(name: &str, extra: &[&str]) -> Result<Self> {
         let names: Vec<&str> = TOOLS.iter().chain(extra).copied().collect();
-        let recipe = Recipe::new("root")
+        let recipe = Recipe::new(name)
             .with("script", SCRIPT)
             .with("suite", SUITE)
             .with("packages", &names.join(" "));
-        let dir = cache::ensure(&recipe, |dir| make(dir, &names))?;
+        let dir = cache::ensure(&recipe, |dir| unpack_into(dir, &names))?;
         Ok(Self { dir })
     }
 
     /// A program of the root, run with the root's libraries.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.dir.join(LOADER));
-        let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"].map(|l| self.dir.join(l));
+        let mut command = Command::new(self.dir.join(Arch::native().loader()));
+        let libraries = [Arch::native().libraries(), "usr/lib"].map(|l| self.dir.join(l));
         command
             .arg("--library-path")
             .arg(libraries.map(|l| l.display().to_string()).join(":"))
@@ -55,16 +70,40 @@ impl Root {
 
     /// The static busybox.
     pub fn busybox(&self) -> PathBuf {
-        self.dir.join("usr/bin/busybox")
+        self.dir.join(BUSYBOX_FILE)
     }
 }
 
-fn make(dir: &Path, names: &[&str]) -> Result<()> {
+/// The static busybox that runs on hosts and guests of `arch`.
+fn busybox(arch: Arch, root: &Root) -> Result<PathBuf> {
+    if arch == Arch::native() {
+        return Ok(root.busybox());
+    }
+    let recipe = Recipe::new(&format!("busybox-{}", arch.debian()))
+        .with("script", SCRIPT)
+        .with("package", BUSYBOX)
+        .with("suite", BUSYBOX_SUITE);
+    let dir = cache::ensure(&recipe, |dir| {
+        packages::with_apt(arch, |apt| {
+            let what = format!("downloading {BUSYBOX} for {}", arch.debian());
+            let file = tools::step(&what, || apt.download_of(BUSYBOX, BUSYBOX_SUITE))?;
+            packages::unpack(&file, dir)?;
+            packages::record(&[file], dir)
+        })
+    })?;
+    Ok(dir.join(BUSYBOX_FILE))
+}
+
+/// Unpacks packages (NAME, NAME/SUITE or NAME=VERSION) and all they depend on into `dir`, as a root file system.
+///
+/// # Errors
+/// They cannot be downloaded or unpacked.
+pub fn unpack_into(dir: &Path, names: &[&str]) -> Result<()> {
     for sub in ["bin", "sbin", "lib", "lib64"] {
         std::fs::create_dir_all(dir.join("usr").join(sub))?;
         std::os::unix::fs::symlink(format!("usr/{sub}"), dir.join(sub))?;
     }
-    packages::with_apt(|apt| {
+    packages::with_apt(Arch::native(), |apt| {
         let files = tools::step(&format!("downloading {}", names.join(", ")), || {
             apt.download_with_dependencies(SUITE, names)
         })?;
@@ -81,26 +120,34 @@ fn make(dir: &Path, names: &[&str]) -> Result<()> {
 /// The QEMU that emulates hosts, and the tools that come with it.
 #[derive(Debug, Clone)]
 pub struct Rig {
+    /// The architecture of its hosts.
+    pub arch: Arch,
     /// Where the tools come from.
     pub root: Root,
+    /// The static busybox for its hosts and guests.
+    pub busybox: PathBuf,
     own_qemu: Option<PathBuf>,
 }
 
 impl Rig {
-    /// The machine's own QEMU where it is new enough, else Debian's in the root.
+    /// What emulates hosts of `arch`: the machine's own QEMU where it is new enough, else Debian's in the root.
     ///
     /// # Errors
     /// The root cannot be made.
-    pub fn get() -> Result<Self> {
-        let own = tools::find("qemu-system-x86_64").filter(|path| {
+    pub fn get(arch: Arch) -> Result<Self> {
+        let own = tools::find(&qemu_program(arch)).filter(|path| {
             let said = tools::output(Command::new(path).arg("--version"));
             said.ok()
                 .and_then(|text| version(&text))
                 .is_some_and(|v| v >= QEMU_WANTED)
         });
-        let extra: &[&str] = if own.is_some() { &[] } else { &[QEMU] };
+        let package = [qemu_package(arch)];
+        let extra: &[&str] = if own.is_some() { &[] } else { &package };
+        let root = Root::get(&format!("root-{arch}"), extra)?;
         Ok(Self {
-            root: Root::get(extra)?,
+            arch,
+            busybox: busybox(arch, &root)?,
+            root,
             own_qemu: own,
         })
     }
@@ -110,18 +157,22 @@ impl Rig {
         if let Some(own) = &self.own_qemu {
             return Command::new(own);
         }
-        let mut command = self.root.command(QEMU_PROGRAM);
+        let mut command = self.root.command(&self.program());
         for data in ["usr/share/qemu", "usr/share/seabios"] {
             command.arg("-L").arg(self.root.dir.join(data));
         }
         command
     }
 
+    fn program(&self) -> String {
+        format!("usr/bin/{}", qemu_program(self.arch))
+    }
+
     /// The emulator's program file.
     pub fn qemu_binary(&self) -> PathBuf {
         self.own_qemu
             .clone()
-            .unwrap_or_else(|| self.root.dir.join(QEMU_PROGRAM))
+            .unwrap_or_else(|| self.root.dir.join(self.program()))
     }
 
     /// The emulator's version, as it prints it, e.g. `11.1.3`.

@@ -25,6 +25,9 @@ pub struct Args {
     /// Which host
     #[arg(value_enum)]
     kind: Kind,
+    /// QEMU's name of the CPU model of an emulated host, e.g. EPYC-Rome, cortex-a72 or max,sve=off
+    #[arg(long, value_name = "MODEL")]
+    cpu: Option<String>,
     /// Number of CPUs; an emulated host is steadiest with one
     #[arg(long, default_value_t = 1)]
     smp: u32,
@@ -64,6 +67,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         files.push((name.to_owned(), meta.permissions().mode() & 0o777, source));
     }
     let options = Options {
+        cpu: args.cpu,
         smp: args.smp,
         memory_mib: args.memory,
         kernel: args.kernel,

@@ -23,6 +23,9 @@ pub struct Args {
     /// has hardware KVM, else the emulated ones
     #[arg(long, value_enum)]
     host: Vec<Kind>,
+    /// QEMU's name of the CPU model of the emulated host, e.g. cortex-a72
+    #[arg(long, value_name = "MODEL", requires = "host")]
+    cpu: Option<String>,
     /// Only tests whose names contain this
     name: Vec<String>,
 }
@@ -100,7 +103,7 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
     if args.wants(Level::Nested) {
         for host in hosts {
             tally.guard(&format!("nested::{host}"), |tally| {
-                programs.nested(host, &args.name, tally)
+                programs.nested(host, args.cpu.as_deref(), &args.name, tally)
             });
         }
     }

@@ -31,6 +31,19 @@ pub fn cargo() -> Command {
     command
 }
 
+/// Takes away what the environment tells every build: this one has flags and a target of its own.
+pub fn without_flags(command: &mut Command) -> &mut Command {
+    for name in [
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "CARGO_BUILD_RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+    ] {
+        command.env_remove(name);
+    }
+    command
+}
+
 /// Where `name` is found on the path, the administrator's directories included: an ordinary
 /// user's path often leaves them out.
 pub fn find(name: &str) -> Option<PathBuf> {

@@ -181,7 +181,7 @@ pub fn interface_up(name: &str) -> io::Result<()> {
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
     let room = request.ifr_name.len() - 1;
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(room)) {
-        *to = from.cast_signed();
+        *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = c_short::try_from(libc::IFF_UP).map_err(io::Error::other)?;
     // SAFETY: takes plain numbers.

@@ -18,12 +18,12 @@ impl Kernel {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::V6_1, Self::V6_12];
 
-    /// The name of its bzImage among the images.
+    /// The name of its bzImage among the images; of the compressed Image on ARM.
     pub fn bzimage(self) -> String {
         format!("vmlinuz-{self}")
     }
 
-    /// The name of its ELF file, which starts faster: there is nothing to unpack.
+    /// The name of its ELF file, of the plain Image on ARM. They start faster: there is nothing to unpack.
     pub fn elf(self) -> String {
         format!("vmlinux-{self}")
     }

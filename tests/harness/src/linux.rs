@@ -28,6 +28,14 @@ pub enum Channel {
     Console,
 }
 
+/// What Linux calls the serial line of a guest on this host.
+pub fn serial_line() -> &'static str {
+    match std::env::consts::ARCH {
+        "aarch64" => "ttyAMA0",
+        _ => "ttyS0",
+    }
+}
+
 /// A Linux guest to be started: one vCPU, 256 MiB, the serial line on the VMM's standard output.
 pub struct LinuxBuilder {
     vm: VmBuilder,
@@ -53,7 +61,7 @@ impl LinuxBuilder {
             channel: Channel::Vsock,
             console: "off".into(),
             // A panic ends in a reset at once: a test shall not wait for nothing.
-            cmdline: "console=ttyS0 quiet panic=-1".into(),
+            cmdline: format!("console={} quiet panic=-1", serial_line()),
         })
     }
 

@@ -11,6 +11,7 @@ use triarch_harness::agent::{Exec, Stream};
 use triarch_harness::suite::{self, Report};
 
 use super::tally::{Tally, Verdict};
+use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::host::{self, Host, Kind, Options};
 use crate::images;
@@ -26,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(3600);
 /// Enough for a guest with memory on both sides of the 32-bit hole; what nobody touches costs nothing.
 const HOST_MIB: u32 = 4096;
 
-/// The programs, built once.
+/// The programs, built once; those of other architectures when a host needs them.
 pub struct Programs {
     dir: PathBuf,
     payload: PathBuf,
@@ -38,7 +39,7 @@ impl Programs {
     /// # Errors
     /// They do not compile.
     pub fn build() -> Result<Self> {
-        let dir = build::programs(Profile::Dev, &[VMM, SUITES])?;
+        let dir = programs(Arch::native())?;
         let payload = payload::build()?;
         Ok(Self { dir, payload })
     }
@@ -71,25 +72,30 @@ impl Programs {
         Ok(())
     }
 
-    /// Runs the nested level on a host. When the host itself fails, it is started once more, for the
+    /// Runs the nested level on a host, of another CPU model than usual if `cpu` names one. When the host itself fails, it is started once more, for the
     /// tests that have no result yet.
     ///
     /// # Errors
     /// The host cannot be made, or failed twice.
-    pub fn nested(&self, kind: Kind, filters: &[String], tally: &mut Tally) -> Result<()> {
-        let mut pending = Pending::new(&format!("nested::{kind}"), self.list("nested", filters)?);
+    pub fn nested(&self, kind: Kind, cpu: Option<&str>, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let place = match cpu {
+            Some(model) => format!("nested::{kind}({model})"),
+            None => format!("nested::{kind}"),
+        };
+        let mut pending = Pending::new(&place, self.list("nested", filters)?);
         if pending.names.is_empty() {
             return Ok(());
         }
         let options = Options {
+            cpu: cpu.map(str::to_owned),
             memory_mib: HOST_MIB,
-            files: self.files()?,
+            files: self.files(kind.arch())?,
             ..Options::default()
         };
         host::with_host(kind, &options, |host| run_on(host, &mut pending, tally))
     }
 
-    /// The tests of a level, without running them.
+    /// The tests of a level, without running them. They are the same for every architecture.
     fn list(&self, level: &str, filters: &[String]) -> Result<Vec<String>> {
         let mut command = Command::new(self.dir.join(SUITES));
         let listed = tools::output(command.args(["--list", "--level", level]))?;
@@ -99,20 +105,31 @@ impl Programs {
     }
 
     /// What the tests need on a host: name, permission bits, source.
-    fn files(&self) -> Result<Vec<(String, u32, PathBuf)>> {
-        let rig = Rig::get()?;
-        let program = |name: &str| (name.to_owned(), 0o755, self.dir.join(name));
+    fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
+        let rig = Rig::get(arch)?;
+        let dir = if arch == Arch::native() {
+            self.dir.clone()
+        } else {
+            programs(arch)?
+        };
+        let program = |name: &str| (name.to_owned(), 0o755, dir.join(name));
         let mut files = vec![program(VMM), program(SUITES)];
-        files.push((PAYLOAD.to_owned(), 0o644, self.payload.clone()));
+        if payload::exists_for(arch) {
+            files.push((PAYLOAD.to_owned(), 0o644, self.payload.clone()));
+        }
         for version in [Version::V6_1, Version::V6_12] {
-            let kernel = Kernel::get(version, &rig.root)?;
+            let kernel = Kernel::get(version, arch, &rig.root)?;
             let mut add = |name: String, source: &Path| files.push((name, 0o644, source.to_path_buf()));
-            add(format!("vmlinuz-{version}"), &kernel.bzimage);
+            add(format!("vmlinuz-{version}"), &kernel.vmlinuz);
             add(format!("vmlinux-{version}"), &kernel.vmlinux);
             add(format!("initramfs-{version}.cpio"), &images::guest(&kernel, &rig)?);
         }
         Ok(files)
     }
+}
+
+fn programs(arch: Arch) -> Result<PathBuf> {
+    build::programs(arch, Profile::Dev, &[VMM, SUITES])
 }
 
 fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {

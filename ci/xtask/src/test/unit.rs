@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use super::tally::{Tally, Verdict};
-use crate::{build, packages, tools};
+use crate::arch::Arch;
+use crate::{build, tools};
 
 /// A compiled test program.
 #[derive(Debug, PartialEq, Eq)]
@@ -25,9 +26,7 @@ struct Program {
 /// # Errors
 /// They do not compile, or a program cannot be started.
 pub fn run(filters: &[String], tally: &mut Tally) -> Result<()> {
-    packages::require(&packages::LINK)?;
-    let mut command = tools::cargo();
-    command.args([
+    let words = [
         "test",
         "--quiet",
         "--workspace",
@@ -35,10 +34,9 @@ pub fn run(filters: &[String], tally: &mut Tally) -> Result<()> {
         "--bins",
         "--tests",
         "--no-run",
-    ]);
-    command
-        .args(build::STATIC_ARGS)
-        .args(["--message-format", "json-render-diagnostics"]);
+    ];
+    let mut command = build::cargo(Arch::native(), &words)?;
+    command.args(["--message-format", "json-render-diagnostics"]);
     let messages = tools::step("building unit tests", || {
         let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
         if !output.status.success() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use triarch_harness::agent::Exec;
 use triarch_harness::disk::{DiskImage, pattern};
 use triarch_harness::images::Kernel;
-use triarch_harness::linux::LinuxBuilder;
+use triarch_harness::linux::{LinuxBuilder, serial_line};
 use triarch_harness::suite::{Context, Outcome, Test};
 
 pub const TESTS: &[Test] = &[
@@ -20,9 +20,10 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// A paused guest does nothing; resumed, it goes on where it was.
 fn stands_still(context: &Context) -> Result<Outcome> {
     let guest = LinuxBuilder::new(context, Kernel::V6_1)?.vm(|vm| vm.api()).boot()?;
-    guest
-        .agent()
-        .detach(&Exec::shell("while :; do echo tick > /dev/ttyS0; usleep 20000; done"))?;
+    let line = serial_line();
+    guest.agent().detach(&Exec::shell(&format!(
+        "while :; do echo tick > /dev/{line}; usleep 20000; done"
+    )))?;
     let output = guest.vm().output();
     output.wait_for("tick", 0, Duration::from_secs(30))?;
     guest.vm().pause()?;
