@@ -45,13 +45,16 @@ const UNPACK: [Need; 4] = [
     need(KEYRING, "debian-archive-keyring", "to check their signatures"),
 ];
 
+/// What unit tests check our work with.
+pub const UNIT_TESTS: [Need; 1] = [need("iasl", "acpica-tools", "to take the ACPI tables apart in tests")];
+
 /// What linking static programs needs.
 pub const LINK: [Need; 2] = [
     need("cc", "gcc", "to link static programs"),
     need("cc:libc.a", "libc6-dev", "to link static programs"),
 ];
 
-/// The same for ARM on another machine.
+/// What linking for ARM on another machine needs.
 pub const LINK_FOR_AARCH64: [Need; 2] = [
     need(
         "aarch64-linux-gnu-gcc",

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::tally::{Tally, Verdict};
 use crate::arch::Arch;
-use crate::{build, tools};
+use crate::{build, packages, tools};
 
 /// A compiled test program.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,6 +26,7 @@ struct Program {
 /// # Errors
 /// They do not compile, or a program cannot be started.
 pub fn run(filters: &[String], tally: &mut Tally) -> Result<()> {
+    packages::require(&packages::UNIT_TESTS)?;
     let words = [
         "test",
         "--quiet",
