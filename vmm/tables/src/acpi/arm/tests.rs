@@ -1,4 +1,7 @@
+use std::process::Command;
+
 use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
+use super::super::tests::acpica_accepts;
 use super::super::{AcpiError, AcpiTables, checksum};
 use super::*;
 
@@ -94,6 +97,24 @@ fn all_tables_are_there_and_sum_to_zero() {
     assert_eq!(named(&tables, b"IORT").len(), 48 + 24 + 60);
     let boot_flags = &named(&tables, b"FACP")[129..131];
     assert_eq!(boot_flags, [3, 0], "PSCI by HVC");
+}
+
+#[test]
+fn acpica_finds_nothing_wrong() {
+    if Command::new("iasl").arg("-v").output().is_err() {
+        eprintln!("skipped: iasl (package acpica-tools) is not installed");
+        return;
+    }
+    let mut shaped = config(8, 8);
+    shaped.topology = Topology {
+        threads: 2,
+        cores: 2,
+        dies: 2,
+        packages: 1,
+    };
+    for config in [config(1, 1), config(4, 2), shaped] {
+        acpica_accepts(&build(&config).unwrap());
+    }
 }
 
 #[test]
