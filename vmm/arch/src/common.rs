@@ -1,7 +1,17 @@
 //! What every architecture uses.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use thiserror::Error;
-use triarch_hypervisor::Vcpu;
+use triarch_device_core::Bus;
+use triarch_hypervisor::{Interrupts, Vcpu};
+use triarch_legacy::PowerSink;
+use triarch_legacy::console::Console;
+use triarch_memory::GuestMemory;
+use triarch_pci::{BarAllocator, PciRoot};
+
+use crate::{Board, CpuPlan};
 
 /// The vCPUs of a guest.
 pub struct Vcpus {
@@ -30,4 +40,52 @@ impl AddressLimit {
             _ => Err(Self { mib: size >> 20, bits }),
         }
     }
+}
+
+/// What the board is made of.
+pub struct BoardConfig<'a> {
+    /// Where memory-mapped devices are claimed.
+    pub mmio: &'a Arc<Bus>,
+    /// Where ports are claimed, if the architecture has any.
+    pub pio: &'a Arc<Bus>,
+    /// Interrupts of the VM.
+    pub interrupts: &'a Arc<Interrupts>,
+    /// The PCI root whose configuration space the board shows.
+    pub root: &'a Arc<PciRoot>,
+    /// Bytes of RAM.
+    pub memory_size: u64,
+    /// What the serial port is connected to; no port without.
+    pub serial: Option<&'a Arc<Console>>,
+    /// What the debug port is connected to; no port without. Only a PC has one.
+    pub debug: Option<&'a Arc<Console>>,
+    /// Whether the guest boots by a device tree instead of ACPI: not on a PC.
+    pub device_tree: bool,
+    /// Told when the guest ends or resets itself through a device. On ARM its vCPUs tell (PSCI).
+    pub power: Arc<dyn PowerSink>,
+}
+
+/// What to load for whom.
+pub struct LoadConfig<'a> {
+    /// Fresh guest memory.
+    pub memory: &'a GuestMemory,
+    /// The guest's processors.
+    pub plan: &'a CpuPlan,
+    /// Its devices at fixed places.
+    pub board: &'a Board,
+    /// Where its PCI devices are.
+    pub windows: &'a BarAllocator,
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// initramfs file.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Whether to describe the machine by a device tree, which a [`Board`] of a PC refuses.
+    pub device_tree: bool,
+    /// Serial number for SMBIOS.
+    pub serial_number: Option<String>,
+    /// UUID for SMBIOS.
+    pub uuid: Option<String>,
+    /// OEM strings for SMBIOS.
+    pub oem_strings: Vec<String>,
 }

@@ -10,7 +10,7 @@ mod common;
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
-pub use common::{AddressLimit, Vcpus};
+pub use common::{AddressLimit, BoardConfig, LoadConfig, Vcpus};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::*;

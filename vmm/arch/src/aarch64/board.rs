@@ -4,35 +4,12 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_device_core::{Bus, BusError, InterruptLine};
-use triarch_hypervisor::Interrupts;
-use triarch_legacy::console::Console;
-use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, Pl011, Pl031, PowerSink, SerialPort};
-use triarch_pci::{Ecam, PciRoot};
+use triarch_device_core::{BusError, InterruptLine};
+use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, Pl011, Pl031, SerialPort};
+use triarch_pci::Ecam;
 
 use super::layout::{self, interrupt};
-
-/// What the board is made of.
-pub struct BoardConfig<'a> {
-    /// Where memory-mapped devices are claimed.
-    pub mmio: &'a Arc<Bus>,
-    /// Where ports are claimed: an ARM machine has none.
-    pub pio: &'a Arc<Bus>,
-    /// Interrupts of the VM.
-    pub interrupts: &'a Arc<Interrupts>,
-    /// The PCI root whose configuration space the board shows.
-    pub root: &'a Arc<PciRoot>,
-    /// Bytes of RAM.
-    pub memory_size: u64,
-    /// What the serial port is connected to; no port without.
-    pub serial: Option<&'a Arc<Console>>,
-    /// What the debug port is connected to: there is none.
-    pub debug: Option<&'a Arc<Console>>,
-    /// Whether the guest boots by a device tree instead of ACPI.
-    pub device_tree: bool,
-    /// Told when the guest ends or resets itself. On ARM that comes from its vCPUs (PSCI).
-    pub power: Arc<dyn PowerSink>,
-}
+use crate::BoardConfig;
 
 /// Why the board could not be made.
 #[derive(Debug, Error)]

@@ -6,7 +6,8 @@ use triarch_tables::acpi::arm::{self, ArmAcpiConfig, ArmCpu, Uart};
 use triarch_tables::acpi::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
 
 use super::layout::{self, interrupt};
-use super::load::{LoadConfig, ram};
+use super::load::ram;
+use crate::LoadConfig;
 
 const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 

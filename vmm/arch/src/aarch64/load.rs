@@ -1,46 +1,18 @@
 //! What the first vCPU finds in memory: kernel, initramfs, and the machine described by ACPI or by a device tree.
 
-use std::path::PathBuf;
-
 use thiserror::Error;
 use triarch_boot::arm64::{self, Chosen, EfiPointers, FdtError};
 use triarch_boot::{
     InitramfsError, KernelError, LayoutError, MemKind, MemMapEntry, MemRange, MemoryLayout, OpenError, open_boot_file,
 };
 use triarch_memory::GuestMemory;
-use triarch_pci::BarAllocator;
 use triarch_tables::acpi::{self, AcpiError};
 use triarch_tables::efi::{self, EfiConfig};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::{Board, CpuPlan, describe, layout};
-
-/// What to load for whom.
-pub struct LoadConfig<'a> {
-    /// Fresh guest memory.
-    pub memory: &'a GuestMemory,
-    /// The guest's processors.
-    pub plan: &'a CpuPlan,
-    /// Its devices at fixed places.
-    pub board: &'a Board,
-    /// Where its PCI devices are.
-    pub windows: &'a BarAllocator,
-    /// Kernel file.
-    pub kernel: PathBuf,
-    /// initramfs file.
-    pub initramfs: Option<PathBuf>,
-    /// Kernel command line.
-    pub cmdline: String,
-    /// Whether to describe the machine by a device tree instead of ACPI.
-    pub device_tree: bool,
-    /// Serial number for SMBIOS.
-    pub serial_number: Option<String>,
-    /// UUID for SMBIOS.
-    pub uuid: Option<String>,
-    /// OEM strings for SMBIOS.
-    pub oem_strings: Vec<String>,
-}
+use super::{describe, layout};
+use crate::LoadConfig;
 
 /// State of the first vCPU at its first instruction.
 pub struct Entry {

@@ -7,9 +7,9 @@ pub mod layout;
 mod load;
 mod platform;
 
-pub use board::{Board, BoardConfig, BoardError};
+pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
-pub use load::{Entry, LoadConfig, LoadError, load};
+pub use load::{Entry, LoadError, load};
 pub use platform::Platform;
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.

@@ -4,16 +4,15 @@ use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_device_core::{AccessError, Bus, BusDevice, BusError, InterruptLine};
-use triarch_hypervisor::Interrupts;
-use triarch_legacy::console::Console;
+use triarch_device_core::{AccessError, BusDevice, BusError, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, PowerSink,
-    ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
+    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, ResetPort,
+    ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
-use triarch_pci::{ConfigPorts, Ecam, PciRoot};
+use triarch_pci::{ConfigPorts, Ecam};
 
 use super::layout;
+use crate::BoardConfig;
 
 /// First serial port and its interrupt.
 pub(super) const COM1: u16 = 0x3f8;
@@ -33,28 +32,6 @@ const POST: u64 = 0x80;
 const DEBUG: u64 = 0x402;
 /// Offset of the chipset's reset port from the first port of PCI's configuration mechanism.
 const RESET_PORT_OFFSET: u64 = 1;
-
-/// What the board is made of.
-pub struct BoardConfig<'a> {
-    /// Where memory-mapped devices are claimed.
-    pub mmio: &'a Arc<Bus>,
-    /// Where ports are claimed.
-    pub pio: &'a Arc<Bus>,
-    /// Interrupts of the VM.
-    pub interrupts: &'a Arc<Interrupts>,
-    /// The PCI root whose configuration space the board shows.
-    pub root: &'a Arc<PciRoot>,
-    /// Bytes of RAM.
-    pub memory_size: u64,
-    /// What the serial port is connected to; no port without.
-    pub serial: Option<&'a Arc<Console>>,
-    /// What the debug port is connected to; no port without.
-    pub debug: Option<&'a Arc<Console>>,
-    /// Whether the guest boots by a device tree: not on a PC.
-    pub device_tree: bool,
-    /// Told when the guest ends or resets itself.
-    pub power: Arc<dyn PowerSink>,
-}
 
 /// Why the board could not be made.
 #[derive(Debug, Error)]

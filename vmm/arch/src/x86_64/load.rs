@@ -1,7 +1,5 @@
 //! What the first vCPU finds in memory: kernel, initramfs, ACPI, SMBIOS, boot data.
 
-use std::path::PathBuf;
-
 use thiserror::Error;
 use triarch_boot::{
     BootDataError, BootEntry, BootLayout, BootParams, BootTarget, CpuTables, InitramfsError, KernelError, LayoutError,
@@ -17,33 +15,8 @@ use triarch_tables::acpi::{
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::{Board, CpuPlan, board, layout};
-
-/// What to load for whom.
-pub struct LoadConfig<'a> {
-    /// Fresh guest memory.
-    pub memory: &'a GuestMemory,
-    /// The guest's processors.
-    pub plan: &'a CpuPlan,
-    /// Its devices at fixed places.
-    pub board: &'a Board,
-    /// Where its PCI devices are.
-    pub windows: &'a BarAllocator,
-    /// Kernel file.
-    pub kernel: PathBuf,
-    /// initramfs file.
-    pub initramfs: Option<PathBuf>,
-    /// Kernel command line.
-    pub cmdline: String,
-    /// Whether to describe the machine by a device tree, which a [`Board`] of a PC refuses.
-    pub device_tree: bool,
-    /// Serial number for SMBIOS.
-    pub serial_number: Option<String>,
-    /// UUID for SMBIOS.
-    pub uuid: Option<String>,
-    /// OEM strings for SMBIOS.
-    pub oem_strings: Vec<String>,
-}
+use super::{board, layout};
+use crate::LoadConfig;
 
 /// State of the first vCPU at its first instruction.
 pub struct Entry {

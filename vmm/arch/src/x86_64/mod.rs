@@ -7,8 +7,8 @@ mod load;
 mod platform;
 mod syscalls;
 
-pub use board::{Board, BoardConfig, BoardError};
+pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
-pub use load::{Entry, LoadConfig, LoadError, load};
+pub use load::{Entry, LoadError, load};
 pub use platform::Platform;
 pub use syscalls::OLDER_SYSCALLS;
