@@ -1,49 +1,8 @@
 //! The body of `vm.create`.
-//!
-//! Agents send fields of other versions; those are ignored, and logged once. But a field that asks for a device or a protection this
-//! build does not have must not be ignored: the agent would believe the guest has it.
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
-
-use crate::{ApiError, VmConfig};
-
-/// Names of fields that mean something the guest would miss, wherever they stand, unless their value is nothing: null, false, 0 or empty.
-const MISSED: &[&str] = &[
-    // Devices.
-    "balloon",
-    "devices",
-    "fs",
-    "generic_vhost_user",
-    "ivshmem",
-    "pmem",
-    "pvpanic",
-    "tpm",
-    "user_devices",
-    "vdpa",
-    "watchdog",
-    // Where they are and what serves them.
-    "backing_files",
-    "iommu",
-    "iommu_segments",
-    "pci_segment",
-    "pci_segments",
-    "vhost_socket",
-    "vhost_user",
-    // What limits and protects.
-    "igvm",
-    "landlock_enable",
-    "rate_limit_group",
-    "rate_limit_groups",
-    "rate_limiter_config",
-    "sev_snp",
-    "tdx",
-    // Memory.
-    "hotplugged_size",
-    "numa",
-    "zones",
-];
+use crate::{ApiError, ReadError, VmConfig, read_config};
 
 /// Unknown fields that are remembered as logged.
 const MAX_LOGGED: usize = 100;
@@ -59,26 +18,19 @@ pub(super) struct Reader {
 impl Reader {
     /// Reads the body of `vm.create`. Descriptor numbers in it are those of the client and mean nothing here.
     pub(super) fn read(&mut self, body: &[u8]) -> Result<VmConfig, ApiError> {
-        let bad = |error: &dyn std::fmt::Display| ApiError::BadRequest(format!("vm.create: {error}"));
-        let value: Value =
-            serde_json::from_slice(body).map_err(|error| bad(&format!("the body is not JSON: {error}")))?;
-        if !value.is_object() {
-            return Err(bad(&"the body is not a JSON object"));
-        }
-        let mut unknown = Vec::new();
-        let mut note = |path: serde_ignored::Path<'_>| unknown.push(Field::at(&path, &value));
-        let mut track = serde_path_to_error::Track::new();
-        let inner = serde_path_to_error::Deserializer::new(&value, &mut track);
-        let outer = serde_ignored::Deserializer::new(inner, &mut note);
-        let config: Result<VmConfig, _> = serde::Deserialize::deserialize(outer);
-        let mut config = config.map_err(|error| bad(&format!("{}: {error}", track.path())))?;
-        for field in unknown {
-            if field.missed {
-                let name = field.name;
-                let message = format!("vm.create: this version does not support {name}; leave it out");
-                return Err(ApiError::Unsupported(message));
+        let (mut config, ignored) = read_config(body).map_err(|error| {
+            let message = match &error {
+                ReadError::NotJson(why) => format!("vm.create: the body is not JSON: {why}"),
+                ReadError::NotAnObject => "vm.create: the body is not a JSON object".to_owned(),
+                ReadError::Field { .. } | ReadError::Unsupported(_) => format!("vm.create: {error}"),
+            };
+            match error {
+                ReadError::Unsupported(_) => ApiError::Unsupported(message),
+                _ => ApiError::BadRequest(message),
             }
-            self.log(field.name);
+        })?;
+        for name in ignored {
+            self.log(name);
         }
         for net in config.net.iter_mut().flatten() {
             if net.fds.take().is_some() {
@@ -94,54 +46,6 @@ impl Reader {
             tracing::info!(field = ?start, "vm.create: ignored");
             self.logged.insert(name);
         }
-    }
-}
-
-/// A field that nobody asked for.
-struct Field {
-    /// Names on the way to it, without positions in lists.
-    name: String,
-    /// The guest would miss what it asks for.
-    missed: bool,
-}
-
-impl Field {
-    fn at(path: &serde_ignored::Path<'_>, root: &Value) -> Self {
-        let mut names = Vec::new();
-        let value = find(path, root, &mut names);
-        let missed = names.last().is_some_and(|name| MISSED.contains(&name.as_str()));
-        Self {
-            missed: missed && !value.is_none_or(is_nothing),
-            name: names.join("."),
-        }
-    }
-}
-
-/// The value at `path`; adds the names on the way to it.
-fn find<'v>(path: &serde_ignored::Path<'_>, root: &'v Value, names: &mut Vec<String>) -> Option<&'v Value> {
-    use serde_ignored::Path;
-    match path {
-        Path::Root => Some(root),
-        Path::Seq { parent, index } => find(parent, root, names)?.get(index),
-        Path::Map { parent, key } => {
-            let value = find(parent, root, names);
-            names.push(key.clone());
-            value?.get(key)
-        }
-        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => {
-            find(parent, root, names)
-        }
-    }
-}
-
-fn is_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Bool(on) => !on,
-        Value::Number(n) => n.as_u64() == Some(0),
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
     }
 }
 
