@@ -79,7 +79,7 @@ pub struct Disk {
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_durable_writes: AtomicBool,
-    metrics: DiskMetrics,
+    metrics: Arc<DiskMetrics>,
 }
 
 impl Disk {
@@ -146,12 +146,12 @@ impl Disk {
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             no_durable_writes: AtomicBool::new(false),
-            metrics: DiskMetrics::default(),
+            metrics: Arc::default(),
             file,
         });
         if options.backend == Backend::IoUring {
             // A small trial, so that the error shows now and not when a guest starts the device.
-            UringQueue::new(Arc::clone(&disk), 1).map_err(|source| OpenError::Backend {
+            UringQueue::new(Arc::clone(&disk), Arc::default(), 1).map_err(|source| OpenError::Backend {
                 path: path.clone(),
                 source,
             })?;
@@ -159,19 +159,21 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Makes a queue for up to `depth` operations in flight, at least 1 and at most [`MAX_DEPTH`].
+    /// Makes a queue for up to `depth` operations in flight, at least 1 and at most [`MAX_DEPTH`]. What it does is counted as done by
+    /// the disk's queue `number`.
     ///
     /// # Errors
     /// [`QueueError`]: no file descriptors left, or io_uring was asked for by name and has stopped working.
-    pub fn queue(self: &Arc<Self>, depth: usize) -> Result<Box<dyn IoQueue>, QueueError> {
+    pub fn queue(self: &Arc<Self>, number: u16, depth: usize) -> Result<Box<dyn IoQueue>, QueueError> {
         let depth = depth.clamp(1, MAX_DEPTH);
+        let counters = self.metrics.queue(number);
         let uring = match self.backend {
             Backend::Auto => self.uring_works.get().copied().unwrap_or(true),
             Backend::IoUring => true,
             Backend::Sync => false,
         };
         if uring {
-            match UringQueue::new(Arc::clone(self), depth) {
+            match UringQueue::new(Arc::clone(self), Arc::clone(&counters), depth) {
                 Ok(queue) => {
                     let _ = self.uring_works.set(true);
                     return Ok(Box::new(queue));
@@ -189,7 +191,7 @@ impl Disk {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Box::new(SyncQueue::new(Arc::clone(self), depth)?))
+        Ok(Box::new(SyncQueue::new(Arc::clone(self), counters, depth)?))
     }
 
     /// Size in bytes as last read from the file, a multiple of the logical block size.
@@ -233,8 +235,8 @@ impl Disk {
         &self.serial
     }
 
-    /// Counters of all its queues.
-    pub fn counters(&self) -> &DiskMetrics {
+    /// Counters of its queues. They go on when queues are dropped and made again.
+    pub fn counters(&self) -> &Arc<DiskMetrics> {
         &self.metrics
     }
 

@@ -4,8 +4,11 @@
 //! write-through behave alike whichever runs. A backend asks [`Job::next`] for an action, has it carried
 //! out, tells [`Job::settle`] the result, and repeats until the action is [`Action::Done`].
 
+use std::time::Instant;
+
 use crate::buffer::{self, AlignedBuf, BOUNCE_SIZE};
 use crate::disk::Disk;
+use crate::metrics::{Counters, OpKind as Kind};
 use crate::queue::Op;
 
 /// Vectors one call may have (`UIO_MAXIOV`).
@@ -45,15 +48,6 @@ pub(crate) enum Action {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-    Discard,
-    WriteZeroes,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     Move,
     Punch,
@@ -69,6 +63,8 @@ enum Step {
 pub(crate) struct Job {
     tag: u64,
     kind: Kind,
+    /// When it was submitted.
+    since: Option<Instant>,
     step: Step,
     /// Writes carry RWF_DSYNC.
     durable: bool,
@@ -96,6 +92,7 @@ impl Job {
         Self {
             tag: 0,
             kind: Kind::Flush,
+            since: None,
             step: Step::End(Ok(())),
             durable: false,
             sync_after: false,
@@ -123,6 +120,7 @@ impl Job {
     pub(crate) fn start(&mut self, disk: &Disk, op: &Op<'_>, tag: u64) {
         debug_assert!(self.bounce.is_none());
         self.tag = tag;
+        self.since = Some(Instant::now());
         self.retries = 0;
         self.durable = false;
         self.sync_after = false;
@@ -363,15 +361,13 @@ impl Job {
     }
 
     /// Counts the finished job.
-    pub(crate) fn count(&self, disk: &Disk, result: Result<u64, i32>) {
-        let m = disk.counters();
-        let Ok(bytes) = result else { return m.failed() };
-        match self.kind {
-            Kind::Read => m.count(&m.reads, Some(&m.read_bytes), bytes),
-            Kind::Write => m.count(&m.writes, Some(&m.write_bytes), bytes),
-            Kind::Flush => m.count(&m.flushes, None, 0),
-            Kind::Discard => m.count(&m.discards, Some(&m.discard_bytes), bytes),
-            Kind::WriteZeroes => m.count(&m.write_zeroes, Some(&m.write_zeroes_bytes), bytes),
+    pub(crate) fn count(&self, counters: &Counters, result: Result<u64, i32>) {
+        match result {
+            Ok(bytes) => {
+                let time = self.since.map(|since| since.elapsed()).unwrap_or_default();
+                counters.completed(self.kind, bytes, time);
+            }
+            Err(_) => counters.failed(),
         }
     }
 }

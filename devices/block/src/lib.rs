@@ -8,7 +8,7 @@
 //! use triarch_block::{Disk, DiskOptions, Op};
 //!
 //! let disk = Disk::open(&DiskOptions::new("/var/lib/images/disk.raw"))?;
-//! let mut queue = disk.queue(128)?;
+//! let mut queue = disk.queue(0, 128)?;
 //! queue.submit(&Op::Flush, 7)?;
 //! queue.kick()?;
 //! // ... wait until queue.completion_fd() is readable ...
@@ -36,5 +36,5 @@ pub use buffer::IoBuf;
 pub use disk::{Backend, Disk, DiskOptions, MAX_DEPTH, SERIAL_LEN};
 pub use error::{OpenError, QueueError};
 pub use geometry::Geometry;
-pub use metrics::{DiskCounters, DiskMetrics};
+pub use metrics::{DiskCounters, DiskMetrics, OpCounters};
 pub use queue::{Full, IoQueue, OnCompletion, Op};

@@ -1,85 +1,171 @@
 //! Counters of one disk.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-/// Counters that hang on a [`Disk`](crate::Disk) and are updated by all its queues. They only grow,
-/// except `in_flight`. Each is exact by itself; together they are not one instant's picture.
+use triarch_device_core::metrics::{Counter, Gauge, Histogram, Latencies, Padded};
+
+/// Counters of a [`Disk`](crate::Disk), apart for each of its queues. They outlive the disk for whoever still holds them, but keep
+/// nothing else of it open.
 #[derive(Debug, Default)]
 pub struct DiskMetrics {
-    pub(crate) reads: AtomicU64,
-    pub(crate) read_bytes: AtomicU64,
-    pub(crate) writes: AtomicU64,
-    pub(crate) write_bytes: AtomicU64,
-    pub(crate) flushes: AtomicU64,
-    pub(crate) discards: AtomicU64,
-    pub(crate) discard_bytes: AtomicU64,
-    pub(crate) write_zeroes: AtomicU64,
-    pub(crate) write_zeroes_bytes: AtomicU64,
-    pub(crate) errors: AtomicU64,
-    pub(crate) in_flight: AtomicU64,
+    /// Locked to make a queue and to read, never by operations.
+    queues: Mutex<BTreeMap<u16, Arc<QueueMetrics>>>,
 }
 
-/// The values of [`DiskMetrics`] as plain numbers.
+/// Counters of one queue.
+pub(crate) type QueueMetrics = Padded<Counters>;
+
+/// Written by the one thread that uses the queue.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    reads: Kind,
+    writes: Kind,
+    flushes: Kind,
+    discards: Kind,
+    write_zeroes: Kind,
+    errors: Counter,
+    in_flight: Gauge,
+}
+
+/// Counters of one kind of operation.
+#[derive(Debug, Default)]
+struct Kind {
+    bytes: Counter,
+    latency: Histogram,
+}
+
+impl Kind {
+    fn read(&self) -> OpCounters {
+        let latency = self.latency.read();
+        OpCounters {
+            count: latency.count(),
+            bytes: self.bytes.get(),
+            latency,
+        }
+    }
+}
+
+/// What an operation is counted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OpKind {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    WriteZeroes,
+}
+
+/// Operations of one kind that completed without error.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpCounters {
+    /// How many.
+    pub count: u64,
+    /// Bytes they moved or affected.
+    pub bytes: u64,
+    /// How long they took, from submission to the end of their last step.
+    pub latency: Latencies,
+}
+
+impl OpCounters {
+    fn add(&mut self, other: &Self) {
+        self.count += other.count;
+        self.bytes += other.bytes;
+        self.latency.add(&other.latency);
+    }
+}
+
+/// Counters as plain numbers: those of a queue, or of all queues of a disk. They only grow, except `in_flight`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskCounters {
-    /// Reads completed without error.
-    pub reads: u64,
-    /// Bytes of those reads.
-    pub read_bytes: u64,
-    /// Writes completed without error.
-    pub writes: u64,
-    /// Bytes of those writes.
-    pub write_bytes: u64,
-    /// Flushes completed without error.
-    pub flushes: u64,
-    /// Discards completed without error.
-    pub discards: u64,
-    /// Bytes of those discards.
-    pub discard_bytes: u64,
-    /// Write-zeroes operations completed without error.
-    pub write_zeroes: u64,
-    /// Bytes of those write-zeroes operations.
-    pub write_zeroes_bytes: u64,
+    /// Reads.
+    pub reads: OpCounters,
+    /// Writes.
+    pub writes: OpCounters,
+    /// Flushes.
+    pub flushes: OpCounters,
+    /// Discards.
+    pub discards: OpCounters,
+    /// Write-zeroes operations.
+    pub write_zeroes: OpCounters,
     /// Operations of any kind that failed.
     pub errors: u64,
     /// Operations submitted whose completion has not been handed out yet.
     pub in_flight: u64,
 }
 
+impl DiskCounters {
+    /// Adds what `other` counted.
+    pub fn add(&mut self, other: &Self) {
+        self.reads.add(&other.reads);
+        self.writes.add(&other.writes);
+        self.flushes.add(&other.flushes);
+        self.discards.add(&other.discards);
+        self.write_zeroes.add(&other.write_zeroes);
+        self.errors += other.errors;
+        self.in_flight += other.in_flight;
+    }
+}
+
 impl DiskMetrics {
-    /// Reads all counters.
+    /// Counters of all queues together.
     pub fn read(&self) -> DiskCounters {
+        let mut sum = DiskCounters::default();
+        for (_, queue) in self.read_queues() {
+            sum.add(&queue);
+        }
+        sum
+    }
+
+    /// Counters of each queue that was ever used, by its number.
+    pub fn read_queues(&self) -> Vec<(u16, DiskCounters)> {
+        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.iter().map(|(number, queue)| (*number, queue.read())).collect()
+    }
+
+    /// The counters of queue `number`.
+    pub(crate) fn queue(&self, number: u16) -> Arc<QueueMetrics> {
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        queues.entry(number).or_default().clone()
+    }
+}
+
+impl Counters {
+    fn read(&self) -> DiskCounters {
         DiskCounters {
-            reads: self.reads.load(Relaxed),
-            read_bytes: self.read_bytes.load(Relaxed),
-            writes: self.writes.load(Relaxed),
-            write_bytes: self.write_bytes.load(Relaxed),
-            flushes: self.flushes.load(Relaxed),
-            discards: self.discards.load(Relaxed),
-            discard_bytes: self.discard_bytes.load(Relaxed),
-            write_zeroes: self.write_zeroes.load(Relaxed),
-            write_zeroes_bytes: self.write_zeroes_bytes.load(Relaxed),
-            errors: self.errors.load(Relaxed),
-            in_flight: self.in_flight.load(Relaxed),
+            reads: self.reads.read(),
+            writes: self.writes.read(),
+            flushes: self.flushes.read(),
+            discards: self.discards.read(),
+            write_zeroes: self.write_zeroes.read(),
+            errors: self.errors.get(),
+            in_flight: self.in_flight.get(),
         }
     }
 
     pub(crate) fn submitted(&self) {
-        self.in_flight.fetch_add(1, Relaxed);
+        self.in_flight.up();
     }
 
     pub(crate) fn handed_out(&self) {
-        self.in_flight.fetch_sub(1, Relaxed);
+        self.in_flight.down();
     }
 
     pub(crate) fn failed(&self) {
-        self.errors.fetch_add(1, Relaxed);
+        self.errors.add(1);
     }
 
-    pub(crate) fn count(&self, operations: &AtomicU64, volume: Option<&AtomicU64>, bytes: u64) {
-        operations.fetch_add(1, Relaxed);
-        if let Some(volume) = volume {
-            volume.fetch_add(bytes, Relaxed);
-        }
+    /// Counts an operation that affected `bytes` in `time`.
+    pub(crate) fn completed(&self, kind: OpKind, bytes: u64, time: Duration) {
+        let kind = match kind {
+            OpKind::Read => &self.reads,
+            OpKind::Write => &self.writes,
+            OpKind::Flush => &self.flushes,
+            OpKind::Discard => &self.discards,
+            OpKind::WriteZeroes => &self.write_zeroes,
+        };
+        kind.bytes.add(bytes);
+        kind.latency.observe(time);
     }
 }

@@ -9,6 +9,7 @@ use crate::buffer::{Bounce, BouncePool};
 use crate::disk::Disk;
 use crate::error::QueueError;
 use crate::job::{Action, Job};
+use crate::metrics::QueueMetrics;
 use crate::queue::{Finished, Full, IoQueue, OnCompletion, Op};
 use crate::sys;
 
@@ -17,6 +18,7 @@ use crate::sys;
 #[derive(Debug)]
 pub(crate) struct SyncQueue {
     disk: Arc<Disk>,
+    counters: Arc<QueueMetrics>,
     job: Job,
     bounce: BouncePool,
     finished: Finished,
@@ -24,12 +26,13 @@ pub(crate) struct SyncQueue {
 }
 
 impl SyncQueue {
-    pub(crate) fn new(disk: Arc<Disk>, depth: usize) -> Result<Self, QueueError> {
+    pub(crate) fn new(disk: Arc<Disk>, counters: Arc<QueueMetrics>, depth: usize) -> Result<Self, QueueError> {
         Ok(Self {
             bounce: BouncePool::new(disk.bounce_alignment()),
             job: Job::new(),
             finished: Finished::new(depth).map_err(QueueError::EventFd)?,
             disk,
+            counters,
             depth,
         })
     }
@@ -59,13 +62,13 @@ impl IoQueue for SyncQueue {
         if self.finished.len() >= self.depth {
             return Err(Full);
         }
-        self.disk.counters().submitted();
+        self.counters.submitted();
         self.job.start(&self.disk, op, tag);
         let result = self.run();
         if let Some(buffer) = self.job.take_back() {
             self.bounce.give(buffer);
         }
-        self.job.count(&self.disk, result);
+        self.job.count(&self.counters, result);
         self.finished.push(tag, result);
         Ok(())
     }
@@ -81,7 +84,7 @@ impl IoQueue for SyncQueue {
         self.finished.clear();
         let mut count = 0;
         while let Some((tag, result)) = self.finished.pop() {
-            self.disk.counters().handed_out();
+            self.counters.handed_out();
             count += 1;
             done(tag, result);
         }

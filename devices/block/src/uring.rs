@@ -14,6 +14,7 @@ use crate::buffer::{AlignedBuf, Bounce, BouncePool};
 use crate::disk::Disk;
 use crate::error::QueueError;
 use crate::job::{Action, Job};
+use crate::metrics::QueueMetrics;
 use crate::queue::{Finished, Full, IoQueue, OnCompletion, Op};
 use crate::sys::{self, MAX_TRANSFER};
 
@@ -34,6 +35,7 @@ const NEEDED: [(u8, &str); 6] = [
 pub(crate) struct UringQueue {
     ring: IoUring,
     disk: Arc<Disk>,
+    counters: Arc<QueueMetrics>,
     /// Never grows past its first capacity: the kernel holds addresses inside jobs.
     jobs: Vec<Job>,
     idle: Vec<u32>,
@@ -48,7 +50,7 @@ pub(crate) struct UringQueue {
 
 impl UringQueue {
     /// Makes a ring for up to `depth` operations and checks that the kernel knows all it is used for.
-    pub(crate) fn new(disk: Arc<Disk>, depth: usize) -> Result<Self, QueueError> {
+    pub(crate) fn new(disk: Arc<Disk>, counters: Arc<QueueMetrics>, depth: usize) -> Result<Self, QueueError> {
         let finished = Finished::new(depth).map_err(QueueError::EventFd)?;
         // `depth` is at most MAX_DEPTH, so the next power of two fits.
         let ring = IoUring::new((depth as u32).next_power_of_two()).map_err(QueueError::Refused)?;
@@ -65,6 +67,7 @@ impl UringQueue {
             finished,
             running: 0,
             disk,
+            counters,
             depth,
         })
     }
@@ -108,7 +111,7 @@ impl UringQueue {
 
     fn finish(&mut self, index: u32, result: Result<u64, i32>) {
         let job = &mut self.jobs[index as usize];
-        job.count(&self.disk, result);
+        job.count(&self.counters, result);
         self.finished.push(job.tag(), result);
         let bounce = job.take_back();
         self.idle.push(index);
@@ -218,7 +221,7 @@ impl IoQueue for UringQueue {
                 (self.jobs.len() - 1) as u32
             }
         };
-        self.disk.counters().submitted();
+        self.counters.submitted();
         self.jobs[index as usize].start(&self.disk, op, tag);
         self.advance(index);
         Ok(())
@@ -237,7 +240,7 @@ impl IoQueue for UringQueue {
         self.reap();
         let mut count = 0;
         while let Some((tag, result)) = self.finished.pop() {
-            self.disk.counters().handed_out();
+            self.counters.handed_out();
             count += 1;
             done(tag, result);
         }

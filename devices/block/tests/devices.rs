@@ -63,7 +63,7 @@ fn block_devices_work_with_their_own_block_size() {
             open_error(&DiskOptions::new(&device.0)),
             OpenError::Locked { .. }
         ));
-        let mut queue = disk.queue(8).unwrap();
+        let mut queue = disk.queue(0, 8).unwrap();
         let data = pattern(9, 1 << 20);
         let mut memory = Memory::with(&data, 5);
         let bufs = memory.bufs(100_000);

@@ -51,7 +51,7 @@ fn steps() -> impl Strategy<Value = Vec<(u64, u64, Step)>> {
 fn check(backend: Backend, direct: bool, steps: &[(u64, u64, Step)]) -> Result<(), TestCaseError> {
     let file = image(BLOCKS * BLOCK);
     let disk = open(file.path(), backend, direct);
-    let mut queue = disk.queue(4).unwrap();
+    let mut queue = disk.queue(0, 4).unwrap();
     let mut model = vec![0u8; (BLOCKS * BLOCK) as usize];
     for (offset, len, step) in steps {
         let (offset, len) = (*offset, *len);

@@ -54,7 +54,7 @@ fn a_second_writer_is_refused_and_readers_share() {
 fn a_lock_outlives_the_disk_object_while_a_queue_uses_it() {
     let file = image(4096);
     let options = DiskOptions::new(file.path());
-    let queue = Disk::open(&options).unwrap().queue(1).unwrap();
+    let queue = Disk::open(&options).unwrap().queue(0, 1).unwrap();
     assert!(matches!(open_error(&options), OpenError::Locked { .. }));
     drop(queue);
     Disk::open(&options).unwrap();
@@ -218,7 +218,7 @@ fn a_readonly_file_system_is_recognised() {
             ..DiskOptions::new(&path)
         })
         .unwrap();
-        let mut queue = disk.queue(1).unwrap();
+        let mut queue = disk.queue(0, 1).unwrap();
         let mut memory = Memory::new(512, 0);
         let bufs = memory.bufs(512);
         run(&mut *queue, &Op::Read { offset: 0, bufs: &bufs }).unwrap();
@@ -240,10 +240,10 @@ fn without_io_uring_the_plain_backend_takes_over() {
         let program: BpfProgram = filter.unwrap().try_into().unwrap();
         seccompiler::apply_filter(&program).unwrap();
         let disk = open(file.path(), Backend::Auto, false);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         assert_eq!(queue.backend(), "sync");
         run(&mut *queue, &Op::Flush).unwrap();
-        assert_eq!(disk.queue(4).unwrap().backend(), "sync");
+        assert_eq!(disk.queue(0, 4).unwrap().backend(), "sync");
         drop((queue, disk));
         let error = open_error(&options(file.path(), Backend::IoUring, false));
         assert!(matches!(error, OpenError::Backend { .. }), "{error:?}");
@@ -251,7 +251,7 @@ fn without_io_uring_the_plain_backend_takes_over() {
     });
     if backends().contains(&Backend::IoUring) {
         assert_eq!(
-            open(file.path(), Backend::Auto, false).queue(4).unwrap().backend(),
+            open(file.path(), Backend::Auto, false).queue(0, 4).unwrap().backend(),
             "io_uring"
         );
     }

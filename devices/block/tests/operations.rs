@@ -21,7 +21,7 @@ fn data_written_is_in_the_file_and_is_read_back() {
     for backend in backends() {
         let file = image(4 * MIB as u64);
         let disk = open(file.path(), backend, false);
-        let mut queue = disk.queue(16).unwrap();
+        let mut queue = disk.queue(0, 16).unwrap();
         let data = pattern(1, 64 << 10);
         let mut from = Memory::with(&data, 3);
         let bufs = from.bufs(5000);
@@ -64,7 +64,7 @@ fn more_vectors_than_one_call_takes() {
     for (backend, direct) in backends().into_iter().flat_map(|b| [(b, false), (b, true)]) {
         let file = image(4 * MIB as u64);
         let disk = open(file.path(), backend, direct);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         let data = pattern(2, 3000 * 512);
         let mut from = Memory::with(&data, 0);
         let bufs = from.bufs(512);
@@ -100,7 +100,7 @@ fn direct_io_takes_buffers_of_any_alignment() {
     for backend in backends() {
         let file = image(4 * MIB as u64);
         let disk = open(file.path(), backend, true);
-        let mut queue = disk.queue(64).unwrap();
+        let mut queue = disk.queue(0, 64).unwrap();
         // More operations than bounce buffers, each longer than one.
         let parts: Vec<Vec<u8>> = (0..20).map(|i| pattern(100 + i, 160 << 10)).collect();
         let mut memory: Vec<Memory> = parts.iter().map(|p| Memory::with(p, 1)).collect();
@@ -143,7 +143,7 @@ fn ranges_outside_the_disk_or_off_its_blocks_are_refused() {
     for backend in backends() {
         let file = image(MIB as u64);
         let disk = open(file.path(), backend, false);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         let mut memory = Memory::new(1024, 0);
         let bufs = memory.bufs(1024);
         let end = MIB as u64;
@@ -207,7 +207,7 @@ fn a_file_that_shrank_gives_errors() {
     for backend in backends() {
         let file = image(MIB as u64);
         let disk = open(file.path(), backend, false);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         file.as_file().set_len(600).unwrap();
         let mut memory = Memory::new(1024, 0);
         let bufs = memory.bufs(1024);
@@ -235,7 +235,7 @@ fn a_readonly_disk_refuses_every_change() {
             ..options(file.path(), backend, false)
         })
         .unwrap();
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         let mut memory = Memory::new(512, 0);
         let bufs = memory.bufs(512);
         assert_eq!(
@@ -278,7 +278,7 @@ fn discard_releases_and_zeroes_write() {
         let used = || file.as_file().metadata().unwrap().blocks() * 512;
         let before = used();
         let disk = open(file.path(), backend, direct);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         let op = Op::Discard {
             offset: 0,
             len: MIB as u64,
@@ -316,7 +316,7 @@ fn a_queue_holds_its_depth_and_no_more() {
     for backend in backends() {
         let file = image(MIB as u64);
         let disk = open(file.path(), backend, false);
-        let mut queue = disk.queue(3).unwrap();
+        let mut queue = disk.queue(0, 3).unwrap();
         assert_eq!(queue.depth(), 3);
         let mut memory = Memory::new(512, 0);
         let bufs = memory.bufs(512);
@@ -338,12 +338,15 @@ fn a_queue_holds_its_depth_and_no_more() {
             assert_eq!(queue.in_flight(), 0);
             assert!(!readable(&*queue, 0), "readable without a completion");
         }
-        let expected = DiskCounters {
-            reads: 15,
-            read_bytes: 15 * 512,
+        let counters = disk.counters().read();
+        let reads = counters.reads;
+        assert_eq!((reads.count, reads.bytes, reads.latency.count()), (15, 15 * 512, 15));
+        assert!(reads.latency.min > 0 && reads.latency.sum >= 15 * reads.latency.min);
+        let others = DiskCounters {
+            reads,
             ..DiskCounters::default()
         };
-        assert_eq!(disk.counters().read(), expected);
+        assert_eq!(counters, others);
     }
 }
 
@@ -352,7 +355,7 @@ fn refused_operations_wake_the_waiter_too() {
     for backend in backends() {
         let file = image(4096);
         let disk = open(file.path(), backend, false);
-        let mut queue = disk.queue(4).unwrap();
+        let mut queue = disk.queue(0, 4).unwrap();
         queue
             .submit(
                 &Op::Discard {
@@ -383,7 +386,7 @@ fn dropping_a_queue_waits_for_its_operations() {
         let data = pattern(5, MIB);
         let mut memory = Memory::with(&data, 0);
         let bufs = memory.bufs(64 << 10);
-        let mut queue = disk.queue(64).unwrap();
+        let mut queue = disk.queue(0, 64).unwrap();
         for i in 0..16 {
             queue
                 .submit(
@@ -399,7 +402,7 @@ fn dropping_a_queue_waits_for_its_operations() {
         // Not even kicked.
         drop(queue);
         assert_eq!(disk.counters().read().in_flight, 0);
-        assert_eq!(disk.counters().read().writes, 16);
+        assert_eq!(disk.counters().read().writes.count, 16);
         assert!(std::fs::read(file.path()).unwrap() == data.repeat(16));
     }
 }
@@ -414,7 +417,7 @@ fn queues_of_one_disk_work_side_by_side() {
             for worker in 0..4usize {
                 let (disk, total) = (&disk, &total);
                 scope.spawn(move || {
-                    let mut queue = disk.queue(8).unwrap();
+                    let mut queue = disk.queue(worker as u16, 8).unwrap();
                     for round in 0..50u64 {
                         let offset = ((worker * 2 * MIB) + (round as usize * 4096)) as u64;
                         let data = pattern(round * 4 + worker as u64, 4096);
@@ -441,7 +444,11 @@ fn queues_of_one_disk_work_side_by_side() {
             }
         });
         assert_eq!(total.into_inner(), 4 * 50 * 4096);
-        assert_eq!(disk.counters().read().write_bytes, 4 * 50 * 4096);
+        assert_eq!(disk.counters().read().writes.bytes, 4 * 50 * 4096);
+        for (number, queue) in disk.counters().read_queues() {
+            assert!(number < 4);
+            assert_eq!((queue.reads.count, queue.writes.count, queue.errors), (50, 50, 0));
+        }
     }
 }
 
@@ -454,7 +461,7 @@ fn a_new_size_is_noticed() {
         file.as_file().set_len(2 * MIB as u64 + 100).unwrap();
         assert_eq!(disk.size(), MIB as u64);
         assert_eq!(disk.refresh_size().unwrap(), Some(2 * MIB as u64));
-        let mut queue = disk.queue(1).unwrap();
+        let mut queue = disk.queue(0, 1).unwrap();
         let mut memory = Memory::new(512, 0);
         let bufs = memory.bufs(512);
         assert!(

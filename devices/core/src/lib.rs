@@ -7,6 +7,7 @@ mod bus;
 mod interrupt;
 mod io_event;
 mod limit;
+pub mod metrics;
 pub mod mock;
 mod thread;
 

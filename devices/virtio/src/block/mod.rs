@@ -238,7 +238,7 @@ impl VirtioDevice for Block {
         };
         let host = |what| move |source| ActivateError::Host { what, source };
         let depth = usize::from(queue.size());
-        let io = self.shared.disk.queue(depth).map_err(io::Error::other);
+        let io = self.shared.disk.queue(index, depth).map_err(io::Error::other);
         let common = Common {
             disk: Arc::clone(&self.shared.disk),
             id: Arc::clone(&self.id),

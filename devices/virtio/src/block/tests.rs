@@ -213,7 +213,9 @@ fn data_goes_to_the_file_and_comes_back() {
         );
         assert_eq!(rig.simple(FLUSH, 0, &[], 0).status, OK);
         let counters = rig.device.handle().counters();
-        assert_eq!((counters.reads, counters.writes, counters.flushes), (1, 1, 1));
+        let (reads, writes) = (counters.reads, counters.writes);
+        assert_eq!((reads.count, writes.count, counters.flushes.count), (1, 1, 1));
+        assert_eq!((reads.bytes, writes.bytes, counters.errors), (8192, 8192, 0));
         assert!(eventually(|| rig.driver.interrupt.queue_count(0) == 3));
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(rig.driver.interrupt.queue_count(0), 3, "one interrupt for one answer");

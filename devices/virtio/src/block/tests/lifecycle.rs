@@ -141,7 +141,7 @@ fn queues_have_their_own_named_threads() {
     for name in ["_disk7_q0", "_disk7_q1", "_disk7_q2"] {
         assert!(names.contains(name), "{names:?}");
     }
-    assert_eq!(device.handle().counters().flushes, 3);
+    assert_eq!(device.handle().counters().flushes.count, 3);
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn the_write_cache_can_be_switched() {
     rig.device.write_config(32, &[0]);
     assert_eq!(writeback(&rig), 0);
     // What was in the cache is flushed without the driver asking.
-    assert!(eventually(|| rig.device.handle().counters().flushes == 1));
+    assert!(eventually(|| rig.device.handle().counters().flushes.count == 1));
     assert_eq!(rig.simple(OUT, 0, &[6; 512], 0).status, OK);
     let state = rig.device.state();
     assert_eq!(

@@ -101,7 +101,7 @@ impl Bench {
         let disk = Disk::open(&options).unwrap();
         let (log, fail, most) = (Arc::default(), Arc::default(), Arc::default());
         let recorder = Recorder {
-            inner: disk.queue(depth).unwrap(),
+            inner: disk.queue(0, depth).unwrap(),
             log: Arc::clone(&log),
             fail: Arc::clone(&fail),
             most: Arc::clone(&most),
@@ -216,7 +216,7 @@ fn one_round_serves_a_queue_full_at_most() {
         }),
         disk: Arc::clone(&disk),
     };
-    let mut worker = QueueWorker::new(driver.queue(), disk.queue(64).unwrap(), &common).unwrap();
+    let mut worker = QueueWorker::new(driver.queue(), disk.queue(0, 64).unwrap(), &common).unwrap();
     driver
         .ram()
         .write_slice(&header(GET_ID, 0), GuestAddress(DATA))
