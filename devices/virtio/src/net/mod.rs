@@ -23,7 +23,7 @@ use triarch_device_core::Worker;
 use triarch_net::PacketBackend;
 
 use self::control::Control;
-pub use self::counters::{DirectionStats, NetStats};
+pub use self::counters::{DirectionStats, NetCounters, NetStats};
 use self::features as f;
 pub use self::features::OffloadGroups;
 use self::rx::Rx;
@@ -82,6 +82,15 @@ pub struct Net {
 impl Net {
     /// A device with a queue pair for each queue of `backend`.
     pub fn new(options: NetOptions, backend: Arc<dyn PacketBackend>) -> Result<Self, NetOptionsError> {
+        Self::counting(options, backend, NetCounters::default())
+    }
+
+    /// Such a device that counts in `counters`, which may be those of a device before it.
+    pub fn counting(
+        options: NetOptions,
+        backend: Arc<dyn PacketBackend>,
+        counters: NetCounters,
+    ) -> Result<Self, NetOptionsError> {
         let size = options.queue_size;
         if !size.is_power_of_two() || !(2..=32768).contains(&size) {
             return Err(NetOptionsError::QueueSize(size));
@@ -112,7 +121,7 @@ impl Net {
         Ok(Self {
             features,
             queue_sizes,
-            shared: Arc::new(Shared::new(backend, options.mac, mtu.unwrap_or(0))),
+            shared: Arc::new(Shared::new(backend, counters, options.mac, mtu.unwrap_or(0))),
             options,
             context: None,
             restored: None,
@@ -140,7 +149,11 @@ impl Net {
     fn start_pair_queue(&mut self, queue: VirtQueue, context: &DeviceContext) -> Result<(), ActivateError> {
         let index = usize::from(queue.index());
         let number = index / 2;
-        let (Some(worker), Some(host)) = (self.pairs.get_mut(number), self.shared.backend.queues().get(number)) else {
+        let (Some(worker), Some(host), Some(counters)) = (
+            self.pairs.get_mut(number),
+            self.shared.backend.queues().get(number),
+            self.shared.counters.pair(number),
+        ) else {
             return Err(ActivateError::Driver("it starts a queue the device does not have"));
         };
         // A thread that serves the other queue of the pair already takes this one in.
@@ -149,7 +162,7 @@ impl Net {
             None => Pair {
                 name: format!("{}_qp{number}", self.options.id),
                 host: host.clone(),
-                counters: self.shared.counters[number].clone(),
+                counters: counters.clone(),
                 rx: None,
                 tx: None,
             },

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use triarch_net::PacketBackend;
 
-use super::counters::{NetStats, PairCounters};
+use super::counters::{NetCounters, NetStats};
 use super::features as f;
 use crate::VirtioInterrupt;
 
@@ -63,14 +63,14 @@ pub(super) struct Status {
 
 pub(super) struct Shared {
     pub(super) backend: Arc<dyn PacketBackend>,
-    pub(super) counters: Vec<Arc<PairCounters>>,
+    pub(super) counters: NetCounters,
     pub(super) mtu: u16,
     status: Mutex<Status>,
 }
 
 impl Shared {
-    pub(super) fn new(backend: Arc<dyn PacketBackend>, mac: [u8; 6], mtu: u16) -> Self {
-        let counters = backend.queues().iter().map(|_| Arc::default()).collect();
+    pub(super) fn new(backend: Arc<dyn PacketBackend>, mut counters: NetCounters, mac: [u8; 6], mtu: u16) -> Self {
+        counters.extend_to(backend.queues().len());
         Self {
             backend,
             counters,
@@ -84,7 +84,7 @@ impl Shared {
 
     pub(super) fn pairs(&self) -> u16 {
         // A tap has at most 256 queues.
-        self.counters.len() as u16
+        self.backend.queues().len() as u16
     }
 
     pub(super) fn status(&self) -> MutexGuard<'_, Status> {
@@ -107,7 +107,7 @@ impl Shared {
     /// Makes the host use the first `pairs` queues; it is always told so before the driver is.
     pub(super) fn use_pairs(&self, pairs: u16) -> io::Result<()> {
         let pairs = usize::from(pairs);
-        let all = 0..self.counters.len();
+        let all = 0..self.backend.queues().len();
         // Those coming into use first, so that there is one at any time.
         for index in all.clone().filter(|i| *i < pairs) {
             self.backend.set_queue_active(index, true)?;
@@ -140,11 +140,11 @@ pub(super) fn initial(mac: [u8; 6]) -> NetStateV1 {
 pub struct NetHandle(pub(super) Arc<Shared>);
 
 impl NetHandle {
-    /// What it counted since it was made.
+    /// What it counted, over all its queues.
     pub fn stats(&self) -> NetStats {
         let mut sum = NetStats::default();
-        for pair in &self.0.counters {
-            pair.add_to(&mut sum);
+        for pair in self.0.counters.read() {
+            sum.add(&pair);
         }
         sum
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use triarch_device_core::metrics::Padded;
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_net::PacketQueue;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -22,7 +23,7 @@ const TX_KICK: u64 = 3;
 pub(super) struct Pair {
     pub(super) name: String,
     pub(super) host: Arc<PacketQueue>,
-    pub(super) counters: Arc<PairCounters>,
+    pub(super) counters: Arc<Padded<PairCounters>>,
     pub(super) rx: Option<Rx>,
     pub(super) tx: Option<Tx>,
 }
