@@ -2,7 +2,9 @@
 
 #[allow(unsafe_code)] // signals
 mod kick;
+mod metrics;
 mod run;
 
 pub use kick::install_kick_signal;
+pub use metrics::{VcpuMetrics, VcpuTimes};
 pub use run::{Buses, VcpuError, VcpuEvent, VcpuSet};

@@ -6,10 +6,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use thiserror::Error;
+use triarch_device_core::metrics::Padded;
 use triarch_device_core::{AccessError, Bus, RateLimit, Sandbox, ThreadClass};
 use triarch_hypervisor::{Exit, Vcpu};
 
 use crate::kick::{Running, kick};
+use crate::metrics::{Reason, VcpuMetrics};
 
 /// What a vCPU tells the rest of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,6 +103,7 @@ impl Shared {
 /// The vCPU threads of one guest. They start parked; all run, pause and stop together. Dropping the set stops them.
 pub struct VcpuSet {
     threads: Vec<JoinHandle<Vcpu>>,
+    metrics: Vec<Arc<Padded<VcpuMetrics>>>,
     shared: Arc<Shared>,
 }
 
@@ -122,13 +125,15 @@ impl VcpuSet {
         });
         let mut set = Self {
             threads: Vec::with_capacity(vcpus.len()),
+            metrics: vcpus.iter().map(|_| Arc::default()).collect(),
             shared,
         };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let (shared, sandbox) = (set.shared.clone(), sandbox.clone());
+            let metrics = set.metrics[index].clone();
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || run_thread(index, vcpu, &shared, &*sandbox))
+                .spawn(move || run_thread(index, vcpu, &shared, &metrics, &*sandbox))
                 .map_err(|source| VcpuError::Spawn { index, source })?;
             set.threads.push(thread);
         }
@@ -143,6 +148,11 @@ impl VcpuSet {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.threads.is_empty()
+    }
+
+    /// What each vCPU counts, in their order.
+    pub fn metrics(&self) -> &[Arc<Padded<VcpuMetrics>>] {
+        &self.metrics
     }
 
     /// Lets the guest run.
@@ -194,7 +204,8 @@ impl Drop for VcpuSet {
     }
 }
 
-fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, sandbox: &dyn Sandbox) -> Vcpu {
+fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetrics, sandbox: &dyn Sandbox) -> Vcpu {
+    metrics.watch_this_thread();
     if let Err(error) = sandbox.enter(ThreadClass::Vcpu) {
         tracing::error!("cannot confine vCPU {index}: {error}");
         std::process::abort();
@@ -202,7 +213,7 @@ fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, sandbox: &dyn Sandb
     let _running = Running::enter(&vcpu);
     let switch = vcpu.immediate_exit();
     while shared.may_run() {
-        if let Some(event) = run_until_event(&mut vcpu, shared) {
+        if let Some(event) = run_until_event(&mut vcpu, shared, metrics) {
             (shared.events)(index, event);
             // Whoever handles the event pauses or stops the set; until then this vCPU rests.
             rest(shared);
@@ -223,16 +234,23 @@ fn rest(shared: &Shared) {
 }
 
 /// Runs the guest until the set should not run any more (`None`) or something happened.
-fn run_until_event(vcpu: &mut Vcpu, shared: &Shared) -> Option<VcpuEvent> {
+fn run_until_event(vcpu: &mut Vcpu, shared: &Shared, metrics: &VcpuMetrics) -> Option<VcpuEvent> {
     while shared.want.load(Ordering::SeqCst) == RUN {
         match vcpu.run() {
-            Ok(Exit::Interrupted) => vcpu.immediate_exit().set(false),
+            Ok(Exit::Interrupted) => {
+                metrics.exited(Reason::Interrupted);
+                vcpu.immediate_exit().set(false);
+            }
             Ok(exit) => {
+                metrics.exited(Reason::of(&exit));
                 if let Some(event) = dispatch(exit, shared) {
                     return Some(event);
                 }
             }
-            Err(error) => return Some(VcpuEvent::Failed(format!("KVM cannot run the vCPU: {error}"))),
+            Err(error) => {
+                metrics.exited(Reason::Failed);
+                return Some(VcpuEvent::Failed(format!("KVM cannot run the vCPU: {error}")));
+            }
         }
     }
     None
