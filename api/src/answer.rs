@@ -38,7 +38,7 @@ impl Answer {
 impl Drop for Answer {
     fn drop(&mut self) {
         if let Some(receiver) = self.0.take() {
-            receiver(Err(ApiError::Failed("the VMM is shutting down".into())));
+            receiver(Err(ApiError::Failed("the VMM is shutting down".to_owned())));
         }
     }
 }

@@ -6,6 +6,7 @@
 
 mod answer;
 mod config;
+mod operation;
 mod reader;
 mod request;
 pub mod server;
@@ -17,7 +18,8 @@ pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
     MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
-pub use reader::{ReadError, read_config};
-pub use request::{ApiError, Causes, Phase, Reply, Request, VmInfo};
+pub use operation::{Operation, Phase};
+pub use reader::{ReadError, read_object};
+pub use request::{ApiError, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

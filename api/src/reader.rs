@@ -1,12 +1,11 @@
-//! Reading a configuration that is JSON text: the body of `vm.create`, or a file.
+//! Reading what is described as JSON text: the body of a request, or a file.
 //!
 //! Agents send fields of other versions; those are ignored, and named to the caller. But a field that asks for a device or a protection
 //! this build does not have must not be ignored: the agent would believe the guest has it.
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
-
-use crate::VmConfig;
 
 /// Names of fields that mean something the guest would miss, wherever they stand, unless their value is nothing: null, false, 0 or empty.
 const MISSED: &[&str] = &[
@@ -44,7 +43,7 @@ const MISSED: &[&str] = &[
     "zones",
 ];
 
-/// Why a text is no configuration.
+/// Why a text does not describe what it should.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ReadError {
     /// It is not JSON: why, and where.
@@ -53,6 +52,9 @@ pub enum ReadError {
     /// It is some other JSON value.
     #[error("it is not a JSON object")]
     NotAnObject,
+    /// It is an object without something it must have.
+    #[error("{0}")]
+    Object(String),
     /// A field has a value of the wrong kind.
     #[error("{path}: {reason}")]
     Field {
@@ -66,9 +68,9 @@ pub enum ReadError {
     Unsupported(String),
 }
 
-/// Reads a configuration, without checking that its values go together
-/// ([`VmConfig::validate`]). Returns also the names of fields it does not know, once each.
-pub fn read_config(text: &[u8]) -> Result<(VmConfig, Vec<String>), ReadError> {
+/// Reads a JSON object, without checking that its values go together (for a VM, [`VmConfig::validate`](crate::VmConfig::validate)
+/// does). Returns also the names of fields it does not know, once each.
+pub fn read_object<T: DeserializeOwned>(text: &[u8]) -> Result<(T, Vec<String>), ReadError> {
     let value: Value = serde_json::from_slice(text).map_err(|error| ReadError::NotJson(error.to_string()))?;
     if !value.is_object() {
         return Err(ReadError::NotAnObject);
@@ -78,10 +80,13 @@ pub fn read_config(text: &[u8]) -> Result<(VmConfig, Vec<String>), ReadError> {
     let mut track = serde_path_to_error::Track::new();
     let inner = serde_path_to_error::Deserializer::new(&value, &mut track);
     let outer = serde_ignored::Deserializer::new(inner, &mut note);
-    let config: Result<VmConfig, _> = serde::Deserialize::deserialize(outer);
-    let config = config.map_err(|error| ReadError::Field {
-        path: track.path().to_string(),
-        reason: error.to_string(),
+    let read: Result<T, _> = serde::Deserialize::deserialize(outer);
+    let read = read.map_err(|error| match track.path() {
+        path if path.iter().next().is_some() => ReadError::Field {
+            path: path.to_string(),
+            reason: error.to_string(),
+        },
+        _ => ReadError::Object(error.to_string()),
     })?;
     let mut ignored = Vec::new();
     for Field { name, missed } in unknown {
@@ -92,7 +97,7 @@ pub fn read_config(text: &[u8]) -> Result<(VmConfig, Vec<String>), ReadError> {
             ignored.push(name);
         }
     }
-    Ok((config, ignored))
+    Ok((read, ignored))
 }
 
 /// A field that nobody asked for.

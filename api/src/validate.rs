@@ -38,6 +38,9 @@ const NET_QUEUE_SIZES: RangeInclusive<u16> = 2..=32768;
 /// Ring sizes of disks: a request has three descriptors at least, and the host takes 1024 buffers at once.
 const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
+/// Ids of devices that every VM has.
+const RESERVED_IDS: [&str; 2] = ["_rng", "_console"];
+
 fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
     ConfigError::Range {
         field: field.into(),
@@ -47,6 +50,14 @@ fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<Stri
 }
 
 impl VmConfig {
+    /// The ids of its devices that have one.
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        let disks = self.disks.iter().flatten().filter_map(|d| d.id.as_deref());
+        let nets = self.net.iter().flatten().filter_map(|n| n.id.as_deref());
+        let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
+        disks.chain(nets).chain(vsock)
+    }
+
     /// Checks every value; the first error is returned.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.validate_cpus()?;
@@ -166,16 +177,11 @@ impl VmConfig {
     }
 
     fn validate_ids(&self) -> Result<(), ConfigError> {
-        let disks = self.disks.iter().flatten().filter_map(|d| d.id.as_deref());
-        let nets = self.net.iter().flatten().filter_map(|n| n.id.as_deref());
-        let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
-        let mut ids: Vec<&str> = disks.chain(nets).chain(vsock).collect();
-        if let Some(id) = ids.iter().find(|id| id.is_empty() || id.starts_with('_')) {
-            return Err(range(
-                "id",
-                format!("'{id}'"),
-                "not empty and without a leading '_', which names of ours have",
-            ));
+        let mut ids: Vec<&str> = self.ids().collect();
+        let bad = |id: &&&str| id.is_empty() || id.starts_with("__") || RESERVED_IDS.contains(id);
+        if let Some(id) = ids.iter().find(bad) {
+            let allowed = "not empty, not _rng or _console and without a leading '__': those names are our own";
+            return Err(range("id", format!("'{id}'"), allowed));
         }
         ids.sort_unstable();
         match ids.windows(2).find(|w| w[0] == w[1]) {

@@ -44,7 +44,7 @@ impl Reject {
     }
 
     pub(super) fn response(&self) -> Response {
-        Response::error(self.status, &[&self.message])
+        Response::error(self.status, &self.message)
     }
 }
 
@@ -167,10 +167,9 @@ impl Response {
         }
     }
 
-    /// An error; `messages` are the error and its causes, the outermost first.
-    pub fn error(status: u16, messages: &[&str]) -> Self {
-        // Strings always serialise.
-        let text = serde_json::to_string(messages).unwrap_or_default();
+    /// An error: `{"error": message}`.
+    pub fn error(status: u16, message: &str) -> Self {
+        let text = serde_json::json!({ "error": message }).to_string();
         Self {
             status,
             allow: None,
@@ -182,7 +181,7 @@ impl Response {
     pub fn wrong_method(allow: &'static str, message: &str) -> Self {
         Self {
             allow: Some(allow),
-            ..Self::error(405, &[message])
+            ..Self::error(405, message)
         }
     }
 
@@ -330,16 +329,16 @@ mod tests {
             wire(Response::done(), true),
             "HTTP/1.1 204 No Content\r\nServer: Triarch API\r\nConnection: keep-alive\r\n\r\n"
         );
-        let error = wire(Response::error(500, &["Größe \u{1f980}", "b"]), false);
+        let error = wire(Response::error(500, "Größe \u{1f980}"), false);
         assert!(error.contains("Connection: close\r\n"));
-        let body = r#"["Gr\u00f6\u00dfe \ud83e\udd80","b"]"#;
+        let body = r#"{"error":"Gr\u00f6\u00dfe \ud83e\udd80"}"#;
         assert!(
             error.ends_with(&format!("Content-Length: {}\r\n\r\n{body}", body.len())),
             "{error}"
         );
         assert_eq!(
-            serde_json::from_str::<Vec<String>>(body).expect("JSON"),
-            ["Größe \u{1f980}", "b"]
+            serde_json::from_str::<serde_json::Value>(body).expect("JSON")["error"],
+            "Größe \u{1f980}"
         );
         assert!(wire(Response::wrong_method("GET", "no"), true).contains("405 Method Not Allowed\r\n"));
         assert!(wire(Response::wrong_method("GET", "no"), true).contains("Allow: GET\r\n"));

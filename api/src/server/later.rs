@@ -90,7 +90,7 @@ impl Later {
 impl Drop for Later {
     fn drop(&mut self) {
         if self.to.is_some() {
-            self.deliver(Response::error(500, &["nobody answered the request"]));
+            self.deliver(Response::error(500, "nobody answered the request"));
         }
     }
 }

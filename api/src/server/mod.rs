@@ -12,12 +12,13 @@
 //!           closed    408 ─► Linger ─► closed    Answer
 //! ```
 
+mod body;
 mod connection;
-mod create;
 mod http;
 mod input;
 mod later;
 mod listener;
+mod route;
 mod router;
 #[allow(unsafe_code)] // peer credentials, inherited descriptors
 mod sys;
@@ -39,6 +40,7 @@ use later::Mailbox;
 pub use http::{Method, Response};
 pub use later::{Later, Stopper};
 pub use listener::{ListenError, Listener};
+pub use route::{Action, ROUTES, Route};
 pub use router::{Identity, Router};
 
 /// Who is at the other end of a connection, when it was made (SO_PEERCRED).
@@ -317,7 +319,7 @@ impl Server {
     fn welcome(&mut self, socket: OwnedFd) {
         if self.connections.len() >= self.limits.connections && !self.close_idle() {
             let mut text = Vec::new();
-            Response::error(503, &["too many API clients are connected"]).write(&mut text, false);
+            Response::error(503, "too many API clients are connected").write(&mut text, false);
             // It fits into an empty socket, or the client is gone.
             let _ = rustix::net::send(&socket, &text, rustix::net::SendFlags::NOSIGNAL);
             return;

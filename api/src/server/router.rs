@@ -5,59 +5,9 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::http::{Method, Response, ascii};
-use super::{Call, Later, Served, Service, create};
-use crate::{Answer, ApiError, Handler, Phase, Reply, Request, VmInfo};
-
-const BASE: &str = "/api/v1/";
-
-/// Where a path leads.
-enum Route {
-    Ping,
-    Info,
-    Create,
-    Change(Request),
-    /// Agents know it, this build does not have it.
-    Missing,
-}
-
-/// Every route of Cloud Hypervisor's API.
-fn route(name: &str) -> Option<(Method, Route)> {
-    use Method::{Get, Put};
-    Some(match name {
-        "vmm.ping" => (Get, Route::Ping),
-        "vm.info" => (Get, Route::Info),
-        "vm.counters" => (Get, Route::Missing),
-        "vm.create" => (Put, Route::Create),
-        "vm.delete" => (Put, Route::Change(Request::Delete)),
-        "vm.boot" => (Put, Route::Change(Request::Boot)),
-        "vm.pause" => (Put, Route::Change(Request::Pause)),
-        "vm.resume" => (Put, Route::Change(Request::Resume)),
-        "vm.shutdown" => (Put, Route::Change(Request::Shutdown)),
-        "vm.reboot" => (Put, Route::Change(Request::Reboot)),
-        "vm.power-button" => (Put, Route::Change(Request::PowerButton)),
-        "vmm.shutdown" => (Put, Route::Change(Request::VmmShutdown)),
-        "vm.nmi"
-        | "vm.resize"
-        | "vm.resize-disk"
-        | "vm.resize-zone"
-        | "vm.add-device"
-        | "vm.add-disk"
-        | "vm.add-fs"
-        | "vm.add-generic-vhost-user"
-        | "vm.add-net"
-        | "vm.add-pmem"
-        | "vm.add-vdpa"
-        | "vm.add-user-device"
-        | "vm.add-vsock"
-        | "vm.remove-device"
-        | "vm.snapshot"
-        | "vm.restore"
-        | "vm.coredump"
-        | "vm.send-migration"
-        | "vm.receive-migration" => (Put, Route::Missing),
-        _ => return None,
-    })
-}
+use super::route::{Action, Route};
+use super::{Call, Later, Peer, Served, Service, body};
+use crate::{Answer, ApiError, Handler, NetConfig, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 
 /// What `vmm.ping` says this is.
 #[derive(Debug, Clone, Serialize)]
@@ -79,7 +29,7 @@ pub struct Router {
     ping: Arc<[u8]>,
     /// The latest state that was asked for, and its JSON text.
     info: Option<(Arc<VmInfo>, Arc<[u8]>)>,
-    reader: create::Reader,
+    reader: body::Reader,
 }
 
 impl Router {
@@ -91,14 +41,14 @@ impl Router {
             handler,
             ping,
             info: None,
-            reader: create::Reader::default(),
+            reader: body::Reader::default(),
         }
     }
 
     fn info(&mut self) -> Response {
         let Some(info) = self.handler.info() else {
             self.info = None;
-            return match Request::Info.check(Phase::Absent) {
+            return match Operation::Info.check(Phase::Absent) {
                 Err(error) => response(Err(error)),
                 Ok(()) => Response::done(),
             };
@@ -117,8 +67,40 @@ impl Router {
         }
     }
 
-    fn submit(&self, request: Request, call: &Call<'_>, later: Later) {
-        let (name, peer) = (request.name(), call.peer);
+    /// Turns a call of `operation` into a request; `None`: it is a question, not a request.
+    fn request(&mut self, operation: Operation, call: &mut Call<'_>) -> Result<Option<Request>, ApiError> {
+        let name = operation.name();
+        if !call.fds.is_empty() && operation != Operation::AddNet {
+            return Err(ApiError::BadRequest(format!("{name} takes no descriptors")));
+        }
+        let (reader, body) = (&mut self.reader, call.body);
+        Ok(Some(match operation {
+            Operation::Info => return Ok(None),
+            Operation::Create => Request::Create(Box::new(create(reader.read(name, body)?))),
+            Operation::Delete => Request::Delete,
+            Operation::Boot => Request::Boot,
+            Operation::Pause => Request::Pause,
+            Operation::Resume => Request::Resume,
+            Operation::Shutdown => Request::Shutdown,
+            Operation::Reboot => Request::Reboot,
+            Operation::PowerButton => Request::PowerButton,
+            Operation::Nmi => Request::Nmi,
+            Operation::Resize => Request::Resize(reader.read(name, body)?),
+            Operation::ResizeDisk => Request::ResizeDisk(reader.read(name, body)?),
+            Operation::AddDisk => Request::AddDisk(reader.read(name, body)?),
+            Operation::AddNet => {
+                let mut net: Box<NetConfig> = reader.read(name, body)?;
+                net.fds = None;
+                Request::AddNet(net, std::mem::take(&mut call.fds))
+            }
+            Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
+            Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
+            Operation::VmmShutdown => Request::VmmShutdown,
+        }))
+    }
+
+    fn submit(&self, request: Request, peer: Peer, later: Later) {
+        let name = request.name();
         let answer = Answer::new(move |result| {
             let response = response(result);
             let status = response.status();
@@ -129,56 +111,53 @@ impl Router {
     }
 }
 
+/// Numbers of descriptors are the client's own and mean nothing here.
+fn create(mut config: VmConfig) -> VmConfig {
+    for net in config.net.iter_mut().flatten() {
+        net.fds = None;
+    }
+    config
+}
+
 impl Service for Router {
-    fn serve(&mut self, call: Call<'_>, later: &dyn Fn() -> Later) -> Served {
-        let found = call.path.strip_prefix(BASE).and_then(|name| Some((name, route(name)?)));
-        let Some((name, (method, route))) = found else {
-            return Served::Now(Response::error(404, &["there is no such path in this API"]));
+    fn serve(&mut self, mut call: Call<'_>, later: &dyn Fn() -> Later) -> Served {
+        let Some(route) = Route::find(call.path) else {
+            return Served::Now(Response::error(404, "there is no such path in this API"));
         };
-        if call.method != method {
-            let allow = if method == Method::Get { "GET" } else { "PUT" };
+        let name = route.name;
+        if call.method != route.method {
+            let allow = if route.method == Method::Get { "GET" } else { "PUT" };
             return Served::Now(Response::wrong_method(allow, &format!("{name} is called with {allow}")));
         }
-        if !call.fds.is_empty() && !matches!(route, Route::Missing) {
-            let error = ApiError::BadRequest(format!("{name} takes no descriptors"));
-            return Served::Now(response(Err(error)));
-        }
-        let request = match route {
-            Route::Ping => return Served::Now(Response::json(self.ping.clone())),
-            Route::Info => return Served::Now(self.info()),
-            Route::Missing => {
+        match route.action {
+            Action::Ping => Served::Now(Response::json(self.ping.clone())),
+            Action::Missing => {
                 let error = ApiError::Unsupported(format!("{name} is not supported by this version"));
-                return Served::Now(response(Err(error)));
+                Served::Now(response(Err(error)))
             }
-            Route::Create => match self.reader.read(call.body) {
-                Ok(config) => Request::Create(Box::new(config)),
-                Err(error) => return Served::Now(response(Err(error))),
+            Action::Vm(operation) => match self.request(operation, &mut call) {
+                Ok(Some(request)) => {
+                    self.submit(request, call.peer, later());
+                    Served::Later
+                }
+                Ok(None) => Served::Now(self.info()),
+                Err(error) => Served::Now(response(Err(error))),
             },
-            Route::Change(request) => request,
-        };
-        self.submit(request, &call, later());
-        Served::Later
+        }
     }
 }
 
 fn response(result: Result<Reply, ApiError>) -> Response {
-    let error = match result {
-        Ok(Reply::Done) => return Response::done(),
-        Ok(Reply::Info(info)) => match to_json(&info) {
-            Ok(text) => return Response::json(text),
-            Err(error) => error,
-        },
-        Err(error) => error,
-    };
-    Response::error(error.status(), &error.messages())
+    match result {
+        Ok(Reply::Done) => Response::done(),
+        Err(error) => Response::error(error.status(), &error.to_string()),
+    }
 }
 
 /// Fails when a path in it is not UTF-8.
 fn to_json(info: &VmInfo) -> Result<Arc<[u8]>, ApiError> {
     match serde_json::to_string(info) {
         Ok(text) => Ok(ascii(text)),
-        Err(error) => Err(ApiError::Failed(
-            format!("the configuration cannot be shown: {error}").into(),
-        )),
+        Err(error) => Err(ApiError::Failed(format!("the configuration cannot be shown: {error}"))),
     }
 }

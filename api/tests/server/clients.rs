@@ -97,7 +97,7 @@ fn a_long_request_delays_nobody_and_is_answered_in_the_end() {
     }
     vm.finish(|answer| answer.send(Err(ApiError::Failed("no".into()))));
     let got = booting.response().expect("a response");
-    assert_eq!((got.status, got.body.as_str()), (500, r#"["no"]"#));
+    assert_eq!((got.status, got.body.as_str()), (500, r#"{"error":"no"}"#));
     assert_eq!(booting.response().expect("a response").status, 200);
 }
 
@@ -145,7 +145,7 @@ fn a_client_that_sends_no_more_still_gets_its_answer() {
     let got = client.response().expect("a response");
     assert_eq!(
         (got.status, got.body.as_str()),
-        (500, r#"["the VMM is shutting down"]"#)
+        (500, r#"{"error":"the VMM is shutting down"}"#)
     );
     assert_eq!(client.response(), None);
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tempfile::TempDir;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Service, Stopper};
-use triarch_api::{Answer, ApiError, Handler, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::{Answer, ApiError, Handler, NetConfig, Phase, Reply, Request, VmConfig, VmInfo};
 
 /// Follows the phases; a boot is answered only when the test says so.
 #[derive(Default)]
@@ -22,6 +22,8 @@ pub struct FakeVm {
     /// Boots that wait, when they are to wait.
     held: Mutex<VecDeque<Answer>>,
     hold: Mutex<bool>,
+    /// The last network interface that was added, with its descriptors.
+    pub handed: Mutex<Option<(NetConfig, Vec<OwnedFd>)>>,
 }
 
 impl FakeVm {
@@ -81,7 +83,13 @@ impl Handler for FakeVm {
             Request::Pause => self.set(Phase::Paused),
             Request::Shutdown => self.set(Phase::Shutdown),
             Request::Delete => *self.info.lock().unwrap() = None,
-            Request::PowerButton | Request::VmmShutdown | Request::Info => {}
+            Request::PowerButton | Request::Nmi | Request::VmmShutdown => {}
+            Request::AddNet(net, fds) => *self.handed.lock().unwrap() = Some((*net, fds)),
+            Request::Resize(_)
+            | Request::ResizeDisk(_)
+            | Request::AddDisk(_)
+            | Request::AddVsock(_)
+            | Request::RemoveDevice(_) => {}
         }
         answer.send(Ok(Reply::Done));
     }

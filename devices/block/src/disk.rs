@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
-use crate::error::{OpenError, QueueError};
+use crate::error::{GrowError, OpenError, QueueError};
 use crate::geometry::{self, DirectAlign, Geometry};
 use crate::metrics::DiskMetrics;
 use crate::queue::IoQueue;
@@ -208,6 +208,32 @@ impl Disk {
         let size = size_of(&self.file, self.device)?;
         let size = size - size % u64::from(self.geometry.logical_block);
         Ok((self.size.swap(size, Relaxed) != size).then_some(size))
+    }
+
+    /// Makes the file `size` bytes long; the new bytes read as zeroes. A block device has to have that size already. The size guests
+    /// see changes with [`refresh_size`](Self::refresh_size).
+    ///
+    /// # Errors
+    /// See [`GrowError`]; the disk keeps its size.
+    pub fn grow(&self, size: u64) -> Result<(), GrowError> {
+        let block = self.geometry.logical_block;
+        if !size.is_multiple_of(block.into()) {
+            return Err(GrowError::Unaligned { wanted: size, block });
+        }
+        let now = size_of(&self.file, self.device).map_err(GrowError::File)?;
+        if size < now {
+            return Err(GrowError::Shrinks { now, wanted: size });
+        }
+        if size == now {
+            return Ok(());
+        }
+        if self.device {
+            return Err(GrowError::Device { now });
+        }
+        if self.readonly {
+            return Err(GrowError::ReadOnly);
+        }
+        self.file.set_len(size).map_err(GrowError::File)
     }
 
     /// The path it was opened by.

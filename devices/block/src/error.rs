@@ -140,3 +140,36 @@ impl QueueError {
         }
     }
 }
+
+/// Why a disk could not be made larger. It keeps the size it had.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// Bytes would be lost.
+    #[error("the disk has {now} bytes and would lose data at {wanted}; a disk can only grow")]
+    Shrinks {
+        /// Its size in bytes.
+        now: u64,
+        /// The size asked for.
+        wanted: u64,
+    },
+    /// Not whole blocks.
+    #[error("{wanted} bytes are not a multiple of the disk's block size of {block} bytes")]
+    Unaligned {
+        /// The size asked for.
+        wanted: u64,
+        /// The block size in bytes.
+        block: u32,
+    },
+    /// Opened for reading only.
+    #[error("the disk is read-only; grow the image itself, its users see that when they open it again")]
+    ReadOnly,
+    /// A block device has the size its driver gives it.
+    #[error("the disk is a block device of {now} bytes; make the device itself larger first")]
+    Device {
+        /// Its size in bytes.
+        now: u64,
+    },
+    /// The file system does not let it grow.
+    #[error("the file cannot be made larger")]
+    File(#[source] std::io::Error),
+}

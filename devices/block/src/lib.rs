@@ -34,7 +34,7 @@ mod uring;
 
 pub use buffer::IoBuf;
 pub use disk::{Backend, Disk, DiskOptions, MAX_DEPTH, SERIAL_LEN};
-pub use error::{OpenError, QueueError};
+pub use error::{GrowError, OpenError, QueueError};
 pub use geometry::Geometry;
 pub use metrics::{DiskCounters, DiskMetrics, OpCounters};
 pub use queue::{Full, IoQueue, OnCompletion, Op};

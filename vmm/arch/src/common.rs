@@ -21,6 +21,17 @@ pub struct Vcpus {
     pub parked: Vec<Vcpu>,
 }
 
+/// Why the guest's processors could not be interrupted.
+#[derive(Debug, Error)]
+pub enum NmiError {
+    /// This architecture has no such interrupt that its kernels listen to.
+    #[error("guests of this processor architecture have no NMI")]
+    Unsupported,
+    /// KVM did not deliver it.
+    #[error("KVM does not deliver an NMI")]
+    Kvm(#[source] std::io::Error),
+}
+
 /// RAM that ends beyond what guests can address on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error(

@@ -1,8 +1,8 @@
 //! What differs between processor architectures, behind the same names.
 //!
 //! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
-//! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`Board`] (the devices that sit
-//! at fixed places) and [`load`] (kernel and firmware tables). No other crate asks which architecture it is built for.
+//! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
+//! devices that sit at fixed places) and [`load`] (kernel and firmware tables). No other crate asks which architecture it is built for.
 
 mod common;
 
@@ -10,7 +10,7 @@ mod common;
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
-pub use common::{AddressLimit, BoardConfig, LoadConfig, Vcpus};
+pub use common::{AddressLimit, BoardConfig, LoadConfig, NmiError, Vcpus};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::*;

@@ -1,6 +1,7 @@
 //! The host's ends of disks and network interfaces. They outlive resets of the guest: a disk stays locked, a tap keeps its place in
 //! the host's network.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -18,10 +19,19 @@ pub(crate) struct Backends {
     pub(crate) taps: Vec<Arc<Tap>>,
 }
 
+/// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.
+pub(crate) type HandedTaps = BTreeMap<String, Arc<Tap>>;
+
 impl Backends {
-    pub(crate) fn open(config: &VmConfig) -> Result<Self, MachineError> {
+    pub(crate) fn open(config: &VmConfig, handed: &HandedTaps) -> Result<Self, MachineError> {
         let disks: Result<_, _> = config.disks.iter().flatten().map(open_disk).collect();
-        let taps: Result<_, _> = config.net.iter().flatten().map(open_tap).collect();
+        let nets = config.net.iter().flatten();
+        let taps: Result<_, _> = nets
+            .map(|net| match net.id.as_ref().and_then(|id| handed.get(id)) {
+                Some(tap) => Ok(tap.clone()),
+                None => open_tap(net),
+            })
+            .collect();
         Ok(Self {
             disks: disks?,
             taps: taps?,
@@ -44,6 +54,13 @@ fn open_disk(config: &DiskConfig) -> Result<Arc<Disk>, MachineError> {
     Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))
 }
 
+/// The tap behind `fds`, which a client opened, one a queue pair; set up as `config` says.
+pub(crate) fn handed_tap(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, TapError> {
+    let mut tap = Tap::from_fds(fds)?;
+    set_up(&mut tap, config, false)?;
+    Ok(Arc::new(tap))
+}
+
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {
     let id = &config.id;
     let mut tap = match &config.fds {
@@ -54,11 +71,12 @@ fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {
         None => Tap::open(config.tap.as_deref(), usize::from(config.num_queues / 2)),
     }
     .map_err(|e| MachineError::device(id, e))?;
-    set_up(&mut tap, config).map_err(|e| MachineError::device(id, e))?;
+    set_up(&mut tap, config, config.fds.is_none()).map_err(|e| MachineError::device(id, e))?;
     Ok(Arc::new(tap))
 }
 
-fn set_up(tap: &mut Tap, config: &NetConfig) -> Result<(), TapError> {
+/// `ours`: we opened it. Whoever hands over descriptors has set the interface up, and may have it in a namespace we cannot reach.
+fn set_up(tap: &mut Tap, config: &NetConfig, ours: bool) -> Result<(), TapError> {
     if let Some(mac) = config.host_mac {
         tap.set_mac(mac.0)?;
     }
@@ -68,8 +86,7 @@ fn set_up(tap: &mut Tap, config: &NetConfig) -> Result<(), TapError> {
     if let (Some(ip), Some(mask)) = (config.ip, config.mask) {
         tap.set_address(ip, mask)?;
     }
-    // Whoever hands over descriptors has set the interface up, and may have it in a namespace we cannot reach.
-    if config.fds.is_none() {
+    if ours {
         tap.bring_up()?;
     }
     Ok(())

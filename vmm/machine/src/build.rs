@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use triarch_api::{CpuTopology, MemoryConfig, VmConfig};
-use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, Platform, Vcpus, layout};
+use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
@@ -13,6 +13,7 @@ use triarch_legacy::SerialPort;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
+use triarch_virtio::BlockHandle;
 use vm_memory::GuestAddressSpace;
 
 use crate::backends::Backends;
@@ -33,7 +34,7 @@ pub struct Machine {
     /// vCPUs the guest does not have yet.
     _parked: Vec<Vcpu>,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
-    _vm: Vm,
+    vm: Vm,
     _memory: GuestMemoryHandle,
 }
 
@@ -100,7 +101,7 @@ impl Machine {
             board,
             _buses,
             _parked: parked,
-            _vm: vm,
+            vm,
             _memory: memory,
         })
     }
@@ -127,6 +128,16 @@ impl Machine {
     /// Tells the guest of the new size of its terminal, if that has one.
     pub(crate) fn terminal_resized(&self) {
         self.devices.terminal_resized();
+    }
+
+    /// Interrupts every vCPU with an NMI.
+    pub(crate) fn inject_nmi(&self) -> Result<(), NmiError> {
+        triarch_arch::inject_nmi(&self.vm)
+    }
+
+    /// A disk of the guest, by its id.
+    pub(crate) fn disk(&self, id: &str) -> Option<&BlockHandle> {
+        self.devices.disk(id)
     }
 
     /// Asks the guest's operating system to shut down.

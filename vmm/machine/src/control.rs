@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_ioctls::Kvm;
-use triarch_api::{ApiError, Causes, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::{ApiError, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
 use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backends::Backends;
+use crate::backends::{Backends, HandedTaps};
 use crate::build::Machine;
 use crate::consoles::Consoles;
 use crate::inbox::Outbox;
@@ -41,11 +41,13 @@ pub struct Controller {
     events: EventManager<Subscriber>,
     sandbox: Arc<dyn Sandbox>,
     kvm: Kvm,
-    phase: Phase,
-    config: Option<VmConfig>,
+    pub(crate) phase: Phase,
+    pub(crate) config: Option<VmConfig>,
+    /// Taps that clients opened and handed over.
+    pub(crate) taps: HandedTaps,
     consoles: Option<Consoles>,
     backends: Option<Backends>,
-    machine: Option<Machine>,
+    pub(crate) machine: Option<Machine>,
     serial_input: Option<SubscriberId>,
     /// How many guests were built.
     generation: u64,
@@ -78,6 +80,7 @@ impl Controller {
             kvm,
             phase: Phase::Absent,
             config: None,
+            taps: HandedTaps::new(),
             consoles: None,
             backends: None,
             machine: None,
@@ -113,7 +116,7 @@ impl Controller {
     /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
         config.validate()?;
-        crate::identity::complete(&mut config).map_err(MachineError::host("read /dev/urandom for a MAC address"))?;
+        crate::identity::complete(&mut config)?;
         let consoles = Consoles::open(&config)?;
         consoles.show_paths(&mut config);
         self.consoles = Some(consoles);
@@ -130,7 +133,7 @@ impl Controller {
         };
         let backends = match self.backends.take() {
             Some(backends) => backends,
-            None => Backends::open(config)?,
+            None => Backends::open(config, &self.taps)?,
         };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());
@@ -194,34 +197,25 @@ impl Controller {
 
     fn serve(&mut self, request: Request) -> Result<Reply, ApiError> {
         request.check(self.phase)?;
-        let outcome = match request {
-            Request::Info => {
-                let info = self.info().map(|info| Reply::Info(Box::new(info)));
-                return info.ok_or_else(|| ApiError::NotFound("vm.info: there is no VM".into()));
-            }
-            Request::Create(config) => self.create(*config),
-            Request::Boot => self.boot(),
-            Request::Pause => self.pause(),
-            Request::Resume => self.resume(),
-            Request::Shutdown => {
-                self.stop_guest();
-                Ok(())
-            }
-            Request::Reboot => self.restart(),
-            Request::Delete => {
-                self.forget();
-                Ok(())
-            }
-            Request::PowerButton => self.power_button(),
-            Request::VmmShutdown => {
-                self.outcome = Some(Outcome::Terminated);
-                Ok(())
-            }
-        };
-        outcome.map(|()| Reply::Done).map_err(|error| match error {
-            MachineError::Config(cause) => ApiError::BadRequest(cause.to_string()),
-            other => ApiError::Failed(Causes::of(&other)),
-        })
+        match request {
+            Request::Create(config) => self.create(*config)?,
+            Request::Boot => self.boot()?,
+            Request::Pause => self.pause()?,
+            Request::Resume => self.resume()?,
+            Request::Shutdown => self.stop_guest(),
+            Request::Reboot => self.restart()?,
+            Request::Delete => self.forget(),
+            Request::PowerButton => self.power_button()?,
+            Request::Nmi => self.inject_nmi()?,
+            Request::Resize(target) => self.resize(&target)?,
+            Request::ResizeDisk(target) => self.resize_disk(&target)?,
+            Request::AddDisk(disk) => self.add_disk(*disk)?,
+            Request::AddNet(net, fds) => self.add_net(*net, fds)?,
+            Request::AddVsock(vsock) => self.add_vsock(vsock)?,
+            Request::RemoveDevice(device) => self.remove_device(&device.id)?,
+            Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),
+        }
+        Ok(Reply::Done)
     }
 
     fn info(&self) -> Option<VmInfo> {
@@ -263,6 +257,13 @@ impl Controller {
         }
     }
 
+    fn inject_nmi(&self) -> Result<(), MachineError> {
+        match &self.machine {
+            Some(machine) => Ok(machine.inject_nmi()?),
+            None => Ok(()),
+        }
+    }
+
     /// Ends the guest and builds it again, on the same ends of the host.
     fn restart(&mut self) -> Result<(), MachineError> {
         self.end_machine();
@@ -292,6 +293,7 @@ impl Controller {
             consoles.drain(DRAIN);
         }
         self.config = None;
+        self.taps.clear();
         self.phase = Phase::Absent;
     }
 }

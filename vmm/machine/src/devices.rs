@@ -6,14 +6,15 @@ use std::error::Error;
 use std::sync::Arc;
 
 use triarch_api::{NetConfig, RngConfig, VmConfig, VsockConfig};
-use triarch_block::Disk;
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_virtio::net::{Net, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockOptions};
-use triarch_virtio::{Block, ConsoleResizer, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng};
+use triarch_virtio::{
+    Block, BlockHandle, ConsoleResizer, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng,
+};
 
 use crate::MachineError;
 use crate::backends::Backends;
@@ -32,6 +33,7 @@ pub(crate) struct Host {
 pub(crate) struct Devices {
     host: Host,
     functions: Vec<Arc<VirtioPci>>,
+    disks: Vec<(String, BlockHandle)>,
     resizer: Option<ConsoleResizer>,
 }
 
@@ -47,11 +49,18 @@ impl Devices {
         let mut devices = Self {
             host,
             functions: Vec::new(),
+            disks: Vec::new(),
             resizer: None,
         };
         for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
             let (queues, size) = (disk.num_queues, disk.queue_size);
-            devices.add(&disk.id, |id| block(id, backend, queues, size))?;
+            let mut handle = None;
+            devices.add(&disk.id, |id| {
+                let device = Block::new(id, backend.clone(), queues, size)?;
+                handle = Some((id.to_owned(), device.handle()));
+                Ok(Box::new(device))
+            })?;
+            devices.disks.extend(handle);
         }
         for (net, tap) in config.net.iter().flatten().zip(&backends.taps) {
             devices.add(&net.id, |id| network(id, net, tap))?;
@@ -103,6 +112,11 @@ impl Devices {
         self.host.root.windows()
     }
 
+    /// A disk by its id.
+    pub(crate) fn disk(&self, id: &str) -> Option<&BlockHandle> {
+        self.disks.iter().find(|(name, _)| name == id).map(|(_, disk)| disk)
+    }
+
     /// Tells the guest of its console's new size, if it has one.
     pub(crate) fn terminal_resized(&self) {
         if let Some(resizer) = &self.resizer {
@@ -119,10 +133,6 @@ impl Devices {
     pub(crate) fn resume(&self) {
         self.functions.iter().for_each(|f| f.resume());
     }
-}
-
-fn block(id: &str, disk: &Arc<Disk>, queues: u16, size: u16) -> Made<Box<dyn VirtioDevice>> {
-    Ok(Box::new(Block::new(id, disk.clone(), queues, size)?))
 }
 
 fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>) -> Made<Box<dyn VirtioDevice>> {

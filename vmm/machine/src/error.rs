@@ -3,8 +3,8 @@
 use std::io;
 
 use thiserror::Error;
-use triarch_api::ConfigError;
-use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError};
+use triarch_api::{ApiError, ConfigError};
+use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError, NmiError};
 use triarch_hypervisor::HypervisorError;
 use triarch_legacy::console::OpenError;
 use triarch_memory::MemoryError;
@@ -39,6 +39,9 @@ pub enum MachineError {
     /// Kernel, initramfs, tables.
     #[error("cannot load what the guest boots")]
     Load(#[from] LoadError),
+    /// An interrupt that was asked for.
+    #[error("cannot interrupt the guest")]
+    Nmi(#[from] NmiError),
     /// A console.
     #[error("cannot open {device}")]
     Console {
@@ -112,5 +115,16 @@ impl MachineError {
             cause = error.source();
         }
         text
+    }
+}
+
+impl From<MachineError> for ApiError {
+    /// What a client is told.
+    fn from(error: MachineError) -> Self {
+        match error {
+            MachineError::Config(cause) => Self::BadRequest(cause.to_string()),
+            MachineError::Nmi(cause @ NmiError::Unsupported) => Self::Unsupported(cause.to_string()),
+            other => Self::failed(&other),
+        }
     }
 }

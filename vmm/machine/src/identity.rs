@@ -1,18 +1,25 @@
 //! Names and addresses nobody gave: fixed once, when a VM is created, so that they survive its resets.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 
 use triarch_api::{MacAddress, VmConfig};
 
+use crate::MachineError;
+
 /// First byte of an address that is local and unicast.
 const LOCAL_UNICAST: u8 = 0x02;
 
-/// Gives every device an id and every network interface an address.
-pub(crate) fn complete(config: &mut VmConfig) -> io::Result<()> {
+/// Gives every device an id and every network interface an address. What has one keeps it.
+pub(crate) fn complete(config: &mut VmConfig) -> Result<(), MachineError> {
+    let taken: BTreeSet<String> = config.ids().map(str::to_owned).collect();
     let mut number = 0;
     let mut name = |id: &mut Option<String>, kind: &str| {
-        id.get_or_insert_with(|| format!("_{kind}{number}"));
+        while id.is_none() {
+            *id = Some(format!("_{kind}{number}")).filter(|name| !taken.contains(name));
+            number += u32::from(id.is_none());
+        }
         number += 1;
     };
     for disk in config.disks.iter_mut().flatten() {
@@ -21,7 +28,7 @@ pub(crate) fn complete(config: &mut VmConfig) -> io::Result<()> {
     for net in config.net.iter_mut().flatten() {
         name(&mut net.id, "net");
         if net.mac.is_none() {
-            net.mac = Some(random_mac()?);
+            net.mac = Some(random_mac().map_err(MachineError::host("read /dev/urandom for a MAC address"))?);
         }
     }
     if let Some(vsock) = &mut config.vsock {
@@ -71,5 +78,20 @@ mod tests {
         assert_eq!(nets[0].id.as_deref(), Some("_net2"));
         assert_eq!(nets[0].mac.map(|m| m.0[0] & 3), Some(LOCAL_UNICAST));
         assert_eq!(nets[1].mac, Some(mac));
+    }
+
+    #[test]
+    fn a_device_added_later_gets_a_name_of_its_own() {
+        let named = |id: &str| DiskConfig {
+            id: Some(id.into()),
+            ..DiskConfig::default()
+        };
+        let mut config = VmConfig {
+            disks: Some(vec![named("_disk1"), DiskConfig::default(), DiskConfig::default()]),
+            ..VmConfig::default()
+        };
+        complete(&mut config).expect("complete");
+        let ids: Vec<_> = config.ids().collect();
+        assert_eq!(ids, ["_disk1", "_disk2", "_disk3"]);
     }
 }

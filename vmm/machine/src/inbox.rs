@@ -76,7 +76,7 @@ impl Inbox {
         // An answer that is forgotten answers by itself.
         receiver
             .recv()
-            .unwrap_or_else(|_| Err(ApiError::Failed("the request was lost".into())))
+            .unwrap_or_else(|_| Err(ApiError::Failed("the request was lost".to_owned())))
     }
 }
 

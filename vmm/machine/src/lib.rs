@@ -10,6 +10,7 @@ mod build;
 mod consoles;
 mod control;
 mod devices;
+mod edit;
 mod error;
 mod identity;
 mod inbox;

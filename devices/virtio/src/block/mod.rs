@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use triarch_block::{Disk, DiskCounters, MAX_DEPTH};
+use triarch_block::{Disk, DiskCounters, GrowError, MAX_DEPTH};
 use triarch_device_core::{ThreadClass, Worker};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -47,6 +47,17 @@ pub enum BlockError {
     },
 }
 
+/// Why a disk of a guest could not be made larger.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// The disk itself.
+    #[error(transparent)]
+    Disk(#[from] GrowError),
+    /// It has its new size, and the guest does not know.
+    #[error("the disk has its new size, but the guest could not be told")]
+    Guest(#[source] io::Error),
+}
+
 /// What of a block device goes into a snapshot, beside what the transport saves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockStateV1 {
@@ -78,6 +89,16 @@ impl BlockHandle {
             interrupt.config()?;
         }
         Ok(changed)
+    }
+
+    /// Makes the disk `size` bytes long and tells the guest. Repeating it is free.
+    ///
+    /// # Errors
+    /// See [`ResizeError`].
+    pub fn resize(&self, size: u64) -> Result<(), ResizeError> {
+        self.0.disk.grow(size)?;
+        self.refresh_size().map_err(ResizeError::Guest)?;
+        Ok(())
     }
 
     /// What the disk did so far.

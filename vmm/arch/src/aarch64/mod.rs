@@ -10,7 +10,7 @@ mod platform;
 pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
 pub use load::{Entry, LoadError, load};
-pub use platform::Platform;
+pub use platform::{Platform, inject_nmi};
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.
 pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];

@@ -10,5 +10,5 @@ mod syscalls;
 pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
 pub use load::{Entry, LoadError, load};
-pub use platform::Platform;
+pub use platform::{Platform, inject_nmi};
 pub use syscalls::OLDER_SYSCALLS;

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, kvm_irq_routing_entry};
+use kvm_bindings::{KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, kvm_irq_routing_entry, kvm_msi};
 use triarch_hypervisor::{HypervisorError, Interrupts, Vm};
 
 use super::layout;
+use crate::NmiError;
 
 /// Pins of the I/O APIC.
 const IO_APIC_PINS: u32 = 24;
@@ -35,6 +36,21 @@ impl Platform {
             interrupts: routed.map_err(failed)?,
         })
     }
+}
+
+/// Interrupts every vCPU that runs with an NMI: a message to all of them, so that no vCPU has to be stopped for it.
+pub fn inject_nmi(vm: &Vm) -> Result<(), NmiError> {
+    /// Messages with this address go to all local APICs (Intel SDM volume 3, 11.11.1).
+    const BROADCAST: u32 = 0xfee0_0000 | 0xff << 12;
+    /// Delivery mode of their data (11.11.2).
+    const NMI: u32 = 0b100 << 8;
+    let message = kvm_msi {
+        address_lo: BROADCAST,
+        data: NMI,
+        ..Default::default()
+    };
+    let delivered = vm.fd().signal_msi(message);
+    delivered.map(drop).map_err(|error| NmiError::Kvm(error.into()))
 }
 
 /// GSI n is pin n of the I/O APIC, and nothing reaches the PICs: a hardware-reduced ACPI guest neither programs nor masks them, so an

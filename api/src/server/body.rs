@@ -1,50 +1,49 @@
-//! The body of `vm.create`.
+//! Bodies of requests.
 
 use std::collections::BTreeSet;
 
-use crate::{ApiError, ReadError, VmConfig, read_config};
+use serde::de::DeserializeOwned;
+
+use crate::{ApiError, ReadError, read_object};
 
 /// Unknown fields that are remembered as logged.
 const MAX_LOGGED: usize = 100;
 /// Characters of a field's name that are logged.
 const MAX_NAME: usize = 100;
 
-/// Reads configurations.
+/// Reads bodies and remembers which fields it ignored.
 #[derive(Debug, Default)]
 pub(super) struct Reader {
     logged: BTreeSet<String>,
 }
 
 impl Reader {
-    /// Reads the body of `vm.create`. Descriptor numbers in it are those of the client and mean nothing here.
-    pub(super) fn read(&mut self, body: &[u8]) -> Result<VmConfig, ApiError> {
-        let (mut config, ignored) = read_config(body).map_err(|error| {
+    /// Reads the body of a call of the route `name`.
+    pub(super) fn read<T: DeserializeOwned>(&mut self, name: &str, body: &[u8]) -> Result<T, ApiError> {
+        let (read, ignored) = read_object(body).map_err(|error| {
             let message = match &error {
-                ReadError::NotJson(why) => format!("vm.create: the body is not JSON: {why}"),
-                ReadError::NotAnObject => "vm.create: the body is not a JSON object".to_owned(),
-                ReadError::Field { .. } | ReadError::Unsupported(_) => format!("vm.create: {error}"),
+                ReadError::NotJson(why) => format!("{name}: the body is not JSON: {why}"),
+                ReadError::NotAnObject => format!("{name}: the body is not a JSON object"),
+                ReadError::Object(_) | ReadError::Field { .. } | ReadError::Unsupported(_) => {
+                    format!("{name}: {error}")
+                }
             };
             match error {
                 ReadError::Unsupported(_) => ApiError::Unsupported(message),
                 _ => ApiError::BadRequest(message),
             }
         })?;
-        for name in ignored {
-            self.log(name);
+        for field in ignored {
+            self.log(name, field);
         }
-        for net in config.net.iter_mut().flatten() {
-            if net.fds.take().is_some() {
-                self.log("net.fds".into());
-            }
-        }
-        Ok(config)
+        Ok(read)
     }
 
-    fn log(&mut self, name: String) {
-        if self.logged.len() < MAX_LOGGED && !self.logged.contains(&name) {
-            let start: String = name.chars().take(MAX_NAME).collect();
-            tracing::info!(field = ?start, "vm.create: ignored");
-            self.logged.insert(name);
+    fn log(&mut self, name: &str, field: String) {
+        if self.logged.len() < MAX_LOGGED && !self.logged.contains(&field) {
+            let start: String = field.chars().take(MAX_NAME).collect();
+            tracing::info!(field = ?start, "{name}: ignored");
+            self.logged.insert(field);
         }
     }
 }
@@ -54,9 +53,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{RemoveDevice, VmConfig};
 
     fn read(body: &str) -> Result<VmConfig, ApiError> {
-        Reader::default().read(body.as_bytes())
+        Reader::default().read("vm.create", body.as_bytes())
     }
 
     fn error(body: &str) -> (u16, String) {
@@ -85,8 +85,6 @@ mod tests {
         assert_eq!(config.memory.size, 256 << 20);
         assert_eq!(config.vsock.expect("vsock").cid, 3);
         assert_eq!(config.disks.expect("disks")[0].queue_size, 1024);
-        // The numbers of a client's descriptors are not ours.
-        assert_eq!(config.net.expect("net")[0].fds, None);
     }
 
     #[test]
@@ -113,14 +111,17 @@ mod tests {
         let mut reader = Reader::default();
         for _ in 0..3 {
             reader
-                .read(br#"{"future": {"a": 1}, "disks": [{"colour": 1}, {"colour": 2}]}"#)
+                .read::<VmConfig>(
+                    "vm.create",
+                    br#"{"future": {"a": 1}, "disks": [{"colour": 1}, {"colour": 2}]}"#,
+                )
                 .expect("a configuration");
         }
         let names: Vec<_> = reader.logged.iter().map(String::as_str).collect();
         assert_eq!(names, ["disks.colour", "future"]);
         for i in 0..1000 {
             reader
-                .read(format!("{{\"f{i}\": 1}}").as_bytes())
+                .read::<VmConfig>("vm.create", format!("{{\"f{i}\": 1}}").as_bytes())
                 .expect("a configuration");
         }
         assert_eq!(reader.logged.len(), MAX_LOGGED);
@@ -131,6 +132,9 @@ mod tests {
         let (status, text) = error(r#"{"disks": [{}, {"num_queues": "many"}]}"#);
         assert_eq!(status, 400);
         assert!(text.contains("disks[1].num_queues: invalid type: string"), "{text}");
+        let missing = Reader::default().read::<RemoveDevice>("vm.remove-device", b"{}");
+        let missing = missing.expect_err("no id").to_string();
+        assert_eq!(missing, "vm.remove-device: missing field `id`");
         assert!(error(r#"{"serial": {"mode": "Loud"}}"#).1.contains("serial.mode"));
         for body in ["", "{", "[]", "7", "\"a\"", "{\"a\":1}x", &"[".repeat(100_000)] {
             assert_eq!(error(body).0, 400, "{body:.20}");
@@ -140,15 +144,15 @@ mod tests {
     proptest! {
         #[test]
         fn random_bodies_never_panic(body in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Reader::default().read(&body);
+            let _ = Reader::default().read::<VmConfig>("vm.create", &body);
         }
 
         #[test]
         fn a_body_broken_anywhere_never_panics(at in 0..KATA.len(), byte in any::<u8>()) {
             let mut body = KATA.as_bytes().to_vec();
             body[at] = byte;
-            let _ = Reader::default().read(&body);
-            let _ = Reader::default().read(&body[..at]);
+            let _ = Reader::default().read::<VmConfig>("vm.create", &body);
+            let _ = Reader::default().read::<VmConfig>("vm.create", &body[..at]);
         }
     }
 }

@@ -1,0 +1,172 @@
+//! Every path of the API.
+
+use super::http::Method;
+use crate::Operation;
+
+/// Where the API is.
+const BASE: &str = "/api/v1/";
+
+/// Where a path leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Who answers here.
+    Ping,
+    /// To the owner of the VM.
+    Vm(Operation),
+    /// Agents know it, this version does not have it.
+    Missing,
+}
+
+/// A path of the API.
+#[derive(Debug, Clone, Copy)]
+pub struct Route {
+    /// Its name: the last part of its path.
+    pub name: &'static str,
+    /// The only method it has.
+    pub method: Method,
+    /// Where it leads.
+    pub action: Action,
+    /// What it does, in a few words.
+    pub summary: &'static str,
+}
+
+impl Route {
+    /// The whole path.
+    pub fn path(&self) -> String {
+        format!("{BASE}{}", self.name)
+    }
+
+    /// Finds a route by its whole path.
+    pub(super) fn find(path: &str) -> Option<&'static Self> {
+        let name = path.strip_prefix(BASE)?;
+        ROUTES.iter().find(|route| route.name == name)
+    }
+}
+
+const fn get(name: &'static str, action: Action, summary: &'static str) -> Route {
+    Route {
+        name,
+        method: Method::Get,
+        action,
+        summary,
+    }
+}
+
+const fn put(name: &'static str, action: Operation, summary: &'static str) -> Route {
+    Route {
+        name,
+        method: Method::Put,
+        action: Action::Vm(action),
+        summary,
+    }
+}
+
+const fn missing(name: &'static str, what: &'static str) -> Route {
+    Route {
+        name,
+        method: Method::Put,
+        action: Action::Missing,
+        summary: what,
+    }
+}
+
+/// Every route, those of Cloud Hypervisor that this version lacks included.
+pub const ROUTES: &[Route] = &[
+    get("vmm.ping", Action::Ping, "version, process id, features of this build"),
+    get(
+        "vm.info",
+        Action::Vm(Operation::Info),
+        "configuration as it is now, phase, bytes of RAM",
+    ),
+    put(
+        "vm.create",
+        Operation::Create,
+        "takes a configuration; opens its consoles",
+    ),
+    put("vm.boot", Operation::Boot, "builds the guest and lets it run"),
+    put(
+        "vm.pause",
+        Operation::Pause,
+        "stops vCPUs, then finishes what devices have in flight",
+    ),
+    put("vm.resume", Operation::Resume, "lets both go on"),
+    put("vm.power-button", Operation::PowerButton, "asks the guest to shut down"),
+    put("vm.nmi", Operation::Nmi, "sends every vCPU a non-maskable interrupt"),
+    put(
+        "vm.shutdown",
+        Operation::Shutdown,
+        "ends the guest at once; keeps its configuration",
+    ),
+    put(
+        "vm.reboot",
+        Operation::Reboot,
+        "ends the guest at once and boots it again",
+    ),
+    put(
+        "vm.delete",
+        Operation::Delete,
+        "ends the guest if there is one, forgets the configuration",
+    ),
+    put(
+        "vm.resize",
+        Operation::Resize,
+        "sets the number of vCPUs and the size of RAM, before the boot",
+    ),
+    put(
+        "vm.resize-disk",
+        Operation::ResizeDisk,
+        "makes a disk larger; the guest is told",
+    ),
+    put("vm.add-disk", Operation::AddDisk, "adds a disk, before the boot"),
+    put(
+        "vm.add-net",
+        Operation::AddNet,
+        "adds a network interface, before the boot; takes descriptors of its tap",
+    ),
+    put("vm.add-vsock", Operation::AddVsock, "adds a vsock, before the boot"),
+    put(
+        "vm.remove-device",
+        Operation::RemoveDevice,
+        "takes a disk, a network interface or the vsock away, before the boot",
+    ),
+    put("vmm.shutdown", Operation::VmmShutdown, "ends the process, exit code 0"),
+    missing("vm.resize-zone", "resizes a memory zone"),
+    missing("vm.add-device", "passes a host's device through"),
+    missing("vm.add-fs", "adds a shared file system"),
+    missing("vm.add-generic-vhost-user", "adds a device of a vhost-user daemon"),
+    missing("vm.add-pmem", "adds persistent memory"),
+    missing("vm.add-vdpa", "adds a vDPA device"),
+    missing("vm.add-user-device", "adds a vfio-user device"),
+    missing("vm.snapshot", "saves a paused VM"),
+    missing("vm.restore", "makes a VM from a snapshot"),
+    missing("vm.coredump", "writes the guest's memory to a core file"),
+    missing("vm.send-migration", "moves the VM to another VMM"),
+    missing("vm.receive-migration", "takes a VM from another VMM"),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_has_one_route_of_its_name() {
+        for operation in Operation::ALL {
+            let routes: Vec<_> = ROUTES
+                .iter()
+                .filter(|route| route.action == Action::Vm(operation))
+                .collect();
+            assert_eq!(routes.len(), 1, "{operation:?}");
+            assert_eq!(routes[0].name, operation.name());
+        }
+    }
+
+    #[test]
+    fn paths_lead_to_their_routes_and_nothing_else_does() {
+        for route in ROUTES {
+            assert_eq!(Route::find(&route.path()).map(|found| found.name), Some(route.name));
+        }
+        for path in ["", "/", "/api/v1/", "/api/v1/vm.info/", "/vm.info", "vm.info"] {
+            assert!(Route::find(path).is_none(), "{path}");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Changes to the configuration of a VM whose guest is not built, and those few that reach a running one.
+
+use std::os::fd::OwnedFd;
+
+use triarch_api::{ApiError, DiskConfig, NetConfig, Resize, ResizeDisk, VmConfig, VsockConfig};
+
+use crate::backends::handed_tap;
+use crate::control::Controller;
+use crate::{MachineError, identity};
+
+impl Controller {
+    /// `vm.resize`. A target that is reached already is always fine.
+    pub(crate) fn resize(&mut self, target: &Resize) -> Result<(), ApiError> {
+        if target.desired_balloon.is_some_and(|bytes| bytes > 0) {
+            return Err(unsupported(
+                "vm.resize: this version has no balloon; leave desired_balloon out",
+            ));
+        }
+        let running = self.machine.is_some();
+        self.change(|config| {
+            let vcpus = target.desired_vcpus.unwrap_or(config.cpus.boot_vcpus);
+            let ram = target.desired_ram.unwrap_or(config.memory.size);
+            if running && vcpus != config.cpus.boot_vcpus {
+                return Err(unsupported(
+                    "vm.resize: this version cannot change the number of vCPUs of a running guest; shut it down first",
+                ));
+            }
+            if running && ram != config.memory.size {
+                return Err(unsupported(
+                    "vm.resize: this version cannot change the memory of a running guest; shut it down first",
+                ));
+            }
+            config.cpus.boot_vcpus = vcpus;
+            config.memory.size = ram;
+            Ok(())
+        })
+    }
+
+    /// `vm.resize-disk`.
+    pub(crate) fn resize_disk(&mut self, target: &ResizeDisk) -> Result<(), ApiError> {
+        let disks = self.config.iter().flat_map(|config| config.disks.iter().flatten());
+        if !disks.into_iter().any(|disk| disk.id.as_deref() == Some(&*target.id)) {
+            return Err(no_device("vm.resize-disk", &target.id, "disk"));
+        }
+        match self.machine.as_ref().and_then(|machine| machine.disk(&target.id)) {
+            Some(disk) => disk
+                .resize(target.desired_size)
+                .map_err(|error| ApiError::BadRequest(format!("vm.resize-disk: {}", ApiError::failed(&error)))),
+            None => Ok(()),
+        }
+    }
+
+    /// `vm.add-disk`.
+    pub(crate) fn add_disk(&mut self, disk: DiskConfig) -> Result<(), ApiError> {
+        self.change(|config| {
+            config.disks.get_or_insert_default().push(disk);
+            Ok(())
+        })
+    }
+
+    /// `vm.add-net`; `fds` are its tap, if the client opened it.
+    pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
+        let bad = |text: String| ApiError::BadRequest(format!("vm.add-net: {text}"));
+        if fds.is_empty() {
+            return self.change(|config| {
+                config.net.get_or_insert_default().push(net);
+                Ok(())
+            });
+        }
+        let (count, pairs) = (fds.len(), usize::from(net.num_queues / 2));
+        if count != pairs {
+            return Err(bad(format!(
+                "{count} descriptors came with the request; it must be one for each of the {pairs} queue pairs"
+            )));
+        }
+        if let Some(tap) = &net.tap {
+            return Err(bad(format!(
+                "it names the tap '{tap}' and brings descriptors of one; give one of them"
+            )));
+        }
+        let tap = handed_tap(&net, fds).map_err(|error| bad(ApiError::failed(&error).to_string()))?;
+        self.change(|config| {
+            config.net.get_or_insert_default().push(net);
+            Ok(())
+        })?;
+        // The last one is the new one, and every device has a name by now.
+        let nets = self.config.iter().flat_map(|config| config.net.iter().flatten());
+        if let Some(id) = nets.last().and_then(|net| net.id.clone()) {
+            self.taps.insert(id, tap);
+        }
+        Ok(())
+    }
+
+    /// `vm.add-vsock`.
+    pub(crate) fn add_vsock(&mut self, vsock: VsockConfig) -> Result<(), ApiError> {
+        self.change(|config| match config.vsock {
+            Some(_) => Err(ApiError::BadRequest(
+                "vm.add-vsock: the VM has a vsock already, and can have one only".to_owned(),
+            )),
+            None => {
+                config.vsock = Some(vsock);
+                Ok(())
+            }
+        })
+    }
+
+    /// `vm.remove-device`.
+    pub(crate) fn remove_device(&mut self, id: &str) -> Result<(), ApiError> {
+        self.change(|config| {
+            let before = config.ids().count();
+            let other = |name: &Option<String>| name.as_deref() != Some(id);
+            if let Some(disks) = &mut config.disks {
+                disks.retain(|disk| other(&disk.id));
+            }
+            if let Some(nets) = &mut config.net {
+                nets.retain(|net| other(&net.id));
+            }
+            config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
+            match config.ids().count() == before {
+                true => Err(no_device("vm.remove-device", id, "device that can be removed")),
+                false => Ok(()),
+            }
+        })?;
+        self.taps.remove(id);
+        Ok(())
+    }
+
+    /// Changes the configuration as a whole or not at all.
+    fn change(&mut self, edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>) -> Result<(), ApiError> {
+        let Some(config) = &self.config else {
+            return Ok(());
+        };
+        let mut changed = config.clone();
+        edit(&mut changed)?;
+        changed.validate().map_err(MachineError::Config)?;
+        identity::complete(&mut changed)?;
+        self.config = Some(changed);
+        Ok(())
+    }
+}
+
+fn unsupported(text: &str) -> ApiError {
+    ApiError::Unsupported(text.to_owned())
+}
+
+fn no_device(name: &str, id: &str, kind: &str) -> ApiError {
+    ApiError::NotFound(format!(
+        "{name}: there is no {kind} with the id '{id}'; vm.info lists the devices"
+    ))
+}
