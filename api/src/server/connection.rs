@@ -130,7 +130,10 @@ impl Connection {
             return Next::Close;
         }
         self.reject(&Reject::new(408, "the request did not arrive in time"));
-        self.settle()
+        match self.flush() {
+            Ok(()) => self.settle(),
+            Err(_) => Next::Close,
+        }
     }
 
     /// The socket has something for us: `events`.
@@ -223,11 +226,8 @@ impl Connection {
         self.input.clear();
     }
 
-    /// Finds out what it waits for now.
+    /// Finds out what it waits for now. It sends nothing: were output to go out here, requests that waited for it would wait for ever.
     fn settle(&mut self) -> Next {
-        if self.flush().is_err() {
-            return Next::Close;
-        }
         let wait = if self.has_output() {
             Wait::Reader
         } else if self.lingering {
