@@ -159,6 +159,20 @@ impl ApiError {
         }
     }
 
+    /// The same, beginning with the name of the route that failed.
+    #[must_use]
+    pub fn of_route(mut self, name: &str) -> Self {
+        let (Self::BadRequest(text)
+        | Self::NotFound(text)
+        | Self::WrongPhase(text)
+        | Self::Unsupported(text)
+        | Self::Failed(text)) = &mut self;
+        if !text.starts_with(name) {
+            text.insert_str(0, &format!("{name}: "));
+        }
+        self
+    }
+
     /// [`Failed`](Self::Failed) because of `error`: it and its causes as one sentence, the outermost first.
     pub fn failed(error: &dyn std::error::Error) -> Self {
         let chain = std::iter::successors(Some(error), |error| error.source());

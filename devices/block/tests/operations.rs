@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
-use triarch_block::{Disk, DiskCounters, DiskOptions, Full, Op};
+use triarch_block::{Disk, DiskCounters, DiskOptions, Full, GrowError, Op};
 
 const MIB: usize = 1 << 20;
 
@@ -486,5 +486,24 @@ fn a_new_size_is_noticed() {
             )),
             libc::EINVAL
         );
+    }
+}
+
+#[test]
+fn a_disk_grows_and_never_shrinks() {
+    for backend in backends() {
+        let file = image(MIB as u64);
+        let disk = open(file.path(), backend, false);
+        disk.grow(MIB as u64).expect("the size it has");
+        disk.grow(2 * MIB as u64).expect("larger");
+        assert_eq!(disk.refresh_size().unwrap(), Some(2 * MIB as u64));
+        assert!(matches!(disk.grow(MIB as u64), Err(GrowError::Shrinks { .. })));
+        assert!(matches!(disk.grow(3 * MIB as u64 + 1), Err(GrowError::Unaligned { .. })));
+        assert_eq!(file.as_file().metadata().unwrap().len(), 2 * MIB as u64);
+        drop(disk);
+        let mut options = options(file.path(), backend, false);
+        options.readonly = true;
+        let disk = Disk::open(&options).expect("a disk");
+        assert!(matches!(disk.grow(3 * MIB as u64), Err(GrowError::ReadOnly)));
     }
 }

@@ -154,7 +154,8 @@ impl Controller {
         match message {
             Message::Request(request, answer) => {
                 tracing::info!(request = request.name(), phase = self.phase.name(), "request");
-                let result = self.serve(request);
+                let name = request.name();
+                let result = self.serve(request).map_err(|error| error.of_route(name));
                 // Whoever has the answer sees what it changed.
                 self.publish();
                 answer.send(result);

@@ -12,9 +12,7 @@ impl Controller {
     /// `vm.resize`. A target that is reached already is always fine.
     pub(crate) fn resize(&mut self, target: &Resize) -> Result<(), ApiError> {
         if target.desired_balloon.is_some_and(|bytes| bytes > 0) {
-            return Err(unsupported(
-                "vm.resize: this version has no balloon; leave desired_balloon out",
-            ));
+            return Err(unsupported("this version has no balloon; leave desired_balloon out"));
         }
         let running = self.machine.is_some();
         self.change(|config| {
@@ -22,12 +20,12 @@ impl Controller {
             let ram = target.desired_ram.unwrap_or(config.memory.size);
             if running && vcpus != config.cpus.boot_vcpus {
                 return Err(unsupported(
-                    "vm.resize: this version cannot change the number of vCPUs of a running guest; shut it down first",
+                    "this version cannot change the number of vCPUs of a running guest; shut it down first",
                 ));
             }
             if running && ram != config.memory.size {
                 return Err(unsupported(
-                    "vm.resize: this version cannot change the memory of a running guest; shut it down first",
+                    "this version cannot change the memory of a running guest; shut it down first",
                 ));
             }
             config.cpus.boot_vcpus = vcpus;
@@ -40,12 +38,12 @@ impl Controller {
     pub(crate) fn resize_disk(&mut self, target: &ResizeDisk) -> Result<(), ApiError> {
         let disks = self.config.iter().flat_map(|config| config.disks.iter().flatten());
         if !disks.into_iter().any(|disk| disk.id.as_deref() == Some(&*target.id)) {
-            return Err(no_device("vm.resize-disk", &target.id, "disk"));
+            return Err(no_device(&target.id, "disk"));
         }
         match self.machine.as_ref().and_then(|machine| machine.disk(&target.id)) {
             Some(disk) => disk
                 .resize(target.desired_size)
-                .map_err(|error| ApiError::BadRequest(format!("vm.resize-disk: {}", ApiError::failed(&error)))),
+                .map_err(|error| ApiError::BadRequest(ApiError::failed(&error).to_string())),
             None => Ok(()),
         }
     }
@@ -60,7 +58,6 @@ impl Controller {
 
     /// `vm.add-net`; `fds` are its tap, if the client opened it.
     pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
-        let bad = |text: String| ApiError::BadRequest(format!("vm.add-net: {text}"));
         if fds.is_empty() {
             return self.change(|config| {
                 config.net.get_or_insert_default().push(net);
@@ -69,16 +66,16 @@ impl Controller {
         }
         let (count, pairs) = (fds.len(), usize::from(net.num_queues / 2));
         if count != pairs {
-            return Err(bad(format!(
+            return Err(ApiError::BadRequest(format!(
                 "{count} descriptors came with the request; it must be one for each of the {pairs} queue pairs"
             )));
         }
         if let Some(tap) = &net.tap {
-            return Err(bad(format!(
+            return Err(ApiError::BadRequest(format!(
                 "it names the tap '{tap}' and brings descriptors of one; give one of them"
             )));
         }
-        let tap = handed_tap(&net, fds).map_err(|error| bad(ApiError::failed(&error).to_string()))?;
+        let tap = handed_tap(&net, fds).map_err(|error| ApiError::BadRequest(ApiError::failed(&error).to_string()))?;
         self.change(|config| {
             config.net.get_or_insert_default().push(net);
             Ok(())
@@ -95,7 +92,7 @@ impl Controller {
     pub(crate) fn add_vsock(&mut self, vsock: VsockConfig) -> Result<(), ApiError> {
         self.change(|config| match config.vsock {
             Some(_) => Err(ApiError::BadRequest(
-                "vm.add-vsock: the VM has a vsock already, and can have one only".to_owned(),
+                "the VM has a vsock already, and can have one only".to_owned(),
             )),
             None => {
                 config.vsock = Some(vsock);
@@ -117,7 +114,7 @@ impl Controller {
             }
             config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
             match config.ids().count() == before {
-                true => Err(no_device("vm.remove-device", id, "device that can be removed")),
+                true => Err(no_device(id, "device that can be removed")),
                 false => Ok(()),
             }
         })?;
@@ -143,8 +140,8 @@ fn unsupported(text: &str) -> ApiError {
     ApiError::Unsupported(text.to_owned())
 }
 
-fn no_device(name: &str, id: &str, kind: &str) -> ApiError {
+fn no_device(id: &str, kind: &str) -> ApiError {
     ApiError::NotFound(format!(
-        "{name}: there is no {kind} with the id '{id}'; vm.info lists the devices"
+        "there is no {kind} with the id '{id}'; vm.info lists the devices"
     ))
 }

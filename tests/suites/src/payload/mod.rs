@@ -7,6 +7,7 @@ mod blk;
 mod boot;
 mod console;
 pub(crate) mod data;
+mod edit;
 mod ends;
 pub(crate) mod guest;
 mod memory;
@@ -41,6 +42,7 @@ pub fn tests() -> Vec<Test> {
         ends::TESTS,
         sandbox::TESTS,
         api::TESTS,
+        edit::TESTS,
     ]
     .concat()
 }
