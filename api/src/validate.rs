@@ -14,7 +14,7 @@ pub enum ConfigError {
     /// A number is out of its range.
     #[error("{field} is {value}; it must be {allowed}")]
     Range {
-        /// Name of the field as on the command line.
+        /// Where the field stands, like `disks[0].num_queues`.
         field: String,
         /// Its value.
         value: String,
@@ -65,7 +65,7 @@ impl VmConfig {
         let payload = self.payload.as_ref();
         if payload.is_none_or(|p| p.kernel.is_none() && p.firmware.is_none()) {
             return Err(ConfigError::Missing(
-                "there is nothing to boot; give --kernel FILE".into(),
+                "payload.kernel is missing, so there is nothing to boot; give the path of a kernel".into(),
             ));
         }
         self.validate_disks()?;
@@ -75,18 +75,16 @@ impl VmConfig {
         self.validate_consoles()?;
         if let Some(vsock) = &self.vsock {
             if !(3..u64::from(u32::MAX)).contains(&vsock.cid) {
-                return Err(range("--vsock cid", vsock.cid, "between 3 and 4294967294"));
+                return Err(range("vsock.cid", vsock.cid, "between 3 and 4294967294"));
             }
             if vsock.socket.as_os_str().is_empty() {
                 return Err(ConfigError::Missing(
-                    "--vsock has an empty path on the host; give socket=PATH".into(),
+                    "vsock.socket is empty; give the path of a unix socket".into(),
                 ));
             }
         }
         if self.rng.src.as_os_str().is_empty() {
-            return Err(ConfigError::Missing(
-                "--rng has no source; give src=/dev/urandom".into(),
-            ));
+            return Err(ConfigError::Missing("rng.src is empty; give /dev/urandom".into()));
         }
         self.validate_ids()
     }
@@ -95,14 +93,14 @@ impl VmConfig {
         let cpus = &self.cpus;
         if !(1..=MAX_VCPUS).contains(&cpus.boot_vcpus) {
             return Err(range(
-                "--cpus boot",
+                "cpus.boot_vcpus",
                 cpus.boot_vcpus,
                 format!("between 1 and {MAX_VCPUS}"),
             ));
         }
         if !(cpus.boot_vcpus..=MAX_VCPUS).contains(&cpus.max_vcpus) {
-            let allowed = format!("between boot ({}) and {MAX_VCPUS}", cpus.boot_vcpus);
-            return Err(range("--cpus max", cpus.max_vcpus, allowed));
+            let allowed = format!("between boot_vcpus ({}) and {MAX_VCPUS}", cpus.boot_vcpus);
+            return Err(range("cpus.max_vcpus", cpus.max_vcpus, allowed));
         }
         Ok(())
     }
@@ -112,19 +110,20 @@ impl VmConfig {
         let memory = &self.memory;
         if memory.size == 0 || !memory.size.is_multiple_of(MIB) {
             return Err(range(
-                "--memory size",
+                "memory.size",
                 format!("{} bytes", memory.size),
                 "a whole number of MiB, at least 1",
             ));
         }
         if memory.hugepage_size.is_some() && !memory.hugepages {
             return Err(ConfigError::Conflict(
-                "--memory hugepage_size needs hugepages=on beside it".into(),
+                "memory.hugepage_size needs memory.hugepages switched on".into(),
             ));
         }
         if memory.mergeable && (memory.shared || memory.hugepages) {
             return Err(ConfigError::Conflict(
-                "--memory mergeable=on works on private small pages only; drop shared and hugepages".into(),
+                "memory.mergeable works on private small pages only; switch memory.shared and memory.hugepages off"
+                    .into(),
             ));
         }
         Ok(())
@@ -139,7 +138,7 @@ impl VmConfig {
                 && !(disk.readonly && other.readonly)
             {
                 return Err(ConfigError::Conflict(format!(
-                    "--disk: two disks have the path {}; give each its own, or readonly=on to both",
+                    "disks[{i}].path is {}, which another disk has; give each its own, or make both readonly",
                     path.display()
                 )));
             }
@@ -149,12 +148,12 @@ impl VmConfig {
     }
 
     fn validate_consoles(&self) -> Result<(), ConfigError> {
-        validate_console("--serial", &self.serial)?;
-        validate_console("--console", &self.console)?;
+        validate_console("serial", &self.serial)?;
+        validate_console("console", &self.console)?;
         validate_debug_console(&self.debug_console)?;
         if self.serial.mode == ConsoleMode::Tty && self.console.mode == ConsoleMode::Tty {
             return Err(ConfigError::Conflict(
-                "--serial tty and --console tty want the same terminal; set one of them to off or null".into(),
+                "serial.mode and console.mode want the same terminal; set one of them to Off or Null".into(),
             ));
         }
         let debug = &self.debug_console;
@@ -197,26 +196,28 @@ impl VmConfig {
 fn validate_queues(field: &str, queues: u16, size: u16, sizes: &RangeInclusive<u16>) -> Result<(), ConfigError> {
     if !(1..=MAX_QUEUES).contains(&queues) {
         return Err(range(
-            format!("{field} num_queues"),
+            format!("{field}.num_queues"),
             queues,
             format!("between 1 and {MAX_QUEUES}"),
         ));
     }
     if !size.is_power_of_two() || !sizes.contains(&size) {
         let allowed = format!("a power of two between {} and {}", sizes.start(), sizes.end());
-        return Err(range(format!("{field} queue_size"), size, allowed));
+        return Err(range(format!("{field}.queue_size"), size, allowed));
     }
     Ok(())
 }
 
 fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
-    let field = format!("--disk (number {index})");
+    let field = format!("disks[{index}]");
     if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
-        return Err(ConfigError::Missing(format!("{field} has no path; give path=FILE")));
+        return Err(ConfigError::Missing(format!(
+            "{field}.path is missing; give a file or a block device"
+        )));
     }
     if let Some(serial) = disk.serial.as_ref().filter(|s| s.len() > 20) {
         return Err(range(
-            format!("{field} serial"),
+            format!("{field}.serial"),
             format!("'{serial}'"),
             "at most 20 bytes long",
         ));
@@ -225,11 +226,11 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
 }
 
 fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
-    let field = format!("--net (number {index})");
+    let field = format!("net[{index}]");
     validate_queues(&field, net.num_queues, net.queue_size, &NET_QUEUE_SIZES)?;
     if !net.num_queues.is_multiple_of(2) {
         return Err(range(
-            format!("{field} num_queues"),
+            format!("{field}.num_queues"),
             net.num_queues,
             "even: a receive and a transmit queue a pair",
         ));
@@ -237,13 +238,13 @@ fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
     if let Some(fds) = &net.fds {
         if net.tap.is_some() {
             return Err(ConfigError::Conflict(format!(
-                "{field} has both tap and fd; give one of them"
+                "{field} has both a tap and descriptors of one; give one of them"
             )));
         }
         if fds.len() != usize::from(net.num_queues / 2) {
             let allowed = format!("one for each of the {} queue pairs", net.num_queues / 2);
             return Err(range(
-                format!("{field} fd"),
+                format!("{field}.fds"),
                 format!("{} descriptors", fds.len()),
                 allowed,
             ));
@@ -251,30 +252,30 @@ fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
     }
     if let Some(fd) = net.fds.iter().flatten().find(|fd| **fd < 0) {
         return Err(range(
-            format!("{field} fd"),
+            format!("{field}.fds"),
             fd,
             "the number of an inherited descriptor",
         ));
     }
     if let Some(mac) = net.mac.filter(|m| m.0[0] & 1 != 0) {
         return Err(range(
-            format!("{field} mac"),
+            format!("{field}.mac"),
             mac,
             "a unicast address: the first byte even",
         ));
     }
     if net.mask.is_some() != net.ip.is_some() {
         let (has, lacks) = if net.ip.is_some() {
-            ("an ip", "mask")
+            ("ip", "mask")
         } else {
-            ("a mask", "ip")
+            ("mask", "ip")
         };
         return Err(ConfigError::Missing(format!(
-            "{field} has {has} and no {lacks}; give both"
+            "{field}.{has} needs {field}.{lacks} beside it; give both"
         )));
     }
     if let Some(mtu) = net.mtu.filter(|m| *m < 68) {
-        return Err(range(format!("{field} mtu"), mtu, "at least 68"));
+        return Err(range(format!("{field}.mtu"), mtu, "at least 68"));
     }
     Ok(())
 }
@@ -282,7 +283,7 @@ fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
 fn validate_console(field: &str, console: &ConsoleConfig) -> Result<(), ConfigError> {
     let missing = |what: &str| {
         Err(ConfigError::Missing(format!(
-            "{field} {what} needs a path: {field} {what}=PATH"
+            "{field}.{what} is missing; this mode needs a path"
         )))
     };
     let empty = |path: &Option<PathBuf>| path.as_ref().is_none_or(|p| p.as_os_str().is_empty());
@@ -296,12 +297,12 @@ fn validate_console(field: &str, console: &ConsoleConfig) -> Result<(), ConfigEr
 /// The port only writes, so there is nothing for a client to connect to.
 fn validate_debug_console(debug: &DebugConsoleConfig) -> Result<(), ConfigError> {
     let name = match debug.mode {
-        ConsoleMode::Pty => "pty",
+        ConsoleMode::Pty => "a pty",
         ConsoleMode::Socket => "a socket",
         mode => {
             let file = debug.file.clone();
             return validate_console(
-                "--debug-console",
+                "debug_console",
                 &ConsoleConfig {
                     mode,
                     file,
@@ -310,7 +311,7 @@ fn validate_debug_console(debug: &DebugConsoleConfig) -> Result<(), ConfigError>
             );
         }
     };
-    Err(range("--debug-console", name, "tty, null, off or file=PATH"))
+    Err(range("debug_console.mode", name, "Tty, Null, Off or File"))
 }
 
 /// The path a console leads to, if it leads to one.
@@ -353,15 +354,15 @@ mod tests {
     fn refusals_name_field_value_and_fix() {
         assert_eq!(
             refusal(|c| c.cpus.boot_vcpus = 0),
-            "--cpus boot is 0; it must be between 1 and 254"
+            "cpus.boot_vcpus is 0; it must be between 1 and 254"
         );
         assert_eq!(
             refusal(|c| c.cpus.max_vcpus = 255),
-            "--cpus max is 255; it must be between boot (1) and 254"
+            "cpus.max_vcpus is 255; it must be between boot_vcpus (1) and 254"
         );
-        assert!(refusal(|c| c.memory.size = 0).starts_with("--memory size is 0 bytes"));
+        assert!(refusal(|c| c.memory.size = 0).starts_with("memory.size is 0 bytes"));
         assert!(refusal(|c| c.memory.size = 1_000_000).contains("whole number of MiB"));
-        assert!(refusal(|c| c.payload = None).contains("--kernel"));
+        assert!(refusal(|c| c.payload = None).contains("payload.kernel"));
         let disk = |edit: fn(&mut DiskConfig)| {
             let mut disk = DiskConfig {
                 path: Some("x".into()),
@@ -370,7 +371,7 @@ mod tests {
             edit(&mut disk);
             disk
         };
-        assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.path = None)])).contains("path=FILE"));
+        assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.path = None)])).contains("disks[0].path"));
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 100)])).contains("power of two"));
         let same = disk(|d| {
             d.id = Some("a".into());
@@ -383,7 +384,7 @@ mod tests {
             Some(vec![net])
         };
         assert!(refusal(|c| c.net = net(|n| n.num_queues = 3)).contains("even"));
-        assert!(refusal(|c| c.net = net(|n| n.ip = "10.0.0.1".parse().ok())).contains("no mask"));
+        assert!(refusal(|c| c.net = net(|n| n.ip = "10.0.0.1".parse().ok())).contains("net[0].mask"));
         assert!(refusal(|c| c.disks = Some(vec![disk(|d| d.queue_size = 2048)])).contains("between 4 and 1024"));
         assert!(refusal(|c| c.net = net(|n| n.mac = Some(MAC_MULTICAST))).contains("unicast"));
         assert!(
@@ -407,11 +408,13 @@ mod tests {
         });
         assert_eq!(twice, "two consoles lead to log; give each a path of its own");
         let twice = refusal(|c| c.disks = Some(vec![disk(|_| ()), disk(|d| d.readonly = true)]));
-        assert!(twice.contains("two disks have the path x"));
-        assert!(refusal(|c| c.net = net(|n| n.ip = Some([10, 0, 0, 1].into()))).contains("an ip and no mask"));
-        assert!(refusal(|c| c.net = net(|n| n.fds = Some(vec![-1]))).contains("fd is -1"));
-        assert!(refusal(|c| c.debug_console.mode = ConsoleMode::Pty).contains("--debug-console is pty"));
-        assert!(refusal(|c| c.rng.src = "".into()).contains("src=/dev/urandom"));
+        assert!(twice.contains("disks[1].path is x"));
+        assert!(
+            refusal(|c| c.net = net(|n| n.ip = Some([10, 0, 0, 1].into()))).contains("net[0].ip needs net[0].mask")
+        );
+        assert!(refusal(|c| c.net = net(|n| n.fds = Some(vec![-1]))).contains("fds is -1"));
+        assert!(refusal(|c| c.debug_console.mode = ConsoleMode::Pty).contains("debug_console.mode is a pty"));
+        assert!(refusal(|c| c.rng.src = "".into()).contains("/dev/urandom"));
     }
 
     const MAC_MULTICAST: crate::MacAddress = crate::MacAddress([1, 0, 0, 0, 0, 1]);

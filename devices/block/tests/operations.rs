@@ -498,7 +498,10 @@ fn a_disk_grows_and_never_shrinks() {
         disk.grow(2 * MIB as u64).expect("larger");
         assert_eq!(disk.refresh_size().unwrap(), Some(2 * MIB as u64));
         assert!(matches!(disk.grow(MIB as u64), Err(GrowError::Shrinks { .. })));
-        assert!(matches!(disk.grow(3 * MIB as u64 + 1), Err(GrowError::Unaligned { .. })));
+        assert!(matches!(
+            disk.grow(3 * MIB as u64 + 1),
+            Err(GrowError::Unaligned { .. })
+        ));
         assert_eq!(file.as_file().metadata().unwrap().len(), 2 * MIB as u64);
         drop(disk);
         let mut options = options(file.path(), backend, false);

@@ -35,8 +35,8 @@ fn disks(context: &Context) -> Result<Outcome> {
             (&path(odd.path()), &["odd", "1000 bytes", "512"]),
             (&path(empty.path()), &["is empty", "truncate"]),
             ("path=/dev/null", &["/dev/null", "character device"]),
-            ("readonly=on", &["no path", "path=FILE"]),
-            ("path=", &["no path", "path=FILE"]),
+            ("readonly=on", &["disks[0].path is missing", "a file or a block device"]),
+            ("path=", &["disks[0].path is missing", "a file or a block device"]),
             (text(disk.path())?, &["not key=value", "path"]),
             (&format!("{good},queue_size=3"), &["queue_size is 3", "power of two"]),
             (&format!("{good},queue_size=70000"), &["queue_size=70000", "too large"]),
@@ -54,7 +54,7 @@ fn disks(context: &Context) -> Result<Outcome> {
     refused(
         context,
         twice,
-        &["two disks", text(disk.path())?, "readonly=on to both"],
+        &["disks[1].path", text(disk.path())?, "make both readonly"],
     )?;
     Ok(Outcome::Passed)
 }
@@ -94,7 +94,7 @@ fn entropy_sources(context: &Context) -> Result<Outcome> {
         &[
             ("src=/nonexistent", &["/nonexistent", "No such file", "/dev/urandom"]),
             (&dir, &["is a directory", "/dev/urandom"]),
-            ("src=", &["no source", "/dev/urandom"]),
+            ("src=", &["rng.src is empty", "/dev/urandom"]),
             ("/dev/urandom", &["not key=value", "src"]),
         ],
     )
@@ -115,8 +115,8 @@ fn identities(context: &Context) -> Result<Outcome> {
     let (one, two) = (one?, two?);
     let same = builder(context)?.disk(one.path(), "id=a").disk(two.path(), "id=a");
     refused(context, same, &["id 'a'", "each its own"])?;
-    let reserved = builder(context)?.disk(one.path(), "id=_disk7");
-    refused(context, reserved, &["'_disk7'", "leading '_'"])?;
+    let reserved = builder(context)?.disk(one.path(), "id=__disk7");
+    refused(context, reserved, &["'__disk7'", "leading '__'"])?;
     let vm = builder(context)?;
     let vsock = format!("cid=3,id=a,socket={}", vm.dir().join("v.sock").display());
     let kinds = vm.disk(one.path(), "id=a").flag("--vsock", vsock);

@@ -30,14 +30,14 @@ fn interface_flags(context: &Context) -> Result<Outcome> {
             ("mac=01:00:00:00:00:00", &["01:00:00:00:00:00", "unicast"]),
             ("mtu=10", &["mtu is 10", "at least 68"]),
             ("ip=1.2.3,mask=255.0.0.0", &["ip=1.2.3", "IP address"]),
-            ("ip=10.0.0.1", &["an ip and no mask", "give both"]),
-            ("mask=255.0.0.0", &["a mask and no ip", "give both"]),
+            ("ip=10.0.0.1", &["net[0].ip needs net[0].mask", "give both"]),
+            ("mask=255.0.0.0", &["net[0].mask needs net[0].ip", "give both"]),
             ("fd=99", &["_net0", "descriptor 99", "not inherited"]),
-            ("fd=-1", &["fd is -1", "inherited descriptor"]),
+            ("fd=-1", &["fds is -1", "inherited descriptor"]),
             ("fd=x", &["fd=[x]", "fd=3"]),
             ("fd=0", &["descriptor number 1", "not an attached tap"]),
             ("fd=[0,1],num_queues=2", &["2 descriptors", "1 queue pairs"]),
-            ("tap=t,fd=0", &["both tap and fd", "one of them"]),
+            ("tap=t,fd=0", &["both a tap and descriptors", "one of them"]),
         ],
     )
 }

@@ -33,7 +33,10 @@ fn memory_sizes(context: &Context) -> Result<Outcome> {
             ("size=1G,sharde=on", &["sharde", "shared"]),
             ("size=1G,shared=maybe", &["shared=maybe", "on nor off"]),
             ("size=1G,shared=on,shared=off", &["'shared'", "once"]),
-            ("size=1G,mergeable=on,shared=on", &["mergeable", "drop shared"]),
+            (
+                "size=1G,mergeable=on,shared=on",
+                &["mergeable", "memory.shared and memory.hugepages off"],
+            ),
         ],
     )
 }
@@ -43,7 +46,10 @@ fn huge_pages(context: &Context) -> Result<Outcome> {
         context,
         "--memory",
         &[
-            ("size=64M,hugepage_size=2M", &["hugepage_size", "hugepages=on"]),
+            (
+                "size=64M,hugepage_size=2M",
+                &["memory.hugepage_size needs memory.hugepages"],
+            ),
             (
                 "size=64M,hugepages=on,hugepage_size=3M",
                 &["3145728", "/sys/kernel/mm/hugepages"],
@@ -60,15 +66,15 @@ fn processor_counts(context: &Context) -> Result<Outcome> {
         context,
         "--cpus",
         &[
-            ("0", &["boot is 0", "between 1 and 254"]),
-            ("boot=0", &["boot is 0", "between 1 and 254"]),
-            ("255", &["boot is 255", "between 1 and 254"]),
+            ("0", &["boot_vcpus is 0", "between 1 and 254"]),
+            ("boot=0", &["boot_vcpus is 0", "between 1 and 254"]),
+            ("255", &["boot_vcpus is 255", "between 1 and 254"]),
             ("99999999999", &["99999999999", "too large"]),
             ("boot=-1", &["boot=-1", "no whole number"]),
             ("boot=", &["boot=", "no whole number"]),
             ("two", &["'two'", "boot"]),
-            ("boot=4,max=2", &["max is 2", "boot (4)"]),
-            ("boot=1,max=255", &["max is 255", "254"]),
+            ("boot=4,max=2", &["max_vcpus is 2", "boot_vcpus (4)"]),
+            ("boot=1,max=255", &["max_vcpus is 255", "254"]),
             ("boot=3,topology=2:1:1:1", &["2:1:1:1", "max is 3"]),
             ("boot=1,topology=1:0:1:1", &["topology", "at least 1"]),
             ("boot=1,topology=65535:65535:65535:65535", &["max is 1", "equal"]),

@@ -58,7 +58,7 @@ fn vsock_sockets(context: &Context) -> Result<Outcome> {
         &[
             (&socket(&live), &["another process", &live]),
             (&socket(&file), &[&file, "is no socket", "remove it"]),
-            (&socket(""), &["empty path", "socket=PATH"]),
+            (&socket(""), &["vsock.socket is empty", "path"]),
             (&socket("/nonexistent/v"), &["/nonexistent/v", "No such file"]),
             (&socket(&long), &[&long, "too long", "96 bytes"]),
             ("cid=2,socket=/nonexistent/v", &["cid is 2", "between 3"]),
@@ -86,10 +86,10 @@ fn consoles(context: &Context) -> Result<Outcome> {
                 (&format!("socket={live}"), &[flag, "another process", &live]),
                 (&format!("socket={file}"), &[flag, &file, "is no socket"]),
                 ("socket=/nonexistent/s", &[flag, "/nonexistent/s", "No such file"]),
-                ("socket=", &[flag, "socket=PATH"]),
+                ("socket=", &[&flag[2..], ".socket is missing", "a path"]),
                 (&format!("file={dir}"), &[flag, dir, "Is a directory"]),
                 ("file=/nonexistent/f", &[flag, "/nonexistent/f", "No such file"]),
-                ("file=", &[flag, "file=PATH"]),
+                ("file=", &[&flag[2..], ".file is missing", "a path"]),
                 ("bogus", &[flag, "bogus", "file=PATH"]),
                 ("", &[flag, "''", "file=PATH"]),
             ],
@@ -100,9 +100,9 @@ fn consoles(context: &Context) -> Result<Outcome> {
         context,
         flag,
         &[
-            ("pty", &[flag, "pty", "file=PATH"]),
-            ("socket=/nonexistent/s", &[flag, "socket", "file=PATH"]),
-            ("file=", &[flag, "file=PATH"]),
+            ("pty", &["debug_console.mode is a pty", "File"]),
+            ("socket=/nonexistent/s", &["debug_console.mode is a socket", "File"]),
+            ("file=", &["debug_console.file is missing", "a path"]),
             (&format!("file={dir}"), &[flag, dir, "Is a directory"]),
         ],
     )?;
@@ -112,7 +112,7 @@ fn consoles(context: &Context) -> Result<Outcome> {
 
 fn consoles_in_conflict(context: &Context) -> Result<Outcome> {
     let both = |value: &str| -> Result<_> { Ok(builder(context)?.set("--serial", value).set("--console", value)) };
-    refused(context, both("tty")?, &["--serial tty", "--console tty", "off or null"])?;
+    refused(context, both("tty")?, &["serial.mode", "console.mode", "Off or Null"])?;
     let path = format!("{}/one", text(&context.dir)?);
     for kind in ["file", "socket"] {
         refused(context, both(&format!("{kind}={path}"))?, &["two consoles", &path])?;
