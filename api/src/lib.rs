@@ -6,6 +6,7 @@
 
 mod answer;
 mod config;
+pub mod metrics;
 mod operation;
 mod reader;
 mod request;
