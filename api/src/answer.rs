@@ -3,9 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::metrics::Metrics;
 use crate::{ApiError, Reply, Request, VmInfo};
 
-/// Owns the VM, as the server sees it. Neither call may wait for anything: one thread serves all clients.
+/// Owns the VM, as the server sees it. No call may wait for anything: one thread serves all clients.
 pub trait Handler: Send + Sync {
     /// Takes a request and returns at once; `answer` is given from any thread, when the request was carried out or refused. Requests
     /// are carried out in the order in which they were taken.
@@ -14,6 +15,11 @@ pub trait Handler: Send + Sync {
     /// What `vm.info` tells now; `None` without a VM. It is the state after the last request that was answered, even while the next
     /// one is being carried out.
     fn info(&self) -> Option<Arc<VmInfo>>;
+
+    /// What was counted so far. An owner that counts nothing need not say so.
+    fn metrics(&self) -> Metrics {
+        Metrics::default()
+    }
 }
 
 type Receiver = Box<dyn FnOnce(Result<Reply, ApiError>) + Send>;

@@ -40,6 +40,8 @@ impl Phase {
 pub enum Operation {
     /// `vm.info`.
     Info,
+    /// `vm.counters`.
+    Counters,
     /// `vm.create`: take this configuration.
     Create,
     /// `vm.delete`: shut down if needed and forget the configuration.
@@ -76,8 +78,9 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Info,
+        Self::Counters,
         Self::Create,
         Self::Delete,
         Self::Boot,
@@ -100,6 +103,7 @@ impl Operation {
     pub fn name(self) -> &'static str {
         match self {
             Self::Info => "vm.info",
+            Self::Counters => "vm.counters",
             Self::Create => "vm.create",
             Self::Delete => "vm.delete",
             Self::Boot => "vm.boot",
@@ -124,7 +128,7 @@ impl Operation {
         use Phase::{Absent, Created, Paused, Running, Shutdown};
         match self {
             Self::Create => &[Absent],
-            Self::Info | Self::Delete | Self::Resize => &[Created, Running, Paused, Shutdown],
+            Self::Info | Self::Counters | Self::Delete | Self::Resize => &[Created, Running, Paused, Shutdown],
             Self::Boot => &[Created, Shutdown],
             Self::AddDisk | Self::AddNet | Self::AddVsock | Self::RemoveDevice => &[Created, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],

@@ -174,7 +174,11 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family("triarch_disk_in_flight", Gauge, DISK, "Operations under way."),
-        |s, out| each_disk_queue(s, |disk, queue| out.add(&[&disk, &queue.number], Number(queue.in_flight))),
+        |s, out| {
+            each_disk_queue(s, |disk, queue| {
+                out.add(&[&disk, &queue.number], Number(queue.in_flight))
+            })
+        },
     ),
     (
         family(

@@ -239,7 +239,12 @@ fn buckets_are_cumulative_and_empty_histograms_left_out() {
     );
     assert_eq!(bucket("discard", "+Inf"), None);
     // A duration that equals a bound belongs below it.
-    let info = |le| parsed.value("triarch_api_request_seconds_bucket", &[("route", "vm.info"), ("le", le)]);
+    let info = |le| {
+        parsed.value(
+            "triarch_api_request_seconds_bucket",
+            &[("route", "vm.info"), ("le", le)],
+        )
+    };
     assert_eq!((info("0.00002"), info("0.00005")), (Some("1"), Some("2")));
     let boot = [("route", "vm.boot"), ("le", "10")];
     assert_eq!(parsed.value("triarch_api_request_seconds_bucket", &boot), Some("0"));
@@ -257,8 +262,15 @@ fn every_name_tells_its_unit() {
     for (family, _) in FAMILIES {
         let name = family.name;
         assert!(name.starts_with("triarch_"), "{name}");
-        assert_eq!(name.ends_with("_total"), family.kind == super::text::Kind::Counter, "{name}");
-        assert!(family.help.ends_with('.') && !family.help.contains(['\n', '\\']), "{name}");
+        assert_eq!(
+            name.ends_with("_total"),
+            family.kind == super::text::Kind::Counter,
+            "{name}"
+        );
+        assert!(
+            family.help.ends_with('.') && !family.help.contains(['\n', '\\']),
+            "{name}"
+        );
         assert!(!family.labels.contains(&"le"), "{name}");
     }
 }

@@ -139,12 +139,16 @@ fn keep_alive(value: &[u8], current: bool) -> bool {
 /// What tells a client to go on with the body (RFC 9110 section 15.2.1).
 pub(super) const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
+/// The type of most bodies.
+const JSON: &str = "application/json";
+
 /// A response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
     status: u16,
     /// Methods the target has, for 405.
     allow: Option<&'static str>,
+    content_type: &'static str,
     body: Option<Arc<[u8]>>,
 }
 
@@ -154,6 +158,7 @@ impl Response {
         Self {
             status: 204,
             allow: None,
+            content_type: JSON,
             body: None,
         }
     }
@@ -163,7 +168,16 @@ impl Response {
         Self {
             status: 200,
             allow: None,
+            content_type: JSON,
             body: Some(body),
+        }
+    }
+
+    /// 200 with a text of this type.
+    pub fn text(content_type: &'static str, text: String) -> Self {
+        Self {
+            content_type,
+            ..Self::json(text.into_bytes().into())
         }
     }
 
@@ -173,6 +187,7 @@ impl Response {
         Self {
             status,
             allow: None,
+            content_type: JSON,
             body: Some(ascii(text)),
         }
     }
@@ -210,11 +225,8 @@ impl Response {
         }
         match &self.body {
             Some(body) => {
-                let length = body.len();
-                let _ = write!(
-                    output,
-                    "Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-                );
+                let (kind, length) = (self.content_type, body.len());
+                let _ = write!(output, "Content-Type: {kind}\r\nContent-Length: {length}\r\n\r\n");
                 output.extend_from_slice(body);
             }
             None => output.extend_from_slice(b"\r\n"),

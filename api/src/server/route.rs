@@ -5,12 +5,16 @@ use crate::Operation;
 
 /// Where the API is.
 const BASE: &str = "/api/v1/";
+/// Where collectors of metrics look unless told otherwise.
+const METRICS: &str = "/metrics";
 
 /// Where a path leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Who answers here.
     Ping,
+    /// To everything that is counted.
+    Metrics,
     /// To the owner of the VM.
     Vm(Operation),
     /// Agents know it, this version does not have it.
@@ -38,6 +42,9 @@ impl Route {
 
     /// Finds a route by its whole path.
     pub(super) fn find(path: &str) -> Option<&'static Self> {
+        if path == METRICS {
+            return ROUTES.iter().find(|route| route.action == Action::Metrics);
+        }
         let name = path.strip_prefix(BASE)?;
         ROUTES.iter().find(|route| route.name == name)
     }
@@ -77,6 +84,16 @@ pub const ROUTES: &[Route] = &[
         "vm.info",
         Action::Vm(Operation::Info),
         "configuration as it is now, phase, bytes of RAM",
+    ),
+    get(
+        "vm.counters",
+        Action::Vm(Operation::Counters),
+        "figures of disks and network interfaces",
+    ),
+    get(
+        "metrics",
+        Action::Metrics,
+        "everything that is counted, as Prometheus text; also at `/metrics`",
     ),
     put(
         "vm.create",
@@ -165,7 +182,17 @@ mod tests {
         for route in ROUTES {
             assert_eq!(Route::find(&route.path()).map(|found| found.name), Some(route.name));
         }
-        for path in ["", "/", "/api/v1/", "/api/v1/vm.info/", "/vm.info", "vm.info"] {
+        assert_eq!(Route::find("/metrics").map(|found| found.name), Some("metrics"));
+        for path in [
+            "",
+            "/",
+            "/api/v1/",
+            "/api/v1/vm.info/",
+            "/vm.info",
+            "vm.info",
+            "/metrics/",
+            "metrics",
+        ] {
             assert!(Route::find(path).is_none(), "{path}");
         }
     }

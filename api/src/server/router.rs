@@ -1,13 +1,18 @@
 //! The routes of the API.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::Serialize;
 
 use super::http::{Method, Response, ascii};
 use super::route::{Action, Route};
 use super::{Call, Later, Peer, Served, Service, body};
+use crate::metrics::{self, Requests, Source};
 use crate::{Answer, ApiError, Handler, NetConfig, Operation, Phase, Reply, Request, VmConfig, VmInfo};
+
+/// What requests of paths that the API does not have are counted as.
+const OTHER: &str = "other";
 
 /// What `vmm.ping` says this is.
 #[derive(Debug, Clone, Serialize)]
@@ -27,6 +32,8 @@ pub struct Identity {
 pub struct Router {
     handler: Arc<dyn Handler>,
     ping: Arc<[u8]>,
+    version: String,
+    requests: Arc<Requests>,
     /// The latest state that was asked for, and its JSON text.
     info: Option<(Arc<VmInfo>, Arc<[u8]>)>,
     reader: body::Reader,
@@ -40,6 +47,8 @@ impl Router {
         Self {
             handler,
             ping,
+            version: identity.version.clone(),
+            requests: Arc::default(),
             info: None,
             reader: body::Reader::default(),
         }
@@ -75,7 +84,7 @@ impl Router {
         }
         let (reader, body) = (&mut self.reader, call.body);
         Ok(Some(match operation {
-            Operation::Info => return Ok(None),
+            Operation::Info | Operation::Counters => return Ok(None),
             Operation::Create => Request::Create(Box::new(create(reader.read(name, body)?))),
             Operation::Delete => Request::Delete,
             Operation::Boot => Request::Boot,
@@ -99,12 +108,36 @@ impl Router {
         }))
     }
 
-    fn submit(&self, request: Request, peer: Peer, later: Later) {
-        let name = request.name();
+    fn phase(&self) -> Phase {
+        self.handler.info().map_or(Phase::Absent, |info| info.state)
+    }
+
+    fn counters(&self) -> Response {
+        if let Err(error) = Operation::Counters.check(self.phase()) {
+            return response(Err(error));
+        }
+        // Strings and numbers always serialise.
+        let text = serde_json::to_string(&metrics::counters(&self.handler.metrics())).unwrap_or_default();
+        Response::json(ascii(text))
+    }
+
+    fn metrics(&self) -> Response {
+        let source = Source {
+            metrics: &self.handler.metrics(),
+            phase: self.phase(),
+            version: &self.version,
+            requests: &self.requests,
+        };
+        Response::text(metrics::CONTENT_TYPE, metrics::render(&source))
+    }
+
+    fn submit(&self, request: Request, peer: Peer, since: Instant, later: Later) {
+        let (name, requests) = (request.name(), self.requests.clone());
         let answer = Answer::new(move |result| {
             let response = response(result);
             let status = response.status();
             tracing::info!(uid = peer.uid, pid = peer.pid, request = name, status, "answered");
+            requests.answered(name, status, since.elapsed());
             later.respond(response);
         });
         self.handler.submit(request, answer);
@@ -120,10 +153,23 @@ fn create(mut config: VmConfig) -> VmConfig {
 }
 
 impl Service for Router {
-    fn serve(&mut self, mut call: Call<'_>, later: &dyn Fn() -> Later) -> Served {
-        let Some(route) = Route::find(call.path) else {
-            return Served::Now(Response::error(404, "there is no such path in this API"));
+    fn serve(&mut self, call: Call<'_>, later: &dyn Fn() -> Later) -> Served {
+        let since = Instant::now();
+        let route = Route::find(call.path);
+        let served = match route {
+            Some(route) => self.follow(route, call, since, later),
+            None => Served::Now(Response::error(404, "there is no such path in this API")),
         };
+        if let Served::Now(response) = &served {
+            let name = route.map_or(OTHER, |route| route.name);
+            self.requests.answered(name, response.status(), since.elapsed());
+        }
+        served
+    }
+}
+
+impl Router {
+    fn follow(&mut self, route: &Route, mut call: Call<'_>, since: Instant, later: &dyn Fn() -> Later) -> Served {
         let name = route.name;
         if call.method != route.method {
             let allow = if route.method == Method::Get { "GET" } else { "PUT" };
@@ -131,15 +177,17 @@ impl Service for Router {
         }
         match route.action {
             Action::Ping => Served::Now(Response::json(self.ping.clone())),
+            Action::Metrics => Served::Now(self.metrics()),
             Action::Missing => {
                 let error = ApiError::Unsupported(format!("{name} is not supported by this version"));
                 Served::Now(response(Err(error)))
             }
             Action::Vm(operation) => match self.request(operation, &mut call) {
                 Ok(Some(request)) => {
-                    self.submit(request, call.peer, later());
+                    self.submit(request, call.peer, since, later());
                     Served::Later
                 }
+                Ok(None) if operation == Operation::Counters => Served::Now(self.counters()),
                 Ok(None) => Served::Now(self.info()),
                 Err(error) => Served::Now(response(Err(error))),
             },

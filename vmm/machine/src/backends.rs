@@ -9,7 +9,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use triarch_api::{DiskConfig, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
-use triarch_net::{Tap, TapError};
+use triarch_net::{PacketBackend, Tap, TapError};
+use triarch_virtio::net::NetCounters;
 
 use crate::MachineError;
 
@@ -17,6 +18,8 @@ use crate::MachineError;
 pub(crate) struct Backends {
     pub(crate) disks: Vec<Arc<Disk>>,
     pub(crate) taps: Vec<Arc<Tap>>,
+    /// What went through each of the taps.
+    pub(crate) net_counters: Vec<NetCounters>,
 }
 
 /// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.
@@ -32,9 +35,12 @@ impl Backends {
                 None => open_tap(net),
             })
             .collect();
+        let taps: Vec<Arc<Tap>> = taps?;
+        let counters = |tap: &Arc<Tap>| NetCounters::new(tap.queues().len());
         Ok(Self {
             disks: disks?,
-            taps: taps?,
+            net_counters: taps.iter().map(counters).collect(),
+            taps,
         })
     }
 }

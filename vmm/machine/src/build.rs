@@ -19,6 +19,7 @@ use vm_memory::GuestAddressSpace;
 use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::devices::{Devices, Host};
+use crate::metrics::GuestMeters;
 use crate::{GuestEvent, MachineError};
 
 /// Takes what happens in the guest.
@@ -118,6 +119,15 @@ impl Machine {
         self.devices.resume();
         self.vcpus.resume();
         Ok(())
+    }
+
+    /// What it counts.
+    pub(crate) fn meters(&self, config: &VmConfig) -> GuestMeters {
+        GuestMeters {
+            memory: config.memory.clone(),
+            vcpus: self.vcpus.metrics().to_vec(),
+            devices: self.devices.meters(),
+        }
     }
 
     /// The serial port, for its input.

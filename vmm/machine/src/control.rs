@@ -140,6 +140,7 @@ impl Controller {
         let report = Arc::new(move |event| inbox.post(Message::Guest(generation, event)));
         let mut machine = Machine::build(&self.kvm, config, consoles, &backends, &self.sandbox, report)?;
         self.backends = Some(backends);
+        self.outbox.show_meters(Some(machine.meters(config)));
         machine.resume()?;
         self.serial_input = machine.serial().map(|serial| {
             let input: Subscriber = Arc::new(Mutex::new(SerialInput(serial.clone())));
@@ -285,6 +286,8 @@ impl Controller {
         if self.machine.take().is_some() {
             self.phase = Phase::Shutdown;
         }
+        // Not before it has ended: until then somebody may want to see why that takes so long.
+        self.outbox.show_meters(None);
     }
 
     /// Ends the guest and forgets it.

@@ -10,8 +10,8 @@ use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciRoot};
-use triarch_virtio::net::{Net, NetOptions, OffloadGroups};
-use triarch_virtio::vsock::{Vsock, VsockOptions};
+use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
+use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
     Block, BlockHandle, ConsoleResizer, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng,
 };
@@ -19,6 +19,7 @@ use triarch_virtio::{
 use crate::MachineError;
 use crate::backends::Backends;
 use crate::consoles::Consoles;
+use crate::metrics::DeviceMeters;
 
 /// What devices are built on.
 pub(crate) struct Host {
@@ -34,6 +35,8 @@ pub(crate) struct Devices {
     host: Host,
     functions: Vec<Arc<VirtioPci>>,
     disks: Vec<(String, BlockHandle)>,
+    nics: Vec<(String, NetCounters)>,
+    vsocks: Vec<(String, VsockHandle)>,
     resizer: Option<ConsoleResizer>,
 }
 
@@ -50,6 +53,8 @@ impl Devices {
             host,
             functions: Vec::new(),
             disks: Vec::new(),
+            nics: Vec::new(),
+            vsocks: Vec::new(),
             resizer: None,
         };
         for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
@@ -62,8 +67,11 @@ impl Devices {
             })?;
             devices.disks.extend(handle);
         }
-        for (net, tap) in config.net.iter().flatten().zip(&backends.taps) {
-            devices.add(&net.id, |id| network(id, net, tap))?;
+        let taps = backends.taps.iter().zip(&backends.net_counters);
+        for (net, (tap, counters)) in config.net.iter().flatten().zip(taps) {
+            devices.add(&net.id, |id| network(id, net, tap, counters))?;
+            let id = net.id.clone().unwrap_or_default();
+            devices.nics.push((id, counters.clone()));
         }
         devices.add(&Some("_rng".into()), |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
@@ -76,7 +84,13 @@ impl Devices {
             devices.resizer = resizer;
         }
         if let Some(config) = &config.vsock {
-            devices.add(&config.id, |id| vsock(id, config))?;
+            let mut handle = None;
+            devices.add(&config.id, |id| {
+                let device = vsock(id, config)?;
+                handle = Some((id.to_owned(), device.handle()));
+                Ok(Box::new(device))
+            })?;
+            devices.vsocks.extend(handle);
         }
         Ok(devices)
     }
@@ -117,6 +131,16 @@ impl Devices {
         self.disks.iter().find(|(name, _)| name == id).map(|(_, disk)| disk)
     }
 
+    /// What the devices count.
+    pub(crate) fn meters(&self) -> DeviceMeters {
+        let disk = |(id, handle): &(String, BlockHandle)| (id.clone(), handle.disk().counters().clone());
+        DeviceMeters {
+            disks: self.disks.iter().map(disk).collect(),
+            nics: self.nics.clone(),
+            vsocks: self.vsocks.clone(),
+        }
+    }
+
     /// Tells the guest of its console's new size, if it has one.
     pub(crate) fn terminal_resized(&self) {
         if let Some(resizer) = &self.resizer {
@@ -135,7 +159,7 @@ impl Devices {
     }
 }
 
-fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>) -> Made<Box<dyn VirtioDevice>> {
+fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>, counters: &NetCounters) -> Made<Box<dyn VirtioDevice>> {
     let options = NetOptions {
         id: id.to_owned(),
         mac: config.mac.map(|m| m.0).unwrap_or_default(),
@@ -147,19 +171,19 @@ fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>) -> Made<Box<dyn VirtioD
             ufo: config.offload_ufo,
         },
     };
-    Ok(Box::new(Net::new(options, tap.clone())?))
+    Ok(Box::new(Net::counting(options, tap.clone(), counters.clone())?))
 }
 
 fn rng(id: &str, config: &RngConfig) -> Made<Box<dyn VirtioDevice>> {
     Ok(Box::new(VirtioRng::new(id, EntropySource::open(&config.src)?)))
 }
 
-fn vsock(id: &str, config: &VsockConfig) -> Made<Box<dyn VirtioDevice>> {
+fn vsock(id: &str, config: &VsockConfig) -> Made<Vsock> {
     let options = VsockOptions {
         id: id.to_owned(),
         cid: u32::try_from(config.cid)?,
         socket: config.socket.clone(),
         max_connections: VsockOptions::DEFAULT_CONNECTIONS,
     };
-    Ok(Box::new(Vsock::new(&options)?))
+    Ok(Vsock::new(&options)?)
 }

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use arc_swap::ArcSwapOption;
+use triarch_api::metrics::Metrics;
 use triarch_api::{Answer, ApiError, Handler, Reply, Request, VmInfo};
 use triarch_legacy::PowerEvent;
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::metrics::{GuestMeters, Meters};
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -39,6 +42,7 @@ pub struct Inbox {
     messages: Sender<Message>,
     wake: Arc<EventFd>,
     info: Arc<ArcSwapOption<VmInfo>>,
+    meters: Arc<Meters>,
 }
 
 impl Inbox {
@@ -47,16 +51,19 @@ impl Inbox {
         let (messages, receiver) = channel();
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let info = Arc::new(ArcSwapOption::empty());
+        let meters = Arc::new(Meters::new());
         Ok((
             Self {
                 messages,
                 wake: wake.clone(),
                 info: info.clone(),
+                meters: meters.clone(),
             },
             Outbox {
                 messages: receiver,
                 wake,
                 info,
+                meters,
             },
         ))
     }
@@ -88,6 +95,10 @@ impl Handler for Inbox {
     fn info(&self) -> Option<Arc<VmInfo>> {
         self.info.load_full()
     }
+
+    fn metrics(&self) -> Metrics {
+        self.meters.gather()
+    }
 }
 
 /// The controller's end.
@@ -95,6 +106,7 @@ pub(crate) struct Outbox {
     messages: Receiver<Message>,
     wake: Arc<EventFd>,
     info: Arc<ArcSwapOption<VmInfo>>,
+    meters: Arc<Meters>,
 }
 
 impl Outbox {
@@ -106,6 +118,11 @@ impl Outbox {
     /// Shows what `vm.info` tells from now on, to whoever asks without a message.
     pub(crate) fn publish(&self, info: Option<VmInfo>) {
         self.info.store(info.map(Arc::new));
+    }
+
+    /// Shows what this guest counts from now on, or that there is none.
+    pub(crate) fn show_meters(&self, guest: Option<GuestMeters>) {
+        self.meters.show(guest);
     }
 
     /// Readable when there are messages.

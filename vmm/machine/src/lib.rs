@@ -14,6 +14,7 @@ mod edit;
 mod error;
 mod identity;
 mod inbox;
+mod metrics;
 #[allow(unsafe_code)] // signal masks
 mod signals;
 

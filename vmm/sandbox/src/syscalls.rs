@@ -102,6 +102,9 @@ const SOCKETS: &[i64] = &[
     SYS_unlinkat,
 ];
 
+/// Reading what the kernel counts, from files of /proc that others opened.
+const METRICS: &[i64] = &[SYS_pread64];
+
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
     SYS_clone,
@@ -212,7 +215,11 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(SOCKETS))
             .chain(unix_sockets())
             .collect(),
-        ThreadClass::Http => base.chain(calls(EVENTS)).chain(calls(SOCKETS)).collect(),
+        ThreadClass::Http => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(calls(METRICS))
+            .collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

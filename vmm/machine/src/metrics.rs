@@ -1,0 +1,277 @@
+//! Gathers what the parts of the guest and of the process count, on the thread of whoever asks. Nothing here waits for the controller,
+//! a vCPU or a device; while the guest is built or ended, what there was before can still be read.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use triarch_api::MemoryConfig;
+use triarch_api::metrics as api;
+use triarch_block::{DiskCounters, DiskMetrics, OpCounters};
+use triarch_device_core::metrics::{BUCKET_BOUNDS, Latencies, Padded};
+use triarch_vcpu::VcpuMetrics;
+use triarch_virtio::net::{DirectionStats, NetCounters};
+use triarch_virtio::vsock::VsockHandle;
+
+/// What devices count, by their ids.
+#[derive(Default)]
+pub(crate) struct DeviceMeters {
+    pub(crate) disks: Vec<(String, Arc<DiskMetrics>)>,
+    pub(crate) nics: Vec<(String, NetCounters)>,
+    pub(crate) vsocks: Vec<(String, VsockHandle)>,
+}
+
+/// What one guest counts. It holds counters only: a disk or tap is not kept open by it.
+pub(crate) struct GuestMeters {
+    pub(crate) memory: MemoryConfig,
+    pub(crate) vcpus: Vec<Arc<Padded<VcpuMetrics>>>,
+    pub(crate) devices: DeviceMeters,
+}
+
+/// What can be read at any time.
+pub(crate) struct Meters {
+    /// Opened before the first thread is confined; `None` without /proc.
+    status: Option<File>,
+    guest: ArcSwapOption<GuestMeters>,
+}
+
+impl Meters {
+    /// Those of a process without a guest.
+    pub(crate) fn new() -> Self {
+        Self {
+            status: File::open("/proc/self/status").ok(),
+            guest: ArcSwapOption::empty(),
+        }
+    }
+
+    /// Shows this guest from now on, or none.
+    pub(crate) fn show(&self, guest: Option<GuestMeters>) {
+        self.guest.store(guest.map(Arc::new));
+    }
+
+    /// Reads everything.
+    pub(crate) fn gather(&self) -> api::Metrics {
+        let process = self.status.as_ref().and_then(read_status);
+        let mut metrics = match self.guest.load_full() {
+            Some(guest) => guest.gather(process.as_ref()),
+            None => api::Metrics::default(),
+        };
+        metrics.process = process;
+        metrics
+    }
+}
+
+impl GuestMeters {
+    fn gather(&self, process: Option<&api::ProcessMetrics>) -> api::Metrics {
+        let devices = &self.devices;
+        api::Metrics {
+            vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
+            memory: Some(api::MemoryMetrics {
+                size: self.memory.size,
+                resident: process.map(|process| resident(&self.memory, process)),
+            }),
+            disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
+            nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
+            vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
+            process: None,
+        }
+    }
+}
+
+/// What of guest RAM is in the host's memory, as the kernel books it.
+fn resident(memory: &MemoryConfig, process: &api::ProcessMetrics) -> u64 {
+    if memory.hugepages {
+        process.huge_pages
+    } else if memory.shared {
+        process.resident_shared
+    } else {
+        process.resident_anonymous
+    }
+}
+
+fn vcpu(index: usize, vcpu: &VcpuMetrics) -> api::VcpuMetrics {
+    let times = vcpu.times().map(|times| api::CpuTimes {
+        user: times.user,
+        system: times.system,
+        guest: times.guest,
+        wait: times.wait,
+    });
+    api::VcpuMetrics {
+        index,
+        times,
+        exits: vcpu.exits().to_vec(),
+    }
+}
+
+fn disk(id: &str, disk: &DiskMetrics) -> api::DiskMetrics {
+    let queues = disk.read_queues().into_iter();
+    api::DiskMetrics {
+        id: id.to_owned(),
+        queues: queues.map(|(number, counters)| disk_queue(number, &counters)).collect(),
+    }
+}
+
+fn disk_queue(number: u16, counters: &DiskCounters) -> api::DiskQueueMetrics {
+    api::DiskQueueMetrics {
+        number,
+        reads: operation(&counters.reads),
+        writes: operation(&counters.writes),
+        flushes: operation(&counters.flushes),
+        discards: operation(&counters.discards),
+        write_zeroes: operation(&counters.write_zeroes),
+        errors: counters.errors,
+        in_flight: counters.in_flight,
+    }
+}
+
+fn operation(counters: &OpCounters) -> api::OperationMetrics {
+    let Latencies { buckets, sum, min, max } = counters.latency;
+    api::OperationMetrics {
+        count: counters.count,
+        bytes: counters.bytes,
+        latency: api::Latencies {
+            bounds: &BUCKET_BOUNDS,
+            buckets: buckets.to_vec(),
+            sum,
+            min,
+            max,
+        },
+    }
+}
+
+fn nic(id: &str, counters: &NetCounters) -> api::NicMetrics {
+    let pair = |pair: triarch_virtio::net::NetStats| api::NicPairMetrics {
+        receive: direction(&pair.rx),
+        transmit: direction(&pair.tx),
+    };
+    api::NicMetrics {
+        id: id.to_owned(),
+        pairs: counters.read().into_iter().map(pair).collect(),
+    }
+}
+
+fn direction(stats: &DirectionStats) -> api::DirectionMetrics {
+    api::DirectionMetrics {
+        packets: stats.packets,
+        bytes: stats.bytes,
+        dropped: stats.dropped,
+    }
+}
+
+fn vsock(id: &str, vsock: &VsockHandle) -> api::VsockMetrics {
+    let stats = vsock.stats();
+    api::VsockMetrics {
+        id: id.to_owned(),
+        receive: api::DirectionMetrics {
+            packets: stats.rx_packets,
+            bytes: stats.rx_bytes,
+            dropped: 0,
+        },
+        transmit: api::DirectionMetrics {
+            packets: stats.tx_packets,
+            bytes: stats.tx_bytes,
+            dropped: stats.dropped,
+        },
+        open: stats.open,
+        opened: stats.opened,
+        refused: stats.refused,
+    }
+}
+
+/// Reads /proc/self/status: the kernel's own counters, no walk over page tables.
+fn read_status(file: &File) -> Option<api::ProcessMetrics> {
+    let mut buffer = [0; 8192];
+    let len = file.read_at(&mut buffer, 0).ok()?;
+    Some(parse_status(&String::from_utf8_lossy(buffer.get(..len)?)))
+}
+
+/// Fields of proc_pid_status(5); what the kernel does not tell is 0.
+fn parse_status(text: &str) -> api::ProcessMetrics {
+    let mut process = api::ProcessMetrics::default();
+    for (key, value) in text.lines().filter_map(|line| line.split_once(':')) {
+        let field = match key {
+            "Threads" => &mut process.threads,
+            "RssAnon" => &mut process.resident_anonymous,
+            "RssFile" => &mut process.resident_file,
+            "RssShmem" => &mut process.resident_shared,
+            "HugetlbPages" => &mut process.huge_pages,
+            _ => continue,
+        };
+        let mut words = value.split_whitespace();
+        let number: Option<u64> = words.next().and_then(|word| word.parse().ok());
+        let unit = if words.next() == Some("kB") { 1024 } else { 1 };
+        *field = number.unwrap_or(0).saturating_mul(unit);
+    }
+    process
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_of_a_process_is_understood() {
+        let text = "Name:\tRssAnon: 7\nVmRSS:\t 9 kB\nRssAnon:\t     300 kB\nRssFile:\t  2 kB\nRssShmem:\t 1 kB\n\
+                    HugetlbPages:\t 2048 kB\nThreads:\t12\nSigQ:\t0/1\n";
+        let expected = api::ProcessMetrics {
+            threads: 12,
+            resident_anonymous: 300 << 10,
+            resident_file: 2 << 10,
+            resident_shared: 1 << 10,
+            huge_pages: 2 << 20,
+        };
+        assert_eq!(parse_status(text), expected);
+        assert_eq!(parse_status("Threads:\nRssAnon: x kB"), api::ProcessMetrics::default());
+    }
+
+    #[test]
+    fn resident_memory_is_where_the_guest_has_its_own() {
+        let process = api::ProcessMetrics {
+            resident_anonymous: 1,
+            resident_shared: 2,
+            huge_pages: 3,
+            ..api::ProcessMetrics::default()
+        };
+        let memory = |shared, hugepages| MemoryConfig {
+            shared,
+            hugepages,
+            ..MemoryConfig::default()
+        };
+        assert_eq!(resident(&memory(false, false), &process), 1);
+        assert_eq!(resident(&memory(true, false), &process), 2);
+        assert_eq!(resident(&memory(true, true), &process), 3);
+    }
+
+    #[test]
+    fn this_process_has_memory_and_threads_and_no_guest() {
+        let metrics = Meters::new().gather();
+        let process = metrics.process.expect("/proc");
+        assert!(process.threads >= 1 && process.resident_anonymous > 0);
+        assert_eq!((metrics.memory, metrics.vcpus.len()), (None, 0));
+    }
+
+    #[test]
+    fn a_guest_is_shown_until_it_is_gone() {
+        let meters = Meters::new();
+        let nics = vec![("n".to_owned(), NetCounters::new(2))];
+        meters.show(Some(GuestMeters {
+            memory: MemoryConfig {
+                size: 5,
+                ..MemoryConfig::default()
+            },
+            vcpus: vec![Arc::default()],
+            devices: DeviceMeters {
+                disks: vec![("d".into(), Arc::default())],
+                nics,
+                vsocks: Vec::new(),
+            },
+        }));
+        let metrics = meters.gather();
+        assert_eq!(metrics.memory.map(|memory| memory.size), Some(5));
+        assert_eq!((metrics.vcpus.len(), metrics.vcpus[0].times), (1, None));
+        assert_eq!((metrics.nics[0].pairs.len(), metrics.disks[0].queues.len()), (2, 0));
+        meters.show(None);
+        assert_eq!(meters.gather().memory, None);
+    }
+}
