@@ -176,8 +176,8 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
         family("triarch_disk_in_flight", Gauge, DISK, "Operations under way."),
         |s, out| {
             each_disk_queue(s, |disk, queue| {
-                out.add(&[&disk, &queue.number], Number(queue.in_flight))
-            })
+                out.add(&[&disk, &queue.number], Number(queue.in_flight));
+            });
         },
     ),
     (

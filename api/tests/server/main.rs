@@ -3,4 +3,5 @@
 mod clients;
 mod common;
 mod listener;
+mod metrics;
 mod routes;

@@ -46,7 +46,14 @@ const UNPACK: [Need; 4] = [
 ];
 
 /// What unit tests check our work with.
-pub const UNIT_TESTS: [Need; 1] = [need("iasl", "acpica-tools", "to take the ACPI tables apart in tests")];
+pub const UNIT_TESTS: [Need; 2] = [
+    need("iasl", "acpica-tools", "to take the ACPI tables apart in tests"),
+    need(
+        "/usr/lib/python3/dist-packages/prometheus_client/parser.py",
+        "python3-prometheus-client",
+        "to read the metrics in tests",
+    ),
+];
 
 /// What linking static programs needs.
 pub const LINK: [Need; 2] = [

@@ -11,6 +11,7 @@ mod edit;
 mod ends;
 pub(crate) mod guest;
 mod memory;
+mod metrics;
 mod net;
 mod pause;
 mod pci;
@@ -42,6 +43,7 @@ pub fn tests() -> Vec<Test> {
         ends::TESTS,
         sandbox::TESTS,
         api::TESTS,
+        metrics::TESTS,
         edit::TESTS,
     ]
     .concat()
