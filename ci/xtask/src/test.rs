@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test there is, on every level and host, counted together.
 
+mod place;
 mod suites;
 mod tally;
 mod unit;
@@ -10,7 +11,9 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::host::Kind;
+use crate::kernels::Version;
 use crate::lint;
+use place::Place;
 use tally::{Tally, Verdict};
 
 /// Runs tests: all of them, or those whose names contain one of the given.
@@ -26,6 +29,9 @@ pub struct Args {
     /// QEMU's name of the CPU model of the emulated host, e.g. cortex-a72
     #[arg(long, value_name = "MODEL", requires = "host")]
     cpu: Option<String>,
+    /// The kernel of the emulated host
+    #[arg(long, value_enum, requires = "host")]
+    host_kernel: Option<Version>,
     /// Only tests whose names contain this
     name: Vec<String>,
 }
@@ -46,6 +52,15 @@ enum Level {
 impl Args {
     fn wants(&self, level: Level) -> bool {
         self.level.is_empty() || self.level.contains(&level)
+    }
+
+    /// Where the nested level runs.
+    fn places(&self) -> Vec<Place> {
+        if self.host.is_empty() {
+            return Place::defaults();
+        }
+        let place = |host: &Kind| Place::all(*host, self.cpu.clone(), self.host_kernel);
+        self.host.iter().map(place).collect()
     }
 }
 
@@ -95,16 +110,9 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
     if args.wants(Level::Payload) {
         tally.guard("payload", |tally| programs.payload(&args.name, tally));
     }
-    let hosts = if args.host.is_empty() {
-        Kind::defaults()
-    } else {
-        args.host.clone()
-    };
     if args.wants(Level::Nested) {
-        for host in hosts {
-            tally.guard(&format!("nested::{host}"), |tally| {
-                programs.nested(host, args.cpu.as_deref(), &args.name, tally)
-            });
+        for place in args.places() {
+            tally.guard(&place.to_string(), |tally| programs.nested(&place, &args.name, tally));
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use triarch_device_core::Bus;
-use triarch_hypervisor::{Interrupts, Vcpu};
+use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::PowerSink;
 use triarch_legacy::console::Console;
 use triarch_memory::GuestMemory;
@@ -19,6 +19,8 @@ pub struct Vcpus {
     pub running: Vec<Vcpu>,
     /// Those it may get later and that the architecture has to make now. They have to live as long as the VM.
     pub parked: Vec<Vcpu>,
+    /// Serves the calls to firmware that KVM leaves to the VMM, where there are any.
+    pub firmware: Option<Arc<dyn Firmware>>,
 }
 
 /// Why the guest's processors could not be interrupted.

@@ -1,7 +1,8 @@
-//! CPU vendors, topology and CPUID as data. No KVM inside: the same code computes a guest's CPUID on the host and in a test from a
-//! recorded table.
+//! CPU vendors, topology and CPUID as data, and which processors of an ARM guest run. No KVM inside: the same code computes a
+//! guest's CPUID on the host and in a test from a recorded table.
 
 mod cpuid;
+pub mod psci;
 mod topology;
 mod vendor;
 

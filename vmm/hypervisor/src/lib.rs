@@ -10,7 +10,7 @@ mod vcpu;
 mod vm;
 
 pub use interrupts::{Interrupts, Line};
-pub use vcpu::{Exit, ImmediateExit, Vcpu};
+pub use vcpu::{Exit, Firmware, ImmediateExit, Vcpu};
 pub use vm::{IoEventFds, Vm};
 
 use std::io;

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use crate::HypervisorError;
+
 /// Why the guest stopped running on a vCPU.
 #[derive(Debug)]
 pub enum Exit<'a> {
@@ -49,8 +51,23 @@ pub enum Exit<'a> {
     SystemEvent(u32),
     /// The guest stopped for good in an architecture without an interrupt controller in the kernel.
     Halted,
+    /// The guest called its firmware with this function number, see [`Firmware`].
+    Call(u64),
     /// KVM cannot run the guest any further.
     Failed(String),
+}
+
+/// The calls of a guest to its machine's firmware that KVM leaves to the VMM (some of PSCI on ARM), and what follows from them: which
+/// vCPUs run.
+pub trait Firmware: Send + Sync {
+    /// Serves the call `function` that vCPU `index`, `caller`, has just made.
+    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<(), HypervisorError>;
+
+    /// Whether vCPU `index` is to run: one that the guest has not started, or has stopped, is not.
+    fn runs(&self, index: usize) -> bool;
+
+    /// Puts vCPU `index` where the guest has started it, if it has since the last time. Called on the vCPU's own thread before it runs.
+    fn prepare(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
 }
 
 /// A vCPU. Only the thread that runs it uses it.
@@ -108,6 +125,7 @@ impl Vcpu {
             VcpuExit::Shutdown => Exit::Shutdown,
             VcpuExit::SystemEvent(kind, _) => Exit::SystemEvent(kind),
             VcpuExit::Hlt => Exit::Halted,
+            VcpuExit::Hypercall(call) => Exit::Call(call.nr),
             VcpuExit::FailEntry(reason, cpu) => Exit::Failed(format!(
                 "the CPU refused to enter the guest: reason {reason:#x} on host CPU {cpu}"
             )),

@@ -60,7 +60,11 @@ impl Machine {
         // for its end, 8 ms of a start of 10.
         vm.map_memory(&memory.memory())?;
         let platform = Platform::new(&vm)?;
-        let Vcpus { running, parked } = triarch_arch::create_vcpus(&vm, &plan, &platform)?;
+        let Vcpus {
+            running,
+            parked,
+            firmware,
+        } = triarch_arch::create_vcpus(&vm, &plan, &platform)?;
 
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let windows = BarAllocator {
@@ -93,7 +97,7 @@ impl Machine {
 
         let _buses = [pio.clone(), mmio.clone()];
         let buses = Buses { pio, mmio };
-        let vcpus = VcpuSet::start(running, buses, sandbox, move |index, event| {
+        let vcpus = VcpuSet::start(running, buses, firmware, sandbox, move |index, event| {
             report(GuestEvent::Vcpu(index, event));
         })?;
         Ok(Self {

@@ -138,13 +138,17 @@ const BUILD: &[i64] = &[
     SYS_wait4,
 ];
 
-/// KVM, while the guest runs: entering it, and what moving a BAR or an MSI means.
+/// KVM, while the guest runs: entering it, what moving a BAR or an MSI means, and on ARM starting and stopping a vCPU.
 const KVM_RUNNING: &[u64] = &[
     0xae80,      // KVM_RUN
     0x4008_ae6a, // KVM_SET_GSI_ROUTING
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+    0x4010_aeab, // KVM_GET_ONE_REG
+    0x4010_aeac, // KVM_SET_ONE_REG
+    0x4004_ae99, // KVM_SET_MP_STATE
+    0x4020_aeae, // KVM_ARM_VCPU_INIT
 ];
 
 /// Taps.

@@ -21,11 +21,12 @@ pub(crate) enum Reason {
     Shutdown,
     SystemEvent,
     Halted,
+    Call,
     Failed,
 }
 
 impl Reason {
-    const NAMES: [&str; 9] = [
+    const NAMES: [&str; 10] = [
         "port_read",
         "port_write",
         "mmio_read",
@@ -34,6 +35,7 @@ impl Reason {
         "shutdown",
         "system_event",
         "halted",
+        "firmware_call",
         "failed",
     ];
 
@@ -47,6 +49,7 @@ impl Reason {
             Exit::Shutdown => Self::Shutdown,
             Exit::SystemEvent(_) => Self::SystemEvent,
             Exit::Halted => Self::Halted,
+            Exit::Call(_) => Self::Call,
             Exit::Failed(_) => Self::Failed,
         }
     }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use thiserror::Error;
 use triarch_device_core::metrics::Padded;
 use triarch_device_core::{AccessError, Bus, RateLimit, Sandbox, ThreadClass};
-use triarch_hypervisor::{Exit, Vcpu};
+use triarch_hypervisor::{Exit, Firmware, Vcpu};
 
 use crate::kick::{Running, kick};
 use crate::metrics::{Reason, VcpuMetrics};
@@ -69,6 +69,7 @@ struct Shared {
     parked: Mutex<usize>,
     changed: Condvar,
     buses: Buses,
+    firmware: Option<Arc<dyn Firmware>>,
     events: Box<dyn Fn(usize, VcpuEvent) + Send + Sync>,
     log: RateLimit,
 }
@@ -84,19 +85,43 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Parks the calling thread while the guest is paused; false when it should end.
-    fn may_run(&self) -> bool {
-        if self.want.load(Ordering::SeqCst) == RUN {
+    /// What vCPU `index` should do; one that the guest has not started rests as if it were paused.
+    fn want(&self, index: usize) -> u8 {
+        match (self.want.load(Ordering::SeqCst), &self.firmware) {
+            (RUN, Some(firmware)) if !firmware.runs(index) => PAUSE,
+            (want, _) => want,
+        }
+    }
+
+    /// Parks the calling thread, that of vCPU `index`, while it should not run; false when it should end.
+    fn may_run(&self, index: usize) -> bool {
+        if self.want(index) == RUN {
             return true;
         }
         let mut parked = self.parked();
         *parked += 1;
         self.changed.notify_all();
-        while self.want.load(Ordering::SeqCst) == PAUSE {
-            parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
-        }
+        let want = loop {
+            match self.want(index) {
+                PAUSE => parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner),
+                want => break want,
+            }
+        };
         *parked -= 1;
-        self.want.load(Ordering::SeqCst) == RUN
+        want == RUN
+    }
+
+    /// Serves a call of vCPU `index` to firmware, which may start another vCPU. What went wrong, if so.
+    fn call(&self, index: usize, vcpu: &Vcpu, function: u64) -> Option<VcpuEvent> {
+        let Some(firmware) = &self.firmware else {
+            let unknown = format!("the guest made the unknown call {function:#x}");
+            return Some(VcpuEvent::Failed(unknown));
+        };
+        let outcome = firmware.call(index, vcpu, function);
+        // Under the lock: a thread that has just found that it should not run has to hear of it.
+        let _guard = self.parked();
+        self.changed.notify_all();
+        outcome.err().map(|error| failed(&error))
     }
 }
 
@@ -108,10 +133,12 @@ pub struct VcpuSet {
 }
 
 impl VcpuSet {
-    /// Starts a thread `vcpuN` for each of `vcpus`, parked. `events` is called on those threads.
+    /// Starts a thread `vcpuN` for each of `vcpus`, parked. `events` is called on those threads. Without `firmware` all of them run once
+    /// the set does, and KVM holds back those the guest has not started.
     pub fn start(
         vcpus: Vec<Vcpu>,
         buses: Buses,
+        firmware: Option<Arc<dyn Firmware>>,
         sandbox: &Arc<dyn Sandbox>,
         events: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
     ) -> Result<Self, VcpuError> {
@@ -120,6 +147,7 @@ impl VcpuSet {
             parked: Mutex::new(0),
             changed: Condvar::new(),
             buses,
+            firmware,
             events: Box::new(events),
             log: RateLimit::default(),
         });
@@ -212,8 +240,8 @@ fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetri
     }
     let _running = Running::enter(&vcpu);
     let switch = vcpu.immediate_exit();
-    while shared.may_run() {
-        if let Some(event) = run_until_event(&mut vcpu, shared, metrics) {
+    while shared.may_run(index) {
+        if let Some(event) = run_until_event(index, &mut vcpu, shared, metrics) {
             (shared.events)(index, event);
             // Whoever handles the event pauses or stops the set; until then this vCPU rests.
             rest(shared);
@@ -233,13 +261,23 @@ fn rest(shared: &Shared) {
     drop(parked);
 }
 
-/// Runs the guest until the set should not run any more (`None`) or something happened.
-fn run_until_event(vcpu: &mut Vcpu, shared: &Shared, metrics: &VcpuMetrics) -> Option<VcpuEvent> {
+/// Runs the guest until the vCPU should not run any more (`None`) or something happened.
+fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &VcpuMetrics) -> Option<VcpuEvent> {
+    if let Some(Err(error)) = shared.firmware.as_ref().map(|firmware| firmware.prepare(index, vcpu)) {
+        return Some(failed(&error));
+    }
     while shared.want.load(Ordering::SeqCst) == RUN {
         match vcpu.run() {
             Ok(Exit::Interrupted) => {
                 metrics.exited(Reason::Interrupted);
                 vcpu.immediate_exit().set(false);
+            }
+            Ok(Exit::Call(function)) => {
+                metrics.exited(Reason::Call);
+                let event = shared.call(index, vcpu, function);
+                if event.is_some() || shared.want(index) != RUN {
+                    return event;
+                }
             }
             Ok(exit) => {
                 metrics.exited(Reason::of(&exit));
@@ -254,6 +292,12 @@ fn run_until_event(vcpu: &mut Vcpu, shared: &Shared, metrics: &VcpuMetrics) -> O
         }
     }
     None
+}
+
+/// The error and its causes, for the operator.
+fn failed(error: &dyn std::error::Error) -> VcpuEvent {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    VcpuEvent::Failed(causes.map(ToString::to_string).collect::<Vec<_>>().join(": "))
 }
 
 fn dispatch(exit: Exit<'_>, shared: &Shared) -> Option<VcpuEvent> {
@@ -271,7 +315,8 @@ fn dispatch(exit: Exit<'_>, shared: &Shared) -> Option<VcpuEvent> {
         }
         Exit::MmioWrite { address, data } => note(shared, "write", address, mmio.write(address, data)),
         Exit::MmioRead { address, data } => note(shared, "read", address, mmio.read(address, data)),
-        Exit::Interrupted => {}
+        // Served where the vCPU is at hand.
+        Exit::Interrupted | Exit::Call(_) => {}
         Exit::Shutdown => return Some(VcpuEvent::Reset),
         Exit::SystemEvent(kind) => return Some(system_event(kind)),
         Exit::Halted => return Some(VcpuEvent::PowerOff),

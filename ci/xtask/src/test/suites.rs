@@ -10,10 +10,11 @@ use anyhow::{Context, Result};
 use triarch_harness::agent::{Exec, Stream};
 use triarch_harness::suite::{self, Report};
 
+use super::place::Place;
 use super::tally::{Tally, Verdict};
 use crate::arch::Arch;
 use crate::build::{self, Profile};
-use crate::host::{self, Host, Kind, Options};
+use crate::host::{self, Host, Options};
 use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
@@ -72,27 +73,23 @@ impl Programs {
         Ok(())
     }
 
-    /// Runs the nested level on a host, of another CPU model than usual if `cpu` names one. When the host itself fails, it is started once more, for the
-    /// tests that have no result yet.
+    /// Runs the nested level on a host. When the host itself fails, it is started once more, for the tests that have no result yet.
     ///
     /// # Errors
     /// The host cannot be made, or failed twice.
-    pub fn nested(&self, kind: Kind, cpu: Option<&str>, filters: &[String], tally: &mut Tally) -> Result<()> {
-        let place = match cpu {
-            Some(model) => format!("nested::{kind}({model})"),
-            None => format!("nested::{kind}"),
-        };
-        let mut pending = Pending::new(&place, self.list("nested", filters)?);
+    pub fn nested(&self, place: &Place, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let mut names = place.select(self.list("nested", &[])?)?;
+        names.retain(|name| super::selected(filters, &format!("nested::{name}")));
+        let mut pending = Pending::new(&place.to_string(), names);
         if pending.names.is_empty() {
             return Ok(());
         }
         let options = Options {
-            cpu: cpu.map(str::to_owned),
             memory_mib: HOST_MIB,
-            files: self.files(kind.arch())?,
-            ..Options::default()
+            files: self.files(place.kind.arch())?,
+            ..place.options()
         };
-        host::with_host(kind, &options, |host| run_on(host, &mut pending, tally))
+        host::with_host(place.kind, &options, |host| run_on(host, &mut pending, tally))
     }
 
     /// The tests of a level, without running them. They are the same for every architecture.

@@ -5,12 +5,16 @@ use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
     KVM_ARM_VCPU_SVE, kvm_device_attr, kvm_vcpu_init,
 };
+use std::sync::Arc;
+
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
+use triarch_cpu_model::psci::Processors;
 use triarch_cpu_model::{Topology, TopologyError};
-use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
+use triarch_hypervisor::{Firmware, HypervisorError, Vcpu, Vm};
 
-use super::{Entry, Platform, layout};
+use super::psci::Psci;
+use super::{Entry, Platform, layout, psci};
 use crate::Vcpus;
 
 /// Addresses of guests where the host does not tell.
@@ -19,8 +23,8 @@ const DEFAULT_ADDRESS_BITS: u8 = 40;
 /// KVM's numbers of registers (Linux, Documentation/virt/kvm/api.rst, 4.68): core registers of 64 bits by their index in 32-bit
 /// words, and system registers by their encoding.
 const CORE_REGISTER: u64 = 0x6030_0000_0010_0000;
-const X0: u64 = CORE_REGISTER;
-const PC: u64 = CORE_REGISTER | 64;
+pub(super) const X0: u64 = CORE_REGISTER;
+pub(super) const PC: u64 = CORE_REGISTER | 64;
 const MPIDR_EL1: u64 = 0x6030_0000_0013_c005;
 /// Affinity fields of MPIDR_EL1.
 const AFFINITY: u64 = 0xff_00ff_ffff;
@@ -134,12 +138,13 @@ impl CpuPlan {
         u64::from(index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
     }
 
-    fn init(&self, target: &kvm_vcpu_init, index: u32) -> kvm_vcpu_init {
+    /// What a vCPU is made with; one that is `off` waits to be started.
+    fn init(&self, target: &kvm_vcpu_init, off: bool) -> kvm_vcpu_init {
         let Features { sve, pauth, pmu } = self.features;
         let mut init = *target;
         for (bit, on) in [
             (KVM_ARM_VCPU_PSCI_0_2, true),
-            (KVM_ARM_VCPU_POWER_OFF, index > 0),
+            (KVM_ARM_VCPU_POWER_OFF, off),
             (KVM_ARM_VCPU_SVE, sve),
             (KVM_ARM_VCPU_PTRAUTH_ADDRESS, pauth),
             (KVM_ARM_VCPU_PTRAUTH_GENERIC, pauth),
@@ -152,38 +157,49 @@ impl CpuPlan {
 }
 
 /// Makes all vCPUs the guest may ever have, since KVM takes none once the GIC works, and starts the GIC. All but the first wait to be
-/// started by it; those the guest does not start with are parked.
+/// started by it; those the guest does not start with are parked, see [`psci`].
 pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpus, CpuError> {
     platform.place_redistributors(plan.max)?;
     let mut target = kvm_vcpu_init::default();
     vm.fd()
         .get_preferred_target(&mut target)
         .map_err(HypervisorError::kvm("tell its kind of vCPU"))?;
-    let made: Result<Vec<_>, _> = (0..plan.max).map(|index| create(vm, plan, &target, index)).collect();
+    let forwarded = psci::forward(vm)?;
+    let made: Result<Vec<_>, _> = (0..plan.max)
+        .map(|index| {
+            let off = index > 0 && (forwarded || index < plan.boot);
+            create(vm, plan, &plan.init(&target, off), index)
+        })
+        .collect();
     let mut running = made?;
     platform.start()?;
     if plan.features.pmu {
         running.iter().try_for_each(start_pmu)?;
     }
     let parked = running.split_off(plan.boot as usize);
-    Ok(Vcpus { running, parked })
+    let firmware = forwarded.then(|| {
+        let affinities = (0..plan.max).map(|index| plan.hardware_id(index));
+        let processors = Processors::new(affinities, plan.boot as usize);
+        Arc::new(Psci::new(processors, plan.init(&target, true))) as Arc<dyn Firmware>
+    });
+    Ok(Vcpus {
+        running,
+        parked,
+        firmware,
+    })
 }
 
-fn create(vm: &Vm, plan: &CpuPlan, target: &kvm_vcpu_init, index: u32) -> Result<Vcpu, CpuError> {
+fn create(vm: &Vm, plan: &CpuPlan, init: &kvm_vcpu_init, index: u32) -> Result<Vcpu, CpuError> {
     let vcpu = vm.create_vcpu(u64::from(index))?;
     vcpu.fd()
-        .vcpu_init(&plan.init(target, index))
+        .vcpu_init(init)
         .map_err(HypervisorError::kvm("give a vCPU the host's features"))?;
     if plan.features.sve {
         vcpu.fd()
             .vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
             .map_err(HypervisorError::kvm("give a vCPU SVE"))?;
     }
-    let mut mpidr = [0; 8];
-    vcpu.fd()
-        .get_one_reg(MPIDR_EL1, &mut mpidr)
-        .map_err(HypervisorError::kvm("read registers"))?;
-    let (found, expected) = (u64::from_le_bytes(mpidr) & AFFINITY, plan.hardware_id(index));
+    let (found, expected) = (get_register(&vcpu, MPIDR_EL1)? & AFFINITY, plan.hardware_id(index));
     if found != expected {
         return Err(CpuError::Affinity { index, found, expected });
     }
@@ -212,10 +228,23 @@ fn start_pmu(vcpu: &Vcpu) -> Result<(), HypervisorError> {
 
 /// Puts the first vCPU at the kernel's entry: at EL1, interrupts masked, as KVM makes it, with the device tree in x0.
 pub fn set_entry(vcpu: &Vcpu, entry: &Entry) -> Result<(), HypervisorError> {
-    for (register, value) in [(X0, entry.device_tree), (PC, entry.kernel)] {
-        vcpu.fd()
-            .set_one_reg(register, &value.to_le_bytes())
-            .map_err(HypervisorError::kvm("set registers"))?;
-    }
+    set_register(vcpu, X0, entry.device_tree)?;
+    set_register(vcpu, PC, entry.kernel)
+}
+
+/// Reads a register of 64 bits.
+pub(super) fn get_register(vcpu: &Vcpu, register: u64) -> Result<u64, HypervisorError> {
+    let mut value = [0; 8];
+    vcpu.fd()
+        .get_one_reg(register, &mut value)
+        .map_err(HypervisorError::kvm("read registers"))?;
+    Ok(u64::from_le_bytes(value))
+}
+
+/// Writes a register of 64 bits.
+pub(super) fn set_register(vcpu: &Vcpu, register: u64, value: u64) -> Result<(), HypervisorError> {
+    vcpu.fd()
+        .set_one_reg(register, &value.to_le_bytes())
+        .map_err(HypervisorError::kvm("set registers"))?;
     Ok(())
 }

@@ -6,6 +6,7 @@ mod describe;
 pub mod layout;
 mod load;
 mod platform;
+mod psci;
 
 pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};

@@ -142,6 +142,7 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, _platform: &Platform) -> Result<Vcp
     Ok(Vcpus {
         running: running?,
         parked: Vec::new(),
+        firmware: None,
     })
 }
 

@@ -1,0 +1,185 @@
+//! Which processors of an ARM guest run: the part of PSCI (Arm DEN 0022) that starts and stops them. No KVM inside.
+
+/// CPU_OFF.
+pub const CPU_OFF: u32 = 0x8400_0002;
+/// CPU_ON with arguments of 32 bits.
+pub const CPU_ON_32: u32 = 0x8400_0003;
+/// CPU_ON with arguments of 64 bits.
+pub const CPU_ON_64: u32 = 0xc400_0003;
+
+/// Answers to calls (DEN 0022, 5.2.2).
+const SUCCESS: i64 = 0;
+const NOT_SUPPORTED: i64 = -1;
+const INVALID_PARAMETERS: i64 = -2;
+const DENIED: i64 = -3;
+const ALREADY_ON: i64 = -4;
+const ON_PENDING: i64 = -5;
+
+/// Where a processor starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Address of its first instruction.
+    pub entry: u64,
+    /// What it finds in X0.
+    pub context: u64,
+    /// Whether it ran before, so that its registers have to be reset first.
+    pub again: bool,
+}
+
+/// What a guest's call comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The caller goes on with this in X0.
+    Value(i64),
+    /// The caller stops; the call does not return.
+    Stopped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Started, and not yet at its first instruction.
+    Starting {
+        entry: u64,
+        context: u64,
+    },
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Processor {
+    affinity: u64,
+    enabled: bool,
+    ran: bool,
+    state: State,
+}
+
+/// The processors of a guest and which of them run.
+#[derive(Clone, Debug)]
+pub struct Processors(Vec<Processor>);
+
+impl Processors {
+    /// Processors with these affinity fields of MPIDR_EL1. The first runs, the guest may start those before `enabled`.
+    pub fn new(affinities: impl IntoIterator<Item = u64>, enabled: usize) -> Self {
+        let processor = |(index, affinity)| Processor {
+            affinity,
+            enabled: index < enabled,
+            ran: index == 0,
+            state: if index == 0 { State::On } else { State::Off },
+        };
+        Self(affinities.into_iter().enumerate().map(processor).collect())
+    }
+
+    /// Serves the call `function` of processor `caller`, with the arguments the guest has in X1, X2 and X3.
+    pub fn call(&mut self, caller: usize, function: u32, arguments: [u64; 3]) -> Answer {
+        let narrow = |argument| argument & u64::from(u32::MAX);
+        Answer::Value(match function {
+            CPU_ON_64 => self.start(arguments),
+            CPU_ON_32 => self.start(arguments.map(narrow)),
+            CPU_OFF => match self.0.get_mut(caller) {
+                Some(processor) => {
+                    processor.state = State::Off;
+                    return Answer::Stopped;
+                }
+                None => DENIED,
+            },
+            _ => NOT_SUPPORTED,
+        })
+    }
+
+    fn start(&mut self, [affinity, entry, context]: [u64; 3]) -> i64 {
+        let Some(processor) = self.0.iter_mut().find(|p| p.affinity == affinity) else {
+            return INVALID_PARAMETERS;
+        };
+        match processor.state {
+            _ if !processor.enabled => DENIED,
+            State::On => ALREADY_ON,
+            State::Starting { .. } => ON_PENDING,
+            State::Off => {
+                processor.state = State::Starting { entry, context };
+                SUCCESS
+            }
+        }
+    }
+
+    /// Whether processor `index` has been started and not stopped since.
+    pub fn runs(&self, index: usize) -> bool {
+        self.0.get(index).is_some_and(|p| p.state != State::Off)
+    }
+
+    /// Where processor `index` starts, if it was started since this was asked last.
+    pub fn take_start(&mut self, index: usize) -> Option<Start> {
+        let processor = self.0.get_mut(index)?;
+        let State::Starting { entry, context } = processor.state else {
+            return None;
+        };
+        let again = processor.ran;
+        (processor.ran, processor.state) = (true, State::On);
+        Some(Start { entry, context, again })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on(processors: &mut Processors, affinity: u64) -> Answer {
+        processors.call(0, CPU_ON_64, [affinity, 0x4040_0000, 7])
+    }
+
+    #[test]
+    fn a_processor_is_started_once_and_where_the_guest_said() {
+        let mut cpus = Processors::new([0, 1, 0x100], 3);
+        assert_eq!([0, 1, 2, 3].map(|n| cpus.runs(n)), [true, false, false, false]);
+        assert_eq!(on(&mut cpus, 0x100), Answer::Value(SUCCESS));
+        assert!(cpus.runs(2) && !cpus.runs(1));
+        assert_eq!(on(&mut cpus, 0x100), Answer::Value(ON_PENDING));
+        let start = Start {
+            entry: 0x4040_0000,
+            context: 7,
+            again: false,
+        };
+        assert_eq!(cpus.take_start(2), Some(start));
+        assert_eq!(cpus.take_start(2), None);
+        assert_eq!(on(&mut cpus, 0x100), Answer::Value(ALREADY_ON));
+        assert_eq!(on(&mut cpus, 0), Answer::Value(ALREADY_ON));
+        assert_eq!(cpus.take_start(0), None);
+    }
+
+    #[test]
+    fn one_that_is_not_enabled_is_denied() {
+        let mut cpus = Processors::new(0..4, 2);
+        assert_eq!(on(&mut cpus, 2), Answer::Value(DENIED));
+        assert_eq!(cpus.call(0, CPU_ON_32, [3, 0, 0]), Answer::Value(DENIED));
+        assert!(!cpus.runs(2));
+        assert_eq!(on(&mut cpus, 1), Answer::Value(SUCCESS));
+        for stranger in [4, 1 << 31, u64::MAX] {
+            assert_eq!(on(&mut cpus, stranger), Answer::Value(INVALID_PARAMETERS));
+        }
+    }
+
+    #[test]
+    fn one_that_stopped_is_reset_when_it_starts_again() {
+        let mut cpus = Processors::new(0..2, 2);
+        on(&mut cpus, 1);
+        cpus.take_start(1);
+        assert_eq!(cpus.call(1, CPU_OFF, [0; 3]), Answer::Stopped);
+        assert!(!cpus.runs(1));
+        assert_eq!(on(&mut cpus, 1), Answer::Value(SUCCESS));
+        assert!(cpus.take_start(1).is_some_and(|start| start.again));
+        assert_eq!(cpus.call(9, CPU_OFF, [0; 3]), Answer::Value(DENIED));
+        assert_eq!(cpus.call(0, 0x8400_0009, [0; 3]), Answer::Value(NOT_SUPPORTED));
+    }
+
+    #[test]
+    fn a_call_of_32_bits_has_arguments_of_32_bits() {
+        let mut cpus = Processors::new(0..2, 2);
+        let high = |n: u64| 0xabcd << 32 | n;
+        assert_eq!(
+            cpus.call(0, CPU_ON_32, [high(1), high(0x4000), high(5)]),
+            Answer::Value(SUCCESS)
+        );
+        let start = cpus.take_start(1).unwrap();
+        assert_eq!((start.entry, start.context), (0x4000, 5));
+    }
+}
