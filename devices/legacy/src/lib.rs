@@ -21,7 +21,7 @@ pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
 pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostCodes};
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
 pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};
-pub use pl031::{PL031_SIZE, Pl031, Pl031StateV1};
+pub use pl031::{PL031_DATA, PL031_LOAD, PL031_SIZE, Pl031, Pl031StateV1};
 pub use port::SerialPort;
 pub use power::{
     Ged, GedEvents, GedStateV1, PM_TIMER_HZ, PmTimer, PmTimerStateV1, PowerEvent, PowerSink, ResetPort, ResetRegister,

@@ -11,6 +11,11 @@ use crate::primecell::{self, IDENTIFICATION};
 /// Bytes of addresses the device claims.
 pub const PL031_SIZE: u64 = 0x1000;
 
+/// Register with the seconds since 1970 (RTCDR), 32 bits.
+pub const PL031_DATA: u64 = DATA;
+/// Register that sets them (RTCLR), 32 bits.
+pub const PL031_LOAD: u64 = LOAD;
+
 const DATA: u64 = 0x00;
 const MATCH: u64 = 0x04;
 const LOAD: u64 = 0x08;

@@ -4,6 +4,7 @@ use triarch_harness::suite::Test;
 
 mod blk;
 mod boot;
+mod clock;
 mod console;
 mod net;
 mod pause;
@@ -15,6 +16,7 @@ mod vsock;
 pub fn tests() -> Vec<Test> {
     [
         boot::TESTS,
+        clock::TESTS,
         power::TESTS,
         console::TESTS,
         rng::TESTS,

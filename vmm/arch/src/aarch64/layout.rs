@@ -16,6 +16,7 @@
 use std::ops::Range;
 
 use triarch_boot::MemRange;
+use triarch_tables::efi::RUNTIME_ALIGN;
 use vm_memory::GuestAddress;
 
 use crate::AddressLimit;
@@ -86,7 +87,9 @@ pub const ACPI_TABLES: MemRange = MemRange::from_bounds(RSDP + 0x1000, EFI_TABLE
 /// EFI tables.
 pub const EFI_TABLES: u64 = TABLES.start + 0x10_0000;
 /// SMBIOS entry point and tables.
-pub const SMBIOS: MemRange = MemRange::from_bounds(TABLES.start + 0x18_0000, TABLES.end());
+pub const SMBIOS: MemRange = MemRange::from_bounds(TABLES.start + 0x18_0000, EFI_RUNTIME.start);
+/// EFI runtime services.
+pub const EFI_RUNTIME: MemRange = MemRange::from_bounds(TABLES.end() - RUNTIME_ALIGN, TABLES.end());
 /// Lowest address for kernels.
 pub const KERNEL: u64 = TABLES.end();
 

@@ -5,13 +5,14 @@ use triarch_boot::arm64::{self, Chosen, EfiPointers, FdtError};
 use triarch_boot::{
     InitramfsError, KernelError, LayoutError, MemKind, MemMapEntry, MemRange, MemoryLayout, OpenError, open_boot_file,
 };
+use triarch_legacy::PL031_SIZE;
 use triarch_memory::GuestMemory;
 use triarch_tables::acpi::{self, AcpiError};
-use triarch_tables::efi::{self, EfiConfig};
+use triarch_tables::efi::{self, EfiConfig, Runtime};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::{describe, layout};
+use super::{describe, layout, runtime};
 use crate::LoadConfig;
 
 /// State of the first vCPU at its first instruction.
@@ -120,10 +121,18 @@ fn write_tables(config: &LoadConfig<'_>) -> Result<EfiPointers, LoadError> {
         smbios: Some(place.start),
         ram: ram(config.memory),
         tables: (layout::TABLES.start, layout::TABLES.size),
+        runtime: Runtime {
+            code: runtime::code(),
+            place: (layout::EFI_RUNTIME.start, layout::EFI_RUNTIME.size),
+            registers: (layout::RTC, PL031_SIZE),
+        },
     });
-    config
-        .memory
-        .write_slice(&efi.bytes, GuestAddress(layout::EFI_TABLES))?;
+    for (at, bytes) in [
+        (layout::EFI_TABLES, &efi.bytes),
+        (layout::EFI_RUNTIME.start, &efi.runtime),
+    ] {
+        config.memory.write_slice(bytes, GuestAddress(at))?;
+    }
     Ok(EfiPointers {
         system_table: efi.system_table,
         memory_map: efi.memory_map,

@@ -7,6 +7,8 @@ pub mod layout;
 mod load;
 mod platform;
 mod psci;
+#[allow(unsafe_code)] // instructions for the guest
+mod runtime;
 
 pub use board::{Board, BoardError};
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
