@@ -2,6 +2,7 @@
 
 use triarch_harness::suite::Test;
 
+mod acpi;
 mod blk;
 mod boot;
 mod clock;
@@ -9,13 +10,16 @@ mod console;
 mod net;
 mod pause;
 mod power;
+mod refusals;
 mod rng;
 mod vsock;
 
 /// All of them, cheap ones first.
 pub fn tests() -> Vec<Test> {
     [
+        refusals::TESTS,
         boot::TESTS,
+        acpi::TESTS,
         clock::TESTS,
         power::TESTS,
         console::TESTS,

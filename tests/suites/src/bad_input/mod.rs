@@ -38,7 +38,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// Starts it and expects the refusal to say all of `words`.
-fn refused(context: &Context, vm: VmBuilder, words: &[&str]) -> Result<()> {
+pub(crate) fn refused(context: &Context, vm: VmBuilder, words: &[&str]) -> Result<()> {
     let beside = |dir: &Path| -> Result<BTreeSet<OsString>> {
         let names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name()));
         names.collect()

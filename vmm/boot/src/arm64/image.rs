@@ -65,6 +65,10 @@ fn load<M: GuestMemory + ?Sized>(
     let wanted = GuestArch::Aarch64;
     match kind {
         FileKind::Arm64Image => {
+            let needed = promised_by_sections(&head);
+            if needed > len {
+                return Err(KernelProblem::Truncated { needed, found: len });
+            }
             file.rewind().map_err(KernelProblem::Read)?;
             Copier { mem, memory, lowest }.copy(file, Some(len))
         }
@@ -84,6 +88,37 @@ fn load<M: GuestMemory + ?Sized>(
         }),
         found => Err(KernelProblem::NotAKernel { found, wanted }),
     }
+}
+
+/// Bytes that the file of a kernel has which is an EFI application too, by its section table and its signature (Microsoft PE/COFF, 3, 4
+/// and 5.7); 0 when it tells nothing in its first bytes. The Linux header itself tells only the memory it needs, which is more.
+fn promised_by_sections(head: &[u8]) -> u64 {
+    const COFF: usize = 24;
+    const SECTION: usize = 40;
+    const PE32_PLUS: usize = 0x20b;
+    /// In the optional header of PE32+: the directory's entry of the certificates.
+    const CERTIFICATES: usize = 112 + 4 * 8;
+    let half = |at: usize| {
+        let bytes = head.get(at..at + 2);
+        bytes.map_or(0, |b| usize::from(u16::from_le_bytes([b[0], b[1]])))
+    };
+    let word = |at: usize| {
+        let bytes = head.get(at..at + 4);
+        bytes.map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    };
+    let at = word(60) as usize;
+    if !head.starts_with(b"MZ") || !head.get(at..).is_some_and(|rest| rest.starts_with(b"PE\0\0")) {
+        return 0;
+    }
+    let (optional, size) = (at + COFF, half(at + 20));
+    // Place in the file and size, which a section has the other way round.
+    let end = |place: usize, size: usize| u64::from(word(place)) + u64::from(word(size));
+    let section = |n: usize| optional + size + n * SECTION;
+    let sections = (0..half(at + 6)).map(section).take_while(|at| *at < head.len());
+    let signed = half(optional) == PE32_PLUS && size >= CERTIFICATES + 8;
+    let signature = signed.then(|| end(optional + CERTIFICATES, optional + CERTIFICATES + 4));
+    let ends = sections.map(|at| end(at + 20, at + 16));
+    ends.chain(signature).max().unwrap_or(0)
 }
 
 /// Where the packed kernel is in an EFI application of Linux (drivers/firmware/efi/libstub/zboot-header.S): offset, size.

@@ -33,6 +33,25 @@ fn image(len: usize, size: u64) -> Vec<u8> {
     bytes
 }
 
+/// The same as an EFI application with two sections, and a signature of 100 bytes at the file's end.
+fn efi_image(len: usize, size: u64) -> Vec<u8> {
+    let mut bytes = image(len, size);
+    bytes[..2].copy_from_slice(b"MZ");
+    bytes[60..64].copy_from_slice(&64u32.to_le_bytes());
+    bytes[64..68].copy_from_slice(b"PE\0\0");
+    bytes[70..72].copy_from_slice(&2u16.to_le_bytes());
+    bytes[84..86].copy_from_slice(&160u16.to_le_bytes());
+    bytes[88..90].copy_from_slice(&0x20bu16.to_le_bytes());
+    bytes[232..236].copy_from_slice(&((len - 100) as u32).to_le_bytes());
+    bytes[236..240].copy_from_slice(&100u32.to_le_bytes());
+    for (section, from, to) in [(0, 0, len / 2), (1, len / 2, len - 100)] {
+        let at = 64 + 24 + 160 + 40 * section;
+        bytes[at + 16..at + 20].copy_from_slice(&((to - from) as u32).to_le_bytes());
+        bytes[at + 20..at + 24].copy_from_slice(&(from as u32).to_le_bytes());
+    }
+    bytes
+}
+
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut packer = GzEncoder::new(Vec::new(), Compression::fast());
     packer.write_all(bytes).unwrap();
@@ -86,6 +105,19 @@ fn old_kernels_have_a_text_offset() {
 }
 
 #[test]
+fn a_kernel_that_is_cut_off_is_refused() {
+    let whole = efi_image(700_000, 3 * MIB);
+    assert_eq!(boot(&whole, 64).unwrap().0.occupied.size, 3 * MIB);
+    for len in [699_999, 400_000, 5000] {
+        let refusal = boot(&whole[..len], 64).unwrap_err();
+        assert!(
+            refusal.contains("promise 700000 bytes") && refusal.contains(&len.to_string()),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
 fn refusals_say_what_is_wrong() {
     let mut big_endian = image(4096, MIB);
     big_endian[24] |= 1;
@@ -113,6 +145,12 @@ fn refusals_say_what_is_wrong() {
         (image(4096, 64 * MIB), "give the guest at least 68 MiB"),
         (image(4096, u64::MAX - 5), "not free RAM"),
         (b"#!/bin/sh\n".to_vec(), "a script"),
+        (
+            b"\xfd7zXZ\0 and so on".to_vec(),
+            "an xz-compressed file, not like a kernel; give an arm64 Image, plain or compressed by gzip",
+        ),
+        (b"\x28\xb5\x2f\xfd and so on".to_vec(), "a zstd-compressed file"),
+        (b"BZh91AY&SY and so on".to_vec(), "a bzip2-compressed file"),
     ] {
         let refusal = boot(&bytes, 64).unwrap_err();
         assert!(refusal.contains(words), "{refusal} lacks {words}");
@@ -207,11 +245,11 @@ fn trees_have_what_a_kernel_looks_for() {
 proptest! {
     #[test]
     fn any_header_loads_or_is_refused(
-        noise in proptest::collection::vec((0usize..64, any::<u8>()), 0..8),
-        len in 64usize..5000,
+        noise in proptest::collection::vec((0usize..340, any::<u8>()), 0..8),
+        len in 400usize..5000,
         pack in any::<bool>(),
     ) {
-        let mut bytes = image(len, 8192);
+        let mut bytes = efi_image(len, 8192);
         for (at, byte) in noise {
             bytes[at] = byte;
         }
