@@ -2,7 +2,8 @@
 //!
 //! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
 //! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
-//! devices that sit at fixed places) and [`load`] (kernel and firmware tables). No other crate asks which architecture it is built for.
+//! devices that sit at fixed places), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs. No
+//! other crate asks which architecture it is built for.
 
 mod common;
 

@@ -25,10 +25,8 @@ const API_VERSION: i32 = 12;
 #[derive(Debug, Error)]
 pub enum HypervisorError {
     /// The device node is missing.
-    #[error(
-        "/dev/kvm does not exist; load the kvm module of this CPU (kvm_intel, kvm_amd) or enable virtualization in the firmware"
-    )]
-    Missing,
+    #[error("/dev/kvm does not exist; {0}")]
+    Missing(&'static str),
     /// The device node may not be opened.
     #[error("/dev/kvm may not be opened; add the user to the group kvm or run as root")]
     Permission,
@@ -65,10 +63,10 @@ impl HypervisorError {
     }
 }
 
-/// Opens KVM and checks that it has what every guest needs.
-pub fn open() -> Result<Kvm, HypervisorError> {
+/// Opens KVM and checks that it has what every guest needs. `remedy` says in the imperative what a person can do where there is no KVM.
+pub fn open(remedy: &'static str) -> Result<Kvm, HypervisorError> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENXIO | libc::ENODEV => HypervisorError::Missing,
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => HypervisorError::Missing(remedy),
         libc::EACCES | libc::EPERM => HypervisorError::Permission,
         _ => HypervisorError::Open(error.into()),
     })?;

@@ -58,7 +58,7 @@ impl Controller {
     /// A controller without a guest. Call it on the main thread, and [`hold_signals`](crate::hold_signals) before there is
     /// another one: it takes the signals.
     pub fn new(sandbox: Arc<dyn Sandbox>) -> Result<Self, MachineError> {
-        let kvm = triarch_hypervisor::open()?;
+        let kvm = triarch_hypervisor::open(triarch_arch::WITHOUT_KVM)?;
         let (inbox, outbox) = Inbox::new().map_err(MachineError::host("make an event descriptor"))?;
         let signals = Signals::take().map_err(MachineError::host("take signals"))?;
         triarch_vcpu::install_kick_signal().map_err(MachineError::host("install the signal of vCPUs"))?;

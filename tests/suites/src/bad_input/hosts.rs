@@ -16,18 +16,17 @@ fn with_dev(script: &str, runner: &str) -> String {
 
 fn hosts_without_kvm(context: &Context) -> Result<Outcome> {
     let weak = "setpriv --bounding-set=-dac_override,-dac_read_search";
+    let remedy = match std::env::consts::ARCH {
+        "aarch64" => "start this host's kernel at EL2",
+        _ => "load the kvm module",
+    };
     let cases: [(&str, &str, &str, &[&str]); 5] = [
-        (
-            "missing",
-            "true",
-            "",
-            &["/dev/kvm does not exist", "load the kvm module"],
-        ),
+        ("missing", "true", "", &["/dev/kvm does not exist", remedy]),
         (
             "no-driver",
             "mknod /dev/kvm c 10 9999",
             "",
-            &["/dev/kvm does not exist", "load the kvm module"],
+            &["/dev/kvm does not exist", remedy],
         ),
         (
             "forbidden",

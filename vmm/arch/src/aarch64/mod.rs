@@ -17,3 +17,6 @@ pub use platform::{Platform, inject_nmi};
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.
 pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];
+
+/// What to do on a host without /dev/kvm. The host kernel has KVM built in and starts it only at EL2.
+pub const WITHOUT_KVM: &str = "start this host's kernel at EL2 (`dmesg | grep kvm` tells why it has no KVM), not as a guest without nested virtualization";

@@ -12,3 +12,7 @@ pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
 pub use load::{Entry, LoadError, load};
 pub use platform::{Platform, inject_nmi};
 pub use syscalls::OLDER_SYSCALLS;
+
+/// What to do on a host without /dev/kvm.
+pub const WITHOUT_KVM: &str =
+    "load the kvm module of this CPU (kvm_intel, kvm_amd) or enable virtualization in the firmware";
