@@ -30,8 +30,8 @@ const INITRAMFS_FILE: &str = "guest.cpio";
 /// table of what ran where, how fast, and in how much memory.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The host; by default this machine if it has hardware KVM, else an emulated AMD and then an
-    /// emulated Hygon machine
+    /// The host; by default this machine if it has hardware KVM, else an emulated AMD, Hygon and ARM
+    /// machine, one after the other
     #[arg(long, value_enum)]
     host: Option<Kind>,
     /// QEMU's name of the CPU model of an emulated host, e.g. cortex-a72

@@ -65,7 +65,7 @@ impl Kind {
         if local::hardware_kvm() {
             vec![Self::Native]
         } else {
-            vec![Self::Amd, Self::Hygon]
+            vec![Self::Amd, Self::Hygon, Self::Arm]
         }
     }
 }

@@ -7,6 +7,7 @@ mod blk;
 mod boot;
 mod clock;
 mod console;
+mod device_tree;
 mod net;
 mod pause;
 mod power;
@@ -20,6 +21,7 @@ pub fn tests() -> Vec<Test> {
         refusals::TESTS,
         boot::TESTS,
         acpi::TESTS,
+        device_tree::TESTS,
         clock::TESTS,
         power::TESTS,
         console::TESTS,

@@ -47,14 +47,13 @@ fn cut_off(context: &Context) -> Result<Outcome> {
     } else {
         &["truncated", "copy it again"]
     };
-    each_kernel(
-        context,
-        &[
-            (&half(&plain), &["truncated", "copy it again"]),
-            (&plain[..plain.len() - 1], &["truncated", "copy it again"]),
-            (&half(&packed), packed_words),
-        ],
-    )
+    let words: &[&str] = &["truncated", "copy it again"];
+    each_kernel(context, &[(&half(&plain), words), (&half(&packed), packed_words)])?;
+    if on_arm() {
+        // The last byte is the signature's; an ELF file ends with what nobody loads.
+        each_kernel(context, &[(&plain[..plain.len() - 1], words)])?;
+    }
+    Ok(Outcome::Passed)
 }
 
 fn of_another_kind(context: &Context) -> Result<Outcome> {
@@ -82,7 +81,7 @@ fn of_another_kind(context: &Context) -> Result<Outcome> {
         [
             (&image, words),
             (&arm_elf, words),
-            (&zboot, &["compressed EFI kernel (zboot)", "bzImage"]),
+            (&zboot, &["compressed EFI kernel (zboot)", "x86-64"]),
         ]
     };
     each_kernel(context, &foreign)?;
