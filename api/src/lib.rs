@@ -21,6 +21,6 @@ pub use config::{
 };
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
-pub use request::{ApiError, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo};
+pub use request::{ApiError, DeviceNode, DeviceTree, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

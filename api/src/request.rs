@@ -1,5 +1,6 @@
 //! Requests as data: what a client asks and what it gets.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
@@ -125,6 +126,25 @@ pub struct VmInfo {
     pub state: Phase,
     /// Bytes of RAM the guest has.
     pub memory_actual_size: u64,
+    /// The devices of the guest by their ids; absent without a guest.
+    #[serde(default, skip_serializing_if = "DeviceTree::is_empty")]
+    pub device_tree: DeviceTree,
+}
+
+/// Devices by their ids: each PCI function, and the device behind it.
+pub type DeviceTree = BTreeMap<String, DeviceNode>;
+
+/// A device in `vm.info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    /// Its id.
+    pub id: String,
+    /// Id of the device it is behind.
+    pub parent: Option<String>,
+    /// Ids of the devices behind it.
+    pub children: Vec<String>,
+    /// Where a PCI function is, as in `0000:00:01.0`.
+    pub pci_bdf: Option<String>,
 }
 
 /// Why a request failed.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tempfile::TempDir;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Service, Stopper};
-use triarch_api::{Answer, ApiError, Handler, NetConfig, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::{Answer, ApiError, DeviceTree, Handler, NetConfig, Phase, Reply, Request, VmConfig, VmInfo};
 
 /// Follows the phases; a boot is answered only when the test says so.
 #[derive(Default)]
@@ -51,6 +51,7 @@ impl FakeVm {
             config,
             state: phase,
             memory_actual_size: 0,
+            device_tree: DeviceTree::new(),
         }));
     }
 
@@ -59,6 +60,7 @@ impl FakeVm {
             config,
             state: Phase::Created,
             memory_actual_size: 0,
+            device_tree: DeviceTree::new(),
         }));
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use triarch_api::{CpuTopology, MemoryConfig, VmConfig};
+use triarch_api::{CpuTopology, DeviceTree, MemoryConfig, VmConfig};
 use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
@@ -132,6 +132,11 @@ impl Machine {
             vcpus: self.vcpus.metrics().to_vec(),
             devices: self.devices.meters(),
         }
+    }
+
+    /// Its devices, as `vm.info` shows them.
+    pub(crate) fn device_tree(&self) -> DeviceTree {
+        self.devices.tree()
     }
 
     /// The serial port, for its input.

@@ -223,10 +223,12 @@ impl Controller {
     fn info(&self) -> Option<VmInfo> {
         let config = self.config.clone()?;
         let memory_actual_size = config.memory.size;
+        let device_tree = self.machine.as_ref().map(Machine::device_tree).unwrap_or_default();
         Some(VmInfo {
             config,
             state: self.phase,
             memory_actual_size,
+            device_tree,
         })
     }
 

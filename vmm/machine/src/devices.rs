@@ -5,11 +5,11 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use triarch_api::{NetConfig, RngConfig, VmConfig, VsockConfig};
+use triarch_api::{DeviceNode, DeviceTree, NetConfig, RngConfig, VmConfig, VsockConfig};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
 use triarch_net::Tap;
-use triarch_pci::{BarAllocator, PciRoot};
+use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
@@ -34,6 +34,8 @@ pub(crate) struct Host {
 pub(crate) struct Devices {
     host: Host,
     functions: Vec<Arc<VirtioPci>>,
+    /// Ids of the devices and where they are.
+    slots: Vec<(String, PciAddress)>,
     disks: Vec<(String, BlockHandle)>,
     nics: Vec<(String, NetCounters)>,
     vsocks: Vec<(String, VsockHandle)>,
@@ -52,6 +54,7 @@ impl Devices {
         let mut devices = Self {
             host,
             functions: Vec::new(),
+            slots: Vec::new(),
             disks: Vec::new(),
             nics: Vec::new(),
             vsocks: Vec::new(),
@@ -118,6 +121,7 @@ impl Devices {
         })?;
         tracing::debug!(id = name, %address, "device added");
         self.functions.push(function);
+        self.slots.push((name.to_owned(), address));
         Ok(())
     }
 
@@ -129,6 +133,27 @@ impl Devices {
     /// A disk by its id.
     pub(crate) fn disk(&self, id: &str) -> Option<&BlockHandle> {
         self.disks.iter().find(|(name, _)| name == id).map(|(_, disk)| disk)
+    }
+
+    /// The devices, each behind the PCI function that presents it.
+    pub(crate) fn tree(&self) -> DeviceTree {
+        let nodes = self.slots.iter().flat_map(|(id, address)| {
+            let function = format!("_virtio-pci-{id}");
+            let device = DeviceNode {
+                id: id.clone(),
+                parent: Some(function.clone()),
+                children: Vec::new(),
+                pci_bdf: None,
+            };
+            let function = DeviceNode {
+                id: function,
+                parent: None,
+                children: vec![id.clone()],
+                pci_bdf: Some(address.to_string()),
+            };
+            [function, device]
+        });
+        nodes.map(|node| (node.id.clone(), node)).collect()
     }
 
     /// What the devices count.

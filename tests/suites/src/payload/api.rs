@@ -5,10 +5,12 @@ use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use std::process::Command;
 use triarch_harness::api::Api;
+use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
 
 payload_tests!("api":
     lives_by_requests,
+    shows_devices,
     ends_by_request,
     ends_on_sigterm,
 );
@@ -53,6 +55,32 @@ fn lives_by_requests(context: &Context) -> Result<Outcome> {
     ensure!(state(&api)? == "Created");
     api.put("vm.boot", None)?;
     ensure!(state(&api)? == "Running");
+    Ok(Outcome::Passed)
+}
+
+fn shows_devices(context: &Context) -> Result<Outcome> {
+    let vm = builder(context)?.api();
+    let disk = DiskImage::empty(vm.dir().join("disk"), 1 << 20)?;
+    let mut guest = Guest::start(vm.disk(disk.path(), "id=data"))?;
+    let api = guest.vm().api()?.clone();
+    let tree = || -> Result<serde_json::Value> {
+        let info: serde_json::Value = serde_json::from_str(&api.request("GET", "vm.info", None)?.body)?;
+        Ok(info["device_tree"].clone())
+    };
+    let devices = tree()?;
+    let function = &devices["_virtio-pci-data"];
+    ensure!(function["children"] == serde_json::json!(["data"]), "{devices}");
+    ensure!(devices["data"]["parent"] == "_virtio-pci-data", "{devices}");
+    let bdf = function["pci_bdf"].as_str().context("an address")?;
+    // The guest finds a block device there.
+    let found = guest.ask("pci")?;
+    let place = bdf.trim_start_matches("0000:");
+    ensure!(
+        found.contains(&format!(" {place}=1af4:1042:")),
+        "{bdf} is not in `{found}`"
+    );
+    api.put("vm.shutdown", None)?;
+    ensure!(tree()?.is_null(), "devices without a guest");
     Ok(Outcome::Passed)
 }
 

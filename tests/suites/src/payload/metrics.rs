@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 use triarch_harness::disk::DiskImage;
 use triarch_harness::net::{self, Tap};
 use triarch_harness::suite::{Context, Outcome};
+use triarch_harness::vsock;
 
 payload_tests!("metrics":
     counts_disk_operations,
     counts_queues_apart,
     counts_packets,
+    counts_streams,
     tells_of_vcpus_and_memory,
     goes_with_the_guest,
 );
@@ -184,9 +186,8 @@ fn counts_packets(context: &Context) -> Result<Outcome> {
     let mut guest = Guest::start(vm)?;
     guest.ask("net 0 init")?;
     guest.ask("net 0 send 200 1 30")?;
-    let sent = |sample: &Sample, name, direction| sample.nic(name, direction);
     let sample = eventually(&guest, "30 packets are not counted", |sample| {
-        Ok(sent(sample, "packets", "transmit")? >= 30.0)
+        Ok(sample.nic("packets", "transmit")? >= 30.0)
     })?;
     ensure!(sample.nic("packets", "transmit")? == 30.0);
     ensure!(sample.nic("bytes", "transmit")? == 30.0 * 214.0);
@@ -203,6 +204,14 @@ fn counts_packets(context: &Context) -> Result<Outcome> {
     )?;
     let counters = counters(&guest, "_net0")?;
     ensure!(counters["tx_frames"] == 41, "{counters}");
+    // A reset makes the device anew; what went through the interface stays counted.
+    guest.vm().api()?.put("vm.reboot", None)?;
+    guest.wait_ready()?;
+    guest.ask("net 0 init")?;
+    guest.ask("net 0 send 200 1 3")?;
+    eventually(&guest, "3 packets are not counted after a reset", |sample| {
+        Ok(sample.nic("packets", "transmit")? == 44.0)
+    })?;
     // An interface that is down refuses what the guest sends.
     let down = Command::new("ip").args(["link", "set", "tap0", "down"]).status();
     ensure!(down.context("ip")?.success());
@@ -210,8 +219,38 @@ fn counts_packets(context: &Context) -> Result<Outcome> {
     let sample = eventually(&guest, "7 lost packets are not counted", |sample| {
         Ok(sample.nic("dropped", "transmit")? == 7.0)
     })?;
-    ensure!(sample.nic("packets", "transmit")? == 41.0);
+    ensure!(sample.nic("packets", "transmit")? == 44.0);
     guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn counts_streams(context: &Context) -> Result<Outcome> {
+    const BYTES: u64 = 50_000;
+    let vm = builder(context)?.api();
+    let socket = vm.dir().join("vsock.sock");
+    let mut guest = Guest::start(vm.flag("--vsock", format!("cid=42,socket={}", socket.display())))?;
+    guest.ask("vsock init")?;
+    let listener = vsock::listen(&socket, 52)?;
+    let host = std::thread::spawn(move || -> std::io::Result<u64> {
+        let (mut stream, _) = listener.accept()?;
+        let mut copy = stream.try_clone()?;
+        std::io::copy(&mut stream, &mut copy)
+    });
+    guest.ask(&format!("vsock echo 52 {BYTES} 7"))?;
+    let carried = host.join().ok().context("the host's side panicked")??;
+    ensure!(carried == BYTES, "{carried} bytes");
+    let id = "vsock=\"_vsock0\"";
+    let sample = eventually(&guest, "the stream is not counted", |sample| {
+        Ok(sample.get(&format!("triarch_vsock_connections{{{id}}}"))? == 0.0)
+    })?;
+    for direction in ["receive", "transmit"] {
+        let bytes = sample.get(&format!("triarch_vsock_bytes_total{{{id},direction=\"{direction}\"}}"))?;
+        ensure!(bytes == BYTES as f64, "{direction}: {bytes}");
+    }
+    for (result, count) in [("opened", 1.0), ("refused", 0.0)] {
+        let name = format!("triarch_vsock_connections_total{{{id},result=\"{result}\"}}");
+        ensure!(sample.get(&name)? == count, "{name}");
+    }
     Ok(Outcome::Passed)
 }
 
