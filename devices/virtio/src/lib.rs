@@ -23,4 +23,4 @@ pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
 pub use queue::{QueueLayout, QueueStateV1, RingFault, VirtQueue};
 pub use rng::{EntropySource, SourceError, VirtioRng};
-pub use transport::{RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};
+pub use transport::{DeviceEvent, Observer, RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

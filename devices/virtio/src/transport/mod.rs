@@ -2,4 +2,4 @@
 
 mod pci;
 
-pub use pci::{RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};
+pub use pci::{DeviceEvent, Observer, RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

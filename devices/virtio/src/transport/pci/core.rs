@@ -9,7 +9,7 @@ use triarch_memory::GuestMemoryHandle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::{Interrupts, NO_VECTOR};
-use super::{layout, status};
+use super::{DeviceEvent, layout, status};
 use crate::{DeviceContext, QueueLayout, QueueStateV1, VirtQueue, VirtioDevice, VirtioInterrupt, feature};
 
 /// What a device is attached to.
@@ -114,7 +114,11 @@ impl Core {
     /// it reads the register back.
     pub(super) fn set_status(&mut self, value: u8) {
         if value == 0 {
+            let active = self.active;
             self.reset();
+            if active {
+                self.interrupts.tell(DeviceEvent::Reset);
+            }
             return;
         }
         if self.removed {
@@ -173,6 +177,7 @@ impl Core {
                 return;
             }
         }
+        self.interrupts.tell(DeviceEvent::Activated);
     }
 
     /// The driver sets queue_enable of the selected queue.

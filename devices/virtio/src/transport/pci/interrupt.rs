@@ -1,12 +1,13 @@
 //! The device's way to the driver: interrupts and the registers that go with them. No locks: any worker thread raises them.
 
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use triarch_pci::MsiX;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::status;
+use super::{DeviceEvent, Observer, status};
 use crate::VirtioInterrupt;
 
 /// VIRTIO_MSI_NO_VECTOR (virtio 1.2, 4.1.4.3).
@@ -22,6 +23,7 @@ pub(super) struct Interrupts {
     generation: AtomicU8,
     config_vector: AtomicU16,
     queue_vectors: Box<[AtomicU16]>,
+    observer: OnceLock<Observer>,
 }
 
 impl Interrupts {
@@ -34,6 +36,19 @@ impl Interrupts {
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            observer: OnceLock::new(),
+        }
+    }
+
+    /// Tells `observer` of what happens from now on. Once.
+    pub(super) fn observe(&self, observer: Observer) {
+        let _ = self.observer.set(observer);
+    }
+
+    /// Tells the observer, if there is one.
+    pub(super) fn tell(&self, event: DeviceEvent) {
+        if let Some(observer) = self.observer.get() {
+            observer(event);
         }
     }
 
@@ -132,6 +147,9 @@ impl VirtioInterrupt for Interrupts {
 
     fn needs_reset(&self) {
         let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel);
+        if before & status::NEEDS_RESET == 0 {
+            self.tell(DeviceEvent::Broken);
+        }
         if before & status::DRIVER_OK == 0 || before & status::NEEDS_RESET != 0 {
             return;
         }

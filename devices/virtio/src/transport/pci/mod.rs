@@ -39,6 +39,20 @@ mod status {
     pub(super) const BY_DRIVER: u8 = ALWAYS | DRIVER_OK | FEATURES_OK;
 }
 
+/// What the host may want to hear of a device. A guest can cause all of it, as often as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceEvent {
+    /// The driver set DRIVER_OK, and the device works.
+    Activated,
+    /// The driver reset a device that worked.
+    Reset,
+    /// The device cannot work on its queues: it has set DEVICE_NEEDS_RESET.
+    Broken,
+}
+
+/// Hears of what happens to a device. It is called by vCPU and worker threads, under locks, and must return at once.
+pub type Observer = Box<dyn Fn(DeviceEvent) + Send + Sync>;
+
 /// A [`VirtioDevice`] as a PCI function.
 ///
 /// Resetting, by the driver or by [`detach`](PciFunction::detach), stops the device's queues and so waits for what is in flight.
@@ -117,6 +131,11 @@ impl VirtioPci {
             interrupts,
             core: Mutex::new(core),
         })
+    }
+
+    /// Tells `observer` of what happens from now on. A function has one observer: a second one hears nothing.
+    pub fn observe(&self, observer: Observer) {
+        self.interrupts.observe(observer);
     }
 
     /// Lets the device finish what is in flight and stops it. Its vCPUs should not run: what their guest does meanwhile is taken

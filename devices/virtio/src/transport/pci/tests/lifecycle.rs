@@ -102,6 +102,38 @@ fn reset_works_in_every_state() {
 }
 
 #[test]
+fn an_observer_hears_of_starts_resets_and_faults_once_each() {
+    let guest = Guest::new(1);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let ears = heard.clone();
+    guest
+        .function
+        .observe(Box::new(move |event| ears.lock().expect("lock").push(event)));
+    let heard = || std::mem::take(&mut *heard.lock().expect("lock"));
+    guest.set_status(0);
+    guest.negotiate(feature::VERSION_1);
+    guest.set_status(0);
+    assert_eq!(heard(), [], "it was never started");
+    guest.start();
+    guest.set_status(15);
+    assert_eq!(heard(), [DeviceEvent::Activated]);
+    guest.function.pause();
+    guest.function.resume();
+    assert_eq!(heard(), []);
+    let interrupt = guest.log().context.as_ref().expect("active").interrupt.clone();
+    interrupt.needs_reset();
+    interrupt.needs_reset();
+    assert_eq!(heard(), [DeviceEvent::Broken]);
+    guest.set_status(0);
+    guest.set_status(0);
+    assert_eq!(heard(), [DeviceEvent::Reset]);
+    guest.log().refuse_activation = true;
+    guest.negotiate(feature::VERSION_1);
+    guest.set_status(15);
+    assert_eq!(heard(), [DeviceEvent::Broken]);
+}
+
+#[test]
 fn one_queue_is_reset_and_used_again() {
     let guest = Guest::new(2);
     guest.start();

@@ -16,7 +16,7 @@ use triarch_memory::{GuestMemoryHandle, RamOptions, allocate};
 use triarch_pci::{BarAllocator, ConfigPorts, Ecam, PciAddress, PciRoot};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
-use super::VirtioPci;
+use super::{DeviceEvent, VirtioPci};
 use crate::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, feature, read_config_bytes};
 
 const ECAM: u64 = 0xe800_0000;
