@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::events::EventLog;
+use crate::jobs::JobBoard;
 use crate::metrics::Metrics;
 use crate::{ApiError, Reply, Request, VmInfo};
 
@@ -20,6 +22,12 @@ pub trait Handler: Send + Sync {
     fn metrics(&self) -> Metrics {
         Metrics::default()
     }
+
+    /// What happened so far, and will.
+    fn events(&self) -> &Arc<EventLog>;
+
+    /// Long work that is under way, or was.
+    fn jobs(&self) -> &Arc<JobBoard>;
 }
 
 type Receiver = Box<dyn FnOnce(Result<Reply, ApiError>) + Send>;

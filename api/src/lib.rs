@@ -5,7 +5,10 @@
 //! [`server`] speaks it over HTTP; whoever owns the VM gives it a [`Handler`].
 
 mod answer;
+pub mod audit;
 mod config;
+pub mod events;
+pub mod jobs;
 pub mod metrics;
 mod operation;
 mod reader;

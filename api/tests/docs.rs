@@ -13,7 +13,7 @@ fn table() -> String {
         let method = if route.method == Method::Get { "GET" } else { "PUT" };
         let phases = match route.action {
             Action::Missing => "none: 501".to_owned(),
-            Action::Ping | Action::Metrics => "all".to_owned(),
+            Action::Ping | Action::Metrics | Action::Events | Action::Jobs | Action::Job => "all".to_owned(),
             Action::Vm(operation) => phases(operation.phases()),
         };
         let _ = writeln!(text, "| {method} `{}` | {phases} | {} |", route.name, route.summary);

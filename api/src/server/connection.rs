@@ -9,10 +9,10 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, Shutdown};
 
-use super::http::{CONTINUE, Reject, Response};
+use super::http::{CONTINUE, Reject, Response, write_stream_head};
 use super::input::{Input, Sizes};
 use super::later::{Later, Mailbox};
-use super::{Call, Limits, Peer, Served, Service};
+use super::{Call, Limits, Peer, Served, Service, Stream};
 
 /// Descriptors the kernel passes in one go (SCM_MAX_FD).
 pub(super) const MAX_FDS: usize = 253;
@@ -20,6 +20,10 @@ pub(super) const MAX_FDS: usize = 253;
 const LINGER: Duration = Duration::from_secs(1);
 /// Requests of one client that are served before the others have a turn.
 const TURN: usize = 16;
+/// Bytes of a stream that are taken in one go. A client that reads slowly keeps us from having more than these and one item.
+const PORTION: usize = 16 << 10;
+/// Portions of a stream that are sent before other clients have a turn.
+const STREAM_TURN: usize = 4;
 
 /// What is to be done with the connection next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub(super) enum Next {
     Wait,
     /// Another turn: there are more requests.
     Again,
+    /// To be told whether it may have the stream it asks for: [`Connection::begin_stream`].
+    Stream,
     /// It is over.
     Close,
 }
@@ -41,6 +47,8 @@ enum Wait {
     Request,
     /// An answer from another thread.
     Answer,
+    /// The next item of a stream.
+    Item,
     /// The client, to read what we sent.
     Reader,
     /// The client, to notice that we are done with it.
@@ -57,6 +65,8 @@ pub(super) struct Connection {
     sent: usize,
     /// A request was taken whose response is not there.
     answering: bool,
+    /// What is sent from now on, in the place of responses.
+    stream: Option<Box<dyn Stream>>,
     /// Whether the client wants to go on after the response to the request at hand.
     keep_alive: bool,
     /// Nothing is read any more, but what comes is thrown away.
@@ -83,6 +93,7 @@ impl Connection {
             output: Vec::new(),
             sent: 0,
             answering: false,
+            stream: None,
             keep_alive: true,
             lingering: false,
             end_of_input: false,
@@ -97,7 +108,7 @@ impl Connection {
         match self.wait {
             Wait::Reader => EventFlags::OUT,
             // Who does not get its answer does not get the next one either; the kernel holds what it sends.
-            Wait::Answer => EventFlags::empty(),
+            Wait::Answer | Wait::Item => EventFlags::empty(),
             Wait::Idle | Wait::Request | Wait::Linger => EventFlags::IN,
         }
     }
@@ -105,6 +116,27 @@ impl Connection {
     /// Since when it could be closed without anybody losing anything, if it could.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         (self.wait == Wait::Idle).then_some(self.since)
+    }
+
+    /// Whether it is sent a stream, or waits for the permission.
+    pub(super) fn is_stream(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Whether it is sent a stream and everything so far was sent.
+    pub(super) fn wants_item(&self) -> bool {
+        self.is_stream() && !self.has_output()
+    }
+
+    /// When its stream has another item, if that is known.
+    pub(super) fn item_due(&self) -> Option<Instant> {
+        let stream = self.stream.as_ref().filter(|_| !self.has_output())?;
+        stream.due()
+    }
+
+    /// Since when the client of a stream has left what it was sent unread.
+    pub(super) fn stuck_since(&self) -> Option<Instant> {
+        (self.is_stream() && self.wait == Wait::Reader).then_some(self.since)
     }
 
     /// Whether something is not sent yet.
@@ -117,9 +149,11 @@ impl Connection {
         let patience = match self.wait {
             Wait::Idle => limits.idle,
             Wait::Request => limits.request,
+            // A stream costs no more for being read slowly.
+            Wait::Reader if self.is_stream() => return None,
             Wait::Reader => limits.unread,
             Wait::Linger => LINGER,
-            Wait::Answer => return None,
+            Wait::Answer | Wait::Item => return None,
         };
         self.since.checked_add(patience)
     }
@@ -145,7 +179,7 @@ impl Connection {
         id: u64,
     ) -> Next {
         let gone = events.intersects(EventFlags::HUP | EventFlags::ERR);
-        if gone && self.wait == Wait::Answer {
+        if gone && matches!(self.wait, Wait::Answer | Wait::Item) {
             return Next::Close;
         }
         if self.wait != Wait::Reader && (gone || events.intersects(EventFlags::IN)) && self.receive().is_err() {
@@ -169,8 +203,50 @@ impl Connection {
         self.advance(service, mailbox, id)
     }
 
+    /// Begins the stream that the client asked for, or tells it why it cannot have one.
+    pub(super) fn begin_stream(&mut self, allowed: Result<(), &Response>) -> Next {
+        match allowed {
+            Ok(()) => {
+                self.answering = false;
+                write_stream_head(&mut self.output);
+                // Nothing else will be served here.
+                self.input.clear();
+                self.pump()
+            }
+            Err(response) => {
+                self.stream = None;
+                self.respond(response);
+                // In a turn of its own: there may be many requests for a stream, one behind the other.
+                Next::Again
+            }
+        }
+    }
+
+    /// Sends as much of the stream as there is and the client takes.
+    pub(super) fn pump(&mut self) -> Next {
+        for _ in 0..STREAM_TURN {
+            if self.flush().is_err() {
+                return Next::Close;
+            }
+            match &mut self.stream {
+                Some(stream) if self.output.is_empty() => stream.fill(PORTION, &mut self.output),
+                _ => return self.settle(),
+            }
+            if self.output.is_empty() {
+                return self.settle();
+            }
+        }
+        match self.settle() {
+            Next::Wait if !self.has_output() => Next::Again,
+            next => next,
+        }
+    }
+
     /// Sends what there is, serves what is there.
     pub(super) fn advance(&mut self, service: &mut dyn Service, mailbox: &Mailbox, id: u64) -> Next {
+        if self.is_stream() {
+            return self.pump();
+        }
         for _ in 0..TURN {
             if self.flush().is_err() {
                 return Next::Close;
@@ -187,6 +263,7 @@ impl Connection {
                     let call = Call {
                         method: whole.head.method,
                         path: &whole.head.path,
+                        query: &whole.head.query,
                         body: self.input.bytes(whole.body.clone()),
                         fds,
                         peer: self.peer,
@@ -195,8 +272,13 @@ impl Connection {
                     self.input.take(&whole);
                     // The patience with the next request begins now.
                     self.since = Instant::now();
-                    if let Served::Now(response) = served {
-                        self.respond(&response);
+                    match served {
+                        Served::Now(response) => self.respond(&response),
+                        Served::Stream(stream) => {
+                            self.stream = Some(stream);
+                            return Next::Stream;
+                        }
+                        Served::Later => {}
                     }
                 }
                 Ok(None) if self.end_of_input => return Next::Close,
@@ -235,6 +317,8 @@ impl Connection {
                 return Next::Close;
             }
             Wait::Linger
+        } else if self.is_stream() {
+            Wait::Item
         } else if self.answering {
             Wait::Answer
         } else if self.input.is_empty() {

@@ -22,6 +22,8 @@ pub(super) struct Head {
     pub(super) method: Method,
     /// Path of the target, without its query.
     pub(super) path: String,
+    /// What stands behind the question mark of the target.
+    pub(super) query: String,
     /// Bytes of body that follow.
     pub(super) body_len: usize,
     /// Whether the client wants to go on after the response.
@@ -63,13 +65,15 @@ impl Head {
             Err(error) => return Err(Reject::new(400, format!("this is no HTTP/1.1 request: {error}"))),
         }
         let newest = request.version == Some(1);
+        let (path, query) = split(request.path.unwrap_or_default());
         let mut head = Self {
             method: match request.method {
                 Some("GET") => Method::Get,
                 Some("PUT") => Method::Put,
                 _ => Method::Other,
             },
-            path: path(request.path.unwrap_or_default()).to_owned(),
+            path: path.to_owned(),
+            query: query.to_owned(),
             body_len: 0,
             keep_alive: newest,
             wants_continue: false,
@@ -102,13 +106,14 @@ impl Head {
     }
 }
 
-/// The path of a target in origin form (`/path?query`) or absolute form (`http://host/path?query`).
-fn path(target: &str) -> &str {
+/// Path and query of a target in origin form (`/path?query`) or absolute form (`http://host/path?query`).
+fn split(target: &str) -> (&str, &str) {
     let target = match target.strip_prefix("http://") {
         Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
         None => target,
     };
-    target.split(['?', '#']).next().unwrap_or_default()
+    let target = target.split('#').next().unwrap_or_default();
+    target.split_once('?').unwrap_or((target, ""))
 }
 
 /// RFC 9110 section 8.6: digits only.
@@ -234,8 +239,16 @@ impl Response {
     }
 }
 
+/// Appends the head of a response that goes on until the connection is closed (RFC 9112 section 6.3, item 8): it has no length, and is not
+/// chunked either, which some clients do not understand.
+pub(super) fn write_stream_head(output: &mut Vec<u8>) {
+    output.extend_from_slice(
+        b"HTTP/1.1 200 OK\r\nServer: Triarch API\r\nConnection: close\r\nContent-Type: application/x-ndjson\r\n\r\n",
+    );
+}
+
 /// JSON text with everything beyond ASCII escaped: some clients decode what one read gave them, which may end inside of a character.
-pub(super) fn ascii(text: String) -> Arc<[u8]> {
+pub(crate) fn ascii(text: String) -> Arc<[u8]> {
     if text.is_ascii() {
         return text.into_bytes().into();
     }
@@ -285,6 +298,7 @@ mod tests {
         let expected = Head {
             method: Method::Put,
             path: "/api/v1/vm.create".into(),
+            query: "x=1".into(),
             body_len: 12,
             keep_alive: true,
             wants_continue: true,

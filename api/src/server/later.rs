@@ -1,6 +1,7 @@
 //! Responses that other threads give.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::EventfdFlags;
@@ -13,6 +14,8 @@ pub(super) struct Mail {
     /// Connection and response.
     pub(super) responses: Vec<(u64, Response)>,
     pub(super) stop: bool,
+    /// Streams may have more to send.
+    pub(super) streams: bool,
 }
 
 /// Where other threads leave it.
@@ -22,13 +25,23 @@ pub(super) struct Mailbox(Arc<Shared>);
 struct Shared {
     mail: Mutex<Mail>,
     wake: OwnedFd,
+    /// Whether there is a stream at all.
+    streaming: AtomicBool,
 }
 
 impl Mailbox {
     pub(super) fn new() -> rustix::io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let mail = Mutex::default();
-        Ok(Self(Arc::new(Shared { mail, wake })))
+        Ok(Self(Arc::new(Shared {
+            mail: Mutex::default(),
+            wake,
+            streaming: AtomicBool::new(false),
+        })))
+    }
+
+    /// Says whether there is a stream. A stream looks for items after this; what comes before is seen then, what comes later wakes.
+    pub(super) fn set_streaming(&self, streaming: bool) {
+        self.0.streaming.store(streaming, Ordering::SeqCst);
     }
 
     /// Takes everything.
@@ -40,7 +53,7 @@ impl Mailbox {
 
     fn leave(&self, change: impl FnOnce(&mut Mail)) {
         change(&mut self.0.mail.lock().unwrap_or_else(PoisonError::into_inner));
-        // The counter cannot overflow: there is at most one response a connection between two reads.
+        // The counter is far from an overflow, and one that is full wakes as well.
         let _ = rustix::io::write(&self.0.wake, &1u64.to_ne_bytes());
     }
 }
@@ -60,6 +73,19 @@ impl Stopper {
     /// Asks the server to end. It sends what it has to send, for a moment, and returns from its loop.
     pub fn stop(&self) {
         self.0.leave(|mail| mail.stop = true);
+    }
+}
+
+/// Tells a server that its streams may have more to send.
+#[derive(Clone)]
+pub struct StreamWaker(pub(super) Mailbox);
+
+impl StreamWaker {
+    /// Makes the server look, if it has a stream. It does not wait; call it from any thread.
+    pub fn wake(&self) {
+        if self.0.0.streaming.load(Ordering::SeqCst) {
+            self.0.leave(|mail| mail.streams = true);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ mod http;
 mod input;
 mod later;
 mod listener;
+mod progress;
 mod route;
 mod router;
 #[allow(unsafe_code)] // peer credentials, inherited descriptors
@@ -37,11 +38,13 @@ use thiserror::Error;
 use connection::{Connection, Next};
 use later::Mailbox;
 
+pub(crate) use http::ascii;
 pub use http::{Method, Response};
-pub use later::{Later, Stopper};
+pub use later::{Later, Stopper, StreamWaker};
 pub use listener::{ListenError, Listener};
 pub use route::{Action, ROUTES, Route};
 pub use router::{Identity, Router};
+pub use sys::inherited;
 
 /// Who is at the other end of a connection, when it was made (SO_PEERCRED).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +64,8 @@ pub struct Call<'a> {
     pub method: Method,
     /// With what: the path, without a query.
     pub path: &'a str,
+    /// What stands behind the question mark, if anything.
+    pub query: &'a str,
     /// The body.
     pub body: &'a [u8],
     /// Descriptors that came with it, in order.
@@ -70,16 +75,29 @@ pub struct Call<'a> {
 }
 
 /// How a call was served.
-#[derive(Debug)]
 pub enum Served {
     /// With this response.
     Now(Response),
+    /// With a response that has no end.
+    Stream(Box<dyn Stream>),
     /// The response comes through the [`Later`] that was taken.
     Later,
 }
 
+/// The lines of a response that has no end. The client closes the connection when it has enough, the server when it ends itself.
+pub trait Stream: Send {
+    /// Appends whole lines to `output`, `space` bytes or a little more; none if there are none now.
+    fn fill(&mut self, space: usize, output: &mut Vec<u8>);
+
+    /// When there will be more, if that is known. Otherwise a [`StreamWaker`] tells.
+    fn due(&self) -> Option<Instant>;
+}
+
 /// Answers calls.
 pub trait Service: Send {
+    /// The server is made. Streams of this service tell through `waker` that they have more.
+    fn attach(&mut self, _waker: StreamWaker) {}
+
     /// Answers `call`, or takes a [`Later`] for it; one that is dropped responds with 500. It must not wait for anything.
     fn serve(&mut self, call: Call<'_>, later: &dyn Fn() -> Later) -> Served;
 }
@@ -93,6 +111,9 @@ pub struct Limits {
     pub body: usize,
     /// Clients at once. One more takes the place of the one that was idle for longest.
     pub connections: usize,
+    /// Clients with a stream at once, which count as connections too. One more takes the place of one that left what it was sent unread
+    /// for longer than `unread`, or is refused.
+    pub streams: usize,
     /// How long a connection may stay without a request.
     pub idle: Duration,
     /// How long a request may take to arrive.
@@ -107,6 +128,7 @@ impl Default for Limits {
             head: 8 << 10,
             body: 512 << 10,
             connections: 64,
+            streams: 16,
             idle: Duration::from_secs(600),
             request: Duration::from_secs(10),
             unread: Duration::from_secs(10),
@@ -158,9 +180,10 @@ pub struct Server {
 
 impl Server {
     /// A server of `service` on `listener`.
-    pub fn new(listener: Listener, service: Box<dyn Service>, limits: Limits) -> Result<Self, ServerError> {
+    pub fn new(listener: Listener, mut service: Box<dyn Service>, limits: Limits) -> Result<Self, ServerError> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(failed("make an epoll descriptor"))?;
         let mailbox = Mailbox::new().map_err(failed("make an event descriptor"))?;
+        service.attach(StreamWaker(mailbox.clone()));
         let watch = failed("watch its descriptors");
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN).map_err(&watch)?;
         epoll::add(&epoll, &mailbox, EventData::new_u64(MAILBOX), EventFlags::IN).map_err(&watch)?;
@@ -189,6 +212,8 @@ impl Server {
                 break;
             }
         }
+        // What happened until now is still told.
+        self.pump_streams(|c| c.wants_item());
         let end = Instant::now() + FAREWELL;
         while self.connections.values().any(Connection::has_output) {
             let left = end.saturating_duration_since(Instant::now());
@@ -206,7 +231,8 @@ impl Server {
             return Some(Duration::ZERO);
         }
         let deadlines = self.connections.values().filter_map(|c| c.deadline(&self.limits));
-        let first = deadlines.chain(self.accept_at).min()?;
+        let items = self.connections.values().filter_map(Connection::item_due);
+        let first = deadlines.chain(items).chain(self.accept_at).min()?;
         // The kernel counts whole milliseconds: what is rounded down would wake us too early, again and again.
         Some(first.saturating_duration_since(now) + Duration::from_millis(1))
     }
@@ -243,7 +269,45 @@ impl Server {
         for (id, response) in mail.responses {
             self.serve(id, |c, service, mailbox| c.on_response(&response, service, mailbox, id));
         }
+        if mail.streams {
+            self.pump_streams(|c| c.wants_item());
+        }
         mail.stop
+    }
+
+    /// Sends what streams have, those that `which` chooses.
+    fn pump_streams(&mut self, which: impl Fn(&Connection) -> bool) {
+        let streams = self.connections.iter().filter(|(_, c)| which(c));
+        let ids: Vec<u64> = streams.map(|(id, _)| *id).collect();
+        for id in ids {
+            self.serve(id, |c, _, _| c.pump());
+        }
+    }
+
+    /// Lets a connection have the stream it asks for, if there are not too many.
+    fn admit_stream(&mut self, id: u64) {
+        let streams = self.connections.values().filter(|c| c.is_stream()).count();
+        let allowed = streams <= self.limits.streams || self.close_stuck();
+        self.mailbox.set_streaming(true);
+        let refusal = Response::error(429, "too many clients follow a stream; close one of them");
+        self.serve(id, |c, _, _| {
+            c.begin_stream(if allowed { Ok(()) } else { Err(&refusal) })
+        });
+    }
+
+    /// Closes the stream that was left unread for longest, if that is long enough; whether there was one.
+    fn close_stuck(&mut self) -> bool {
+        let stuck = self
+            .connections
+            .iter()
+            .filter_map(|(id, c)| Some((c.stuck_since()?, *id)));
+        match stuck.min() {
+            Some((since, id)) if since.elapsed() > self.limits.unread => {
+                self.close(id);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Lets a connection do something and does what it wants next. A connection that is gone is none of our business.
@@ -262,6 +326,7 @@ impl Server {
         }
         match next {
             Next::Close => self.close(id),
+            Next::Stream => self.admit_stream(id),
             Next::Again if !self.ready.contains(&id) => self.ready.push_back(id),
             Next::Again | Next::Wait => {}
         }
@@ -269,8 +334,12 @@ impl Server {
 
     /// Closing a descriptor nobody else has takes it off the epoll descriptor.
     fn close(&mut self, id: u64) {
-        self.connections.remove(&id);
+        let removed = self.connections.remove(&id);
         self.ready.retain(|other| *other != id);
+        if removed.is_some_and(|c| c.is_stream()) {
+            self.mailbox
+                .set_streaming(self.connections.values().any(Connection::is_stream));
+        }
     }
 
     fn expire(&mut self, now: Instant) {
@@ -284,6 +353,7 @@ impl Server {
         for id in ids {
             self.serve(id, |c, _, _| c.expire());
         }
+        self.pump_streams(|c| c.item_due().is_some_and(|due| due <= now));
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept_at = None;
             self.watch_listener(EventFlags::IN);

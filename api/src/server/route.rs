@@ -15,6 +15,12 @@ pub enum Action {
     Ping,
     /// To everything that is counted.
     Metrics,
+    /// What happened, and what happens.
+    Events,
+    /// Long work.
+    Jobs,
+    /// One of these.
+    Job,
     /// To the owner of the VM.
     Vm(Operation),
     /// Agents know it, this version does not have it.
@@ -40,13 +46,17 @@ impl Route {
         format!("{BASE}{}", self.name)
     }
 
-    /// Finds a route by its whole path.
-    pub(super) fn find(path: &str) -> Option<&'static Self> {
+    /// Finds a route by its whole path, and what stands there for the `{id}` in its name.
+    pub(super) fn find(path: &str) -> Option<(&'static Self, &str)> {
         if path == METRICS {
-            return ROUTES.iter().find(|route| route.action == Action::Metrics);
+            let route = ROUTES.iter().find(|route| route.action == Action::Metrics);
+            return route.map(|route| (route, ""));
         }
         let name = path.strip_prefix(BASE)?;
-        ROUTES.iter().find(|route| route.name == name)
+        ROUTES.iter().find_map(|route| match route.name.strip_suffix("{id}") {
+            Some(start) => Some((route, name.strip_prefix(start)?)),
+            None => (route.name == name).then_some((route, "")),
+        })
     }
 }
 
@@ -95,6 +105,17 @@ pub const ROUTES: &[Route] = &[
         Action::Metrics,
         "everything that is counted, as Prometheus text; also at `/metrics`",
     ),
+    get(
+        "vm.events",
+        Action::Events,
+        "what happened and happens, as a stream ([below](#events))",
+    ),
+    get(
+        "vm.jobs",
+        Action::Jobs,
+        "long work under way, and the last that ended ([below](#jobs))",
+    ),
+    get("vm.job/{id}", Action::Job, "one of these"),
     put(
         "vm.create",
         Operation::Create,
@@ -180,9 +201,16 @@ mod tests {
     #[test]
     fn paths_lead_to_their_routes_and_nothing_else_does() {
         for route in ROUTES {
-            assert_eq!(Route::find(&route.path()).map(|found| found.name), Some(route.name));
+            assert_eq!(
+                Route::find(&route.path()).map(|(found, _)| found.name),
+                Some(route.name)
+            );
         }
-        assert_eq!(Route::find("/metrics").map(|found| found.name), Some("metrics"));
+        assert_eq!(Route::find("/metrics").map(|(found, _)| found.name), Some("metrics"));
+        assert_eq!(
+            Route::find("/api/v1/vm.job/12").map(|(found, id)| (found.name, id)),
+            Some(("vm.job/{id}", "12"))
+        );
         for path in [
             "",
             "/",
@@ -192,6 +220,8 @@ mod tests {
             "vm.info",
             "/metrics/",
             "metrics",
+            "/api/v1/vm.job",
+            "/api/v1/vm.jobs/1",
         ] {
             assert!(Route::find(path).is_none(), "{path}");
         }

@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::http::{Method, Response, ascii};
 use super::route::{Action, Route};
-use super::{Call, Later, Peer, Served, Service, body};
+use super::{Call, Later, Peer, Served, Service, StreamWaker, body, progress};
+use crate::audit::{AuditSink, Audited, NoAudit};
 use crate::metrics::{self, Requests, Source};
 use crate::{Answer, ApiError, Handler, NetConfig, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 
@@ -37,6 +38,7 @@ pub struct Router {
     /// The latest state that was asked for, and its JSON text.
     info: Option<(Arc<VmInfo>, Arc<[u8]>)>,
     reader: body::Reader,
+    audit: Arc<dyn AuditSink>,
 }
 
 impl Router {
@@ -51,7 +53,13 @@ impl Router {
             requests: Arc::default(),
             info: None,
             reader: body::Reader::default(),
+            audit: Arc::new(NoAudit),
         }
+    }
+
+    /// Gives a record of each call that changes something, or tried to, to `audit`.
+    pub fn with_audit(self, audit: Arc<dyn AuditSink>) -> Self {
+        Self { audit, ..self }
     }
 
     fn info(&mut self) -> Response {
@@ -131,13 +139,25 @@ impl Router {
         Response::text(metrics::CONTENT_TYPE, metrics::render(&source))
     }
 
+    /// Turns a call down. One for a change is on record all the same.
+    fn refuse(&self, route: &Route, peer: Peer, error: ApiError) -> Response {
+        if route.method == Method::Put {
+            let text = error.to_string();
+            Audited::new(peer, route.name, None).answered(error.status(), Some(&text), &*self.audit);
+        }
+        response(Err(error))
+    }
+
     fn submit(&self, request: Request, peer: Peer, since: Instant, later: Later) {
-        let (name, requests) = (request.name(), self.requests.clone());
+        let (name, requests, audit) = (request.name(), self.requests.clone(), self.audit.clone());
+        let audited = Audited::new(peer, name, Some(&request));
         let answer = Answer::new(move |result| {
+            let error = result.as_ref().err().map(ToString::to_string);
             let response = response(result);
             let status = response.status();
-            tracing::info!(uid = peer.uid, pid = peer.pid, request = name, status, "answered");
             requests.answered(name, status, since.elapsed());
+            // It is on record before the client has it.
+            audited.answered(status, error.as_deref(), &*audit);
             later.respond(response);
         });
         self.handler.submit(request, answer);
@@ -153,23 +173,39 @@ fn create(mut config: VmConfig) -> VmConfig {
 }
 
 impl Service for Router {
+    fn attach(&mut self, waker: StreamWaker) {
+        self.handler.events().subscribe(move || waker.wake());
+    }
+
     fn serve(&mut self, call: Call<'_>, later: &dyn Fn() -> Later) -> Served {
         let since = Instant::now();
         let route = Route::find(call.path);
         let served = match route {
-            Some(route) => self.follow(route, call, since, later),
+            Some((route, id)) => self.follow(route, id, call, since, later),
             None => Served::Now(Response::error(404, "there is no such path in this API")),
         };
-        if let Served::Now(response) = &served {
-            let name = route.map_or(OTHER, |route| route.name);
-            self.requests.answered(name, response.status(), since.elapsed());
+        let status = match &served {
+            Served::Now(response) => Some(response.status()),
+            Served::Stream(_) => Some(200),
+            Served::Later => None,
+        };
+        if let Some(status) = status {
+            let name = route.map_or(OTHER, |(route, _)| route.name);
+            self.requests.answered(name, status, since.elapsed());
         }
         served
     }
 }
 
 impl Router {
-    fn follow(&mut self, route: &Route, mut call: Call<'_>, since: Instant, later: &dyn Fn() -> Later) -> Served {
+    fn follow(
+        &mut self,
+        route: &Route,
+        id: &str,
+        mut call: Call<'_>,
+        since: Instant,
+        later: &dyn Fn() -> Later,
+    ) -> Served {
         let name = route.name;
         if call.method != route.method {
             let allow = if route.method == Method::Get { "GET" } else { "PUT" };
@@ -178,9 +214,12 @@ impl Router {
         match route.action {
             Action::Ping => Served::Now(Response::json(self.ping.clone())),
             Action::Metrics => Served::Now(self.metrics()),
+            Action::Events => progress::events(self.handler.events(), call.query),
+            Action::Jobs => Served::Now(progress::jobs(self.handler.jobs())),
+            Action::Job => Served::Now(progress::job(self.handler.jobs(), id)),
             Action::Missing => {
                 let error = ApiError::Unsupported(format!("{name} is not supported by this version"));
-                Served::Now(response(Err(error)))
+                Served::Now(self.refuse(route, call.peer, error))
             }
             Action::Vm(operation) => match self.request(operation, &mut call) {
                 Ok(Some(request)) => {
@@ -189,7 +228,7 @@ impl Router {
                 }
                 Ok(None) if operation == Operation::Counters => Served::Now(self.counters()),
                 Ok(None) => Served::Now(self.info()),
-                Err(error) => Served::Now(response(Err(error))),
+                Err(error) => Served::Now(self.refuse(route, call.peer, error)),
             },
         }
     }

@@ -31,7 +31,7 @@ pub(super) fn peer(socket: impl AsFd) -> io::Result<Peer> {
 }
 
 /// Takes over a descriptor that this process inherited; from then on it is closed on exec. An error means there is none of that number.
-pub(super) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the call only changes a flag, and fails when there is no such descriptor.
     if fd < 0 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));

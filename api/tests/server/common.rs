@@ -12,18 +12,35 @@ use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tempfile::TempDir;
+use triarch_api::events::EventLog;
+use triarch_api::jobs::JobBoard;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Service, Stopper};
 use triarch_api::{Answer, ApiError, DeviceTree, Handler, NetConfig, Phase, Reply, Request, VmConfig, VmInfo};
 
-/// Follows the phases; a boot is answered only when the test says so.
-#[derive(Default)]
+/// Follows the phases and tells so; a boot is answered only when the test says so.
 pub struct FakeVm {
     info: Mutex<Option<Arc<VmInfo>>>,
+    pub events: Arc<EventLog>,
+    pub jobs: Arc<JobBoard>,
     /// Boots that wait, when they are to wait.
     held: Mutex<VecDeque<Answer>>,
     hold: Mutex<bool>,
     /// The last network interface that was added, with its descriptors.
     pub handed: Mutex<Option<(NetConfig, Vec<OwnedFd>)>>,
+}
+
+impl Default for FakeVm {
+    fn default() -> Self {
+        let events = EventLog::new();
+        Self {
+            info: Mutex::default(),
+            jobs: JobBoard::new(events.clone()),
+            events,
+            held: Mutex::default(),
+            hold: Mutex::default(),
+            handed: Mutex::default(),
+        }
+    }
 }
 
 impl FakeVm {
@@ -98,6 +115,14 @@ impl Handler for FakeVm {
 
     fn info(&self) -> Option<Arc<VmInfo>> {
         self.info.lock().unwrap().clone()
+    }
+
+    fn events(&self) -> &Arc<EventLog> {
+        &self.events
+    }
+
+    fn jobs(&self) -> &Arc<JobBoard> {
+        &self.jobs
     }
 }
 

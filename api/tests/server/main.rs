@@ -5,3 +5,4 @@ mod common;
 mod listener;
 mod metrics;
 mod routes;
+mod streams;

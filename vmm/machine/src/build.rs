@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
+use triarch_api::events::EventLog;
 use triarch_api::{CpuTopology, DeviceTree, MemoryConfig, VmConfig};
 use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
@@ -20,10 +21,21 @@ use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::devices::{Devices, Host};
 use crate::metrics::GuestMeters;
+use crate::progress::Progress;
 use crate::{GuestEvent, MachineError};
 
 /// Takes what happens in the guest.
 pub(crate) type Report = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
+/// Where a machine tells what happens.
+pub(crate) struct Reports<'a> {
+    /// What the guest does that the controller has to know.
+    pub(crate) guest: Report,
+    /// What its devices do.
+    pub(crate) events: &'a Arc<EventLog>,
+    /// How far it is built.
+    pub(crate) progress: Progress<'a>,
+}
 
 /// A guest with its devices, built and paused. Dropping it ends it: first the vCPUs, then the devices, then memory.
 pub struct Machine {
@@ -47,8 +59,14 @@ impl Machine {
         consoles: &Consoles,
         backends: &Backends,
         sandbox: &Arc<dyn Sandbox>,
-        report: Report,
+        reports: Reports<'_>,
     ) -> Result<Self, MachineError> {
+        let Reports {
+            guest: report,
+            events,
+            progress,
+        } = reports;
+        progress.note("memory");
         let cpus = &config.cpus;
         let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
         let ram = layout::ram_ranges(config.memory.size);
@@ -60,6 +78,7 @@ impl Machine {
         // for its end, 8 ms of a start of 10.
         vm.map_memory(&memory.memory())?;
         let platform = Platform::new(&vm)?;
+        progress.note("processors");
         let Vcpus {
             running,
             parked,
@@ -91,8 +110,10 @@ impl Machine {
             router: platform.interrupts.router(),
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
+            events: events.clone(),
         };
-        let devices = Devices::build(config, consoles, backends, host)?;
+        let devices = Devices::build(config, consoles, backends, host, progress)?;
+        progress.note("kernel");
         boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
 
         let _buses = [pio.clone(), mmio.clone()];

@@ -7,16 +7,18 @@ use std::time::Duration;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use kvm_ioctls::Kvm;
-use triarch_api::{ApiError, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::events::{Kind, kind};
+use triarch_api::{ApiError, Handler, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
 use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backends::{Backends, HandedTaps};
-use crate::build::Machine;
+use crate::build::{Machine, Reports};
 use crate::consoles::Consoles;
 use crate::inbox::Outbox;
+use crate::progress::Progress;
 use crate::signals::{Signal, Signals};
 use crate::{GuestEvent, Inbox, MachineError, Message};
 
@@ -30,6 +32,15 @@ pub enum Outcome {
     PoweredOff,
     /// A client or a signal ended the VMM.
     Terminated,
+}
+
+/// Who made something happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// A client, or whoever started or ended the VMM.
+    Client,
+    /// The guest.
+    Guest,
 }
 
 type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -66,6 +77,7 @@ impl Controller {
             what: "make the event loop",
             source: io::Error::other(error),
         };
+        inbox.events().post(&kind::VMM_STARTING, &[]);
         let mut events = EventManager::<Subscriber>::new().map_err(failed)?;
         events.add_subscriber(Arc::new(Mutex::new(Wake(outbox.wake().clone()))));
         events.add_subscriber(Arc::new(Mutex::new(SignalInput {
@@ -102,7 +114,6 @@ impl Controller {
             while let Some(message) = self.outbox.next() {
                 self.handle(message)?;
                 if let Some(outcome) = self.outcome {
-                    self.forget();
                     return Ok(outcome);
                 }
             }
@@ -123,22 +134,34 @@ impl Controller {
         self.config = Some(config);
         self.phase = Phase::Created;
         self.publish();
+        self.tell(&kind::VM_CREATED, Cause::Client);
         Ok(())
     }
 
     /// Builds the guest and lets it run (`vm.boot`). On error there is no guest, and the phase is what it was.
     pub fn boot(&mut self) -> Result<(), MachineError> {
+        self.job(Operation::Boot, |this, progress| this.start(progress, Cause::Client))
+    }
+
+    /// Builds the guest and lets it run.
+    fn start(&mut self, progress: Progress<'_>, cause: Cause) -> Result<(), MachineError> {
         let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
             return Ok(());
         };
+        self.tell(&kind::VM_BOOTING, cause);
+        progress.note("disks and networks");
         let backends = match self.backends.take() {
             Some(backends) => backends,
             None => Backends::open(config, &self.taps)?,
         };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());
-        let report = Arc::new(move |event| inbox.post(Message::Guest(generation, event)));
-        let mut machine = Machine::build(&self.kvm, config, consoles, &backends, &self.sandbox, report)?;
+        let reports = Reports {
+            guest: Arc::new(move |event| inbox.post(Message::Guest(generation, event))),
+            events: self.inbox.events(),
+            progress,
+        };
+        let mut machine = Machine::build(&self.kvm, config, consoles, &backends, &self.sandbox, reports)?;
         self.backends = Some(backends);
         self.outbox.show_meters(Some(machine.meters(config)));
         machine.resume()?;
@@ -148,7 +171,31 @@ impl Controller {
         });
         self.machine = Some(machine);
         self.phase = Phase::Running;
+        self.tell(&kind::VM_BOOTED, cause);
         Ok(())
+    }
+
+    /// Makes an event of it. What a guest causes must not drown everything else.
+    fn tell(&self, kind: &'static Kind, cause: Cause) {
+        match cause {
+            Cause::Client => self.inbox.events().post(kind, &[]),
+            Cause::Guest => self.inbox.events().post_guest("vm", kind, &[]),
+        }
+    }
+
+    /// Does long work as a job.
+    fn job(
+        &mut self,
+        operation: Operation,
+        work: impl FnOnce(&mut Self, Progress<'_>) -> Result<(), MachineError>,
+    ) -> Result<(), MachineError> {
+        let job = self.inbox.jobs().begin(operation.name());
+        let result = work(self, Progress::of(&job));
+        match &result {
+            Ok(()) => job.finish(Ok(())),
+            Err(error) => job.finish(Err(&error.chain())),
+        }
+        result
     }
 
     fn handle(&mut self, message: Message) -> Result<(), MachineError> {
@@ -184,14 +231,21 @@ impl Controller {
             }
             GuestEvent::Power(PowerEvent::Reset) | GuestEvent::Vcpu(_, VcpuEvent::Reset) => {
                 tracing::info!("the guest resets");
-                self.restart()?;
+                self.restart(Progress::NONE, Cause::Guest)?;
             }
             GuestEvent::Power(PowerEvent::Panicked) | GuestEvent::Vcpu(_, VcpuEvent::Crashed) => {
                 tracing::warn!("the guest crashed, by its own word");
+                let event = [("event", "panic".into())];
+                self.inbox.events().post_guest("panic", &kind::GUEST_PANIC, &event);
             }
             GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
-                self.stop_guest();
-                return Err(MachineError::Guest { index, reason });
+                let error = MachineError::Guest { index, reason };
+                let text = error.to_string();
+                self.inbox
+                    .events()
+                    .post(&kind::VM_FAILED, &[("error", text.as_str().into())]);
+                self.stop_guest(Progress::NONE);
+                return Err(error);
             }
         }
         Ok(())
@@ -204,12 +258,24 @@ impl Controller {
             Request::Boot => self.boot()?,
             Request::Pause => self.pause()?,
             Request::Resume => self.resume()?,
-            Request::Shutdown => self.stop_guest(),
-            Request::Reboot => self.restart()?,
-            Request::Delete => self.forget(),
+            Request::Shutdown => self.job(Operation::Shutdown, |this, progress| {
+                this.stop_guest(progress);
+                Ok(())
+            })?,
+            Request::Reboot => self.job(Operation::Reboot, |this, progress| {
+                this.restart(progress, Cause::Client)
+            })?,
+            Request::Delete => self.job(Operation::Delete, |this, progress| {
+                this.forget(progress);
+                Ok(())
+            })?,
             Request::PowerButton => self.power_button()?,
             Request::Nmi => self.inject_nmi()?,
-            Request::Resize(target) => self.resize(&target)?,
+            Request::Resize(target) => {
+                self.tell(&kind::VM_RESIZING, Cause::Client);
+                self.resize(&target)?;
+                self.tell(&kind::VM_RESIZED, Cause::Client);
+            }
             Request::ResizeDisk(target) => self.resize_disk(&target)?,
             Request::AddDisk(disk) => self.add_disk(*disk)?,
             Request::AddNet(net, fds) => self.add_net(*net, fds)?,
@@ -237,22 +303,27 @@ impl Controller {
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
+        self.tell(&kind::VM_PAUSING, Cause::Client);
         if let Some(machine) = &mut self.machine {
             machine.pause()?;
             self.phase = Phase::Paused;
+            self.tell(&kind::VM_PAUSED, Cause::Client);
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
+        self.tell(&kind::VM_RESUMING, Cause::Client);
         if let Some(machine) = &mut self.machine {
             machine.resume()?;
             self.phase = Phase::Running;
+            self.tell(&kind::VM_RESUMED, Cause::Client);
         }
         Ok(())
     }
 
     fn power_button(&self) -> Result<(), MachineError> {
+        self.tell(&kind::VM_POWER_BUTTON, Cause::Client);
         match &self.machine {
             Some(machine) => machine
                 .press_power_button()
@@ -269,38 +340,63 @@ impl Controller {
     }
 
     /// Ends the guest and builds it again, on the same ends of the host.
-    fn restart(&mut self) -> Result<(), MachineError> {
+    fn restart(&mut self, progress: Progress<'_>, cause: Cause) -> Result<(), MachineError> {
+        self.tell(&kind::VM_REBOOTING, cause);
+        progress.note("guest");
         self.end_machine();
-        self.boot()
+        let result = self.start(progress, cause);
+        let kind = if result.is_ok() {
+            &kind::VM_REBOOTED
+        } else {
+            &kind::VM_SHUTDOWN
+        };
+        self.tell(kind, cause);
+        result
     }
 
     /// Ends the guest and frees its disks and network interfaces; keeps its configuration and consoles.
-    fn stop_guest(&mut self) {
-        self.end_machine();
+    fn stop_guest(&mut self, progress: Progress<'_>) {
+        progress.note("guest");
+        if self.end_machine() {
+            self.tell(&kind::VM_SHUTDOWN, Cause::Client);
+        }
         self.backends = None;
     }
 
-    fn end_machine(&mut self) {
+    /// Whether there was a guest to end.
+    fn end_machine(&mut self) -> bool {
         if let Some(id) = self.serial_input.take() {
             // It was added by us and is removed nowhere else.
             let _ = self.events.remove_subscriber(id);
         }
-        if self.machine.take().is_some() {
+        let existed = self.machine.take().is_some();
+        if existed {
             self.phase = Phase::Shutdown;
         }
         // Not before it has ended: until then somebody may want to see why that takes so long.
         self.outbox.show_meters(None);
+        existed
     }
 
     /// Ends the guest and forgets it.
-    fn forget(&mut self) {
-        self.stop_guest();
+    fn forget(&mut self, progress: Progress<'_>) {
+        self.stop_guest(progress);
         if let Some(consoles) = self.consoles.take() {
+            progress.note("consoles");
             consoles.drain(DRAIN);
         }
-        self.config = None;
+        if self.config.take().is_some() {
+            self.tell(&kind::VM_DELETED, Cause::Client);
+        }
         self.taps.clear();
         self.phase = Phase::Absent;
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.forget(Progress::NONE);
+        self.tell(&kind::VMM_SHUTDOWN, Cause::Client);
     }
 }
 

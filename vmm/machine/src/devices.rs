@@ -5,6 +5,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use triarch_api::events::{EventLog, kind};
 use triarch_api::{DeviceNode, DeviceTree, NetConfig, RngConfig, VmConfig, VsockConfig};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
@@ -13,13 +14,15 @@ use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
-    Block, BlockHandle, ConsoleResizer, EntropySource, VirtioConsole, VirtioDevice, VirtioPci, VirtioRng,
+    Block, BlockHandle, ConsoleResizer, DeviceEvent, EntropySource, Observer, VirtioConsole, VirtioDevice, VirtioPci,
+    VirtioRng,
 };
 
 use crate::MachineError;
 use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::metrics::DeviceMeters;
+use crate::progress::Progress;
 
 /// What devices are built on.
 pub(crate) struct Host {
@@ -28,6 +31,7 @@ pub(crate) struct Host {
     pub(crate) router: Arc<dyn MsiRouter>,
     pub(crate) io_events: Arc<dyn IoEvents>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
+    pub(crate) events: Arc<EventLog>,
 }
 
 /// The PCI devices of a guest.
@@ -50,6 +54,7 @@ impl Devices {
         consoles: &Consoles,
         backends: &Backends,
         host: Host,
+        progress: Progress<'_>,
     ) -> Result<Self, MachineError> {
         let mut devices = Self {
             host,
@@ -60,10 +65,12 @@ impl Devices {
             vsocks: Vec::new(),
             resizer: None,
         };
+        progress.note("devices");
+        let total = count(config, consoles);
         for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
             let (queues, size) = (disk.num_queues, disk.queue_size);
             let mut handle = None;
-            devices.add(&disk.id, |id| {
+            devices.add(progress, total, &disk.id, |id| {
                 let device = Block::new(id, backend.clone(), queues, size)?;
                 handle = Some((id.to_owned(), device.handle()));
                 Ok(Box::new(device))
@@ -72,14 +79,14 @@ impl Devices {
         }
         let taps = backends.taps.iter().zip(&backends.net_counters);
         for (net, (tap, counters)) in config.net.iter().flatten().zip(taps) {
-            devices.add(&net.id, |id| network(id, net, tap, counters))?;
+            devices.add(progress, total, &net.id, |id| network(id, net, tap, counters))?;
             let id = net.id.clone().unwrap_or_default();
             devices.nics.push((id, counters.clone()));
         }
-        devices.add(&Some("_rng".into()), |id| rng(id, &config.rng))?;
+        devices.add(progress, total, &Some("_rng".into()), |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
             let mut resizer = None;
-            devices.add(&Some("_console".into()), |id| {
+            devices.add(progress, total, &Some("_console".into()), |id| {
                 let device = VirtioConsole::new(id, console.clone());
                 resizer = Some(device.resizer());
                 Ok(Box::new(device))
@@ -88,7 +95,7 @@ impl Devices {
         }
         if let Some(config) = &config.vsock {
             let mut handle = None;
-            devices.add(&config.id, |id| {
+            devices.add(progress, total, &config.id, |id| {
                 let device = vsock(id, config)?;
                 handle = Some((id.to_owned(), device.handle()));
                 Ok(Box::new(device))
@@ -98,9 +105,11 @@ impl Devices {
         Ok(devices)
     }
 
-    /// Makes a device and puts it into the next free slot.
+    /// Makes a device, one of `total`, and puts it into the next free slot.
     fn add(
         &mut self,
+        progress: Progress<'_>,
+        total: usize,
         id: &Option<String>,
         make: impl FnOnce(&str) -> Made<Box<dyn VirtioDevice>>,
     ) -> Result<(), MachineError> {
@@ -114,6 +123,7 @@ impl Devices {
         let (router, io_events) = (host.router.clone(), host.io_events.clone());
         let function = VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone());
         let function = Arc::new(function.map_err(|e| failed(e.into()))?);
+        function.observe(observer(&host.events, name));
         let slot = host.root.add(function.clone(), None);
         let address = slot.map_err(|source| MachineError::Slot {
             id: name.to_owned(),
@@ -122,6 +132,7 @@ impl Devices {
         tracing::debug!(id = name, %address, "device added");
         self.functions.push(function);
         self.slots.push((name.to_owned(), address));
+        progress.count(self.functions.len(), total, "devices");
         Ok(())
     }
 
@@ -182,6 +193,26 @@ impl Devices {
     pub(crate) fn resume(&self) {
         self.functions.iter().for_each(|f| f.resume());
     }
+}
+
+/// How many devices there will be.
+fn count(config: &VmConfig, consoles: &Consoles) -> usize {
+    let lists = config.disks.iter().flatten().count() + config.net.iter().flatten().count();
+    // The entropy device is always there.
+    lists + 1 + usize::from(consoles.console.is_some()) + usize::from(config.vsock.is_some())
+}
+
+/// Makes what happens to the device called `id` an event.
+fn observer(events: &Arc<EventLog>, id: &str) -> Observer {
+    let (events, id) = (events.clone(), id.to_owned());
+    Box::new(move |event| {
+        let kind = match event {
+            DeviceEvent::Activated => &kind::DEVICE_ACTIVATED,
+            DeviceEvent::Reset => &kind::DEVICE_RESET,
+            DeviceEvent::Broken => &kind::DEVICE_BROKEN,
+        };
+        events.post_guest(&id, kind, &[("id", id.as_str().into())]);
+    })
 }
 
 fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>, counters: &NetCounters) -> Made<Box<dyn VirtioDevice>> {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use arc_swap::ArcSwapOption;
+use triarch_api::events::EventLog;
+use triarch_api::jobs::JobBoard;
 use triarch_api::metrics::Metrics;
 use triarch_api::{Answer, ApiError, Handler, Reply, Request, VmInfo};
 use triarch_legacy::PowerEvent;
@@ -43,6 +45,8 @@ pub struct Inbox {
     wake: Arc<EventFd>,
     info: Arc<ArcSwapOption<VmInfo>>,
     meters: Arc<Meters>,
+    events: Arc<EventLog>,
+    jobs: Arc<JobBoard>,
 }
 
 impl Inbox {
@@ -52,12 +56,15 @@ impl Inbox {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let info = Arc::new(ArcSwapOption::empty());
         let meters = Arc::new(Meters::new());
+        let events = EventLog::new();
         Ok((
             Self {
                 messages,
                 wake: wake.clone(),
                 info: info.clone(),
                 meters: meters.clone(),
+                jobs: JobBoard::new(events.clone()),
+                events,
             },
             Outbox {
                 messages: receiver,
@@ -98,6 +105,14 @@ impl Handler for Inbox {
 
     fn metrics(&self) -> Metrics {
         self.meters.gather()
+    }
+
+    fn events(&self) -> &Arc<EventLog> {
+        &self.events
+    }
+
+    fn jobs(&self) -> &Arc<JobBoard> {
+        &self.jobs
     }
 }
 

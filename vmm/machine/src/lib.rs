@@ -15,6 +15,7 @@ mod error;
 mod identity;
 mod inbox;
 mod metrics;
+mod progress;
 #[allow(unsafe_code)] // signal masks
 mod signals;
 

@@ -1,0 +1,92 @@
+//! Every event there is. The table in docs/api.md is made from these.
+
+/// What can happen.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Whose event it is: `vmm`, `vm`, `virtio-device`, `guest`, `job`.
+    pub source: &'static str,
+    /// What happened.
+    pub event: &'static str,
+    /// Names of the properties it has.
+    pub properties: &'static [&'static str],
+    /// When it happens, in the words of the documentation.
+    pub meaning: &'static str,
+}
+
+macro_rules! kinds {
+    ($($name:ident: $source:literal $event:literal [$($property:literal),*] $meaning:literal;)*) => {
+        $(
+            #[doc = concat!("`", $source, "`: `", $event, "`: ", $meaning, ".")]
+            pub const $name: Kind = Kind {
+                source: $source,
+                event: $event,
+                properties: &[$($property),*],
+                meaning: $meaning,
+            };
+        )*
+
+        /// All of them.
+        pub const ALL: &[Kind] = &[$($name),*];
+    };
+}
+
+kinds! {
+    VMM_STARTING: "vmm" "starting" [] "the process has started; always the first";
+    VMM_SHUTDOWN: "vmm" "shutdown" [] "the process ends; the last one";
+    VMM_LOST: "vmm" "lost" ["count"] "in the place of so many events that are not kept any more; its `id` is that of the last of them";
+    VM_CREATED: "vm" "created" [] "a configuration was taken";
+    VM_BOOTING: "vm" "booting" [] "the guest is being built";
+    VM_BOOTED: "vm" "booted" [] "the guest runs";
+    VM_PAUSING: "vm" "pausing" [] "a client asked for a pause";
+    VM_PAUSED: "vm" "paused" [] "the guest stands still";
+    VM_RESUMING: "vm" "resuming" [] "a client asked for the end of a pause";
+    VM_RESUMED: "vm" "resumed" [] "the guest runs again";
+    VM_REBOOTING: "vm" "rebooting" [] "a client or the guest asked for a reset; `booting` and `booted` follow";
+    VM_REBOOTED: "vm" "rebooted" [] "the guest runs anew";
+    VM_POWER_BUTTON: "vm" "power-button" [] "the guest was asked to shut down";
+    VM_RESIZING: "vm" "resizing" [] "a client asked for another size";
+    VM_RESIZED: "vm" "resized" [] "the VM has it";
+    VM_SHUTDOWN: "vm" "shutdown" [] "the guest has ended, by itself or by request";
+    VM_FAILED: "vm" "failed" ["error"] "a vCPU cannot go on, the guest has ended";
+    VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
+    GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
+    DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
+    DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";
+    DEVICE_BROKEN: "virtio-device" "broken" ["id"] "the device cannot work on its queues until the driver resets it";
+    JOB_STARTED: "job" "started" ["job", "kind"] "long work began";
+    JOB_DONE: "job" "done" ["job", "kind"] "it succeeded";
+    JOB_FAILED: "job" "failed" ["job", "kind", "error"] "it failed";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_has_them_all() {
+        let documentation = include_str!("../../../docs/api.md");
+        let rows: Vec<String> = ALL
+            .iter()
+            .map(|kind| {
+                let properties: Vec<_> = kind.properties.iter().map(|name| format!("`{name}`")).collect();
+                format!(
+                    "| `{}` | `{}` | {} | {} |",
+                    kind.source,
+                    kind.event,
+                    properties.join(", "),
+                    kind.meaning
+                )
+            })
+            .collect();
+        let table = rows.join("\n");
+        assert!(documentation.contains(&table), "docs/api.md should have\n{table}");
+    }
+
+    #[test]
+    fn no_two_are_the_same() {
+        for (at, kind) in ALL.iter().enumerate() {
+            let same = |other: &&Kind| (other.source, other.event) == (kind.source, kind.event);
+            assert_eq!(ALL.iter().position(|other| same(&other)), Some(at));
+        }
+    }
+}
