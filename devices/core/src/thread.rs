@@ -14,6 +14,8 @@ pub enum ThreadClass {
     Control,
     /// Accepts and answers HTTP requests.
     Http,
+    /// Writes events and audit lines for others.
+    Report,
     /// Runs a vCPU and dispatches its exits.
     Vcpu,
     /// Serves one queue of a disk.

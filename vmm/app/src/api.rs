@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
+use triarch_api::audit::AuditSink;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Stopper};
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_machine::Inbox;
@@ -16,8 +17,13 @@ pub(crate) struct Api {
 }
 
 impl Api {
-    /// Serves the controller behind `inbox` on `socket`.
-    pub(crate) fn start(socket: &ApiSocket, inbox: Inbox, sandbox: &Arc<dyn Sandbox>) -> anyhow::Result<Self> {
+    /// Serves the controller behind `inbox` on `socket`, with a record of each change to `audit`.
+    pub(crate) fn start(
+        socket: &ApiSocket,
+        inbox: Inbox,
+        audit: Arc<dyn AuditSink>,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> anyhow::Result<Self> {
         let listener = match socket {
             ApiSocket::Path(path) => Listener::bind(path),
             ApiSocket::Fd(fd) => Listener::inherit(*fd),
@@ -30,7 +36,7 @@ impl Api {
             pid: std::process::id(),
             features: vec!["kvm".to_owned()],
         };
-        let router = Router::new(Arc::new(inbox), &identity);
+        let router = Router::new(Arc::new(inbox), &identity).with_audit(audit);
         let server = Server::new(listener, Box::new(router), Limits::default())?;
         let stopper = server.stopper();
         let worker = Worker::spawn("http-server", ThreadClass::Http, sandbox, server, |server, _stop| {

@@ -65,6 +65,12 @@ struct Args {
     /// API socket: PATH, path=PATH or fd=N
     #[arg(long, value_name = "SOCKET")]
     api_socket: Option<String>,
+    /// Events, one JSON object a line: path=FILE or fd=N
+    #[arg(long, value_name = "EVENTS")]
+    event_monitor: Option<String>,
+    /// A line for each call that changes something: file=PATH, syslog[=SOCKET] or journald[=SOCKET]
+    #[arg(long, value_name = "LOG")]
+    audit_log: Option<String>,
     /// System calls outside of the filters: true kills, log reports, false has no filters
     #[arg(long, value_name = "MODE", default_value = "true", value_parser = ["true", "false", "log"])]
     seccomp: String,
@@ -85,12 +91,36 @@ pub(crate) enum ApiSocket {
     Fd(i32),
 }
 
+/// Where events go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// A file or a named pipe.
+    Path(PathBuf),
+    /// An inherited descriptor.
+    Fd(i32),
+}
+
+/// Where audit lines go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum AuditLog {
+    /// A file.
+    File(PathBuf),
+    /// The syslog daemon that listens on this socket.
+    Syslog(PathBuf),
+    /// The journal that listens on this socket.
+    Journal(PathBuf),
+}
+
 /// The command line, understood.
 pub(crate) struct Cli {
     /// The VM, if one was described.
     pub(crate) config: Option<VmConfig>,
     /// Where the API listens, if anywhere.
     pub(crate) api_socket: Option<ApiSocket>,
+    /// Where events go, if anywhere.
+    pub(crate) event_monitor: Option<Target>,
+    /// Where audit lines go, if anywhere.
+    pub(crate) audit_log: Option<AuditLog>,
     /// The system call filters; `None`: none.
     pub(crate) seccomp: Option<Mode>,
     /// Log file.
@@ -120,6 +150,11 @@ impl Cli {
 
     fn from_parsed(args: Args) -> anyhow::Result<Self> {
         let api_socket = args.api_socket.as_deref().map(api_socket).transpose()?;
+        let event_monitor = args.event_monitor.as_deref().map(event_monitor).transpose()?;
+        let audit_log = args.audit_log.as_deref().map(audit_log).transpose()?;
+        if audit_log.is_some() && api_socket.is_none() {
+            anyhow::bail!("--audit-log records calls of the API, which is off; give --api-socket PATH beside it");
+        }
         let seccomp = match args.seccomp.as_str() {
             "false" => None,
             "log" => Some(Mode::Log),
@@ -139,6 +174,8 @@ impl Cli {
         Ok(Self {
             config,
             api_socket,
+            event_monitor,
+            audit_log,
             seccomp,
             log_file,
             verbosity,
@@ -170,6 +207,28 @@ fn api_socket(text: &str) -> anyhow::Result<ApiSocket> {
         },
         Some(("path", path)) => Ok(ApiSocket::Path(path.into())),
         _ => Ok(ApiSocket::Path(text.into())),
+    }
+}
+
+fn event_monitor(text: &str) -> anyhow::Result<Target> {
+    match text.split_once('=') {
+        Some(("path", path)) if !path.is_empty() => Ok(Target::Path(path.into())),
+        Some(("fd", fd)) => match fd.parse() {
+            Ok(fd) if fd >= 0 => Ok(Target::Fd(fd)),
+            _ => anyhow::bail!("--event-monitor: fd={fd} is no descriptor number; write fd=3 for an inherited pipe"),
+        },
+        _ => anyhow::bail!("--event-monitor: '{text}' is neither path=FILE nor fd=N"),
+    }
+}
+
+fn audit_log(text: &str) -> anyhow::Result<AuditLog> {
+    let (kind, path) = text.split_once('=').unwrap_or((text, ""));
+    let or = |standard: &str| PathBuf::from(if path.is_empty() { standard } else { path });
+    match kind {
+        "file" if !path.is_empty() => Ok(AuditLog::File(path.into())),
+        "syslog" => Ok(AuditLog::Syslog(or("/dev/log"))),
+        "journald" => Ok(AuditLog::Journal(or("/run/systemd/journal/socket"))),
+        _ => anyhow::bail!("--audit-log: '{text}' is none of file=PATH, syslog[=SOCKET] and journald[=SOCKET]"),
     }
 }
 
@@ -210,4 +269,31 @@ fn console(text: &str, serial: &ConsoleConfig) -> anyhow::Result<ConsoleConfig> 
         });
     }
     Ok(console)
+}
+
+#[cfg(test)]
+mod report_tests {
+    use super::*;
+
+    #[test]
+    fn places_of_events_and_audit_lines_are_understood_or_refused() {
+        assert_eq!(event_monitor("path=/a=b").expect("a path"), Target::Path("/a=b".into()));
+        assert_eq!(event_monitor("fd=3").expect("a number"), Target::Fd(3));
+        for bad in ["", "path=", "fd=", "fd=-1", "fd=x", "/a", "file=/a"] {
+            assert!(event_monitor(bad).is_err(), "{bad}");
+        }
+        assert_eq!(audit_log("file=/a").expect("a file"), AuditLog::File("/a".into()));
+        assert_eq!(
+            audit_log("syslog").expect("syslog"),
+            AuditLog::Syslog("/dev/log".into())
+        );
+        assert_eq!(audit_log("syslog=/s").expect("a socket"), AuditLog::Syslog("/s".into()));
+        assert_eq!(
+            audit_log("journald").expect("the journal"),
+            AuditLog::Journal("/run/systemd/journal/socket".into())
+        );
+        for bad in ["", "file=", "file", "/a", "journal"] {
+            assert!(audit_log(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,22 +1,27 @@
 //! `triarch`: one guest, one process.
 
 mod api;
+mod audit;
 mod cli;
 mod flags;
 mod heap;
 mod keyvalue;
 mod limits;
 mod logging;
+mod monitor;
+mod outlet;
 
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use triarch_api::VmConfig;
+use triarch_api::audit::{AuditSink, NoAudit};
+use triarch_api::{Handler, VmConfig};
 use triarch_device_core::{NoSandbox, Sandbox, ThreadClass};
 use triarch_machine::{Controller, OLDER_SYSCALLS};
 use triarch_sandbox::Seccomp;
 
 use api::Api;
+use audit::Audit;
 use cli::Cli;
 
 fn main() -> ExitCode {
@@ -42,9 +47,23 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => Arc::new(NoSandbox),
     };
     let controller = Controller::new(sandbox.clone())?;
+    let inbox = controller.inbox();
+    let monitor = match &cli.event_monitor {
+        Some(target) => Some(monitor::start(target, inbox.events(), &sandbox)?),
+        None => None,
+    };
+    let audit = match &cli.audit_log {
+        Some(log) => Some(Audit::start(log, &sandbox)?),
+        None => None,
+    };
     // Clients are answered from here on, also while the guest is built.
     let api = match &cli.api_socket {
-        Some(socket) => Some(Api::start(socket, controller.inbox(), &sandbox)?),
+        Some(socket) => {
+            let sink = audit
+                .as_ref()
+                .map_or_else(|| Arc::new(NoAudit) as Arc<dyn AuditSink>, Audit::sink);
+            Some(Api::start(socket, inbox, sink, &sandbox)?)
+        }
         None => None,
     };
     if let Some(seccomp) = &seccomp {
@@ -53,6 +72,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let result = control(controller, cli.config, seccomp.as_deref());
     // The controller is gone, and with it every request that was not answered: now the answers can be sent.
     drop(api);
+    // What happened until now, and who asked for it, is written down.
+    drop((monitor, audit));
     result
 }
 

@@ -105,6 +105,9 @@ const SOCKETS: &[i64] = &[
 /// Reading what the kernel counts, from files of /proc that others opened.
 const METRICS: &[i64] = &[SYS_pread64];
 
+/// Sending lines to a daemon, also to the one that took the place of the first. Files are open before.
+const REPORT: &[i64] = &[SYS_connect, SYS_sendto];
+
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
     SYS_clone,
@@ -224,6 +227,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(SOCKETS))
             .chain(calls(METRICS))
             .collect(),
+        ThreadClass::Report => base.chain(calls(REPORT)).collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

@@ -7,13 +7,13 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 
-use triarch_device_core::ThreadClass::{self, Control, Device, Disk, Http, Net, Vcpu, Vsock};
+use triarch_device_core::ThreadClass::{self, Control, Device, Disk, Http, Net, Report, Vcpu, Vsock};
 use triarch_sandbox::{Mode, Seccomp};
 
 /// Number of the class, the mode and the number of the call, when this runs as a child.
 const CHILD: &str = "TRIARCH_TEST_FORBIDDEN";
 
-const CLASSES: [ThreadClass; 7] = [Control, Http, Vcpu, Disk, Net, Vsock, Device];
+const CLASSES: [ThreadClass; 8] = [Control, Http, Report, Vcpu, Disk, Net, Vsock, Device];
 
 /// A system call with arguments that make it fail, or do nothing, where it is served.
 struct Call {

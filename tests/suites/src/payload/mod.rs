@@ -9,6 +9,7 @@ mod console;
 pub(crate) mod data;
 mod edit;
 mod ends;
+mod events;
 pub(crate) mod guest;
 mod memory;
 mod metrics;
@@ -44,6 +45,7 @@ pub fn tests() -> Vec<Test> {
         sandbox::TESTS,
         api::TESTS,
         metrics::TESTS,
+        events::TESTS,
         edit::TESTS,
     ]
     .concat()
