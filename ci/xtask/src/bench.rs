@@ -85,7 +85,7 @@ struct Vmm {
 
 /// Triarch first, then the peers there are.
 fn vmms(profile: Profile) -> Result<Vec<Vmm>> {
-    let kernel = payload::build()?.display().to_string();
+    let kernel = payload::build(Arch::native())?.display().to_string();
     let triarch = build::program(Arch::native(), profile, "triarch", "triarch")?;
     let memory = format!("size={GUEST_MIB}M");
     let dialect = |program: PathBuf, name: &str| Vmm {

@@ -118,10 +118,8 @@ pub fn everything(args: &Args) -> Result<()> {
             println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
         }
     }
-    if payload::exists_for(arch) {
-        let file = payload::build()?;
-        println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
-    }
+    let file = payload::build(arch)?;
+    println!("{:>8} KiB  {}", std::fs::metadata(&file)?.len() / 1024, file.display());
     Ok(())
 }
 

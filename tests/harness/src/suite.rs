@@ -18,6 +18,15 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+/// The environment variable that says how many times longer than on a usual machine a test of the payload level may take.
+pub const PATIENCE: &str = "TRIARCH_PATIENCE";
+
+/// A time limit of the payload level, on this machine.
+pub fn patient(limit: Duration) -> Duration {
+    let factor = std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok());
+    limit * factor.unwrap_or(1)
+}
+
 /// What a test needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -86,7 +95,7 @@ pub struct Test {
 }
 
 impl Test {
-    /// A test of the payload level, which has ten seconds.
+    /// A test of the payload level, which has ten seconds, and more where [`PATIENCE`] says so.
     pub const fn payload(name: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
         Self {
             name,
@@ -105,6 +114,14 @@ impl Test {
             run,
             timeout: Duration::from_secs(180),
             needs_kvm: true,
+        }
+    }
+
+    /// After this it has failed, on this machine.
+    pub fn limit(&self) -> Duration {
+        match self.level {
+            Level::Payload => patient(self.timeout),
+            Level::Nested => self.timeout,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The ACPI tables a guest of this platform lives by: MADT, MCFG and FADT, every checksum verified (ACPI 6.5 §5.2).
 
+use crate::arch::{boot, paging};
 use crate::memory::bytes;
-use crate::paging;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -9,10 +9,21 @@ use alloc::vec::Vec;
 /// A processor of the MADT.
 #[derive(Clone, Copy)]
 pub struct Processor {
-    /// APIC id, 32 bits wide.
-    pub apic_id: u32,
+    /// APIC id, or the affinity fields of MPIDR.
+    pub id: u64,
     /// Ready for use at boot (flag bit 0).
     pub enabled: bool,
+}
+
+/// ARM's interrupt controller.
+#[derive(Clone, Default)]
+pub struct Gic {
+    /// Address of the distributor.
+    pub distributor: u64,
+    /// Ranges of redistributors: address and bytes.
+    pub redistributors: Vec<(u64, u64)>,
+    /// Address of the first interrupt translation service.
+    pub its: Option<u64>,
 }
 
 /// What was found.
@@ -22,6 +33,10 @@ pub struct Acpi {
     pub tables: Vec<String>,
     /// Processors in table order.
     pub processors: Vec<Processor>,
+    /// The GIC, if the MADT has one.
+    pub gic: Option<Gic>,
+    /// Flags of the FADT for ARM: bit 0 PSCI, bit 1 by HVC.
+    pub arm_boot: u16,
     /// Base of the ECAM of segment 0, and its last bus.
     pub ecam: Option<(u64, u8)>,
     /// Reset register port and value.
@@ -74,12 +89,9 @@ fn signature(table: &[u8]) -> String {
 }
 
 fn find_rsdp(hint: u64) -> Result<&'static [u8], String> {
-    let candidates = core::iter::once(hint)
-        .filter(|at| *at != 0)
-        .chain((0xe_0000..0x10_0000).step_by(16))
-        .chain((0x9_fc00..0xa_0400).step_by(16));
+    let candidates = core::iter::once(hint).filter(|at| *at != 0).chain(boot::rsdp_places());
     for address in candidates {
-        // SAFETY: low memory, or the address the VMM names, which is below 4 GiB and mapped from the start.
+        // SAFETY: the architecture names only places that are mapped from the start, and so does the VMM.
         let rsdp = unsafe { bytes(address, 36) };
         if rsdp.starts_with(b"RSD PTR ") {
             let len = if rsdp[15] >= 2 { 36 } else { 20 };
@@ -136,17 +148,35 @@ impl Acpi {
             }
             let entry = &rest[..len];
             let found = match kind {
-                0 => entry.get(3).map(|id| u32::from(*id)).zip(u32_at(entry, 4)),
-                9 => u32_at(entry, 4).zip(u32_at(entry, 8)),
+                0 => entry.get(3).map(|id| u64::from(*id)).zip(u32_at(entry, 4)),
+                9 => u32_at(entry, 4).map(u64::from).zip(u32_at(entry, 8)),
+                11 => u64_at(entry, 68).zip(u32_at(entry, 12)),
+                12 | 14 | 15 => {
+                    self.read_gic(kind, entry);
+                    None
+                }
                 _ => None,
             };
-            if let Some((apic_id, flags)) = found {
+            if let Some((id, flags)) = found {
                 self.processors.push(Processor {
-                    apic_id,
+                    id,
                     enabled: flags & 1 != 0,
                 });
             }
             rest = &rest[len..];
+        }
+    }
+
+    /// Distributor, redistributors and ITS (ACPI 6.5 §5.2.12.15, 17 and 18).
+    fn read_gic(&mut self, kind: u8, entry: &[u8]) {
+        let gic = self.gic.get_or_insert_default();
+        match kind {
+            12 => gic.distributor = u64_at(entry, 8).unwrap_or(0),
+            14 => {
+                let range = u64_at(entry, 4).zip(u32_at(entry, 12).map(u64::from));
+                gic.redistributors.extend(range);
+            }
+            _ => gic.its = gic.its.or(u64_at(entry, 8)),
         }
     }
 
@@ -165,6 +195,7 @@ impl Acpi {
             self.reset = port(116).zip(fadt.get(128).copied());
         }
         self.sleep_control = port(244);
+        self.arm_boot = u16_at(fadt, 129).unwrap_or(0);
         let dsdt = match u64_at(fadt, 140) {
             Some(address) if address != 0 => address,
             _ => u32_at(fadt, 40).unwrap_or(0).into(),

@@ -1,12 +1,10 @@
 //! The allocator: free lists of power-of-two blocks over one range of RAM. The boot processor is the only one that
 //! allocates.
 
+use crate::arch::boot::HEAP as RANGE;
 use core::alloc::{GlobalAlloc, Layout};
 use core::cell::UnsafeCell;
 use core::ptr::null_mut;
-
-/// Where the heap starts and ends: behind the image, below the RAM that tests use (see memory.rs).
-pub const RANGE: core::ops::Range<u64> = 0x20_0000..0x100_0000;
 
 struct State {
     next: usize,
@@ -15,8 +13,7 @@ struct State {
 
 struct Heap(UnsafeCell<State>);
 
-// SAFETY: only the boot processor allocates and frees, and nothing runs beside it in ring 3 there: interrupts end in
-// ring 0.
+// SAFETY: only the boot processor allocates and frees, and nothing allocates beside it there: interrupts only count.
 unsafe impl Sync for Heap {}
 
 #[global_allocator]

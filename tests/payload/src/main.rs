@@ -1,11 +1,12 @@
-//! A bare-metal guest for tests of a VMM: it enters by PVH, runs in ring 3, drives the platform's devices and answers
-//! commands over COM1. README.md lists the commands, boot.s tells how ring 3 and ring 0 share the work.
+//! A bare-metal guest for tests of a VMM: it drives the platform's devices and answers commands over the serial line.
+//! README.md lists the commands; arch/ has all that depends on the processor.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
 mod acpi;
+mod arch;
 mod clock;
 mod cmd;
 mod data;
@@ -13,12 +14,8 @@ mod dev;
 mod fault;
 mod heap;
 mod interrupts;
-mod io;
-mod memops;
 mod memory;
-mod paging;
 mod pci;
-mod ring0;
 mod serial;
 mod shell;
 mod smp;
@@ -28,12 +25,9 @@ use acpi::Acpi;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
-use core::arch::global_asm;
 use dev::Devices;
 use memory::Platform;
 use pci::{Access, Function};
-
-global_asm!(include_str!("boot.s"), options(att_syntax));
 
 /// All the guest knows.
 pub struct Guest {
@@ -51,25 +45,22 @@ impl Guest {
     }
 }
 
-/// Ring 3 begins here; `start_info` is the address the VMM left in EBX.
+/// The entry code ends here; `argument` is what the VMM left in the register that the boot protocol names.
 #[unsafe(no_mangle)]
-extern "C" fn payload_main(start_info: u64) -> ! {
-    interrupts::init();
-    serial::init();
-    // SAFETY: passed on from the entry untouched; a VMM puts it below 4 GiB.
-    let platform = match unsafe { Platform::read(start_info) } {
-        Ok(platform) => platform,
-        Err(why) => {
-            serial::write(&format!("triarch-payload: {why}\n"));
-            ring0::park()
-        }
-    };
+extern "C" fn payload_main(argument: u64) -> ! {
+    // SAFETY: passed on from the entry untouched.
+    let platform = unsafe { arch::boot::read(argument) }.unwrap_or_else(|why| give_up(why));
     let acpi = acpi::read(platform.rsdp);
-    let access = match acpi.as_ref().ok().and_then(|acpi| acpi.ecam) {
-        Some((base, _)) => pci::map_registers(base, 1 << 20).map_or(Access::Ports, Access::Ecam),
-        None => Access::Ports,
-    };
-    let functions = pci::scan(access);
+    if let Err(why) = arch::interrupts::init(acpi.as_ref().ok()) {
+        give_up(acpi.as_ref().err().unwrap_or(&why));
+    }
+    serial::init();
+    let ecam = acpi.as_ref().ok().and_then(|acpi| acpi.ecam);
+    let access = ecam.and_then(|(base, _)| pci::map_registers(base, 1 << 20).ok());
+    let access = access
+        .map(Access::Ecam)
+        .or_else(|| arch::config::Ports::find().map(Access::Ports));
+    let functions = access.map(pci::scan).unwrap_or_default();
     serial::write("triarch-payload ready\n");
     shell::run(&mut Guest {
         platform,
@@ -78,4 +69,9 @@ extern "C" fn payload_main(start_info: u64) -> ! {
         devices: Devices::default(),
         processors: None,
     })
+}
+
+fn give_up(why: &str) -> ! {
+    serial::write(&format!("triarch-payload: {why}\n"));
+    arch::power::park()
 }

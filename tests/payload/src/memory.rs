@@ -1,36 +1,22 @@
-//! What the PVH start information tells: RAM, command line, RSDP (Xen's public/arch-x86/hvm/start_info.h).
+//! What the VMM told about the machine at entry, and which RAM is for tests.
 
-use crate::heap;
+use crate::arch::boot::HEAP;
+use alloc::alloc::{Layout, alloc_zeroed};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-/// `hvm_start_info`.
-#[repr(C)]
-pub struct StartInfo {
-    magic: u32,
-    version: u32,
-    flags: u32,
-    module_count: u32,
-    modules: u64,
-    cmdline: u64,
-    rsdp: u64,
-    memmap: u64,
-    memmap_entries: u32,
-    reserved: u32,
-}
-
 /// One entry of the memory map.
-#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct MapEntry {
     /// First guest-physical address.
     pub base: u64,
     /// Length in bytes.
     pub size: u64,
-    /// E820 type; 1 is RAM.
+    /// Type as the map has it: of E820 on x86, of UEFI on ARM.
     pub kind: u32,
-    reserved: u32,
+    /// Free to use.
+    pub ram: bool,
 }
 
 /// What the VMM told us at entry.
@@ -45,51 +31,10 @@ pub struct Platform {
     pub modules: u32,
 }
 
-const MAGIC: u32 = 0x336e_c578;
-
 impl Platform {
-    /// Reads the start information at guest-physical `address`.
-    ///
-    /// # Safety
-    /// `address` is what the VMM passed in EBX: the structure and what it points to lie in mapped RAM.
-    pub unsafe fn read(address: u64) -> Result<Self, &'static str> {
-        // SAFETY: by contract.
-        let info = unsafe { (address as *const StartInfo).read_unaligned() };
-        if info.magic != MAGIC {
-            return Err("start info has a wrong magic number");
-        }
-        let mut cmdline = String::new();
-        if info.cmdline != 0 {
-            for n in 0..4096 {
-                // SAFETY: the string is in RAM and NUL-terminated.
-                match unsafe { (info.cmdline as *const u8).add(n).read() } {
-                    0 => break,
-                    byte => cmdline.push(char::from(byte)),
-                }
-            }
-        }
-        let mut map = Vec::new();
-        if info.version >= 1 {
-            for n in 0..(info.memmap_entries as usize).min(256) {
-                // SAFETY: the table holds that many entries.
-                map.push(unsafe { (info.memmap as *const MapEntry).add(n).read_unaligned() });
-            }
-        }
-        Ok(Self {
-            rsdp: info.rsdp,
-            cmdline,
-            map,
-            modules: info.module_count,
-        })
-    }
-
     /// Bytes of RAM in all.
     pub fn ram(&self) -> u64 {
-        self.map
-            .iter()
-            .filter(|entry| entry.kind == 1)
-            .map(|entry| entry.size)
-            .sum()
+        self.map.iter().filter(|entry| entry.ram).map(|entry| entry.size).sum()
     }
 
     /// RAM that nothing but the tests uses: above the heap, page-aligned, in address order.
@@ -97,8 +42,8 @@ impl Platform {
         let mut arenas: Vec<_> = self
             .map
             .iter()
-            .filter(|entry| entry.kind == 1)
-            .map(|entry| entry.base.max(heap::RANGE.end).next_multiple_of(4096)..(entry.base + entry.size) & !4095)
+            .filter(|entry| entry.ram)
+            .map(|entry| entry.base.max(HEAP.end).next_multiple_of(4096)..(entry.base + entry.size) & !4095)
             .filter(|range| range.start < range.end)
             .collect();
         arenas.sort_by_key(|range| range.start);
@@ -120,4 +65,14 @@ impl Platform {
 pub unsafe fn bytes(address: u64, len: usize) -> &'static [u8] {
     // SAFETY: by contract.
     unsafe { core::slice::from_raw_parts(address as *const u8, len) }
+}
+
+/// `len` zeroed bytes that are never freed, aligned to `align`; their address.
+pub fn block(len: usize, align: usize) -> Result<u64, String> {
+    let layout = Layout::from_size_align(len.max(1), align).map_err(|_| "bad layout")?;
+    // SAFETY: the layout is not empty.
+    match unsafe { alloc_zeroed(layout) } as u64 {
+        0 => Err("out of memory".into()),
+        address => Ok(address),
+    }
 }

@@ -1,7 +1,9 @@
-//! PCI functions of segment 0: configuration space by ECAM and by ports 0xcf8/0xcfc, capabilities, BARs, MSI-X.
+//! PCI functions of segment 0: configuration space by ECAM and by ports, capabilities, BARs, MSI-X.
 
-use crate::io::{Mmio, inb, inl, inw, outb, outl, outw};
-use crate::paging;
+use crate::arch::config::Ports;
+use crate::arch::io::Mmio;
+use crate::arch::paging;
+use crate::interrupts::Message;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -14,8 +16,8 @@ const CAPABILITY_MSIX: u8 = 0x11;
 /// A way to configuration space.
 #[derive(Clone, Copy)]
 pub enum Access {
-    /// Ports 0xcf8 and 0xcfc.
-    Ports,
+    /// By I/O ports, where there are any.
+    Ports(Ports),
     /// Memory-mapped at this base.
     Ecam(Mmio),
 }
@@ -54,11 +56,6 @@ impl Function {
         Self { access, ..self }
     }
 
-    fn select(self, register: u16) -> u16 {
-        outl(0xcf8, 1 << 31 | u32::from(self.bdf) << 8 | u32::from(register & 0xfc));
-        0xcfc + (register & 3)
-    }
-
     fn offset(self, register: u16) -> u64 {
         u64::from(self.bdf) << 12 | u64::from(register)
     }
@@ -66,7 +63,7 @@ impl Function {
     /// Reads 8 bits of configuration space.
     pub fn read8(self, register: u16) -> u8 {
         match self.access {
-            Access::Ports => inb(self.select(register)),
+            Access::Ports(ports) => ports.read8(self.bdf, register),
             Access::Ecam(base) => base.read8(self.offset(register)),
         }
     }
@@ -74,7 +71,7 @@ impl Function {
     /// Reads 16 bits.
     pub fn read16(self, register: u16) -> u16 {
         match self.access {
-            Access::Ports => inw(self.select(register)),
+            Access::Ports(ports) => ports.read16(self.bdf, register),
             Access::Ecam(base) => base.read16(self.offset(register)),
         }
     }
@@ -82,7 +79,7 @@ impl Function {
     /// Reads 32 bits.
     pub fn read32(self, register: u16) -> u32 {
         match self.access {
-            Access::Ports => inl(self.select(register)),
+            Access::Ports(ports) => ports.read32(self.bdf, register),
             Access::Ecam(base) => base.read32(self.offset(register)),
         }
     }
@@ -90,7 +87,7 @@ impl Function {
     /// Writes 8 bits.
     pub fn write8(self, register: u16, value: u8) {
         match self.access {
-            Access::Ports => outb(self.select(register), value),
+            Access::Ports(ports) => ports.write8(self.bdf, register, value),
             Access::Ecam(base) => base.write8(self.offset(register), value),
         }
     }
@@ -98,7 +95,7 @@ impl Function {
     /// Writes 16 bits.
     pub fn write16(self, register: u16, value: u16) {
         match self.access {
-            Access::Ports => outw(self.select(register), value),
+            Access::Ports(ports) => ports.write16(self.bdf, register, value),
             Access::Ecam(base) => base.write16(self.offset(register), value),
         }
     }
@@ -106,7 +103,7 @@ impl Function {
     /// Writes 32 bits.
     pub fn write32(self, register: u16, value: u32) {
         match self.access {
-            Access::Ports => outl(self.select(register), value),
+            Access::Ports(ports) => ports.write32(self.bdf, register, value),
             Access::Ecam(base) => base.write32(self.offset(register), value),
         }
     }
@@ -293,7 +290,7 @@ impl Msix {
     }
 
     /// Programs `entry` with a message and unmasks it.
-    pub fn set(&self, entry: u16, (address, data): (u64, u32)) {
+    pub fn set(&self, entry: u16, Message { address, data, .. }: Message) {
         let at = u64::from(entry) * 16;
         self.table.write32(at, address as u32);
         self.table.write32(at + 4, (address >> 32) as u32);

@@ -1,6 +1,6 @@
 //! The command interpreter: a line in, a line out.
 
-use crate::{Guest, cmd, serial};
+use crate::{Guest, arch, cmd, serial};
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -93,16 +93,11 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
     match args.word("command")? {
         "hello" => cmd::system::hello(guest),
         "echo" => Ok(args.rest()),
-        "outs" => cmd::system::string_io(&args),
         "acpi" => cmd::system::acpi(guest),
-        "time" => cmd::system::time(),
         "sleep" => cmd::system::sleep(&mut args),
         "count" => cmd::system::count(&mut args),
         "cpus" => cmd::system::cpus(guest),
         "ipi" => cmd::system::ipi(guest, &mut args),
-        "cpuid" => cmd::system::cpuid(&mut args),
-        "msr" => cmd::system::msr(&mut args),
-        "port" => cmd::system::port(&mut args),
         "pm" => cmd::system::pm(guest, &mut args),
         "mem" => cmd::memory::run(guest, &mut args),
         "dirty" => cmd::memory::dirty(guest, &mut args),
@@ -116,6 +111,6 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),
-        other => Err(format!("unknown command {other}")),
+        other => arch::commands::run(other, &mut args).unwrap_or_else(|| Err(format!("unknown command {other}"))),
     }
 }

@@ -4,11 +4,12 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 
+use crate::arch::Arch;
 use crate::host::{Kind, Options};
 use crate::kernels::Version;
 
 /// The tests on a second ARM host: those that see another processor and another KVM.
-const SECOND_ARM: [&str; 9] = [
+const SECOND_ARM: [&str; 13] = [
     "boot::linux_6_1_on_1_cpu",
     "boot::linux_6_1_on_4_cpus",
     "boot::linux_6_12_on_1_cpu",
@@ -18,6 +19,10 @@ const SECOND_ARM: [&str; 9] = [
     "blk::data_matches_the_hosts_file",
     "net::guest_and_host_talk",
     "power::a_panic_resets",
+    "payload::boot::says_hello",
+    "payload::smp::starts_sixteen",
+    "payload::smp::interrupts_others",
+    "payload::blk::runs_several_queues",
 ];
 
 /// A host and the tests it is for.
@@ -59,6 +64,13 @@ impl Place {
             only: &SECOND_ARM,
             ..Self::all(Kind::Arm, Some("cortex-a72".into()), Some(Version::V6_12))
         }
+    }
+
+    /// Whether tests with the payload guest run here: on what is not this machine's architecture, since they cannot run beside it, and on
+    /// any emulated ARM machine, so that there they are the same everywhere.
+    pub fn has_payload(&self) -> bool {
+        let arch = self.kind.arch();
+        arch != Arch::native() || self.kind == Kind::Arm
     }
 
     /// Those of `tests` that are for this host.

@@ -25,6 +25,12 @@ const VMM: &str = "triarch";
 const PAYLOAD: &str = "triarch-payload";
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
+/// How much longer than on this machine tests with the payload guest may take on an emulated host.
+const PATIENCE: &str = "6";
+/// The framework's own tests, which say nothing about a host.
+const FRAMEWORK: &str = "framework::";
+/// What the names of tests with the payload guest begin with on the nested level.
+const PAYLOAD_TESTS: &str = "payload::";
 /// Enough for a guest with memory on both sides of the 32-bit hole; what nobody touches costs nothing.
 const HOST_MIB: u32 = 4096;
 
@@ -41,7 +47,7 @@ impl Programs {
     /// They do not compile.
     pub fn build() -> Result<Self> {
         let dir = programs(Arch::native())?;
-        let payload = payload::build()?;
+        let payload = payload::build(Arch::native())?;
         Ok(Self { dir, payload })
     }
 
@@ -52,12 +58,12 @@ impl Programs {
     pub fn payload(&self, filters: &[String], tally: &mut Tally) -> Result<()> {
         let images = tempfile::tempdir()?;
         fs::copy(&self.payload, images.path().join(PAYLOAD)).context("cannot copy the payload guest")?;
-        let mut pending = Pending::new("payload", self.list("payload", filters)?);
+        let mut pending = Pending::new("payload", "payload", self.list("payload", filters)?);
         if pending.names.is_empty() {
             return Ok(());
         }
         let mut child = Command::new(self.dir.join(SUITES))
-            .args(pending.arguments("payload"))
+            .args(pending.arguments())
             .env("TRIARCH_BIN", self.dir.join(VMM))
             .env("TRIARCH_IMAGES", images.path())
             .stdin(Stdio::null())
@@ -78,18 +84,31 @@ impl Programs {
     /// # Errors
     /// The host cannot be made, or failed twice.
     pub fn nested(&self, place: &Place, filters: &[String], tally: &mut Tally) -> Result<()> {
-        let mut names = place.select(self.list("nested", &[])?)?;
+        let mut names = self.list("nested", &[])?;
+        if place.has_payload() {
+            let payload = self.list("payload", &[])?.into_iter();
+            let here = payload.filter(|name| !name.starts_with(FRAMEWORK));
+            names.extend(here.map(|name| format!("{PAYLOAD_TESTS}{name}")));
+        }
+        let mut names = place.select(names)?;
         names.retain(|name| super::selected(filters, &format!("nested::{name}")));
-        let mut pending = Pending::new(&place.to_string(), names);
-        if pending.names.is_empty() {
+        if names.is_empty() {
             return Ok(());
         }
+        let (payload, linux): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with(PAYLOAD_TESTS));
+        let payload = payload.iter().map(|name| name.replacen(PAYLOAD_TESTS, "", 1)).collect();
+        let mut pending = [
+            Pending::new(&format!("{place}::payload"), "payload", payload),
+            Pending::new(&place.to_string(), "nested", linux),
+        ];
         let options = Options {
             memory_mib: HOST_MIB,
             files: self.files(place.kind.arch())?,
             ..place.options()
         };
-        host::with_host(place.kind, &options, |host| run_on(host, &mut pending, tally))
+        host::with_host(place.kind, &options, |host| {
+            pending.iter_mut().try_for_each(|level| run_on(host, level, tally))
+        })
     }
 
     /// The tests of a level, without running them. They are the same for every architecture.
@@ -111,9 +130,12 @@ impl Programs {
         };
         let program = |name: &str| (name.to_owned(), 0o755, dir.join(name));
         let mut files = vec![program(VMM), program(SUITES)];
-        if payload::exists_for(arch) {
-            files.push((PAYLOAD.to_owned(), 0o644, self.payload.clone()));
-        }
+        let payload = if arch == Arch::native() {
+            self.payload.clone()
+        } else {
+            payload::build(arch)?
+        };
+        files.push((PAYLOAD.to_owned(), 0o644, payload));
         for version in [Version::V6_1, Version::V6_12] {
             let kernel = Kernel::get(version, arch, &rig.root)?;
             let mut add = |name: String, source: &Path| files.push((name, 0o644, source.to_path_buf()));
@@ -130,8 +152,14 @@ fn programs(arch: Arch) -> Result<PathBuf> {
 }
 
 fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
-    let argv = [host.path(SUITES)].into_iter().chain(pending.arguments("nested"));
-    let exec = Exec::new(argv).cwd(&host.path("")).timeout(LIMIT);
+    if pending.names.is_empty() {
+        return Ok(());
+    }
+    let argv = [host.path(SUITES)].into_iter().chain(pending.arguments());
+    let exec = Exec::new(argv)
+        .cwd(&host.path(""))
+        .timeout(LIMIT)
+        .env(suite::PATIENCE, PATIENCE);
     let mut lines = Lines::default();
     let mut errors = Vec::new();
     let exit = host.exec(&exec, |stream, data| match stream {
@@ -165,19 +193,21 @@ impl Lines {
 #[derive(Debug)]
 struct Pending {
     place: String,
+    level: &'static str,
     names: Vec<String>,
 }
 
 impl Pending {
-    fn new(place: &str, names: Vec<String>) -> Self {
+    fn new(place: &str, level: &'static str, names: Vec<String>) -> Self {
         Self {
             place: place.to_owned(),
+            level,
             names,
         }
     }
 
-    fn arguments(&self, level: &str) -> Vec<String> {
-        let options = ["--json", "--exact", "--level", level].map(str::to_owned);
+    fn arguments(&self) -> Vec<String> {
+        let options = ["--json", "--exact", "--level", self.level].map(str::to_owned);
         [options.to_vec(), self.names.clone()].concat()
     }
 
@@ -223,7 +253,7 @@ mod tests {
     #[test]
     fn a_test_without_result_has_failed() {
         let names = ["a", "b", "c", "d"].map(str::to_owned).to_vec();
-        let mut pending = Pending::new("nested::amd", names);
+        let mut pending = Pending::new("nested::amd", "nested", names);
         let mut tally = Tally::new(std::io::sink());
         pending.line(
             r#"{"name":"b","level":"nested","verdict":"passed","millis":20}"#,
@@ -238,7 +268,7 @@ mod tests {
             &mut tally,
         );
         let expected = ["--json", "--exact", "--level", "nested", "a", "d"];
-        assert_eq!(pending.arguments("nested"), expected);
+        assert_eq!(pending.arguments(), expected);
         pending.line(
             r#"{"name":"d","level":"nested","verdict":"failed","why":"e","millis":2}"#,
             &mut tally,

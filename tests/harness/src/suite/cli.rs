@@ -15,7 +15,8 @@ Runs tests that run a whole VMM: all of them, or those whose names contain a NAM
   --json     print each result as a line of JSON
 
 TRIARCH_BIN    the VMM (default: `triarch` beside this program)
-TRIARCH_IMAGES the directory with kernels and initramfs (default: where this program is)";
+TRIARCH_IMAGES the directory with kernels and initramfs (default: where this program is)
+TRIARCH_PATIENCE how many times longer tests of the payload level may take (default: 1)";
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Options {

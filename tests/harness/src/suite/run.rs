@@ -41,7 +41,7 @@ fn around(test: &Test) -> Result<Verdict> {
     let mut command = Command::new(program);
     command.arg(INSIDE).arg(test.name).arg(dir.path()).process_group(0);
     let mut process = Process::start(&mut command)?;
-    let ended = process.wait(test.timeout);
+    let ended = process.wait(test.limit());
     let group = process.pid();
     let left = if ended.is_ok() {
         members_after(group, LINGER)
@@ -59,7 +59,7 @@ fn around(test: &Test) -> Result<Verdict> {
             .collect::<String>()
     };
     let Ok(status) = ended else {
-        let limit = test.timeout;
+        let limit = test.limit();
         return Ok(Verdict::Failed {
             why: format!("not done in {limit:?}{}", printed()),
         });

@@ -42,9 +42,9 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         "raw" => raw(disk, args),
         "stress" => {
             let (blocks, depth) = (args.number("BLOCKS")?, args.number_to("DEPTH", 128)?);
-            let start = clock::tsc();
+            let start = clock::ticks();
             disk.stress(blocks, depth.max(1) as usize, args.number("SEED")?)?;
-            Ok(format!("us={}", clock::nanoseconds(clock::tsc() - start) / 1000))
+            Ok(format!("us={}", clock::nanoseconds(clock::ticks() - start) / 1000))
         }
         "bench" => bench(disk, args),
         other => Err(format!("blk {other}?")),

@@ -1,8 +1,9 @@
 //! Commands about RAM.
 
+use crate::arch::paging;
 use crate::clock::{self, Deadline};
 use crate::shell::{Args, Reply};
-use crate::{Guest, data, interrupts, paging, serial};
+use crate::{Guest, data, interrupts, serial};
 use alloc::format;
 use alloc::string::String;
 use core::fmt::Write;
@@ -99,19 +100,19 @@ pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
                     .ok_or("bad number of pages")?),
     )?;
     let words = |page: u64| (bytes.as_ptr() as u64 + page * 4096) as *mut u64;
-    let start = clock::tsc();
+    let start = clock::ticks();
     let end = if seconds == 0 {
         u64::MAX
     } else {
-        start + seconds * 1000 * clock::khz()
+        start + clock::ticks_of_ms(seconds * 1000)
     };
     let (mut written, mut stopped) = (0u64, false);
-    while clock::tsc() < end && !stopped {
+    while clock::ticks() < end && !stopped {
         // A batch of a millisecond's worth, then sleep until its time is over.
         let due = if rate == 0 {
             written + 1024
         } else {
-            (clock::nanoseconds(clock::tsc() - start) / 1_000_000 + 1) * rate / 1000
+            (clock::nanoseconds(clock::ticks() - start) / 1_000_000 + 1) * rate / 1000
         };
         while written < due {
             let word = words(written % pages);
@@ -127,7 +128,7 @@ pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
         }
         stopped = seconds == 0 && serial::read_byte().is_some();
     }
-    let us = clock::nanoseconds(clock::tsc() - start) / 1000;
+    let us = clock::nanoseconds(clock::ticks() - start) / 1000;
     Ok(format!(
         "start={:#x} pages={written} us={us} rate={}",
         arena.start,

@@ -255,7 +255,7 @@ fn ping(nic: &mut Net, args: &mut Args) -> Reply {
         let sum = checksum(&[&message]);
         message[2..4].copy_from_slice(&sum.to_be_bytes());
         let frame = ethernet(&mac, &nic.mac, IPV4, &ipv4(ICMP, own, peer, &message));
-        let start = clock::tsc();
+        let start = clock::ticks();
         nic.send((n as usize) % nic.pairs(), &frame, Offload::default())?;
         let deadline = Deadline::after_ms(2000);
         loop {
@@ -273,7 +273,7 @@ fn ping(nic: &mut Net, args: &mut Args) -> Reply {
                 _ => {}
             }
         }
-        best = best.min(clock::nanoseconds(clock::tsc() - start) / 1000);
+        best = best.min(clock::nanoseconds(clock::ticks() - start) / 1000);
     }
     Ok(format!("echoes={count} us_min={best}"))
 }

@@ -1,5 +1,6 @@
 //! Commands about PCI: enumeration, BARs and their relocation, MSI-X masking.
 
+use crate::arch::config::Ports;
 use crate::dev::device_name;
 use crate::pci::{self, Access, Bar, Function};
 use crate::shell::{Args, Reply, parse};
@@ -9,10 +10,12 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
 
-/// `pci`: lists bus 0, read by both ways.
+/// `pci`: lists bus 0, read by both ways where there are two.
 pub fn list(guest: &Guest) -> Reply {
-    let by_ports = pci::scan(Access::Ports);
-    if by_ports.len() != guest.functions.len() {
+    let ports = Ports::find().map(Access::Ports);
+    if let Some(by_ports) = ports.map(pci::scan)
+        && by_ports.len() != guest.functions.len()
+    {
         return Err(format!(
             "{} functions by ports, {} by ECAM",
             by_ports.len(),
@@ -21,8 +24,8 @@ pub fn list(guest: &Guest) -> Reply {
     }
     let mut text = format!("functions={}", guest.functions.len());
     for function in &guest.functions {
-        for register in (0..64).step_by(4) {
-            let (ecam, ports) = (function.read32(register), function.by(Access::Ports).read32(register));
+        for (register, access) in (0..64).step_by(4).zip(ports.iter().copied().cycle()) {
+            let (ecam, ports) = (function.read32(register), function.by(access).read32(register));
             if ecam != ports {
                 return Err(format!(
                     "{} register {register:#x}: {ecam:#x} by ECAM, {ports:#x} by ports",
@@ -65,7 +68,7 @@ pub fn bars(guest: &mut Guest, args: &mut Args) -> Reply {
 }
 
 /// A free, aligned place for `bar` above all other BARs of its window (or, at the window's end, below them).
-fn free_place(functions: &[Function], bar: &Bar) -> Result<u64, String> {
+fn free_place(functions: &[Function], bar: &Bar, ecam: u64) -> Result<u64, String> {
     const FOUR_GIB: u64 = 1 << 32;
     let high = bar.address >= FOUR_GIB;
     let used: Vec<Bar> = functions
@@ -80,7 +83,7 @@ fn free_place(functions: &[Function], bar: &Bar) -> Result<u64, String> {
         .unwrap_or(bar.address)
         .next_multiple_of(bar.size);
     // Below 4 GiB the window ends where ECAM begins.
-    if high || top + bar.size <= 0xe800_0000 {
+    if high || top + bar.size <= ecam {
         return Ok(top);
     }
     let bottom = used.iter().map(|other| other.address).min().unwrap_or(bar.address);
@@ -99,6 +102,7 @@ pub fn move_bar(guest: &mut Guest, args: &mut Args) -> Reply {
         .map(|word| parse(word).ok_or("ADDR is not a number"))
         .transpose()?;
     let functions = guest.functions.clone();
+    let ecam = guest.acpi()?.ecam.ok_or("no ECAM")?.0;
     let driver = guest.driver(&name, index)?;
     driver.prove().map_err(|why| format!("before the move: {why}"))?;
     let (function, number) = (driver.transport().function, driver.transport().bar);
@@ -109,7 +113,7 @@ pub fn move_bar(guest: &mut Guest, args: &mut Args) -> Reply {
         .ok_or("no BAR")?;
     let place = match wanted {
         Some(place) => place,
-        None => free_place(&functions, &bar)?,
+        None => free_place(&functions, &bar, ecam)?,
     };
     let old = driver.transport().raw_common();
     let status = driver.transport().status();

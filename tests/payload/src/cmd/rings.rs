@@ -54,7 +54,7 @@ pub fn fuzz(guest: &mut Guest, args: &mut Args) -> Reply {
     driver.prove()?;
     let dma = Dma::new(8192)?;
     let victim = driver.victim();
-    let config_vector = driver.transport().config_vector;
+    let config_vector = driver.transport().config_vector();
     let told_before = interrupts::count(config_vector);
     let outcome = if let Some(ring) = case.strip_prefix("ring-") {
         bad_ring(driver.transport(), victim, ring)

@@ -213,9 +213,9 @@ impl Blk {
             .collect())
     }
 
-    /// One read of 512 bytes, by interrupt or polling; TSC ticks it took.
+    /// One read of 512 bytes, by interrupt or polling; ticks it took.
     pub fn timed_read(&mut self, sector: u64, poll: bool) -> Result<u64, String> {
-        let start = crate::clock::tsc();
+        let start = crate::clock::ticks();
         let segment = Segment::write(&self.data, 0, SECTOR);
         let deadline = Deadline::after_ms(TIMEOUT_MS);
         let done = if poll {
@@ -228,7 +228,7 @@ impl Blk {
         };
         done.ok_or("no answer")?;
         check(self.header.bytes()[128])?;
-        Ok(crate::clock::tsc() - start)
+        Ok(crate::clock::ticks() - start)
     }
 
     fn submit_quietly(&mut self, sector: u64, segment: Segment) -> Result<(), String> {

@@ -2,8 +2,9 @@
 
 pub mod ring;
 
-use crate::interrupts;
-use crate::io::Mmio;
+use crate::arch::interrupts::connect;
+use crate::arch::io::Mmio;
+use crate::interrupts::Message;
 use crate::pci::{Function, Msix};
 use alloc::format;
 use alloc::string::String;
@@ -70,8 +71,7 @@ pub struct Transport {
     pub bar: u8,
     /// Its MSI-X table.
     pub msix: Msix,
-    /// Vector of configuration changes.
-    pub config_vector: u8,
+    config_message: Message,
 }
 
 /// The virtio device type of a function, `None` when it is not a virtio device.
@@ -118,8 +118,13 @@ impl Transport {
             config: map(4).ok(),
             bar: places[1].map_or(0, |(bar, ..)| bar),
             msix: Msix::find(function)?,
-            config_vector: interrupts::new_vector(),
+            config_message: connect(function.bdf, 0)?,
         })
+    }
+
+    /// Vector of configuration changes.
+    pub fn config_vector(&self) -> u8 {
+        self.config_message.vector
     }
 
     /// The device status register.
@@ -168,7 +173,7 @@ impl Transport {
             return Err(format!("features {features:#x} refused"));
         }
         self.msix.enable();
-        self.msix.set(0, interrupts::message(self.config_vector));
+        self.msix.set(0, self.config_message);
         self.common.write16(common::CONFIG_MSIX_VECTOR, 0);
         Ok(features)
     }
@@ -190,15 +195,15 @@ impl Transport {
             return Err(format!("queue {index} does not exist"));
         }
         self.common.write16(common::QUEUE_SIZE, size);
-        let vector = interrupts::new_vector();
         let entry = (1 + index).min(self.msix.entries - 1);
-        self.msix.set(entry, interrupts::message(vector));
+        let message = connect(self.function.bdf, entry)?;
+        self.msix.set(entry, message);
         self.common.write16(common::QUEUE_MSIX_VECTOR, entry);
         if self.common.read16(common::QUEUE_MSIX_VECTOR) != entry {
             return Err(format!("MSI-X vector {entry} refused for queue {index}"));
         }
         let offset = u64::from(self.common.read16(common::QUEUE_NOTIFY_OFF)) * u64::from(self.notify_multiplier);
-        Queue::new(index, size, options, vector, entry, self.notify, offset)
+        Queue::new(index, size, options, message.vector, entry, self.notify, offset)
     }
 
     /// Writes the addresses of queue `index`'s rings and enables it.

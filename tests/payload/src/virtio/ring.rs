@@ -1,9 +1,9 @@
 //! Split virtqueues (virtio 1.2 §2.7), the driver's side, with or without event index and indirect descriptors.
 
 use super::feature;
+use crate::arch::io::Mmio;
 use crate::clock::Deadline;
 use crate::interrupts;
-use crate::io::Mmio;
 use alloc::alloc::{Layout, alloc_zeroed, dealloc};
 use alloc::string::String;
 use alloc::vec::Vec;

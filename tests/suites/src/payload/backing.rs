@@ -1,6 +1,6 @@
 //! What the guest's RAM is made of on the host.
 
-use super::guest::{Guest, builder};
+use super::guest::{Guest, builder, test_ram};
 use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
@@ -61,8 +61,9 @@ fn start<T>(context: &Context, options: &str, look: impl Fn(&Mapping) -> Result<
     let memory = format!("size=64M{options}");
     let mut guest = Guest::start(builder(context)?.set("--memory", memory))?;
     let before = look(&Mapping::of(guest.vm())?)?;
-    guest.ask("mem fill 0x1000000 0x2000000 1")?;
-    guest.ask("mem verify 0x1000000 0x2000000 1")?;
+    for what in ["fill", "verify"] {
+        guest.ask(&format!("mem {what} {:#x} 0x2000000 1", test_ram()))?;
+    }
     let after = look(&Mapping::of(guest.vm())?)?;
     // A reset has to find the same.
     guest.send("pm reset")?;

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
-use triarch_harness::suite::Context;
+use triarch_harness::suite::{Context, patient};
 use triarch_harness::vm::{Ended, Vm, VmBuilder};
 
 /// The image among the others.
@@ -17,6 +17,21 @@ const READY: &str = "triarch-payload ready";
 /// How long an answer may take; those that take longer say so themselves.
 const ANSWER: Duration = Duration::from_secs(8);
 const SERIAL: &str = "serial.sock";
+
+/// Whether guests here are ARM's.
+pub fn is_arm() -> bool {
+    std::env::consts::ARCH == "aarch64"
+}
+
+/// Where RAM begins: 16 MiB of it are the guest's own, the rest is for tests (tests/payload/README.md).
+pub fn ram_start() -> u64 {
+    if is_arm() { 0x4000_0000 } else { 0 }
+}
+
+/// Where test RAM begins.
+pub fn test_ram() -> u64 {
+    ram_start() + (16 << 20)
+}
 
 /// One vCPU, 64 MiB, no console beside the serial line.
 pub fn builder(context: &Context) -> Result<VmBuilder> {
@@ -45,8 +60,8 @@ impl Guest {
 
     fn attach(vm: Vm, serial: &Path) -> Result<Self> {
         let stream = connect(&vm, serial)?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        stream.set_write_timeout(Some(ANSWER))?;
+        stream.set_read_timeout(Some(patient(ANSWER)))?;
+        stream.set_write_timeout(Some(patient(ANSWER)))?;
         let line = BufReader::new(stream);
         let mut guest = Self { line, vm };
         guest.wait_ready()?;
@@ -124,7 +139,7 @@ impl Guest {
 
 /// Connects to the serial line as soon as the VMM listens; gives up when the VMM has ended.
 fn connect(vm: &Vm, serial: &Path) -> Result<UnixStream> {
-    let deadline = Instant::now() + ANSWER;
+    let deadline = Instant::now() + patient(ANSWER);
     loop {
         match UnixStream::connect(serial) {
             Ok(stream) => return Ok(stream),

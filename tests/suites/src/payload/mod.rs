@@ -51,13 +51,20 @@ pub fn tests() -> Vec<Test> {
     .concat()
 }
 
-/// Declares a module's tests: functions of a context, named after the subject.
+/// Declares a module's tests: functions of a context, named after the subject. Behind `x86:` those that only an x86 guest can do, each
+/// with what others lack.
 macro_rules! payload_tests {
-    ($subject:literal: $($name:ident),* $(,)?) => {
+    ($subject:literal: $($name:ident),* $(,)? $(; x86: $($x86:ident: $lack:literal),* $(,)?)?) => {
         /// This module's tests.
-        pub const TESTS: &[triarch_harness::suite::Test] = &[$(
-            triarch_harness::suite::Test::payload(concat!($subject, "::", stringify!($name)), $name),
-        )*];
+        pub const TESTS: &[triarch_harness::suite::Test] = &[
+            $(triarch_harness::suite::Test::payload(concat!($subject, "::", stringify!($name)), $name),)*
+            $($(triarch_harness::suite::Test::payload(concat!($subject, "::", stringify!($x86)), |context| {
+                if $crate::payload::guest::is_arm() {
+                    return Ok(triarch_harness::suite::Outcome::Skipped(concat!("ARM guests have no ", $lack).into()));
+                }
+                $x86(context)
+            }),)*)?
+        ];
     };
 }
 pub(crate) use payload_tests;

@@ -1,6 +1,6 @@
 //! All processors start, and interrupt each other.
 
-use super::guest::{Guest, builder, field, number};
+use super::guest::{Guest, builder, field, is_arm, number};
 use super::payload_tests;
 use anyhow::{Result, ensure};
 use triarch_harness::suite::{Context, Outcome};
@@ -9,15 +9,18 @@ payload_tests!("smp":
     starts_four,
     starts_sixteen,
     starts_the_most,
-    numbers_threads_and_cores,
-    interrupts_others,
+    interrupts_others;
+    x86:
+    numbers_threads_and_cores: "APIC ids",
 );
 
 fn starts(context: &Context, count: u32) -> Result<Outcome> {
     let mut guest = Guest::start(builder(context)?.cpus(count))?;
     let cpus = guest.ask("cpus")?;
     ensure!(number(&cpus, "count")? == u64::from(count), "{cpus}");
-    let ids: Vec<String> = (0..count).map(|id| id.to_string()).collect();
+    // Sixteen share the lowest affinity level of ARM's MPIDR.
+    let id = |n: u32| if is_arm() { n >> 4 << 8 | n & 15 } else { n };
+    let ids: Vec<String> = (0..count).map(|n| id(n).to_string()).collect();
     ensure!(field(&cpus, "ids")? == ids.join(","), "{cpus}");
     guest.power_off()?;
     Ok(Outcome::Passed)
@@ -32,7 +35,9 @@ fn starts_sixteen(context: &Context) -> Result<Outcome> {
 }
 
 fn starts_the_most(context: &Context) -> Result<Outcome> {
-    starts(context, 254)
+    // Every KVM has room for so many on x86; on ARM the redistributors and the tables have another limit, and a host that is
+    // emulated there starts them one by one.
+    starts(context, if is_arm() { 40 } else { 254 })
 }
 
 fn numbers_threads_and_cores(context: &Context) -> Result<Outcome> {
@@ -49,6 +54,7 @@ fn interrupts_others(context: &Context) -> Result<Outcome> {
     let sent = guest.ask("ipi 50")?;
     ensure!(number(&sent, "sent")? == 100, "{sent}");
     // The vector that wakes a processor, counted by all of them.
-    ensure!(guest.ask("count 0xe0")? == "100");
+    let vector = field(&sent, "vector")?;
+    ensure!(guest.ask(&format!("count {vector}"))? == "100");
     Ok(Outcome::Passed)
 }

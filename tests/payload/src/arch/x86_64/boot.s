@@ -107,7 +107,7 @@ ap_long:
     movq ap_args + 8, %rsp
     movq ap_args + 16, %rsi
     movq ap_args + 24, %rdi
-    movl $ap_main, %ecx
+    movl $processor_main, %ecx
     jmp enter_ring3
 
 # What the next application processor is to use: TSS selector, ring-0 stack, ring-3 stack, argument.

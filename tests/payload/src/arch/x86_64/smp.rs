@@ -1,0 +1,66 @@
+//! Starting application processors by INIT and SIPI (Intel SDM 3A §9.4).
+
+use super::interrupts;
+use crate::memory;
+use crate::smp::{Mailbox, Processor};
+use alloc::format;
+use alloc::string::String;
+
+const TRAMPOLINE: u64 = 0x9_0000;
+const STACK_BYTES: usize = 16384;
+const TSS_BYTES: usize = 104;
+const MAX: usize = 256;
+
+unsafe extern "C" {
+    static ap_trampoline: u8;
+    static ap_trampoline_end: u8;
+    static mut ap_args: [u64; 4];
+    static mut descriptor_table: [u64; 1024];
+}
+
+/// Makes TSS, stacks and mailbox for processor number `index` (1 and up) and leaves them for the trampoline.
+fn prepare(index: usize) -> Result<&'static Mailbox, String> {
+    let ring3 = memory::block(STACK_BYTES, 4096)?;
+    let ring0 = memory::block(4096, 4096)?;
+    // TSS and mailbox share the lower part of the ring-0 stack's page: the stubs use less than 200 bytes of it.
+    let (tss, mailbox) = (ring0, ring0 + 256);
+    // SAFETY: fresh memory of ours; the descriptor table and the arguments are boot.s's, and no other processor reads
+    // this slot or the arguments now: processors are started one after another.
+    unsafe {
+        ((tss + 4) as *mut u64).write_unaligned(ring0 + 4096);
+        ((tss + 0x66) as *mut u16).write_unaligned(TSS_BYTES as u16);
+        let slot = (&raw mut descriptor_table).cast::<u64>().add(5 + 2 * index);
+        slot.write((TSS_BYTES as u64 - 1) | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56);
+        slot.add(1).write(tss >> 32);
+        (&raw mut ap_args).write_volatile([
+            0x28 + 16 * index as u64,
+            ring0 + 4096,
+            ring3 + STACK_BYTES as u64,
+            mailbox,
+        ]);
+        Ok(&*(mailbox as *const Mailbox))
+    }
+}
+
+/// Starts processor `index` with the APIC id the MADT gives it.
+pub fn start(index: usize, apic_id: u64) -> Result<Processor, String> {
+    const INIT: u32 = 0x4500;
+    const STARTUP: u32 = 0x4600;
+    if index >= MAX {
+        return Err("more than 256 processors".into());
+    }
+    let mailbox = prepare(index)?;
+    // SAFETY: a free page of low RAM; no processor runs in it now.
+    unsafe {
+        let len = (&raw const ap_trampoline_end) as usize - (&raw const ap_trampoline) as usize;
+        core::ptr::copy_nonoverlapping(&raw const ap_trampoline, TRAMPOLINE as *mut u8, len);
+    }
+    interrupts::send(apic_id, INIT);
+    for _ in 0..2 {
+        interrupts::send(apic_id, STARTUP | (TRAMPOLINE >> 12) as u32);
+        if let Some(processor) = mailbox.answer(500) {
+            return Ok(processor);
+        }
+    }
+    Err(format!("processor with APIC id {apic_id} does not start"))
+}
