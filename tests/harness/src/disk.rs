@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// `len` bytes that look random and are the same for the same `seed` (xorshift64*, Vigna 2016).
@@ -46,6 +46,12 @@ impl DiskImage {
         let file = file.with_context(|| format!("cannot make {}", path.display()))?;
         file.set_len(size)?;
         Ok(Self { path, file })
+    }
+
+    /// Whether its file system takes direct I/O.
+    pub fn can_be_direct(&self) -> bool {
+        let mut options = File::options();
+        options.read(true).custom_flags(libc::O_DIRECT).open(&self.path).is_ok()
     }
 
     /// Its path.

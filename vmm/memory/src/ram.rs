@@ -6,9 +6,9 @@ use std::io;
 use std::os::fd::FromRawFd;
 
 use thiserror::Error;
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
 use crate::{GuestMemory, GuestRegion};
 
@@ -164,14 +164,12 @@ fn map_region(
     if options.huge_pages.is_none() {
         flags |= libc::MAP_NORESERVE;
     }
-    let bitmap = AtomicBitmap::with_len(size as usize);
-    let mut builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(flags);
-    if let Some(backing) = backing {
-        builder = builder.with_file_offset(backing);
+    if options.huge_pages.is_some() {
+        // Tried without a bitmap first: for more pages than the pool has, that might take more memory than the host has.
+        map(size, (), flags, backing.clone()).map_err(failed)?;
     }
-    let mapping = builder.build().map_err(failed)?;
+    let bitmap = AtomicBitmap::with_len(size as usize);
+    let mapping = map(size, bitmap, flags, backing).map_err(failed)?;
     let region = GuestRegion::new(mapping, base).ok_or(MemoryError::Unaligned {
         base: base.0,
         size,
@@ -179,6 +177,21 @@ fn map_region(
     })?;
     advise(&region, options)?;
     Ok(region)
+}
+
+fn map<B: Bitmap>(
+    size: u64,
+    bitmap: B,
+    flags: libc::c_int,
+    backing: Option<FileOffset>,
+) -> Result<MmapRegion<B>, MmapRegionError> {
+    let mut builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    if let Some(backing) = backing {
+        builder = builder.with_file_offset(backing);
+    }
+    builder.build()
 }
 
 fn advise(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {

@@ -92,7 +92,8 @@ fn surrounded(context: &Context, name: &str, script: &str) -> Result<Result<Cont
     let tried = Command::new(&probe).output()?;
     fs::remove_file(probe)?;
     if !tried.status.success() {
-        let why = String::from_utf8_lossy(&tried.stderr).trim().replace('\n', "; ");
+        let said = String::from_utf8_lossy(&tried.stderr).into_owned();
+        let why = said.trim().lines().next().unwrap_or("no reason given");
         return Ok(Err(format!("cannot make the surroundings ({}): {why}", tried.status)));
     }
     let triarch = make(name, &format!("'{}' \"$@\"", text(&context.triarch)?))?;

@@ -172,6 +172,9 @@ fn runs_without_io_uring(context: &Context) -> Result<Outcome> {
 }
 
 fn runs_direct(context: &Context) -> Result<Outcome> {
+    if !DiskImage::empty(context.dir.join("probe"), 4096)?.can_be_direct() {
+        return Ok(Outcome::Skipped("the host's file system has no direct I/O".into()));
+    }
     stress(context, "direct=on", "", 32)
 }
 

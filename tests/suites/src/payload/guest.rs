@@ -16,6 +16,8 @@ const IMAGE: &str = "triarch-payload";
 const READY: &str = "triarch-payload ready";
 /// How long an answer may take; those that take longer say so themselves.
 const ANSWER: Duration = Duration::from_secs(8);
+/// How long a VMM whose serial line is gone may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 const SERIAL: &str = "serial.sock";
 
 /// Whether guests here are ARM's.
@@ -89,9 +91,18 @@ impl Guest {
         let text = String::from_utf8_lossy(&bytes).into_owned();
         match result {
             Ok(_) if text.ends_with('\n') => Ok(text.trim_end_matches('\n').to_owned()),
-            Ok(_) => bail!("the serial line ended after `{text}`{}", self.vm.last_words()),
-            Err(error) => bail!("no line from the guest after `{text}`: {error}{}", self.vm.last_words()),
+            Ok(_) => bail!("the serial line ended after `{text}`{}", self.last_words()),
+            Err(error) => bail!("no line from the guest after `{text}`: {error}{}", self.last_words()),
         }
+    }
+
+    /// What the VMM said, given a moment to end where it is about to.
+    fn last_words(&self) -> String {
+        let deadline = Instant::now() + LAST_WORDS;
+        while !has_ended(self.vm.pid()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.vm.last_words()
     }
 
     /// Sends a command without waiting for its answer.
