@@ -26,7 +26,7 @@ const PAYLOAD: &str = "triarch-payload";
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// How much longer than on this machine tests with the payload guest may take on an emulated host.
-const PATIENCE: &str = "6";
+const PATIENCE: &str = "12";
 /// The framework's own tests, which say nothing about a host.
 const FRAMEWORK: &str = "framework::";
 /// What the names of tests with the payload guest begin with on the nested level.
