@@ -7,7 +7,6 @@ use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
-use std::process::Command;
 use std::time::{Duration, Instant};
 use triarch_harness::disk::DiskImage;
 use triarch_harness::net::{self, Tap};
@@ -212,14 +211,14 @@ fn counts_packets(context: &Context) -> Result<Outcome> {
     eventually(&guest, "3 packets are not counted after a reset", |sample| {
         Ok(sample.nic("packets", "transmit")? == 44.0)
     })?;
-    // An interface that is down refuses what the guest sends.
-    let down = Command::new("ip").args(["link", "set", "tap0", "down"]).status();
-    ensure!(down.context("ip")?.success());
-    guest.ask("net 0 send 200 1 7")?;
+    // The host refuses to cut packets into segments of nothing. The question for its address goes through each time.
+    for _ in 0..7 {
+        guest.ask(&format!("net 0 tso 10.9.8.2 {host} 9 4000 1 0"))?;
+    }
     let sample = eventually(&guest, "7 lost packets are not counted", |sample| {
         Ok(sample.nic("dropped", "transmit")? == 7.0)
     })?;
-    ensure!(sample.nic("packets", "transmit")? == 44.0);
+    ensure!(sample.nic("packets", "transmit")? == 51.0);
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
@@ -262,9 +261,10 @@ fn tells_of_vcpus_and_memory(context: &Context) -> Result<Outcome> {
         guest.ask("hello")?;
     }
     let after = Sample::of(&guest)?;
-    // Each answer is at least "ok" and the end of the line, a byte a write to the serial port.
-    let more = after.exits(0, "port_write")? - before.exits(0, "port_write")?;
-    ensure!(more >= f64::from(writes * 3), "{more} port writes");
+    // Each answer is at least "ok" and the end of the line, a byte a write to the serial port, which is memory on ARM.
+    let written = |sample: &Sample| anyhow::Ok(sample.exits(0, "port_write")? + sample.exits(0, "mmio_write")?);
+    let more = written(&after)? - written(&before)?;
+    ensure!(more >= f64::from(writes * 3), "{more} writes");
     ensure!(after.exits(1, "failed")? == 0.0);
     let times: Vec<_> = ["user", "system", "guest"]
         .iter()
