@@ -17,9 +17,11 @@ pub(crate) struct Api {
 }
 
 impl Api {
-    /// Serves the controller behind `inbox` on `socket`, with a record of each change to `audit`.
+    /// Serves the controller behind `inbox` on `socket`, under the name of `identity`, with a record of each
+    /// change to `audit`.
     pub(crate) fn start(
         socket: &ApiSocket,
+        identity: &Identity,
         inbox: Inbox,
         audit: Arc<dyn AuditSink>,
         sandbox: &Arc<dyn Sandbox>,
@@ -29,14 +31,7 @@ impl Api {
             ApiSocket::Fd(fd) => Listener::inherit(*fd),
         };
         let listener = listener.context("--api-socket")?;
-        let version = env!("CARGO_PKG_VERSION");
-        let identity = Identity {
-            build_version: format!("v{version}"),
-            version: version.to_owned(),
-            pid: std::process::id(),
-            features: vec!["kvm".to_owned()],
-        };
-        let router = Router::new(Arc::new(inbox), &identity).with_audit(audit);
+        let router = Router::new(Arc::new(inbox), identity).with_audit(audit);
         let server = Server::new(listener, Box::new(router), Limits::default())?;
         let stopper = server.stopper();
         let worker = Worker::spawn("http-server", ThreadClass::Http, sandbox, server, |server, _stop| {

@@ -1,25 +1,36 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Parser};
-use triarch_api::{ConsoleConfig, ConsoleMode, PayloadConfig, VmConfig};
+use clap::error::ErrorKind;
+use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser};
+use triarch_api::{
+    ConsoleConfig, ConsoleMode, CpusConfig, DebugConsoleConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig,
+};
 use triarch_sandbox::Mode;
 
-use crate::flags;
+use crate::compat::{self, CLOUD_HYPERVISOR, Personality};
+use crate::exit::{self, Wrong};
+use crate::logging::{Format, Levels};
+use crate::{config_file, flags};
+
+/// What described a VM if no file did.
+pub(crate) const FLAGS: &str = "the command line";
 
 const EXAMPLE: &str = "\
 Example:
   triarch --kernel vmlinuz --initramfs initrd.img --cmdline console=ttyS0 \\
           --cpus boot=4 --memory size=2G --disk path=root.img --net tap=tap0 \\
-          --serial tty --console off
-
-Exit status: 0 when the guest powered off or the VMM was told to end, 1 on error.";
+          --serial tty --console off";
 
 /// One virtual machine on KVM.
 #[derive(Parser)]
-#[command(name = "triarch", version, after_help = EXAMPLE, disable_help_subcommand = true)]
+#[command(name = "triarch", version, disable_help_subcommand = true)]
 struct Args {
+    /// The VM as JSON, like the body of vm.create, instead of the flags that describe one; - is stdin
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Kernel: a bzImage or an ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -32,12 +43,12 @@ struct Args {
     /// Kernel command line
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// boot=N[,max=N][,topology=THREADS:CORES:DIES:PACKAGES]
-    #[arg(long, value_name = "CPUS", default_value = "boot=1")]
-    cpus: String,
-    /// size=SIZE[,shared=on][,hugepages=on[,hugepage_size=SIZE]][,prefault=on][,thp=off][,mergeable=on]
-    #[arg(long, value_name = "MEMORY", default_value = "size=512M")]
-    memory: String,
+    /// boot=N[,max=N][,topology=THREADS:CORES:DIES:PACKAGES] (default boot=1)
+    #[arg(long, value_name = "CPUS")]
+    cpus: Option<String>,
+    /// size=SIZE[,shared=on][,hugepages=on[,hugepage_size=SIZE]][,prefault=on][,thp=off][,mergeable=on] (default size=512M)
+    #[arg(long, value_name = "MEMORY")]
+    memory: Option<String>,
     /// path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,io_uring=off][,id=ID]
     #[arg(long, value_name = "DISK", num_args = 1.., action = ArgAction::Append)]
     disk: Vec<String>,
@@ -47,18 +58,18 @@ struct Args {
     /// cid=N,socket=PATH
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<String>,
-    /// src=FILE
-    #[arg(long, value_name = "RNG", default_value = "src=/dev/urandom")]
-    rng: String,
-    /// Serial port: tty, pty, null, off, file=PATH or socket=PATH
-    #[arg(long, value_name = "CONSOLE", default_value = "null")]
-    serial: String,
-    /// virtio console: the same choices
-    #[arg(long, value_name = "CONSOLE", default_value = "tty")]
-    console: String,
-    /// Debug port 0x402: tty, null, off or file=PATH
-    #[arg(long, value_name = "CONSOLE", default_value = "off")]
-    debug_console: String,
+    /// src=FILE (default src=/dev/urandom)
+    #[arg(long, value_name = "RNG")]
+    rng: Option<String>,
+    /// Serial port: tty, pty, null, off, file=PATH or socket=PATH (default null)
+    #[arg(long, value_name = "CONSOLE")]
+    serial: Option<String>,
+    /// virtio console: the same choices (default tty)
+    #[arg(long, value_name = "CONSOLE")]
+    console: Option<String>,
+    /// Debug port 0x402: tty, null, off or file=PATH (default off)
+    #[arg(long, value_name = "CONSOLE")]
+    debug_console: Option<String>,
     /// [uuid=UUID][,serial_number=TEXT][,oem_strings=[TEXT,...]][,dtb=on]
     #[arg(long, value_name = "PLATFORM")]
     platform: Option<String>,
@@ -74,9 +85,18 @@ struct Args {
     /// System calls outside of the filters: true kills, log reports, false has no filters
     #[arg(long, value_name = "MODE", default_value = "true", value_parser = ["true", "false", "log"])]
     seccomp: String,
-    /// Log to FILE instead of stderr
+    /// Log to FILE instead of stderr; SIGHUP opens it again
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
+    /// How log lines look
+    #[arg(long, value_name = "FORMAT", default_value = "text", value_parser = ["text", "json"])]
+    log_format: String,
+    /// [LEVEL][,MODULE=LEVEL...], like info,block=debug
+    #[arg(long, value_name = "LEVELS")]
+    log_level: Option<String>,
+    /// The name and version to go by: cloud-hypervisor
+    #[arg(long, value_name = "PROGRAM", value_parser = [CLOUD_HYPERVISOR])]
+    compat: Option<String>,
     /// More log lines; twice and three times for still more
     #[arg(short = 'v', action = ArgAction::Count)]
     verbosity: u8,
@@ -111,10 +131,35 @@ pub(crate) enum AuditLog {
     Journal(PathBuf),
 }
 
+/// What is logged, where to, and how it looks.
+#[derive(Debug)]
+pub(crate) struct LogOptions {
+    /// A file instead of standard error.
+    pub(crate) file: Option<PathBuf>,
+    /// How lines look.
+    pub(crate) format: Format,
+    /// Levels, as far as `--log-level` sets them.
+    pub(crate) levels: Levels,
+    /// How often `-v` was given.
+    pub(crate) verbosity: u8,
+}
+
+/// A VM that is to run from the start.
+#[derive(Debug)]
+pub(crate) struct Described {
+    /// What it is.
+    pub(crate) config: VmConfig,
+    /// What described it: [`FLAGS`], or the name of a file.
+    pub(crate) by: String,
+    /// Fields of the file that mean nothing.
+    pub(crate) ignored: Vec<String>,
+}
+
 /// The command line, understood.
+#[derive(Debug)]
 pub(crate) struct Cli {
     /// The VM, if one was described.
-    pub(crate) config: Option<VmConfig>,
+    pub(crate) vm: Option<Described>,
     /// Where the API listens, if anywhere.
     pub(crate) api_socket: Option<ApiSocket>,
     /// Where events go, if anywhere.
@@ -123,32 +168,35 @@ pub(crate) struct Cli {
     pub(crate) audit_log: Option<AuditLog>,
     /// The system call filters; `None`: none.
     pub(crate) seccomp: Option<Mode>,
-    /// Log file.
-    pub(crate) log_file: Option<PathBuf>,
-    /// How often `-v` was given.
-    pub(crate) verbosity: u8,
+    /// The log.
+    pub(crate) log: LogOptions,
+    /// Which program this is.
+    pub(crate) personality: Personality,
 }
 
 impl Cli {
-    /// Reads the process's arguments; prints help and version, and syntax errors with the usage, by itself.
+    /// Reads the process's arguments, and the file they name if they name one. Prints help and version by itself. Errors are [`Wrong`].
     pub(crate) fn from_args() -> anyhow::Result<Self> {
-        match Args::try_parse() {
-            Ok(args) => Self::from_parsed(args),
-            Err(error) if error.use_stderr() => {
-                // One sentence, like every other error; the rest of clap's text is in --help.
-                let text = error.render().to_string();
-                let text = text
-                    .trim_start_matches("error: ")
-                    .split("\n\n")
-                    .next()
-                    .unwrap_or_default();
-                anyhow::bail!("{}; see --help", text.split_whitespace().collect::<Vec<_>>().join(" "))
-            }
-            Err(help) => help.exit(),
+        let arguments: Vec<OsString> = std::env::args_os().collect();
+        match Self::parse(&arguments) {
+            Ok(Parsed::Cli(cli)) => Ok(*cli),
+            Ok(Parsed::Help(help)) => help.exit(),
+            Err(error) => Err(wrong(&error)),
         }
     }
 
-    fn from_parsed(args: Args) -> anyhow::Result<Self> {
+    fn parse(arguments: &[OsString]) -> anyhow::Result<Parsed> {
+        let personality = Personality::of(arguments);
+        match matches(arguments, personality)? {
+            Ok(mut matches) => {
+                let args = Args::from_arg_matches_mut(&mut matches)?;
+                Ok(Parsed::Cli(Box::new(Self::from_parsed(args, personality)?)))
+            }
+            Err(help) => Ok(Parsed::Help(help)),
+        }
+    }
+
+    fn from_parsed(args: Args, personality: Personality) -> anyhow::Result<Self> {
         let api_socket = args.api_socket.as_deref().map(api_socket).transpose()?;
         let event_monitor = args.event_monitor.as_deref().map(event_monitor).transpose()?;
         let audit_log = args.audit_log.as_deref().map(audit_log).transpose()?;
@@ -160,37 +208,115 @@ impl Cli {
             "log" => Some(Mode::Log),
             _ => Some(Mode::Enforce),
         };
-        let (log_file, verbosity) = (args.log_file.clone(), args.verbosity);
-        let described = args.kernel.is_some() || args.firmware.is_some();
-        if !described && api_socket.is_none() {
-            anyhow::bail!(
-                "there is nothing to do; give --kernel FILE to boot or --api-socket PATH to be driven, or see --help"
-            );
-        }
-        if !described && let Some(flag) = without_kernel(&args) {
-            anyhow::bail!("{flag} describes a VM that has nothing to boot; give --kernel FILE beside it");
-        }
-        let config = if described { Some(config(args)?) } else { None };
+        let log = LogOptions {
+            file: args.log_file.clone(),
+            format: if args.log_format == "json" {
+                Format::Json
+            } else {
+                Format::Text
+            },
+            levels: args
+                .log_level
+                .as_deref()
+                .map(str::parse)
+                .transpose()?
+                .unwrap_or_default(),
+            verbosity: args.verbosity,
+        };
+        let booted = args.kernel.is_some() || args.firmware.is_some();
+        let vm = match (&args.config, describes(&args)) {
+            (Some(path), Some(flag)) => anyhow::bail!(
+                "{flag} describes a VM, and so does --config; write it into {}, or leave --config out",
+                config_file::name(path)
+            ),
+            (Some(path), None) => {
+                let (config, ignored) = config_file::read(path)?;
+                let by = config_file::name(path);
+                Some(Described { config, by, ignored })
+            }
+            (None, _) if booted => Some(Described {
+                config: config(args)?,
+                by: FLAGS.to_owned(),
+                ignored: Vec::new(),
+            }),
+            (None, Some(flag)) => {
+                anyhow::bail!("{flag} describes a VM that has nothing to boot; give --kernel FILE beside it")
+            }
+            (None, None) if api_socket.is_none() => anyhow::bail!(
+                "there is nothing to do; give --kernel FILE or --config FILE to boot or --api-socket PATH to be driven, or see --help"
+            ),
+            (None, None) => None,
+        };
         Ok(Self {
-            config,
+            vm,
             api_socket,
             event_monitor,
             audit_log,
             seccomp,
-            log_file,
-            verbosity,
+            log,
+            personality,
         })
     }
 }
 
-/// A flag that would go unheard because there is no kernel: who drives the VMM by its API describes the VM there.
-fn without_kernel(args: &Args) -> Option<&'static str> {
+/// What the arguments come to.
+#[derive(Debug)]
+enum Parsed {
+    Cli(Box<Cli>),
+    /// Help or version, to be printed.
+    Help(clap::Error),
+}
+
+/// The arguments, taken apart; or the help that they ask for.
+fn matches(arguments: &[OsString], personality: Personality) -> anyhow::Result<Result<ArgMatches, clap::Error>> {
+    let command = || personality.name(Args::command().after_help(format!("{EXAMPLE}\n\n{}", exit::HELP)));
+    let error = match command().try_get_matches_from(arguments) {
+        Ok(matches) => return Ok(Ok(matches)),
+        Err(error) if error.kind() != ErrorKind::UnknownArgument => error,
+        // It may be one that Cloud Hypervisor knows.
+        Err(unknown) => match compat::with_lacking(command()).try_get_matches_from(arguments) {
+            Ok(matches) => match compat::lacking(&matches) {
+                Some(refusal) => anyhow::bail!(refusal),
+                None => return Ok(Ok(matches)),
+            },
+            Err(error) if error.kind() != ErrorKind::UnknownArgument => error,
+            Err(_) => unknown,
+        },
+    };
+    if !error.use_stderr() {
+        return Ok(Err(error));
+    }
+    // One sentence, like every other error; the rest of clap's text is in --help.
+    let text = error.render().to_string();
+    let text = text
+        .trim_start_matches("error: ")
+        .split("\n\n")
+        .next()
+        .unwrap_or_default();
+    anyhow::bail!("{}; see --help", text.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// Marks an error as one of the command line.
+fn wrong(error: &anyhow::Error) -> anyhow::Error {
+    Wrong(format!("{error:#}")).into()
+}
+
+/// A flag that says what a VM is like.
+fn describes(args: &Args) -> Option<&'static str> {
     let given = [
+        ("--kernel", args.kernel.is_some()),
+        ("--firmware", args.firmware.is_some()),
         ("--initramfs", args.initramfs.is_some()),
         ("--cmdline", args.cmdline.is_some()),
+        ("--cpus", args.cpus.is_some()),
+        ("--memory", args.memory.is_some()),
         ("--disk", !args.disk.is_empty()),
         ("--net", !args.net.is_empty()),
         ("--vsock", args.vsock.is_some()),
+        ("--rng", args.rng.is_some()),
+        ("--serial", args.serial.is_some()),
+        ("--console", args.console.is_some()),
+        ("--debug-console", args.debug_console.is_some()),
         ("--platform", args.platform.is_some()),
     ];
     given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
@@ -237,10 +363,13 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
     let disks: Result<Vec<_>, _> = args.disk.iter().map(|d| flags::disk(d)).collect();
     let nets: Result<Vec<_>, _> = args.net.iter().map(|n| flags::net(n)).collect();
     let net = nets?;
-    let serial = flags::console("--serial", &args.serial)?;
+    let serial = match &args.serial {
+        Some(text) => flags::console("--serial", text)?,
+        None => ConsoleConfig::default(),
+    };
     Ok(VmConfig {
-        cpus: flags::cpus(&args.cpus)?,
-        memory: flags::memory(&args.memory)?,
+        cpus: parsed(&args.cpus, flags::cpus)?.unwrap_or_else(CpusConfig::default),
+        memory: parsed(&args.memory, flags::memory)?.unwrap_or_else(MemoryConfig::default),
         payload: Some(PayloadConfig {
             kernel: args.kernel,
             cmdline: args.cmdline,
@@ -249,26 +378,132 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
         }),
         disks: list(disks?),
         net: if net.is_empty() { None } else { Some(net) },
-        rng: flags::rng(&args.rng)?,
-        console: console(&args.console, &serial)?,
+        rng: parsed(&args.rng, flags::rng)?.unwrap_or_else(RngConfig::default),
+        console: console(args.console.as_deref(), &serial)?,
         serial,
-        debug_console: flags::debug_console(&args.debug_console)?,
-        vsock: args.vsock.as_deref().map(flags::vsock).transpose()?,
-        platform: args.platform.as_deref().map(flags::platform).transpose()?,
+        debug_console: parsed(&args.debug_console, flags::debug_console)?.unwrap_or_else(DebugConsoleConfig::default),
+        vsock: parsed(&args.vsock, flags::vsock)?,
+        platform: parsed(&args.platform, flags::platform)?,
     })
 }
 
+fn parsed<T>(text: &Option<String>, parse: fn(&str) -> anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+    text.as_deref().map(parse).transpose()
+}
+
 /// The virtio console has the terminal by default; a serial port that asks for it gets it instead.
-fn console(text: &str, serial: &ConsoleConfig) -> anyhow::Result<ConsoleConfig> {
-    let console = flags::console("--console", text)?;
-    let given = std::env::args().any(|a| a == "--console" || a.starts_with("--console="));
-    if !given && console.mode == serial.mode {
-        return Ok(ConsoleConfig {
-            mode: ConsoleMode::Off,
-            ..ConsoleConfig::default()
-        });
+fn console(text: Option<&str>, serial: &ConsoleConfig) -> anyhow::Result<ConsoleConfig> {
+    let mode = match text {
+        Some(text) => return flags::console("--console", text),
+        None if serial.mode == ConsoleMode::Tty => ConsoleMode::Off,
+        None => ConsoleMode::Tty,
+    };
+    Ok(ConsoleConfig {
+        mode,
+        ..ConsoleConfig::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> anyhow::Result<Cli> {
+        let arguments: Vec<_> = ["triarch"].iter().chain(arguments).map(OsString::from).collect();
+        match Cli::parse(&arguments)? {
+            Parsed::Cli(cli) => Ok(*cli),
+            Parsed::Help(help) => panic!("{help}"),
+        }
     }
-    Ok(console)
+
+    fn error(arguments: &[&str]) -> String {
+        format!("{:#}", wrong(&parse(arguments).expect_err("refused")))
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_help() {
+        let vm = parse(&["--kernel", "k"]).expect("a command line").vm.expect("a VM");
+        let expected = VmConfig {
+            payload: Some(PayloadConfig {
+                kernel: Some("k".into()),
+                ..PayloadConfig::default()
+            }),
+            console: flags::console("--console", "tty").expect("a console"),
+            ..VmConfig::default()
+        };
+        assert_eq!((vm.config, &*vm.by), (expected, FLAGS));
+        // One of them has the terminal.
+        let vm = parse(&["--kernel", "k", "--serial", "tty"]).expect("a command line").vm;
+        assert_eq!(vm.expect("a VM").config.console.mode, ConsoleMode::Off);
+        let vm = parse(&["--kernel=k", "--serial=tty", "--console=pty"])
+            .expect("a command line")
+            .vm;
+        assert_eq!(vm.expect("a VM").config.console.mode, ConsoleMode::Pty);
+    }
+
+    #[test]
+    fn a_file_describes_the_whole_vm() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("vm.json");
+        let file = path.to_str().expect("a path");
+        std::fs::write(
+            &path,
+            r#"{"payload": {"kernel": "k"}, "cpus": {"boot_vcpus": 2, "max_vcpus": 2}}"#,
+        )
+        .expect("write");
+        let cli = parse(&["--config", file, "--api-socket", "s", "-v"]).expect("a command line");
+        let vm = cli.vm.expect("a VM");
+        assert_eq!((vm.config.cpus.boot_vcpus, &*vm.by), (2, file));
+        assert_eq!(vm.config.console.mode, ConsoleMode::Null);
+        for flag in [
+            "--cpus=1",
+            "--kernel=k",
+            "--serial=tty",
+            "--disk=path=d",
+            "--rng=src=/dev/urandom",
+            "--memory=1G",
+        ] {
+            let text = error(&["--config", file, flag]);
+            let name = flag.split_once('=').expect("a flag").0;
+            assert!(
+                text.starts_with(&format!("{name} describes a VM, and so does --config;")),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_flags_are_told_from_lacking_ones() {
+        assert!(error(&["--kernel", "k", "--bogus"]).contains("unexpected argument '--bogus'"));
+        assert!(error(&["--kernel", "k", "--watchdog", "--bogus"]).contains("'--watchdog'"));
+        let text = error(&["--kernel", "k", "--fs", "tag=a,socket=b"]);
+        assert_eq!(text, "--fs is not supported by this version; leave it out");
+        let cli = parse(&["--balloon", "size=0", "--kernel", "k", "--disk", "path=d"]).expect("nothing asked for");
+        assert_eq!(cli.vm.expect("a VM").config.disks.expect("disks").len(), 1);
+    }
+
+    #[test]
+    fn versions_are_those_of_the_personality() {
+        let version = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
+            match Cli::parse(&arguments).expect("a version") {
+                Parsed::Help(text) => text.to_string(),
+                Parsed::Cli(_) => panic!("no version"),
+            }
+        };
+        assert_eq!(
+            version(&["x/cloud-hypervisor", "--version"]),
+            "cloud-hypervisor v53.0.0\n"
+        );
+        assert_eq!(
+            version(&["triarch", "--compat", "cloud-hypervisor", "-V"]),
+            "cloud-hypervisor v53.0.0\n"
+        );
+        assert_eq!(
+            version(&["triarch", "--version"]),
+            concat!("triarch ", env!("CARGO_PKG_VERSION"), "\n")
+        );
+    }
 }
 
 #[cfg(test)]

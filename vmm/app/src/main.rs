@@ -3,50 +3,62 @@
 mod api;
 mod audit;
 mod cli;
+mod compat;
+mod config_file;
+mod exit;
 mod flags;
 mod heap;
 mod keyvalue;
+mod launcher;
 mod limits;
 mod logging;
 mod monitor;
+mod notify;
 mod outlet;
+mod sink;
 
+use std::io::{Write, stderr};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context;
+use triarch_api::Handler;
 use triarch_api::audit::{AuditSink, NoAudit};
-use triarch_api::{Handler, VmConfig};
 use triarch_device_core::{NoSandbox, Sandbox, ThreadClass};
-use triarch_machine::{Controller, OLDER_SYSCALLS};
+use triarch_machine::{Controller, OLDER_SYSCALLS, told_to_end};
 use triarch_sandbox::Seccomp;
 
 use api::Api;
 use audit::Audit;
-use cli::Cli;
+use cli::{Cli, Described};
+use exit::Exit;
+use launcher::Launcher;
 
 fn main() -> ExitCode {
     heap::one_arena();
     limits::raise_descriptors();
-    match Cli::from_args().and_then(run) {
-        Ok(()) => ExitCode::SUCCESS,
+    let exit = match Cli::from_args().and_then(run) {
+        Ok(()) => Exit::Ended,
         Err(error) => {
             triarch_machine::restore_terminal();
-            eprintln!("triarch: {error:#}");
-            ExitCode::FAILURE
+            // Whoever should read it may be gone.
+            let _ = writeln!(stderr(), "triarch: {error:#}");
+            Exit::of(&error)
         }
-    }
+    };
+    exit.into()
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    logging::start(&cli)?;
+    let log = logging::start(&cli.log)?;
     // Before there is another thread.
-    triarch_machine::hold_signals()?;
+    let signals = triarch_machine::hold_signals(cli.log.file.is_some())?;
     let seccomp = cli.seccomp.map(|mode| Arc::new(Seccomp::new(mode, OLDER_SYSCALLS)));
     let sandbox: Arc<dyn Sandbox> = match &seccomp {
         Some(seccomp) => seccomp.clone(),
         None => Arc::new(NoSandbox),
     };
-    let controller = Controller::new(sandbox.clone())?;
+    let controller = Controller::new(sandbox.clone(), &signals, Box::new(Launcher::new(log)))?;
     let inbox = controller.inbox();
     let monitor = match &cli.event_monitor {
         Some(target) => Some(monitor::start(target, inbox.events(), &sandbox)?),
@@ -62,14 +74,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             let sink = audit
                 .as_ref()
                 .map_or_else(|| Arc::new(NoAudit) as Arc<dyn AuditSink>, Audit::sink);
-            Some(Api::start(socket, inbox, sink, &sandbox)?)
+            let identity = cli.personality.identity();
+            Some(Api::start(socket, &identity, inbox, sink, &sandbox)?)
         }
         None => None,
     };
     if let Some(seccomp) = &seccomp {
         seccomp.apply(ThreadClass::Control)?;
     }
-    let result = control(controller, cli.config, seccomp.as_deref());
+    let result = control(controller, cli.vm, seccomp.as_deref());
     // The controller is gone, and with it every request that was not answered: now the answers can be sent.
     drop(api);
     // What happened until now, and who asked for it, is written down.
@@ -77,14 +90,30 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     result
 }
 
-fn control(mut controller: Controller, config: Option<VmConfig>, seccomp: Option<&Seccomp>) -> anyhow::Result<()> {
-    if let Some(config) = config {
-        controller.create(config)?;
-        controller.boot()?;
+fn control(mut controller: Controller, vm: Option<Described>, seccomp: Option<&Seccomp>) -> anyhow::Result<()> {
+    if let Some(vm) = vm
+        && let Err(error) = start(&mut controller, vm)
+    {
+        // A signal to end may well be the reason.
+        return if told_to_end() { Ok(()) } else { Err(error) };
     }
     if let Some(seccomp) = seccomp {
         seccomp.start_spawner()?;
     }
     controller.run()?;
+    Ok(())
+}
+
+fn start(controller: &mut Controller, vm: Described) -> anyhow::Result<()> {
+    for field in &vm.ignored {
+        tracing::warn!("{}: {field} is no field of a configuration, and was ignored", vm.by);
+    }
+    let created = controller.create(vm.config);
+    if vm.by == cli::FLAGS {
+        created?;
+    } else {
+        created.context(vm.by)?;
+    }
+    controller.boot()?;
     Ok(())
 }

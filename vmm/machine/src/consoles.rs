@@ -1,5 +1,6 @@
 //! The host's ends of the guest's consoles. They are opened once and outlive resets of the guest.
 
+use std::io::{IsTerminal, stdin, stdout};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +18,28 @@ pub(crate) struct Consoles {
     pub(crate) console: Option<Arc<Console>>,
     /// Of the debug port.
     pub(crate) debug: Option<Arc<Console>>,
+    on_terminal: bool,
 }
 
 impl Consoles {
     pub(crate) fn open(config: &VmConfig) -> Result<Self, MachineError> {
+        let tty = [config.serial.mode, config.console.mode].contains(&ConsoleMode::Tty);
         Ok(Self {
+            on_terminal: tty && Self::terminal_there(),
             serial: open("--serial", &backend(&config.serial))?,
             console: open("--console", &backend(&config.console))?,
             debug: open("--debug-console", &debug_backend(&config.debug_console))?,
         })
+    }
+
+    /// Whether a console of the guest leads to a terminal, or led there when it was opened.
+    pub(crate) fn on_terminal(&self) -> bool {
+        self.on_terminal
+    }
+
+    /// Whether the VMM has a terminal now; one that hung up is none any more.
+    pub(crate) fn terminal_there() -> bool {
+        stdin().is_terminal() || stdout().is_terminal()
     }
 
     /// Waits until slow readers have what the guest wrote, at most `timeout` each.

@@ -19,8 +19,9 @@ use crate::build::{Machine, Reports};
 use crate::consoles::Consoles;
 use crate::inbox::Outbox;
 use crate::progress::Progress;
-use crate::signals::{Signal, Signals};
-use crate::{GuestEvent, Inbox, MachineError, Message};
+use crate::signals::{Signal, Signals, told_to_end};
+use crate::supervisor::{Heartbeat, Supervisor};
+use crate::{GuestEvent, HeldSignals, Inbox, MachineError, Message};
 
 /// How long the end of a VM waits for a slow reader of a console.
 const DRAIN: Duration = Duration::from_millis(200);
@@ -51,8 +52,13 @@ pub struct Controller {
     inbox: Inbox,
     events: EventManager<Subscriber>,
     sandbox: Arc<dyn Sandbox>,
+    supervisor: Box<dyn Supervisor>,
+    /// The VMM ends with the terminal the guest is on.
+    hang_up_ends: bool,
     kvm: Kvm,
     pub(crate) phase: Phase,
+    /// The phase the supervisor knows of.
+    told_phase: Phase,
     pub(crate) config: Option<VmConfig>,
     /// Taps that clients opened and handed over.
     pub(crate) taps: HandedTaps,
@@ -66,12 +72,17 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller without a guest. Call it on the main thread, and [`hold_signals`](crate::hold_signals) before there is
-    /// another one: it takes the signals.
-    pub fn new(sandbox: Arc<dyn Sandbox>) -> Result<Self, MachineError> {
+    /// A controller without a guest, which tells `supervisor` how it does. Call it on the main thread: it takes the signals that were
+    /// held back there.
+    pub fn new(
+        sandbox: Arc<dyn Sandbox>,
+        signals: &HeldSignals,
+        supervisor: Box<dyn Supervisor>,
+    ) -> Result<Self, MachineError> {
         let kvm = triarch_hypervisor::open(triarch_arch::WITHOUT_KVM)?;
         let (inbox, outbox) = Inbox::new().map_err(MachineError::host("make an event descriptor"))?;
-        let signals = Signals::take().map_err(MachineError::host("take signals"))?;
+        let hang_up_ends = signals.hang_up_ends();
+        let signals = Signals::take(signals, outbox.wake()).map_err(MachineError::host("take signals"))?;
         triarch_vcpu::install_kick_signal().map_err(MachineError::host("install the signal of vCPUs"))?;
         let failed = |error| MachineError::Host {
             what: "make the event loop",
@@ -84,13 +95,20 @@ impl Controller {
             signals,
             inbox: inbox.clone(),
         })));
+        if let Some(every) = supervisor.alive_every() {
+            let heartbeat = Heartbeat::new(every, inbox.clone()).map_err(MachineError::host("make a timer"))?;
+            events.add_subscriber(Arc::new(Mutex::new(heartbeat)));
+        }
         Ok(Self {
             outbox,
             inbox,
             events,
             sandbox,
+            supervisor,
+            hang_up_ends,
             kvm,
             phase: Phase::Absent,
+            told_phase: Phase::Absent,
             config: None,
             taps: HandedTaps::new(),
             consoles: None,
@@ -110,13 +128,25 @@ impl Controller {
     /// Serves messages until the guest powers itself off or somebody ends the VMM. An error is one of the guest itself; it has ended.
     pub fn run(mut self) -> Result<Outcome, MachineError> {
         self.publish();
+        self.supervisor.ready();
+        let outcome = self.serve_messages();
+        self.supervisor.stopping();
+        outcome
+    }
+
+    fn serve_messages(&mut self) -> Result<Outcome, MachineError> {
         loop {
-            while let Some(message) = self.outbox.next() {
+            if told_to_end() {
+                return Ok(Outcome::Terminated);
+            }
+            if let Some(message) = self.outbox.next() {
                 self.handle(message)?;
                 if let Some(outcome) = self.outcome {
                     return Ok(outcome);
                 }
+                continue;
             }
+            // A signal that comes before it makes a descriptor readable, one that comes later interrupts it.
             self.events.run().map_err(|error| MachineError::Host {
                 what: "wait for events",
                 source: io::Error::other(error),
@@ -213,7 +243,8 @@ impl Controller {
                 self.publish();
             }
             Message::Guest(..) => {}
-            Message::Terminate => self.outcome = Some(Outcome::Terminated),
+            Message::HangUp { by_kernel } => self.hang_up(by_kernel),
+            Message::Alive => self.supervisor.alive(),
             Message::Resized => {
                 if let Some(machine) = &self.machine {
                     machine.terminal_resized();
@@ -298,8 +329,24 @@ impl Controller {
         })
     }
 
-    fn publish(&self) {
+    /// Shows everybody how things are now.
+    fn publish(&mut self) {
         self.outbox.publish(self.info());
+        if self.told_phase != self.phase {
+            self.told_phase = self.phase;
+            self.supervisor.phase(self.phase);
+        }
+    }
+
+    /// SIGHUP asks for another log file. Where there is none, or when the terminal is gone, it ends a guest that is on a terminal.
+    fn hang_up(&mut self, by_kernel: bool) {
+        let reopened = self.supervisor.reopen_log();
+        let terminal = self.consoles.as_ref().is_some_and(Consoles::on_terminal);
+        let gone = by_kernel || !Consoles::terminal_there();
+        if self.hang_up_ends && terminal && (gone || !reopened) {
+            tracing::info!("the terminal of the guest hung up");
+            self.outcome = Some(Outcome::Terminated);
+        }
     }
 
     fn pause(&mut self) -> Result<(), MachineError> {
@@ -424,7 +471,7 @@ impl MutEventSubscriber for SignalInput {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         while let Some(signal) = self.signals.next() {
             self.inbox.post(match signal {
-                Signal::End => Message::Terminate,
+                Signal::HangUp { by_kernel } => Message::HangUp { by_kernel },
                 Signal::Resized => Message::Resized,
             });
         }
@@ -448,7 +495,7 @@ impl MutEventSubscriber for SerialInput {
     }
 }
 
-fn watch(ops: &mut EventOps<'_>, fd: i32) {
+pub(crate) fn watch(ops: &mut EventOps<'_>, fd: i32) {
     if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
         tracing::error!("cannot wait for events of descriptor {fd}: {error}");
     }

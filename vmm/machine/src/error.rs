@@ -105,6 +105,14 @@ impl MachineError {
         }
     }
 
+    /// Whether the configuration is wrong whatever the host.
+    pub fn is_configuration(&self) -> bool {
+        matches!(
+            self,
+            Self::Config(_) | Self::Cpu(CpuError::Topology(_)) | Self::Load(LoadError::Uuid(_))
+        )
+    }
+
     /// The error and all its causes in one line.
     pub fn chain(&self) -> String {
         let mut text = self.to_string();

@@ -23,8 +23,13 @@ pub enum Message {
     /// Something happened in the guest. The number tells which build of it: what a guest did before its reset is of no interest
     /// after it.
     Guest(u64, GuestEvent),
-    /// The process was asked to end (SIGTERM, SIGINT, SIGHUP).
-    Terminate,
+    /// The log file should be opened again; or, when it is the kernel who says so, the terminal is gone (SIGHUP).
+    HangUp {
+        /// No process sent it.
+        by_kernel: bool,
+    },
+    /// It is time to tell the supervisor that the controller does its work.
+    Alive,
     /// The terminal may have another size (SIGWINCH).
     Resized,
 }

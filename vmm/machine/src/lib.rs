@@ -18,12 +18,14 @@ mod metrics;
 mod progress;
 #[allow(unsafe_code)] // signal masks
 mod signals;
+mod supervisor;
 
 pub use build::Machine;
 pub use control::{Controller, Outcome};
 pub use error::MachineError;
 pub use inbox::{GuestEvent, Inbox, Message};
-pub use signals::hold_signals;
+pub use signals::{ENDED_AT_ONCE, HeldSignals, hold_signals, told_to_end};
+pub use supervisor::{Supervisor, Unsupervised};
 
 pub use triarch_arch::OLDER_SYSCALLS;
 pub use triarch_legacy::console::restore_terminal;
