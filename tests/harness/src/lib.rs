@@ -3,12 +3,14 @@
 //! - [`suite`]: the framework of tests that run a whole VMM
 //! - [`vm`]: a VMM with its flags, its output, and its end
 //! - [`linux`]: a Linux guest on it, in which [`agent`] runs commands
+//! - [`freeze`]: a thread of the VMM that hangs
 //! - [`net`], [`disk`], [`vsock`], [`terminal`], [`api`]: the host's side of the devices
 
 pub mod agent;
 pub mod api;
 pub mod capture;
 pub mod disk;
+pub mod freeze;
 pub mod images;
 pub mod kvm;
 pub mod linux;

@@ -1,6 +1,6 @@
 //! What the guest boots.
 
-use super::{STRANGER, WITHOUT_RIGHTS, builder, each, give_away, payload_tests, refused, surrounded, text};
+use super::{STRANGER, WITHOUT_RIGHTS, builder, each_fails, failed, give_away, payload_tests, surrounded, text};
 use crate::payload::data::pattern;
 use crate::payload::guest::is_arm;
 use anyhow::{Context as _, Result};
@@ -62,11 +62,11 @@ fn kernels(context: &Context) -> Result<Outcome> {
         let vm = builder(context)?;
         let kernel = vm.dir().join("kernel");
         fs::write(&kernel, content)?;
-        refused(context, vm.set("--kernel", &kernel), &words).with_context(|| format!("{words:?}"))?;
+        failed(context, vm.set("--kernel", &kernel), &words).with_context(|| format!("{words:?}"))?;
     }
     let dir = text(&context.dir)?;
     let missing = format!("{dir}/missing");
-    each(
+    each_fails(
         context,
         "--kernel",
         &[
@@ -86,7 +86,7 @@ fn kernels_of_others(context: &Context) -> Result<Outcome> {
     let path = text(&kernel)?;
     match surrounded(context, "without-rights", WITHOUT_RIGHTS)? {
         Err(why) => Ok(Outcome::Skipped(why)),
-        Ok(context) => each(
+        Ok(context) => each_fails(
             &context,
             "--kernel",
             &[(path, &["no permission", path, "owner or mode"])],
@@ -98,7 +98,7 @@ fn kernels_of_others(context: &Context) -> Result<Outcome> {
 fn initramfs(context: &Context) -> Result<Outcome> {
     let vm = builder(context)?;
     let large = DiskImage::empty(vm.dir().join("large"), 100 << 20)?;
-    refused(
+    failed(
         context,
         vm.flag("--initramfs", large.path()),
         &["104857600 bytes", "more memory"],
@@ -106,7 +106,7 @@ fn initramfs(context: &Context) -> Result<Outcome> {
     let empty = DiskImage::empty(context.dir.join("empty"), 0)?;
     let dir = text(&context.dir)?;
     let missing = format!("{dir}/missing");
-    each(
+    each_fails(
         context,
         "--initramfs",
         &[
@@ -119,5 +119,5 @@ fn initramfs(context: &Context) -> Result<Outcome> {
 
 fn command_line(context: &Context) -> Result<Outcome> {
     let long = "a".repeat(70_000);
-    each(context, "--cmdline", &[(&long, &["70000 bytes", "shorten"])])
+    each_fails(context, "--cmdline", &[(&long, &["70000 bytes", "shorten"])])
 }

@@ -1,6 +1,6 @@
 //! Disks, and what else is a file.
 
-use super::{WITHOUT_RIGHTS, builder, each, give_away, payload_tests, refused, surrounded, text};
+use super::{WITHOUT_RIGHTS, builder, each, each_fails, failed, give_away, payload_tests, refused, surrounded, text};
 use crate::payload::guest::Guest;
 use anyhow::Result;
 use std::path::Path;
@@ -26,7 +26,7 @@ fn disks(context: &Context) -> Result<Outcome> {
     let disk = DiskImage::empty(context.dir.join("disk"), 1 << 20)?;
     let good = path(disk.path());
     let missing = format!("path={dir}/missing");
-    each(
+    each_fails(
         context,
         "--disk",
         &[
@@ -35,6 +35,12 @@ fn disks(context: &Context) -> Result<Outcome> {
             (&path(odd.path()), &["odd", "1000 bytes", "512"]),
             (&path(empty.path()), &["is empty", "truncate"]),
             ("path=/dev/null", &["/dev/null", "character device"]),
+        ],
+    )?;
+    each(
+        context,
+        "--disk",
+        &[
             ("readonly=on", &["disks[0].path is missing", "a file or a block device"]),
             ("path=", &["disks[0].path is missing", "a file or a block device"]),
             (text(disk.path())?, &["not key=value", "path"]),
@@ -66,7 +72,7 @@ fn disks_of_others(context: &Context) -> Result<Outcome> {
     }
     match surrounded(context, "without-rights", WITHOUT_RIGHTS)? {
         Err(why) => Ok(Outcome::Skipped(why)),
-        Ok(context) => each(
+        Ok(context) => each_fails(
             &context,
             "--disk",
             &[(
@@ -81,19 +87,25 @@ fn disk_in_use(context: &Context) -> Result<Outcome> {
     let disk = DiskImage::empty(context.dir.join("disk"), 1 << 20)?;
     let _first = Guest::start(builder(context)?.disk(disk.path(), ""))?;
     let words = ["in use", text(disk.path())?, "readonly=on"];
-    refused(context, builder(context)?.disk(disk.path(), ""), &words)?;
-    refused(context, builder(context)?.disk(disk.path(), "readonly=on"), &words)?;
+    failed(context, builder(context)?.disk(disk.path(), ""), &words)?;
+    failed(context, builder(context)?.disk(disk.path(), "readonly=on"), &words)?;
     Ok(Outcome::Passed)
 }
 
 fn entropy_sources(context: &Context) -> Result<Outcome> {
     let dir = format!("src={}", context.dir.display());
-    each(
+    each_fails(
         context,
         "--rng",
         &[
             ("src=/nonexistent", &["/nonexistent", "No such file", "/dev/urandom"]),
             (&dir, &["is a directory", "/dev/urandom"]),
+        ],
+    )?;
+    each(
+        context,
+        "--rng",
+        &[
             ("src=", &["rng.src is empty", "/dev/urandom"]),
             ("/dev/urandom", &["not key=value", "src"]),
         ],

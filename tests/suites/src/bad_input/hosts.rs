@@ -1,6 +1,6 @@
 //! Hosts that cannot run a VM.
 
-use super::{builder, payload_tests, refused, surrounded};
+use super::{HOST, builder, ended, failed, payload_tests, surrounded};
 use anyhow::{Context as _, Result};
 use triarch_harness::suite::{Context, Outcome};
 
@@ -50,7 +50,7 @@ fn hosts_without_kvm(context: &Context) -> Result<Outcome> {
     for (name, script, runner, words) in cases {
         match surrounded(context, name, &with_dev(script, runner))? {
             Err(why) => return Ok(Outcome::Skipped(why)),
-            Ok(context) => refused(&context, builder(&context)?, words).context(name)?,
+            Ok(context) => ended(&context, builder(&context)?, HOST, words).context(name)?,
         }
     }
     Ok(Outcome::Passed)
@@ -69,7 +69,7 @@ fn few_descriptors(context: &Context) -> Result<Outcome> {
         let vm = builder(&few)?;
         let vsock = format!("cid=3,socket={}", vm.dir().join("v.sock").display());
         let vm = vm.disk(disk.path(), "").flag("--vsock", vsock);
-        refused(&few, vm, &["Too many open files"]).context(name)?;
+        failed(&few, vm, &["Too many open files"]).context(name)?;
     }
     Ok(Outcome::Passed)
 }

@@ -1,6 +1,6 @@
 //! Network interfaces.
 
-use super::{STRANGER, WITHOUT_RIGHTS, builder, each, payload_tests, refused, surrounded};
+use super::{STRANGER, WITHOUT_RIGHTS, builder, each, each_fails, failed, payload_tests, surrounded};
 use anyhow::{Context as _, Result, ensure};
 use std::net::Ipv4Addr;
 use std::process::Command;
@@ -19,11 +19,6 @@ fn interface_flags(context: &Context) -> Result<Outcome> {
         context,
         "--net",
         &[
-            (
-                "tap=a_name_that_is_too_long",
-                &["a_name_that_is_too_long", "1 to 15 characters"],
-            ),
-            ("tap=", &["1 to 15 characters"]),
             ("num_queues=3", &["num_queues is 3", "even"]),
             ("num_queues=0", &["num_queues is 0", "between 1"]),
             ("mac=12:34", &["12:34", "six hexadecimal bytes"]),
@@ -32,12 +27,23 @@ fn interface_flags(context: &Context) -> Result<Outcome> {
             ("ip=1.2.3,mask=255.0.0.0", &["ip=1.2.3", "IP address"]),
             ("ip=10.0.0.1", &["net[0].ip needs net[0].mask", "give both"]),
             ("mask=255.0.0.0", &["net[0].mask needs net[0].ip", "give both"]),
-            ("fd=99", &["_net0", "descriptor 99", "not inherited"]),
             ("fd=-1", &["fds is -1", "inherited descriptor"]),
             ("fd=x", &["fd=[x]", "fd=3"]),
-            ("fd=0", &["descriptor number 1", "not an attached tap"]),
             ("fd=[0,1],num_queues=2", &["2 descriptors", "1 queue pairs"]),
             ("tap=t,fd=0", &["both a tap and descriptors", "one of them"]),
+        ],
+    )?;
+    each_fails(
+        context,
+        "--net",
+        &[
+            (
+                "tap=a_name_that_is_too_long",
+                &["a_name_that_is_too_long", "1 to 15 characters"],
+            ),
+            ("tap=", &["1 to 15 characters"]),
+            ("fd=99", &["_net0", "descriptor 99", "not inherited"]),
+            ("fd=0", &["descriptor number 1", "not an attached tap"]),
         ],
     )
 }
@@ -52,7 +58,7 @@ fn interface_kinds(context: &Context) -> Result<Outcome> {
     let _user = attach(used.name(), false)?;
     Tap::create("single0", address, mask, false)?;
     let before = interfaces()?;
-    each(
+    each_fails(
         context,
         "--net",
         &[
@@ -69,7 +75,7 @@ fn interface_kinds(context: &Context) -> Result<Outcome> {
         use std::os::fd::AsRawFd;
         format!("fd=[{},{}]", single.as_raw_fd(), other.as_raw_fd())
     };
-    each(
+    each_fails(
         context,
         "--net",
         &[(&fds, &["different interfaces", "single0", "other0"])],
@@ -89,7 +95,7 @@ fn taps_without_permission(context: &Context) -> Result<Outcome> {
         Ok(context) => context,
     };
     let words = &["no interface new0", "no permission", "ip tuntap add new0"];
-    each(&poor, "--net", &[("tap=new0", words)])?;
+    each_fails(&poor, "--net", &[("tap=new0", words)])?;
     let owner = STRANGER.to_string();
     let make = ["tuntap", "add", "dev", "theirs0", "mode", "tap", "user", &owner];
     match Command::new("ip").args(make).status() {
@@ -98,7 +104,7 @@ fn taps_without_permission(context: &Context) -> Result<Outcome> {
     }
     let before = interfaces()?;
     let words = &["no permission to use tap theirs0", "user USER"];
-    each(&poor, "--net", &[("tap=theirs0", words)])?;
+    each_fails(&poor, "--net", &[("tap=theirs0", words)])?;
     ensure!(interfaces()? == before, "{:?}, before {before:?}", interfaces()?);
     Ok(Outcome::Passed)
 }
@@ -107,7 +113,7 @@ fn no_tap_driver(context: &Context) -> Result<Outcome> {
     let script = "exec unshare -m sh -ec 'mount -t tmpfs none /dev; mknod -m 600 /dev/kvm c 10 232; mknod /dev/urandom c 1 9; exec \"$@\"' sh";
     match surrounded(context, "without-tun", script)? {
         Err(why) => Ok(Outcome::Skipped(why)),
-        Ok(context) => refused(
+        Ok(context) => failed(
             &context,
             builder(&context)?.flag("--net", "tap=t0"),
             &["/dev/net/tun", "modprobe tun"],

@@ -1,4 +1,5 @@
-//! Bad input: one clear sentence on standard error with cause and fix, exit code 1, no panic, nothing left behind.
+//! Bad input: one clear sentence on standard error with cause and fix, the exit code that tells whose fault it is, no panic, nothing
+//! left behind.
 //!
 //! No guest runs in these tests. They pass on what a user could get wrong and read what the VMM says about it.
 
@@ -37,8 +38,25 @@ pub fn tests() -> Vec<Test> {
     .concat()
 }
 
-/// Starts it and expects the refusal to say all of `words`.
+/// The exit code of what is wrong whatever the host.
+const WRONG: i32 = 2;
+/// The exit code of what cannot be had: what a flag names is not there, in use, or not what it should be.
+const FAILED: i32 = 1;
+/// The exit code of hosts that cannot run any VM.
+const HOST: i32 = 3;
+
+/// Starts it and expects the refusal, as wrong in itself, to say all of `words`.
 pub(crate) fn refused(context: &Context, vm: VmBuilder, words: &[&str]) -> Result<()> {
+    ended(context, vm, WRONG, words)
+}
+
+/// Starts it and expects it to say all of `words` about what cannot be had.
+pub(crate) fn failed(context: &Context, vm: VmBuilder, words: &[&str]) -> Result<()> {
+    ended(context, vm, FAILED, words)
+}
+
+/// Starts it and expects it to end with `code` and to say all of `words`.
+fn ended(context: &Context, vm: VmBuilder, code: i32, words: &[&str]) -> Result<()> {
     let beside = |dir: &Path| -> Result<BTreeSet<OsString>> {
         let names = fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name()));
         names.collect()
@@ -47,7 +65,7 @@ pub(crate) fn refused(context: &Context, vm: VmBuilder, words: &[&str]) -> Resul
     let vm_dir = vm.dir().file_name().map(OsString::from);
     let ended = vm
         .start()?
-        .expect_end(1)
+        .expect_end(code)
         .with_context(|| format!("should be refused for {words:?}"))?;
     let lines: Vec<_> = ended.stderr.lines().collect();
     let [line] = lines[..] else {
@@ -69,8 +87,18 @@ pub(crate) fn refused(context: &Context, vm: VmBuilder, words: &[&str]) -> Resul
 
 /// Each value of `flag` is refused with its words.
 fn each(context: &Context, flag: &str, cases: &[(&str, &[&str])]) -> Result<Outcome> {
+    each_ends(context, flag, WRONG, cases)
+}
+
+/// Each value of `flag` asks for what cannot be had, and is told so with its words.
+fn each_fails(context: &Context, flag: &str, cases: &[(&str, &[&str])]) -> Result<Outcome> {
+    each_ends(context, flag, FAILED, cases)
+}
+
+fn each_ends(context: &Context, flag: &str, code: i32, cases: &[(&str, &[&str])]) -> Result<Outcome> {
     for (value, words) in cases {
-        refused(context, builder(context)?.set(flag, value), words).with_context(|| format!("{flag} '{value}'"))?;
+        let vm = builder(context)?.set(flag, value);
+        ended(context, vm, code, words).with_context(|| format!("{flag} '{value}'"))?;
     }
     Ok(Outcome::Passed)
 }

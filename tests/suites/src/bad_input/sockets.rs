@@ -1,6 +1,6 @@
 //! Sockets, and the files of consoles.
 
-use super::{builder, each, payload_tests, refused, text};
+use super::{builder, each, each_fails, failed, payload_tests, refused, text};
 use anyhow::Result;
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -27,7 +27,7 @@ fn api_sockets(context: &Context) -> Result<Outcome> {
     let dir = text(&context.dir)?;
     let long = format!("{dir}/{}", "a".repeat(120));
     let in_use = ["--api-socket", "another process", &live];
-    each(
+    each_fails(
         context,
         "--api-socket",
         &[
@@ -37,11 +37,17 @@ fn api_sockets(context: &Context) -> Result<Outcome> {
             (dir, &[dir, "is no socket"]),
             ("/nonexistent/a", &["/nonexistent/a", "No such file"]),
             (&long, &[&long, "too long"]),
+            ("fd=99", &["descriptor 99", "not inherited"]),
+            ("fd=0", &["descriptor 0", "not a listening unix"]),
+        ],
+    )?;
+    each(
+        context,
+        "--api-socket",
+        &[
             ("", &["path is empty", "path=FILE"]),
             ("path=", &["path is empty", "path=FILE"]),
-            ("fd=99", &["descriptor 99", "not inherited"]),
             ("fd=x", &["fd=x", "fd=3"]),
-            ("fd=0", &["descriptor 0", "not a listening unix"]),
         ],
     )?;
     anyhow::ensure!(fs::read(&file)? == b"precious", "a file was overwritten");
@@ -52,15 +58,21 @@ fn vsock_sockets(context: &Context) -> Result<Outcome> {
     let (_listener, live, file) = occupied(context)?;
     let long = format!("/tmp/{}", "a".repeat(120));
     let socket = |path: &str| format!("cid=3,socket={path}");
-    each(
+    each_fails(
         context,
         "--vsock",
         &[
             (&socket(&live), &["another process", &live]),
             (&socket(&file), &[&file, "is no socket", "remove it"]),
-            (&socket(""), &["vsock.socket is empty", "path"]),
             (&socket("/nonexistent/v"), &["/nonexistent/v", "No such file"]),
             (&socket(&long), &[&long, "too long", "96 bytes"]),
+        ],
+    )?;
+    each(
+        context,
+        "--vsock",
+        &[
+            (&socket(""), &["vsock.socket is empty", "path"]),
             ("cid=2,socket=/nonexistent/v", &["cid is 2", "between 3"]),
             (
                 "cid=4294967295,socket=/nonexistent/v",
@@ -79,16 +91,22 @@ fn consoles(context: &Context) -> Result<Outcome> {
     let (_listener, live, file) = occupied(context)?;
     let dir = text(&context.dir)?;
     for flag in ["--serial", "--console"] {
-        each(
+        each_fails(
             context,
             flag,
             &[
                 (&format!("socket={live}"), &[flag, "another process", &live]),
                 (&format!("socket={file}"), &[flag, &file, "is no socket"]),
                 ("socket=/nonexistent/s", &[flag, "/nonexistent/s", "No such file"]),
-                ("socket=", &[&flag[2..], ".socket is missing", "a path"]),
                 (&format!("file={dir}"), &[flag, dir, "Is a directory"]),
                 ("file=/nonexistent/f", &[flag, "/nonexistent/f", "No such file"]),
+            ],
+        )?;
+        each(
+            context,
+            flag,
+            &[
+                ("socket=", &[&flag[2..], ".socket is missing", "a path"]),
                 ("file=", &[&flag[2..], ".file is missing", "a path"]),
                 ("bogus", &[flag, "bogus", "file=PATH"]),
                 ("", &[flag, "''", "file=PATH"]),
@@ -103,9 +121,10 @@ fn consoles(context: &Context) -> Result<Outcome> {
             ("pty", &["debug_console.mode is a pty", "File"]),
             ("socket=/nonexistent/s", &["debug_console.mode is a socket", "File"]),
             ("file=", &["debug_console.file is missing", "a path"]),
-            (&format!("file={dir}"), &[flag, dir, "Is a directory"]),
         ],
     )?;
+    let directory = format!("file={dir}");
+    each_fails(context, flag, &[(&directory, &[flag, dir, "Is a directory"])])?;
     anyhow::ensure!(fs::read(&file)? == b"precious", "a file was overwritten");
     Ok(Outcome::Passed)
 }
@@ -129,6 +148,6 @@ fn sockets_go_when_a_later_part_is_refused(context: &Context) -> Result<Outcome>
         .flag("--vsock", format!("cid=3,socket={vsock}"))
         .flag("--api-socket", api)
         .set("--kernel", "/nonexistent/vmlinux");
-    refused(context, vm, &["/nonexistent/vmlinux", "does not exist"])?;
+    failed(context, vm, &["/nonexistent/vmlinux", "does not exist"])?;
     Ok(Outcome::Passed)
 }

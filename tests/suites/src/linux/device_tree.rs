@@ -7,7 +7,7 @@ use triarch_harness::linux::LinuxBuilder;
 use triarch_harness::suite::{Context, Outcome, Test};
 use triarch_harness::vm::VmBuilder;
 
-use crate::bad_input::refused;
+use crate::bad_input::failed;
 
 pub const TESTS: &[Test] = &[
     Test::nested("device_tree::linux_6_1_on_4_cpus", |c| boots(c, Kernel::V6_1)),
@@ -24,7 +24,7 @@ fn boots(context: &Context, kernel: Kernel) -> Result<Outcome> {
             .flag("--serial", "tty")
             .flag("--console", "off")
             .flag("--platform", "dtb=on");
-        refused(context, vm, &["dtb=on is for ARM guests", "leave it out"])?;
+        failed(context, vm, &["dtb=on is for ARM guests", "leave it out"])?;
         return Ok(Outcome::Passed);
     }
     let guest = LinuxBuilder::new(context, kernel)?

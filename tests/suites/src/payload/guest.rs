@@ -18,7 +18,8 @@ const READY: &str = "triarch-payload ready";
 const ANSWER: Duration = Duration::from_secs(8);
 /// How long a VMM whose serial line is gone may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-const SERIAL: &str = "serial.sock";
+/// The serial line's socket in the VM's directory.
+pub const SERIAL: &str = "serial.sock";
 
 /// Whether guests here are ARM's.
 pub fn is_arm() -> bool {
@@ -164,7 +165,7 @@ fn connect(vm: &Vm, serial: &Path) -> Result<UnixStream> {
 }
 
 /// Whether a child of ours has ended, without taking note of its end for whoever waits for it.
-fn has_ended(pid: u32) -> bool {
+pub fn has_ended(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The state stands behind the name, which may contain anything but ends with the last parenthesis.
     stat.rsplit(')')

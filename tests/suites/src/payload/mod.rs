@@ -11,6 +11,8 @@ mod edit;
 mod ends;
 mod events;
 pub(crate) mod guest;
+mod launch;
+mod log;
 mod memory;
 mod metrics;
 mod net;
@@ -46,6 +48,8 @@ pub fn tests() -> Vec<Test> {
         api::TESTS,
         metrics::TESTS,
         events::TESTS,
+        launch::TESTS,
+        log::TESTS,
         edit::TESTS,
     ]
     .concat()
