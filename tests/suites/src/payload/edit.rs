@@ -155,7 +155,7 @@ fn what_cannot_be_changed_stays(context: &Context) -> Result<Outcome> {
             "vm.add-disk",
             json!({ "path": disk.path() }),
             400,
-            vec!["two disks", "path"],
+            vec!["disks[1].path", "another disk"],
         ),
         (
             "vm.add-disk",
