@@ -5,6 +5,7 @@ use super::guest::{Guest, builder, number};
 use super::payload_tests;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
+use std::time::{Duration, Instant};
 use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
@@ -136,7 +137,11 @@ fn an_nmi_reaches_every_processor(context: &Context) -> Result<Outcome> {
     guest.ask("cpus")?;
     ensure!(guest.ask("count 2")? == "0");
     guest.vm().api()?.put("vm.nmi", None)?;
-    ensure!(guest.ask("count 2")? == "3");
+    // The others take it when the host runs them.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while guest.ask("count 2")? != "3" {
+        ensure!(Instant::now() < deadline, "{} of 3", guest.ask("count 2")?);
+    }
     Ok(Outcome::Passed)
 }
 
