@@ -11,6 +11,7 @@ mod debug;
 mod i8042;
 mod pl011;
 mod pl031;
+mod pl061;
 mod port;
 mod power;
 mod primecell;
@@ -22,6 +23,7 @@ pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostCodes};
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
 pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};
 pub use pl031::{PL031_DATA, PL031_LOAD, PL031_SIZE, Pl031, Pl031StateV1};
+pub use pl061::{PL061_SIZE, Pl061, Pl061StateV1};
 pub use port::SerialPort;
 pub use power::{
     Ged, GedEvents, GedStateV1, PM_TIMER_HZ, PmTimer, PmTimerStateV1, PowerEvent, PowerSink, ResetPort, ResetRegister,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use triarch_device_core::{BusError, InterruptLine};
-use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, Pl011, Pl031, SerialPort};
+use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort};
 use triarch_pci::Ecam;
 
 use super::layout::{self, interrupt};
@@ -28,8 +28,19 @@ pub enum BoardError {
 /// The devices at fixed places.
 pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
-    events: Option<Arc<Ged>>,
+    button: Button,
 }
+
+/// How the operating system hears of the power button.
+enum Button {
+    /// By the event device of ACPI.
+    Event(Arc<Ged>),
+    /// By a key that a device tree tells of.
+    Key(Arc<Pl061>),
+}
+
+/// Pin of the power button.
+pub(super) const POWER_KEY: u8 = 3;
 
 impl Board {
     /// Makes the devices and claims their addresses.
@@ -51,16 +62,18 @@ impl Board {
         };
         let rtc = Arc::new(Pl031::new(Arc::new(HostClock::new())));
         mmio.claim(layout::RTC, PL031_SIZE, rtc)?;
-        let events = if config.device_tree {
-            None
+        let button = if config.device_tree {
+            let keys = Arc::new(Pl061::new(line(interrupt::KEYS)?));
+            mmio.claim(layout::KEYS, PL061_SIZE, keys.clone())?;
+            Button::Key(keys)
         } else {
             let events = Arc::new(Ged::new(line(interrupt::GED)?));
             mmio.claim(layout::GED, 1, events.clone())?;
-            Some(events)
+            Button::Event(events)
         };
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         mmio.claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        Ok(Self { serial, events })
+        Ok(Self { serial, button })
     }
 
     /// The serial port, for its input.
@@ -70,12 +83,10 @@ impl Board {
 
     /// Asks the operating system to shut down.
     pub fn press_power_button(&self) -> io::Result<()> {
-        let Some(events) = &self.events else {
-            return Err(io::Error::other(
-                "a guest that boots by a device tree has no power button; leave --platform dtb=on out",
-            ));
-        };
-        events.notify(GedEvents::POWER_BUTTON);
+        match &self.button {
+            Button::Event(events) => events.notify(GedEvents::POWER_BUTTON),
+            Button::Key(keys) => keys.press(POWER_KEY),
+        }
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! The machine in the words of ACPI and of device trees.
 
 use triarch_boot::arm64::{DeviceTree, Gic, Pci, Timer};
-use triarch_legacy::{PL011_SIZE, PL031_SIZE};
+use triarch_legacy::{PL011_SIZE, PL031_SIZE, PL061_SIZE};
 use triarch_tables::acpi::arm::{self, ArmAcpiConfig, ArmCpu, Uart};
 use triarch_tables::acpi::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
 
+use super::board::POWER_KEY;
 use super::layout::{self, interrupt};
 use super::load::ram;
 use crate::LoadConfig;
@@ -107,6 +108,7 @@ pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
             .serial()
             .map(|_| (layout::UART, PL011_SIZE, interrupt::UART)),
         rtc: (layout::RTC, PL031_SIZE),
+        keys: (layout::KEYS, PL061_SIZE, interrupt::KEYS, POWER_KEY.into()),
         pci: Pci {
             ecam: (layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE),
             last_bus: u32::from(LAST_BUS),

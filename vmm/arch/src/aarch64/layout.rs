@@ -6,7 +6,7 @@
 //! 0x0600_0000  GIC: ITS
 //! 0x0700_0000  GIC: redistributors, 128 KiB a vCPU
 //! 0x08ff_0000  GIC: distributor
-//! 0x0900_0000  PL011, then PL031 and the event register, 64 KiB apart
+//! 0x0900_0000  PL011, then PL031, event register and keys, 64 KiB apart
 //! 0x1000_0000  32-bit BARs
 //! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
@@ -55,6 +55,8 @@ pub const UART: u64 = 0x0900_0000;
 pub const RTC: u64 = 0x0901_0000;
 /// Register of the generic event device.
 pub const GED: u64 = 0x0903_0000;
+/// Keys, for guests that boot by a device tree.
+pub const KEYS: u64 = 0x0904_0000;
 
 /// Interrupt numbers of the GIC.
 pub mod interrupt {
@@ -64,6 +66,8 @@ pub mod interrupt {
     pub const UART: u32 = 33;
     /// Generic event device.
     pub const GED: u32 = 36;
+    /// Keys.
+    pub const KEYS: u32 = 39;
     /// Performance monitors of each vCPU.
     pub const PMU: u32 = 23;
     /// Generic timer of each vCPU, non-secure EL2.

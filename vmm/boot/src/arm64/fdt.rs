@@ -10,6 +10,7 @@ use crate::initramfs::LoadedInitramfs;
 const GIC_HANDLE: u32 = 1;
 const ITS_HANDLE: u32 = 2;
 const CLOCK_HANDLE: u32 = 3;
+const GPIO_HANDLE: u32 = 4;
 /// Cells of an interrupt: kind, number, trigger.
 const SPI: u32 = 0;
 const PPI: u32 = 1;
@@ -17,6 +18,8 @@ const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 const FIRST_SPI: u32 = 32;
 const FIRST_PPI: u32 = 16;
+/// Linux's number of the power key (KEY_POWER).
+const POWER_KEY: u32 = 116;
 /// Frequency told of the serial port's clock in Hz. Nothing depends on it.
 const UART_CLOCK: u32 = 24_000_000;
 /// The memory windows' kinds in `ranges`: 32-bit memory; 64-bit, prefetchable memory.
@@ -91,6 +94,8 @@ pub struct DeviceTree {
     pub uart: Option<(u64, u64, u32)>,
     /// The PL031: address, bytes.
     pub rtc: (u64, u64),
+    /// The PL061 and its pin with the power key: address, bytes, interrupt number (an edge), pin.
+    pub keys: (u64, u64, u32, u32),
     /// The PCI root.
     pub pci: Pci,
 }
@@ -164,6 +169,7 @@ pub fn device_tree(chosen: &Chosen<'_>, machine: &DeviceTree) -> Result<Vec<u8>,
     write_gic(&mut fdt, &machine.gic)?;
     write_timer(&mut fdt, machine)?;
     write_primecells(&mut fdt, machine)?;
+    write_keys(&mut fdt, machine.keys)?;
     write_pci(&mut fdt, &machine.pci)?;
     fdt.end_node(root)?;
     finish(fdt, chosen.room)
@@ -303,6 +309,32 @@ fn write_primecells(fdt: &mut FdtWriter, machine: &DeviceTree) -> Result<(), Fdt
     fdt.property_u32("clocks", CLOCK_HANDLE)?;
     fdt.property_string("clock-names", "apb_pclk")?;
     Ok(fdt.end_node(node)?)
+}
+
+fn write_keys(fdt: &mut FdtWriter, (at, size, interrupt, pin): (u64, u64, u32, u32)) -> Result<(), FdtError> {
+    let node = fdt.begin_node(&format!("pl061@{at:x}"))?;
+    let compatible = ["arm,pl061", "arm,primecell"].map(str::to_owned).to_vec();
+    fdt.property_string_list("compatible", compatible)?;
+    fdt.property_array_u64("reg", &[at, size])?;
+    let cells = [SPI, interrupt.saturating_sub(FIRST_SPI), EDGE_RISING];
+    fdt.property_array_u32("interrupts", &cells)?;
+    fdt.property_null("gpio-controller")?;
+    fdt.property_u32("#gpio-cells", 2)?;
+    fdt.property_null("interrupt-controller")?;
+    fdt.property_u32("#interrupt-cells", 2)?;
+    fdt.property_u32("clocks", CLOCK_HANDLE)?;
+    fdt.property_string("clock-names", "apb_pclk")?;
+    fdt.property_phandle(GPIO_HANDLE)?;
+    fdt.end_node(node)?;
+    let keys = fdt.begin_node("gpio-keys")?;
+    fdt.property_string("compatible", "gpio-keys")?;
+    let key = fdt.begin_node("power")?;
+    fdt.property_string("label", "Power Button")?;
+    fdt.property_u32("linux,code", POWER_KEY)?;
+    // Active high.
+    fdt.property_array_u32("gpios", &[GPIO_HANDLE, pin, 0])?;
+    fdt.end_node(key)?;
+    Ok(fdt.end_node(keys)?)
 }
 
 fn write_pci(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), FdtError> {

@@ -189,6 +189,7 @@ fn machine(cpus: u64) -> DeviceTree {
         pmu: Some(23),
         uart: Some((0x0900_0000, 0x1000, 33)),
         rtc: (0x0901_0000, 0x1000),
+        keys: (0x0904_0000, 0x1000, 39, 3),
         pci: Pci {
             ecam: (0x3000_0000, MIB),
             last_bus: 0,
@@ -218,6 +219,8 @@ fn trees_have_what_a_kernel_looks_for() {
         "pci-host-ecam-generic",
         "/pl011@9000000",
         "arm,pl031",
+        "pl061@9040000",
+        "gpio-keys",
     ] {
         assert!(has(&full, text), "{text}");
     }
