@@ -99,6 +99,11 @@ impl Limits {
         subject.held.take()
     }
 
+    /// An event that is held back, whether its time is over or not; its subject stays limited.
+    pub(super) fn give_up(&mut self) -> Option<Held> {
+        self.0.iter_mut().find_map(|subject| subject.held.take())
+    }
+
     /// When the next one need not be held back any longer.
     pub(super) fn due(&self) -> Option<Instant> {
         let held = self.0.iter().filter(|subject| subject.held.is_some());
@@ -147,6 +152,15 @@ mod tests {
             assert!(limits.admit(end, "_disk0", &DEVICE_RESET, &id));
         }
         assert!(!limits.admit(end, "_disk0", &DEVICE_RESET, &id));
+    }
+
+    #[test]
+    fn a_subject_that_is_given_up_early_stays_limited() {
+        let (mut limits, now) = (Limits::default(), Instant::now());
+        let refused = |limits: &mut Limits| !limits.admit(now, "_disk0", &DEVICE_RESET, &[]);
+        while !refused(&mut limits) {}
+        assert!(limits.give_up().is_some() && limits.give_up().is_none());
+        assert!(refused(&mut limits));
     }
 
     #[test]

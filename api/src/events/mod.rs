@@ -16,7 +16,7 @@ use thiserror::Error;
 pub use kind::Kind;
 pub use line::{MAX_LINE, Value};
 
-use limit::Limits;
+use limit::{Held, Limits};
 
 /// Events of the VMM and its clients that are kept.
 const HOST_EVENTS: usize = 1024;
@@ -111,16 +111,22 @@ impl State {
     /// Appends the events whose time to be held back is over.
     fn release(&mut self, now: Instant, at: Duration) {
         while let Some(held) = self.limits.release(now) {
-            let mut properties: Vec<_> = held
-                .properties
-                .iter()
-                .map(|(name, value)| (*name, value.as_value()))
-                .collect();
-            if held.left_out > 0 {
-                properties.push(("suppressed", Value::Number(held.left_out)));
-            }
-            self.append(true, at, held.kind, &properties);
+            self.append_held(at, held);
         }
+    }
+
+    /// Appends all events that are held back.
+    fn release_all(&mut self, at: Duration) {
+        while let Some(held) = self.limits.give_up() {
+            self.append_held(at, held);
+        }
+    }
+
+    fn append_held(&mut self, at: Duration, held: Held) {
+        let properties = held.properties.iter().map(|(name, value)| (*name, value.as_value()));
+        let suppressed = (held.left_out > 0).then_some(("suppressed", Value::Number(held.left_out)));
+        let properties: Vec<_> = properties.chain(suppressed).collect();
+        self.append(true, at, held.kind, &properties);
     }
 }
 
@@ -167,14 +173,14 @@ impl EventLog {
             .push(Box::new(wake));
     }
 
-    /// Appends an event that the VMM or one of its clients caused.
+    /// Appends an event that the VMM or one of its clients caused. What a guest did before is told before it, also what is held back.
     pub fn post(&self, kind: &'static Kind, properties: &[(&'static str, Value<'_>)]) {
         {
             let mut state = self.state();
             // The clock is read under the lock: times rise as numbers do.
             let now = Instant::now();
             let at = self.at(now);
-            state.release(now, at);
+            state.release_all(at);
             state.append(false, at, kind, properties);
         }
         self.wake();

@@ -212,15 +212,15 @@ impl Server {
                 break;
             }
         }
-        // What happened until now is still told.
-        self.pump_streams(|c| c.wants_item());
         let end = Instant::now() + FAREWELL;
-        while self.connections.values().any(Connection::has_output) {
+        // A stream that has more than fits into one turn is ready for another.
+        while !self.ready.is_empty() || self.connections.values().any(Connection::has_output) {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            self.turn(Some(left))?;
+            let timeout = if self.ready.is_empty() { left } else { Duration::ZERO };
+            self.turn(Some(timeout))?;
         }
         Ok(())
     }

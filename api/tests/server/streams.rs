@@ -234,14 +234,36 @@ fn what_a_follower_sends_later_is_ignored() {
 #[test]
 fn the_last_event_reaches_followers_before_the_server_ends() {
     let (server, vm) = Running::api(Limits::default());
-    let mut followers: Vec<_> = (0..4).map(|_| Follower::new(&server, "?since=0")).collect();
-    post(&vm.events, 100);
+    let readers: Vec<_> = (0..4)
+        .map(|_| {
+            let mut follower = Follower::new(&server, "");
+            thread::spawn(move || std::iter::from_fn(|| follower.next()).collect::<Vec<_>>())
+        })
+        .collect();
+    // More than goes out in one turn.
+    post(&vm.events, 1000);
     vm.events.post(&kind::VMM_SHUTDOWN, &[]);
     drop(server.stop());
-    for follower in &mut followers {
-        let events: Vec<_> = std::iter::from_fn(|| follower.next()).collect();
-        assert_eq!(events.len(), 101);
-        assert_eq!(events[100]["event"], "shutdown");
+    for reader in readers {
+        let events = reader.join().expect("no panic");
+        assert_eq!(events.len(), 1001);
+        assert_eq!(events[1000]["event"], "shutdown");
+    }
+}
+
+#[test]
+fn what_a_stream_has_begun_to_replay_is_sent_before_the_server_ends() {
+    for _ in 0..30 {
+        let (server, vm) = Running::api(Limits::default());
+        let text = "x".repeat(60);
+        for _ in 0..1000 {
+            vm.events.post(&kind::VM_FAILED, &[("error", text.as_str().into())]);
+        }
+        // It goes out in several turns, and the end comes between them.
+        let mut follower = Follower::new(&server, "?since=0");
+        let reader = thread::spawn(move || std::iter::from_fn(|| follower.next()).count());
+        drop(server.stop());
+        assert_eq!(reader.join().expect("no panic"), 1000);
     }
 }
 
