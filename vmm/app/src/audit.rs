@@ -1,7 +1,7 @@
 //! `--audit-log`: one line for each call that changes something, to a file, syslog or the journal.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
@@ -26,7 +26,25 @@ const PRIORITY: u32 = 10 * 8 + 6;
 /// The audit log: takes records without waiting, and writes them on a thread of its own.
 pub(crate) struct Audit {
     queue: Arc<Queue>,
+    /// Its file, if it goes to one.
+    file: Option<PathBuf>,
     _outlet: Outlet,
+}
+
+/// Opens the file of the audit log again, on a thread that may open files.
+pub(crate) struct Reopener {
+    path: PathBuf,
+    queue: Arc<Queue>,
+}
+
+impl Reopener {
+    /// Lines that are not written yet go to the file that has the path now. On error they go where they went.
+    pub(crate) fn reopen(&self) -> io::Result<()> {
+        let file = open_file(&self.path)?;
+        *self.queue.new_file.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        self.queue.news.ring();
+        Ok(())
+    }
 }
 
 impl Audit {
@@ -36,14 +54,27 @@ impl Audit {
         let failed = "cannot start the thread of --audit-log";
         let queue = Arc::new(Queue {
             items: Mutex::default(),
+            new_file: Mutex::default(),
             news: Bell::new().context(failed)?,
         });
+        let file = match log {
+            AuditLog::File(path) => Some(path.clone()),
+            AuditLog::Syslog(_) | AuditLog::Journal(_) => None,
+        };
         let theirs = queue.clone();
         let outlet = Outlet::spawn("audit-log", sandbox, move |stop| write_all(&theirs, &mut writer, stop));
         Ok(Self {
             queue,
+            file,
             _outlet: outlet.context(failed)?,
         })
+    }
+
+    /// What opens the file again, if there is one.
+    pub(crate) fn reopener(&self) -> Option<Reopener> {
+        let path = self.file.clone()?;
+        let queue = self.queue.clone();
+        Some(Reopener { path, queue })
     }
 
     /// Where records go.
@@ -62,6 +93,8 @@ enum Item {
 
 struct Queue {
     items: Mutex<VecDeque<Item>>,
+    /// The file to go on with.
+    new_file: Mutex<Option<File>>,
     news: Bell,
 }
 
@@ -124,6 +157,10 @@ fn write_all(queue: &Queue, writer: &mut Writer, stop: &Bell) {
 }
 
 fn write_some(queue: &Queue, writer: &mut Writer) -> io::Result<()> {
+    let file = queue.new_file.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(file) = file {
+        writer.replace(file);
+    }
     loop {
         // It stays there while it is written: the queue is what limits how much waits.
         let message = match queue.items().front() {
@@ -150,7 +187,7 @@ struct Message {
 /// Where lines go.
 enum Writer {
     File {
-        file: std::fs::File,
+        file: File,
         /// The rest of a line of which a full disk took the beginning.
         rest: Vec<u8>,
     },
@@ -164,13 +201,7 @@ impl Writer {
         let connect = |path: &PathBuf| Datagrams::connect(path).with_context(|| cannot(path));
         Ok(match log {
             AuditLog::File(path) => {
-                let mut options = OpenOptions::new();
-                options
-                    .append(true)
-                    .create(true)
-                    .mode(0o600)
-                    .custom_flags(libc::O_NONBLOCK);
-                let file = options.open(path).with_context(|| cannot(path))?;
+                let file = open_file(path).with_context(|| cannot(path))?;
                 let rest = Vec::new();
                 Self::File { file, rest }
             }
@@ -196,6 +227,15 @@ impl Writer {
         Message {
             bytes: bytes.into_bytes(),
             lost,
+        }
+    }
+
+    /// Goes on in another file. The rest of a line stays with its beginning as far as that is possible.
+    fn replace(&mut self, new: File) {
+        if let Self::File { file, rest } = self {
+            let _ = write_rest(file, rest);
+            rest.clear();
+            *file = new;
         }
     }
 
@@ -225,6 +265,16 @@ impl Writer {
             Self::Syslog(socket) | Self::Journal(socket) => socket.send(&message.bytes),
         }
     }
+}
+
+fn open_file(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NONBLOCK);
+    options.open(path)
 }
 
 fn write_rest(file: &mut impl Write, rest: &mut Vec<u8>) -> io::Result<()> {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use triarch_api::Phase;
 use triarch_machine::Supervisor;
 
+use crate::audit::Reopener;
 use crate::notify::Notify;
 use crate::sink::Sink;
 
@@ -12,16 +13,18 @@ use crate::sink::Sink;
 pub(crate) struct Launcher {
     manager: Option<Notify>,
     log: Sink,
+    audit: Option<Reopener>,
     phase: Phase,
     ready: bool,
 }
 
 impl Launcher {
-    /// The one the environment tells of, and the log.
-    pub(crate) fn new(log: Sink) -> Self {
+    /// The one the environment tells of, the log, and the audit log if that is a file.
+    pub(crate) fn new(log: Sink, audit: Option<Reopener>) -> Self {
         Self {
             manager: Notify::from_env(),
             log,
+            audit,
             phase: Phase::Absent,
             ready: false,
         }
@@ -62,8 +65,13 @@ impl Supervisor for Launcher {
     }
 
     fn reopen_log(&mut self) -> bool {
+        match self.audit.as_ref().map(Reopener::reopen) {
+            None => {}
+            Some(Ok(())) => tracing::info!("the audit log begins in a new file"),
+            Some(Err(error)) => tracing::warn!("cannot open the file of the audit log again: {error}"),
+        }
         match self.log.reopen() {
-            None => return false,
+            None => return self.audit.is_some(),
             Some(Ok(())) => tracing::info!("the log begins in a new file"),
             // It goes where it went.
             Some(Err(error)) => tracing::warn!("cannot open the log file again: {error}"),

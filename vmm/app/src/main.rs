@@ -30,7 +30,7 @@ use triarch_sandbox::Seccomp;
 
 use api::Api;
 use audit::Audit;
-use cli::{Cli, Described};
+use cli::{AuditLog, Cli, Described};
 use exit::Exit;
 use launcher::Launcher;
 
@@ -52,20 +52,22 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     let log = logging::start(&cli.log)?;
     // Before there is another thread.
-    let signals = triarch_machine::hold_signals(cli.log.file.is_some())?;
+    let signals =
+        triarch_machine::hold_signals(cli.log.file.is_some() || matches!(cli.audit_log, Some(AuditLog::File(_))))?;
     let seccomp = cli.seccomp.map(|mode| Arc::new(Seccomp::new(mode, OLDER_SYSCALLS)));
     let sandbox: Arc<dyn Sandbox> = match &seccomp {
         Some(seccomp) => seccomp.clone(),
         None => Arc::new(NoSandbox),
     };
-    let controller = Controller::new(sandbox.clone(), &signals, Box::new(Launcher::new(log)))?;
+    let audit = match &cli.audit_log {
+        Some(log) => Some(Audit::start(log, &sandbox)?),
+        None => None,
+    };
+    let launcher = Launcher::new(log, audit.as_ref().and_then(Audit::reopener));
+    let controller = Controller::new(sandbox.clone(), &signals, Box::new(launcher))?;
     let inbox = controller.inbox();
     let monitor = match &cli.event_monitor {
         Some(target) => Some(monitor::start(target, inbox.events(), &sandbox)?),
-        None => None,
-    };
-    let audit = match &cli.audit_log {
-        Some(log) => Some(Audit::start(log, &sandbox)?),
         None => None,
     };
     // Clients are answered from here on, also while the guest is built.

@@ -10,7 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
@@ -23,6 +24,7 @@ payload_tests!("events":
     include_jobs,
     tell_why_a_boot_failed,
     have_an_audit_line_for_each_call,
+    have_an_audit_log_that_rotates,
     have_audit_lines_for_a_daemon_that_was_restarted,
 );
 
@@ -279,6 +281,34 @@ fn have_an_audit_line_for_each_call(context: &Context) -> Result<Outcome> {
         fs::metadata(&file)?.mode() & 0o777 == 0o600,
         "anybody can read the audit log"
     );
+    Ok(Outcome::Passed)
+}
+
+fn have_an_audit_log_that_rotates(context: &Context) -> Result<Outcome> {
+    let (file, old) = (context.dir.join("audit"), context.dir.join("audit.1"));
+    let vm = builder(context)?.api();
+    let guest = Guest::start(vm.flag("--audit-log", format!("file={}", file.display())))?;
+    let wait_for = |path: &Path, text: &str| -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !fs::read_to_string(path).is_ok_and(|lines| lines.contains(text)) {
+            ensure!(Instant::now() < deadline, "no {text} in {}", path.display());
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    guest.vm().pause()?;
+    wait_for(&file, "vm.pause")?;
+    fs::rename(&file, &old)?;
+    let kill = format!("kill -HUP {}", guest.vm().pid());
+    ensure!(Command::new("sh").args(["-c", &kill]).status()?.success(), "kill");
+    wait_for(&file, "")?;
+    guest.vm().resume()?;
+    wait_for(&file, "vm.resume")?;
+    ensure!(
+        !fs::read_to_string(&old)?.contains("vm.resume"),
+        "it goes on in the old file"
+    );
+    guest.power_off()?;
     Ok(Outcome::Passed)
 }
 

@@ -27,6 +27,7 @@ fn start(log: AuditLog) -> Audit {
 fn queue() -> Queue {
     Queue {
         items: Mutex::default(),
+        new_file: Mutex::default(),
         news: Bell::new().expect("a bell"),
     }
 }
@@ -199,4 +200,34 @@ fn what_is_not_there_at_the_start_is_an_error() {
             "{error:#}"
         );
     }
+}
+
+#[test]
+fn a_file_that_was_renamed_is_followed_by_a_new_one() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (path, old) = (directory.path().join("audit"), directory.path().join("audit.1"));
+    let audit = start(AuditLog::File(path.clone()));
+    let reopener = audit.reopener().expect("a file");
+    let lines = |path: &Path| fs::read_to_string(path).map_or(0, |text| text.lines().count());
+    let wait_for = |path: &Path, count| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while lines(path) < count {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{} has no {count} lines",
+                path.display()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    audit.sink().record(&record("vm.pause"));
+    wait_for(&path, 1);
+    fs::rename(&path, &old).expect("rename");
+    audit.sink().record(&record("vm.resume"));
+    wait_for(&old, 2);
+    reopener.reopen().expect("open");
+    audit.sink().record(&record("vm.boot"));
+    wait_for(&path, 1);
+    drop(audit);
+    assert_eq!((lines(&old), lines(&path)), (2, 1));
 }
