@@ -8,6 +8,7 @@ mod answer;
 pub mod audit;
 mod config;
 pub mod events;
+pub mod flags;
 pub mod jobs;
 pub mod metrics;
 mod operation;

@@ -5,15 +5,16 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser};
+use triarch_api::flags::{self, FlagError};
 use triarch_api::{
     ConsoleConfig, ConsoleMode, CpusConfig, DebugConsoleConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig,
 };
 use triarch_sandbox::Mode;
 
 use crate::compat::{self, CLOUD_HYPERVISOR, Personality};
+use crate::config_file;
 use crate::exit::{self, Wrong};
 use crate::logging::{Format, Levels};
-use crate::{config_file, flags};
 
 /// What described a VM if no file did.
 pub(crate) const FLAGS: &str = "the command line";
@@ -387,14 +388,14 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
     })
 }
 
-fn parsed<T>(text: &Option<String>, parse: fn(&str) -> anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+fn parsed<T>(text: &Option<String>, parse: fn(&str) -> Result<T, FlagError>) -> Result<Option<T>, FlagError> {
     text.as_deref().map(parse).transpose()
 }
 
 /// The virtio console has the terminal by default; a serial port that asks for it gets it instead.
 fn console(text: Option<&str>, serial: &ConsoleConfig) -> anyhow::Result<ConsoleConfig> {
     let mode = match text {
-        Some(text) => return flags::console("--console", text),
+        Some(text) => return Ok(flags::console("--console", text)?),
         None if serial.mode == ConsoleMode::Tty => ConsoleMode::Off,
         None => ConsoleMode::Tty,
     };

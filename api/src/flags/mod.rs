@@ -1,14 +1,34 @@
-//! Each device flag as configuration.
+//! Each device flag of the command line as configuration: the dialect that people write.
+
+mod keyvalue;
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
-use triarch_api::{
+use thiserror::Error;
+
+use crate::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, ImageType, MemoryConfig,
     NetConfig, PlatformConfig, RngConfig, VsockConfig,
 };
 
-use crate::keyvalue::KeyValues;
+use keyvalue::KeyValues;
+
+/// What is wrong with a flag's value, and what to write instead.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{flag}: {problem}")]
+pub struct FlagError {
+    /// The flag, with its dashes.
+    pub flag: &'static str,
+    /// The problem.
+    pub problem: String,
+}
+
+impl FlagError {
+    fn new(flag: &'static str, problem: impl Into<String>) -> Self {
+        let problem = problem.into();
+        Self { flag, problem }
+    }
+}
 
 /// Puts a parsed value, if there is one, in its field.
 fn set<T>(field: &mut T, value: Option<T>) {
@@ -18,7 +38,7 @@ fn set<T>(field: &mut T, value: Option<T>) {
 }
 
 /// `--cpus boot=2,max=4,topology=1:4:1:1`, or just a number.
-pub(crate) fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
+pub fn cpus(text: &str) -> Result<CpusConfig, FlagError> {
     let only_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let text = if only_number {
         format!("boot={text}")
@@ -42,12 +62,14 @@ pub(crate) fn cpus(text: &str) -> anyhow::Result<CpusConfig> {
     })
 }
 
-fn topology(text: &str) -> anyhow::Result<CpuTopology> {
+fn topology(text: &str) -> Result<CpuTopology, FlagError> {
     let levels: Result<Vec<u16>, _> = text.split(':').map(str::parse).collect();
     let Ok([threads_per_core, cores_per_die, dies_per_package, packages]) = levels.as_deref() else {
-        bail!(
-            "--cpus: topology={text} is invalid; write threads per core:cores per die:dies per package:packages, like 2:4:1:1"
-        );
+        let form = "threads per core:cores per die:dies per package:packages, like 2:4:1:1";
+        return Err(FlagError::new(
+            "--cpus",
+            format!("topology={text} is invalid; write {form}"),
+        ));
     };
     Ok(CpuTopology {
         threads_per_core: *threads_per_core,
@@ -58,9 +80,9 @@ fn topology(text: &str) -> anyhow::Result<CpuTopology> {
 }
 
 /// `--memory size=1G,...`, or just a size.
-pub(crate) fn memory(text: &str) -> anyhow::Result<MemoryConfig> {
+pub fn memory(text: &str) -> Result<MemoryConfig, FlagError> {
     let mut config = MemoryConfig::default();
-    if let Ok(size) = triarch_api::parse_size(text) {
+    if let Ok(size) = crate::parse_size(text) {
         return Ok(MemoryConfig { size, ..config });
     }
     let known = [
@@ -85,7 +107,7 @@ pub(crate) fn memory(text: &str) -> anyhow::Result<MemoryConfig> {
 }
 
 /// `--disk path=FILE,...`
-pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
+pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     let mut config = DiskConfig::default();
     let known = [
         "path",
@@ -117,13 +139,17 @@ pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
-        Some(other) => bail!("--disk: image_type={other} is not supported by this version; convert the image to raw"),
+        Some(other) => {
+            return kv.refuse(format!(
+                "image_type={other} is not supported by this version; convert the image to raw"
+            ));
+        }
     }
     Ok(config)
 }
 
 /// `--net tap=NAME,...`
-pub(crate) fn net(text: &str) -> anyhow::Result<NetConfig> {
+pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     let mut config = NetConfig::default();
     let known = [
         "tap",
@@ -150,10 +176,10 @@ pub(crate) fn net(text: &str) -> anyhow::Result<NetConfig> {
     if let Some(fds) = kv.list("fd")? {
         let numbers: Option<Vec<i32>> = fds.iter().map(|fd| fd.parse().ok()).collect();
         let Some(fds) = numbers else {
-            bail!(
-                "--net: fd=[{}] are no descriptor numbers; write fd=3 or fd=[3,4]",
-                fds.join(",")
-            );
+            let given = fds.join(",");
+            return kv.refuse(format!(
+                "fd=[{given}] are no descriptor numbers; write fd=3 or fd=[3,4]"
+            ));
         };
         config.num_queues = 2 * fds.len().min(1 << 14) as u16;
         config.fds = Some(fds);
@@ -168,21 +194,23 @@ pub(crate) fn net(text: &str) -> anyhow::Result<NetConfig> {
 }
 
 /// `--rng src=FILE`
-pub(crate) fn rng(text: &str) -> anyhow::Result<RngConfig> {
+pub fn rng(text: &str) -> Result<RngConfig, FlagError> {
     let kv = KeyValues::parse("--rng", text, &["src"], &["iommu"])?;
-    let src = kv.text("src").context("--rng needs a source; write src=/dev/urandom")?;
+    let Some(src) = kv.text("src") else {
+        return kv.refuse("it needs a source; write src=/dev/urandom".to_owned());
+    };
     Ok(RngConfig { src: src.into() })
 }
 
 /// `--vsock cid=3,socket=PATH`
-pub(crate) fn vsock(text: &str) -> anyhow::Result<VsockConfig> {
+pub fn vsock(text: &str) -> Result<VsockConfig, FlagError> {
     let kv = KeyValues::parse("--vsock", text, &["cid", "socket", "id"], &["iommu", "pci_segment"])?;
-    let cid = kv
-        .number("cid")?
-        .context("--vsock needs the guest's context id; write cid=3")?;
-    let socket = kv
-        .text("socket")
-        .context("--vsock needs a path on the host; write socket=PATH")?;
+    let Some(cid) = kv.number("cid")? else {
+        return kv.refuse("it needs the guest's context id; write cid=3".to_owned());
+    };
+    let Some(socket) = kv.text("socket") else {
+        return kv.refuse("it needs a path on the host; write socket=PATH".to_owned());
+    };
     Ok(VsockConfig {
         cid,
         socket: socket.into(),
@@ -191,7 +219,7 @@ pub(crate) fn vsock(text: &str) -> anyhow::Result<VsockConfig> {
 }
 
 /// `--serial tty|pty|null|off|file=PATH|socket=PATH`, and the same for `--console`.
-pub(crate) fn console(flag: &'static str, text: &str) -> anyhow::Result<ConsoleConfig> {
+pub fn console(flag: &'static str, text: &str) -> Result<ConsoleConfig, FlagError> {
     let mode = |mode| {
         Ok(ConsoleConfig {
             mode,
@@ -215,19 +243,22 @@ pub(crate) fn console(flag: &'static str, text: &str) -> anyhow::Result<ConsoleC
                 file: None,
                 socket: Some(path.into()),
             }),
-            _ => bail!("{flag}: '{text}' is no console; write tty, pty, null, off, file=PATH or socket=PATH"),
+            _ => Err(FlagError::new(
+                flag,
+                format!("'{text}' is no console; write tty, pty, null, off, file=PATH or socket=PATH"),
+            )),
         },
     }
 }
 
 /// `--debug-console tty|null|off|file=PATH`
-pub(crate) fn debug_console(text: &str) -> anyhow::Result<DebugConsoleConfig> {
+pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, FlagError> {
     let ConsoleConfig { mode, file, .. } = console("--debug-console", text)?;
     Ok(DebugConsoleConfig { mode, file })
 }
 
 /// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on`
-pub(crate) fn platform(text: &str) -> anyhow::Result<PlatformConfig> {
+pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
     let known = ["serial_number", "uuid", "oem_strings", "dtb"];
     let elsewhere = [
         "num_pci_segments",
@@ -268,7 +299,7 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_the_fix() {
-        let text = |error: anyhow::Error| format!("{error:#}");
+        let text = |error: FlagError| error.to_string();
         assert!(text(cpus("topology=4").expect_err("refused")).contains("like 2:4:1:1"));
         assert!(text(cpus("boot=-1").expect_err("refused")).contains("--cpus: boot=-1"));
         assert!(text(cpus("99999999999").expect_err("refused")).contains("boot=99999999999 is too large"));

@@ -6,11 +6,11 @@ use std::fmt::Display;
 use std::num::{IntErrorKind, ParseIntError};
 use std::str::FromStr;
 
-use anyhow::{Context, bail};
-use triarch_api::parse_size;
+use super::FlagError;
+use crate::parse_size;
 
 /// One flag's value, taken apart.
-pub(crate) struct KeyValues<'a> {
+pub(super) struct KeyValues<'a> {
     flag: &'static str,
     pairs: Vec<(&'a str, &'a str)>,
 }
@@ -18,92 +18,106 @@ pub(crate) struct KeyValues<'a> {
 impl<'a> KeyValues<'a> {
     /// Takes `text` apart. Keys beside `known` are errors. Keys in `elsewhere` exist in Cloud Hypervisor and not here yet: they are
     /// accepted with the value that changes nothing.
-    pub(crate) fn parse(flag: &'static str, text: &'a str, known: &[&str], elsewhere: &[&str]) -> anyhow::Result<Self> {
+    pub(super) fn parse(
+        flag: &'static str,
+        text: &'a str,
+        known: &[&str],
+        elsewhere: &[&str],
+    ) -> Result<Self, FlagError> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
-        for part in split(text).with_context(|| format!("{flag} '{text}'"))? {
+        let refuse = |problem| Err(FlagError::new(flag, problem));
+        let takes = || format!("it takes {}", known.join(", "));
+        for part in split(text).map_err(|problem| FlagError::new(flag, format!("{problem} in '{text}'")))? {
             if part.is_empty() {
-                bail!(
-                    "{flag}: a key=value is empty in '{text}'; it takes {}",
-                    known.join(", ")
-                );
+                return refuse(format!("a key=value is empty in '{text}'; {}", takes()));
             }
             let Some((key, value)) = part.split_once('=') else {
-                bail!("{flag}: '{part}' is not key=value; it takes {}", known.join(", "));
+                return refuse(format!("'{part}' is not key=value; {}", takes()));
             };
             if pairs.iter().any(|(k, _)| *k == key) {
-                bail!("{flag}: '{key}' is given twice; give it once");
+                return refuse(format!("'{key}' is given twice; give it once"));
             }
             if elsewhere.contains(&key) {
                 if !matches!(value, "off" | "false" | "0") {
-                    bail!("{flag}: {key}={value} is not supported by this version; leave {key} out");
+                    return refuse(format!(
+                        "{key}={value} is not supported by this version; leave {key} out"
+                    ));
                 }
             } else if known.contains(&key) {
                 pairs.push((key, unquote(value)));
             } else {
-                bail!("{flag}: there is no key '{key}'; it takes {}", known.join(", "));
+                return refuse(format!("there is no key '{key}'; {}", takes()));
             }
         }
         Ok(Self { flag, pairs })
     }
 
     /// The text of `key`.
-    pub(crate) fn text(&self, key: &str) -> Option<&'a str> {
+    pub(super) fn text(&self, key: &str) -> Option<&'a str> {
         self.pairs.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
 
     /// `key` as a value that parses itself.
-    pub(crate) fn get<T: FromStr>(&self, key: &str) -> anyhow::Result<Option<T>>
+    pub(super) fn get<T: FromStr>(&self, key: &str) -> Result<Option<T>, FlagError>
     where
         T::Err: Display,
     {
         let Some(text) = self.text(key) else { return Ok(None) };
         match text.parse() {
             Ok(value) => Ok(Some(value)),
-            Err(error) => bail!("{}: {key}={text} is invalid: {error}", self.flag),
+            Err(error) => self.refuse(format!("{key}={text} is invalid: {error}")),
         }
     }
 
     /// `key` as a whole number.
-    pub(crate) fn number<T: FromStr<Err = ParseIntError>>(&self, key: &str) -> anyhow::Result<Option<T>> {
+    pub(super) fn number<T: FromStr<Err = ParseIntError>>(&self, key: &str) -> Result<Option<T>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
         match text.parse::<T>() {
             Ok(value) => Ok(Some(value)),
             Err(error) if *error.kind() == IntErrorKind::PosOverflow => {
-                bail!("{}: {key}={text} is too large; write a smaller number", self.flag)
+                self.refuse(format!("{key}={text} is too large; write a smaller number"))
             }
-            Err(_) => bail!("{}: {key}={text} is no whole number; write digits only", self.flag),
+            Err(_) => self.refuse(format!("{key}={text} is no whole number; write digits only")),
         }
     }
 
     /// `key` as a size in bytes.
-    pub(crate) fn size(&self, key: &str) -> anyhow::Result<Option<u64>> {
+    pub(super) fn size(&self, key: &str) -> Result<Option<u64>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
-        parse_size(text)
-            .map(Some)
-            .with_context(|| format!("{}: {key} is invalid", self.flag))
+        match parse_size(text) {
+            Ok(size) => Ok(Some(size)),
+            Err(error) => self.refuse(format!("{key} is invalid: {error}")),
+        }
     }
 
     /// `key` as a switch.
-    pub(crate) fn switch(&self, key: &str) -> anyhow::Result<Option<bool>> {
+    pub(super) fn switch(&self, key: &str) -> Result<Option<bool>, FlagError> {
         match self.text(key) {
             None => Ok(None),
             Some("on" | "true") => Ok(Some(true)),
             Some("off" | "false") => Ok(Some(false)),
-            Some(other) => bail!("{}: {key}={other} is neither on nor off; write one of them", self.flag),
+            Some(other) => self.refuse(format!("{key}={other} is neither on nor off; write one of them")),
         }
     }
 
     /// `key` as a list: `[a,b]`, or one value.
-    pub(crate) fn list(&self, key: &str) -> anyhow::Result<Option<Vec<&'a str>>> {
+    pub(super) fn list(&self, key: &str) -> Result<Option<Vec<&'a str>>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
         let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-        let parts = split(inner).with_context(|| format!("{}: {key}={text}", self.flag))?;
-        Ok(Some(parts.into_iter().map(unquote).collect()))
+        match split(inner) {
+            Ok(parts) => Ok(Some(parts.into_iter().map(unquote).collect())),
+            Err(problem) => self.refuse(format!("{problem} in {key}={text}")),
+        }
+    }
+
+    /// An error of this flag.
+    pub(super) fn refuse<T>(&self, problem: String) -> Result<T, FlagError> {
+        Err(FlagError::new(self.flag, problem))
     }
 }
 
 /// Splits at commas outside of brackets and quotes.
-fn split(text: &str) -> anyhow::Result<Vec<&str>> {
+fn split(text: &str) -> Result<Vec<&str>, String> {
     let (mut parts, mut start, mut depth, mut quoted) = (Vec::new(), 0, 0u32, false);
     for (at, c) in text.char_indices() {
         match c {
@@ -111,7 +125,7 @@ fn split(text: &str) -> anyhow::Result<Vec<&str>> {
             '[' if !quoted => depth += 1,
             ']' if !quoted => match depth.checked_sub(1) {
                 Some(outer) => depth = outer,
-                None => bail!("a ']' has no '[' before it"),
+                None => return Err("a ']' has no '[' before it".to_owned()),
             },
             ',' if !quoted && depth == 0 => {
                 parts.push(&text[start..at]);
@@ -121,7 +135,7 @@ fn split(text: &str) -> anyhow::Result<Vec<&str>> {
         }
     }
     if quoted || depth > 0 {
-        bail!("a '{}' is not closed", if quoted { '"' } else { '[' });
+        return Err(format!("a '{}' is not closed", if quoted { '"' } else { '[' }));
     }
     parts.push(&text[start..]);
     Ok(parts)
@@ -135,7 +149,7 @@ fn unquote(text: &str) -> &str {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> anyhow::Result<KeyValues<'_>> {
+    fn parse(text: &str) -> Result<KeyValues<'_>, FlagError> {
         KeyValues::parse("--test", text, &["size", "on", "list", "path"], &["iommu"])
     }
 
@@ -151,7 +165,7 @@ mod tests {
 
     #[test]
     fn errors_name_flag_value_and_fix() {
-        let error = |text: &str| format!("{:#}", parse(text).err().expect("refused"));
+        let error = |text: &str| parse(text).err().expect("refused").to_string();
         assert_eq!(
             error("sise=1"),
             "--test: there is no key 'sise'; it takes size, on, list, path"
@@ -188,6 +202,11 @@ mod tests {
             kv.switch("on").expect_err("switch").to_string(),
             "--test: on=maybe is neither on nor off; write one of them"
         );
-        assert!(format!("{:#}", kv.size("size").expect_err("size")).contains("'1.5G' is not a size"));
+        assert!(
+            kv.size("size")
+                .expect_err("size")
+                .to_string()
+                .contains("'1.5G' is not a size")
+        );
     }
 }
