@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::http::{Method, Response, ascii};
 use super::route::{Action, Route};
@@ -16,7 +16,7 @@ use crate::{Answer, ApiError, Handler, NetConfig, Operation, Phase, Reply, Reque
 const OTHER: &str = "other";
 
 /// What `vmm.ping` says this is.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Identity {
     /// Version with what tells this build from others of it.
     pub build_version: String,

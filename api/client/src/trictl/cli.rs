@@ -1,0 +1,285 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use triarch_api::Operation;
+
+const AFTER: &str = "\
+Exit status: 0 done, 1 the VMM refused or failed, 2 the command line is wrong, 3 no answer (no connection, or it was lost).
+
+Example:
+  export TRIARCH_API_SOCKET=api.sock
+  trictl create vm.json && trictl boot && trictl info";
+
+/// Drives one Triarch VMM over its API socket
+#[derive(Debug, Parser)]
+#[command(name = "trictl", version, after_help = AFTER, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command takes.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Global {
+    /// Socket of the VMM (its --api-socket) [default: what TRIARCH_API_SOCKET says]
+    #[arg(short = 's', long, value_name = "PATH", global = true)]
+    pub(crate) api_socket: Option<PathBuf>,
+    /// Print the VMM's JSON as it is
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Seconds to wait for an answer; 0 waits for ever
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, global = true)]
+    pub(crate) timeout: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show who answers
+    Ping,
+    /// Show the VM: its phase, processors, memory and devices
+    Info,
+    /// Show what disks and network interfaces have counted
+    Counters,
+    /// Give the VMM a configuration, the JSON of vm.create
+    Create {
+        /// File with the configuration; - reads standard input
+        #[arg(value_name = "FILE", default_value = "-")]
+        file: PathBuf,
+    },
+    /// Build the guest and let it run
+    Boot,
+    /// Let the guest stand still
+    Pause,
+    /// Let it go on
+    Resume,
+    /// Ask the guest to shut down
+    PowerButton,
+    /// Send every vCPU a non-maskable interrupt
+    Nmi,
+    /// End the guest at once, keep its configuration
+    Shutdown,
+    /// End the guest at once and boot it again
+    Reboot,
+    /// End the guest if there is one, forget the configuration
+    Delete,
+    /// Set the number of vCPUs, the size of memory
+    Resize(Resize),
+    /// Make a disk larger
+    ResizeDisk {
+        /// The disk's id
+        id: String,
+        /// Its new size, such as 20G
+        #[arg(value_parser = triarch_api::parse_size)]
+        size: u64,
+    },
+    /// Add a disk
+    AddDisk {
+        /// path=FILE[,readonly=on][,direct=on][,num_queues=N]..., as of the VMM's --disk
+        disk: String,
+    },
+    /// Add a network interface
+    AddNet(AddNet),
+    /// Add sockets between guest and host
+    AddVsock {
+        /// cid=N,socket=PATH[,id=ID], as of the VMM's --vsock
+        vsock: String,
+    },
+    /// Take a device away
+    RemoveDevice {
+        /// The device's id
+        id: String,
+    },
+    /// Show long work: what is under way, and the last that ended
+    Jobs {
+        /// Only this one
+        id: Option<u64>,
+        /// Go on until it has ended
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Show what happens
+    Events(Events),
+    /// Print all figures in Prometheus' text format
+    Metrics,
+    /// Watch processors, memory, disks and network at work
+    Top(Top),
+    /// Send any request and print the answer's body
+    Raw {
+        #[arg(value_enum, ignore_case = true)]
+        method: Method,
+        /// Name of a route, such as vm.info, or a path, such as /metrics
+        route: String,
+        /// Body; - reads standard input
+        body: Option<String>,
+    },
+    /// End the VMM
+    VmmShutdown,
+    /// Print a completion script
+    Completion {
+        /// For this shell
+        shell: Shell,
+    },
+    /// Print the manual page
+    Man {
+        /// Write it and those of all commands to this directory instead
+        #[arg(long, value_name = "DIR")]
+        directory: Option<PathBuf>,
+    },
+}
+
+impl Command {
+    /// The operation of a command that needs no more than its name.
+    pub(crate) fn operation(&self) -> Option<Operation> {
+        Some(match self {
+            Self::Boot => Operation::Boot,
+            Self::Pause => Operation::Pause,
+            Self::Resume => Operation::Resume,
+            Self::PowerButton => Operation::PowerButton,
+            Self::Nmi => Operation::Nmi,
+            Self::Shutdown => Operation::Shutdown,
+            Self::Reboot => Operation::Reboot,
+            Self::Delete => Operation::Delete,
+            Self::VmmShutdown => Operation::VmmShutdown,
+            _ => return None,
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct Resize {
+    /// Number of vCPUs
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Size of memory, such as 4G
+    #[arg(long, value_name = "SIZE", value_parser = triarch_api::parse_size)]
+    pub(crate) memory: Option<u64>,
+    /// What the balloon takes of it
+    #[arg(long, value_name = "SIZE", value_parser = triarch_api::parse_size)]
+    pub(crate) balloon: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddNet {
+    /// [tap=NAME][,mac=MAC][,ip=IP,mask=MASK][,mtu=N]..., as of the VMM's --net
+    #[arg(default_value = "")]
+    pub(crate) net: String,
+    /// Descriptor of an open tap, inherited by trictl; one for each queue pair
+    #[arg(long = "fd", value_name = "N")]
+    pub(crate) fds: Vec<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// First show what is kept after this event; 0: all of it
+    #[arg(long, value_name = "ID")]
+    pub(crate) since: Option<u64>,
+    /// Wait for more (the default)
+    #[arg(short, long, overrides_with = "no_follow")]
+    pub(crate) follow: bool,
+    /// Show what is kept and end
+    #[arg(long, overrides_with = "follow")]
+    pub(crate) no_follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Top {
+    /// Print one page and end
+    #[arg(long, conflicts_with = "iterations")]
+    pub(crate) once: bool,
+    /// Print N pages and end
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) iterations: Option<u64>,
+    /// Milliseconds between two pages
+    #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(50..=60_000))]
+    pub(crate) interval: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Method {
+    Get,
+    Put,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_operation_has_a_command() {
+        for operation in Operation::ALL {
+            let name = operation.name().strip_prefix("vm.").unwrap_or("vmm-shutdown");
+            let command = Cli::command();
+            assert!(command.find_subcommand(name).is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_documentation_has_every_command_and_option() {
+        let documentation = include_str!("../../../../docs/trictl.md");
+        let command = Cli::command();
+        for name in command.get_subcommands().map(|command| command.get_name()) {
+            assert!(documentation.contains(&format!("`trictl {name}")), "{name}");
+        }
+        let words = command.get_subcommands().flat_map(|command| command.get_arguments());
+        for option in words.chain(command.get_arguments()).filter_map(|word| word.get_long()) {
+            let known = ["help", "version", "follow"];
+            assert!(
+                known.contains(&option) || documentation.contains(&format!("--{option}")),
+                "--{option}"
+            );
+        }
+    }
+
+    #[test]
+    fn commands_without_arguments_are_the_operations_of_their_names() {
+        for name in [
+            "boot",
+            "pause",
+            "resume",
+            "power-button",
+            "nmi",
+            "shutdown",
+            "reboot",
+            "delete",
+        ] {
+            let cli = Cli::try_parse_from(["trictl", name]).expect("a command");
+            assert_eq!(
+                cli.command.operation().map(Operation::name),
+                Some(format!("vm.{name}").as_str())
+            );
+        }
+        let cli = Cli::try_parse_from(["trictl", "vmm-shutdown", "-s", "x"]).expect("a command");
+        assert_eq!(cli.command.operation(), Some(Operation::VmmShutdown));
+        assert_eq!(cli.global.api_socket, Some("x".into()));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for words in [
+            &["resize"][..],
+            &["resize", "--memory", "1.5G"],
+            &["resize-disk", "_disk0"],
+            &["raw", "POST", "vm.info"],
+            &["top", "--once", "--iterations", "2"],
+            &["jobs", "x"],
+            &["fly"],
+            &[],
+        ] {
+            let words = ["trictl"].iter().chain(words);
+            assert!(Cli::try_parse_from(words.clone()).is_err(), "{words:?}");
+        }
+    }
+}

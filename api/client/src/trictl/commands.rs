@@ -1,0 +1,197 @@
+//! What each command does.
+
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use triarch_api::flags::{self, FlagError};
+use triarch_api::server::Method;
+use triarch_api::{Operation, RemoveDevice, Resize, ResizeDisk};
+use triarch_client::{Client, Response};
+
+use crate::cli::{self, AddNet, Cli, Command, Global};
+use crate::output::{Failure, print};
+use crate::{documents, follow, inherit, jobs, progress, show, top};
+
+/// What may be read from standard input or a file: more than a VMM takes.
+const MAX_INPUT: u64 = 16 << 20;
+/// The environment's variable that names the socket.
+const SOCKET: &str = "TRIARCH_API_SOCKET";
+
+/// Carries out one command.
+pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Completion { shell } => return documents::completion(shell),
+        Command::Man { directory } => return documents::manual(directory.as_deref()),
+        _ => {}
+    }
+    let mut session = Session::new(&global)?;
+    if let Some(operation) = command.operation() {
+        return session.put(operation, None, &[]);
+    }
+    match command {
+        Command::Ping => session.show("vmm.ping", show::ping),
+        Command::Info => session.show("vm.info", show::info),
+        Command::Counters => session.show("vm.counters", show::counters),
+        Command::Create { file } => {
+            let config = read(&file)?;
+            session.put(Operation::Create, Some(config), &[])
+        }
+        Command::Resize(target) => session.put_json(
+            Operation::Resize,
+            &Resize {
+                desired_vcpus: target.cpus,
+                desired_ram: target.memory,
+                desired_balloon: target.balloon,
+            },
+        ),
+        Command::ResizeDisk { id, size } => {
+            let desired_size = size;
+            session.put_json(Operation::ResizeDisk, &ResizeDisk { id, desired_size })
+        }
+        Command::AddDisk { disk } => session.put_json(Operation::AddDisk, &value("add-disk", flags::disk(&disk))?),
+        Command::AddNet(net) => session.add_net(net),
+        Command::AddVsock { vsock } => {
+            session.put_json(Operation::AddVsock, &value("add-vsock", flags::vsock(&vsock))?)
+        }
+        Command::RemoveDevice { id } => session.put_json(Operation::RemoveDevice, &RemoveDevice { id }),
+        Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
+        Command::Events(events) => follow::run(&mut session.client, &events, session.json),
+        Command::Metrics => print(&session.client.get("/metrics")?),
+        Command::Top(arguments) => top::run(&mut session.client, &arguments),
+        Command::Raw { method, route, body } => session.raw(method, &route, body),
+        // All others need no more than their name, and are done.
+        _ => Ok(()),
+    }
+}
+
+/// A client, and how its answers are shown.
+struct Session {
+    client: Client,
+    json: bool,
+}
+
+impl Session {
+    fn new(global: &Global) -> Result<Self, Failure> {
+        let given = global.api_socket.clone().map(OsString::from);
+        let socket = given
+            .or_else(|| std::env::var_os(SOCKET))
+            .filter(|path| !path.is_empty());
+        let Some(socket) = socket else {
+            let problem = "which VMM? give its socket with --api-socket PATH, or set TRIARCH_API_SOCKET";
+            return Err(Failure::Usage(problem.to_owned()));
+        };
+        let limit = Duration::from_secs(global.timeout.into());
+        Ok(Self {
+            client: Client::new(socket).limit(limit),
+            json: global.json,
+        })
+    }
+
+    /// Gets `target` and shows its body.
+    fn show(&mut self, target: &str, table: fn(&str) -> serde_json::Result<String>) -> Result<(), Failure> {
+        let body = self.client.get(target)?;
+        if self.json {
+            return print(&body);
+        }
+        let text = table(&body).map_err(|source| triarch_client::Error::Body {
+            target: target.to_owned(),
+            source,
+        })?;
+        print(&text)
+    }
+
+    fn put_json(&mut self, operation: Operation, body: &impl Serialize) -> Result<(), Failure> {
+        let body = json(operation, body)?;
+        self.put(operation, Some(body), &[])
+    }
+
+    /// Asks for `operation` and shows what it answers, if anything.
+    fn put(&mut self, operation: Operation, body: Option<String>, fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
+        let request = progress::Request {
+            method: Method::Put,
+            target: operation.name(),
+            body: body.as_deref(),
+            fds,
+        };
+        let response = progress::perform(&mut self.client, request)?;
+        self.answer(response)
+    }
+
+    fn answer(&self, response: Response) -> Result<(), Failure> {
+        let body = response.success()?.body;
+        if self.json {
+            return print(&body);
+        }
+        print(&show::added(&body))
+    }
+
+    fn add_net(&mut self, arguments: AddNet) -> Result<(), Failure> {
+        let AddNet { net, mut fds } = arguments;
+        let mut net = if net.is_empty() {
+            triarch_api::NetConfig::default()
+        } else {
+            value("add-net", flags::net(&net))?
+        };
+        if let Some(more) = net.fds.take() {
+            fds.extend(more);
+        }
+        let queues = fds.len().checked_mul(2).and_then(|count| u16::try_from(count).ok());
+        if let Some(queues) = queues.filter(|count| *count > 0) {
+            net.num_queues = queues;
+        }
+        let fds = inherit::descriptors(&fds).map_err(Failure::Usage)?;
+        let body = json(Operation::AddNet, &net)?;
+        self.put(Operation::AddNet, Some(body), &fds)
+    }
+
+    fn raw(&mut self, method: cli::Method, route: &str, body: Option<String>) -> Result<(), Failure> {
+        let body = match body.as_deref() {
+            Some("-") => Some(read(Path::new("-"))?),
+            _ => body,
+        };
+        let method = match method {
+            cli::Method::Get => Method::Get,
+            cli::Method::Put => Method::Put,
+        };
+        let request = progress::Request {
+            method,
+            target: route,
+            body: body.as_deref(),
+            fds: &[],
+        };
+        let response = progress::perform(&mut self.client, request)?;
+        print(&response.success()?.body)
+    }
+}
+
+fn json(operation: Operation, body: &impl Serialize) -> Result<String, Failure> {
+    serde_json::to_string(body).map_err(|error| Failure::Usage(format!("{}: {error}", operation.name())))
+}
+
+/// A flag's value, or what is wrong with it, called by the name it has here.
+fn value<T>(command: &str, parsed: Result<T, FlagError>) -> Result<T, Failure> {
+    parsed.map_err(|error| Failure::Usage(format!("{command}: {}", error.problem)))
+}
+
+/// The text of a file; `-` is standard input.
+fn read(file: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let problem = |error: io::Error| Failure::Usage(format!("cannot read {}: {error}", file.display()));
+    let got = if file.as_os_str() == "-" {
+        let input = io::stdin();
+        if input.is_terminal() {
+            eprintln!("trictl: reading JSON from the terminal; end it with ^D");
+        }
+        input.lock().take(MAX_INPUT).read_to_string(&mut text)
+    } else {
+        let opened = std::fs::File::open(file).map_err(problem)?;
+        opened.take(MAX_INPUT).read_to_string(&mut text)
+    };
+    got.map_err(problem)?;
+    Ok(text)
+}

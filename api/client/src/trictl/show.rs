@@ -1,0 +1,281 @@
+//! Answers as tables.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Deserialize;
+use triarch_api::server::Identity;
+use triarch_api::{ConsoleConfig, ConsoleMode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmInfo};
+
+use crate::table::{Side, Table};
+use crate::units::{bytes, clean, duration};
+
+/// `vmm.ping`.
+pub(crate) fn ping(body: &str) -> serde_json::Result<String> {
+    let Identity {
+        build_version,
+        pid,
+        features,
+        ..
+    } = serde_json::from_str(body)?;
+    Ok(facts(&[
+        ("Version", build_version),
+        ("Process", pid.to_string()),
+        ("Features", features.join(", ")),
+    ]))
+}
+
+/// `vm.info`.
+pub(crate) fn info(body: &str) -> serde_json::Result<String> {
+    let VmInfo {
+        config,
+        state,
+        memory_actual_size,
+        device_tree,
+    } = serde_json::from_str(body)?;
+    let cpus = &config.cpus;
+    let mut lines = vec![
+        ("State", state.name().to_owned()),
+        ("vCPUs", format!("{} of {} at most", cpus.boot_vcpus, cpus.max_vcpus)),
+        ("Memory", memory(&config, memory_actual_size)),
+    ];
+    if let Some(payload) = &config.payload {
+        let path = |path: &Option<std::path::PathBuf>| path.as_deref().map(shown);
+        for (name, value) in [
+            ("Kernel", path(&payload.kernel)),
+            ("Firmware", path(&payload.firmware)),
+            ("Initramfs", path(&payload.initramfs)),
+            ("Command line", payload.cmdline.clone()),
+        ] {
+            lines.extend(value.map(|value| (name, value)));
+        }
+    }
+    for (name, console) in [("Serial", &config.serial), ("Console", &config.console)] {
+        lines.push((name, terminal(console)));
+    }
+    let mut text = facts(&lines);
+    let devices = devices(&config, &device_tree);
+    if !devices.is_empty() {
+        text.push('\n');
+        text.push_str(&devices.text());
+    }
+    Ok(text)
+}
+
+fn memory(config: &VmConfig, actual: u64) -> String {
+    let memory = &config.memory;
+    let mut text = bytes(actual);
+    if actual != memory.size {
+        text.push_str(&format!(" of {}", bytes(memory.size)));
+    }
+    for (is, name) in [
+        (memory.shared, "shared"),
+        (memory.hugepages, "huge pages"),
+        (memory.prefault, "prefaulted"),
+        (memory.mergeable, "mergeable"),
+    ] {
+        if is {
+            text.push_str(", ");
+            text.push_str(name);
+        }
+    }
+    text
+}
+
+fn terminal(console: &ConsoleConfig) -> String {
+    let place = console.file.as_deref().or(console.socket.as_deref());
+    let mode = match console.mode {
+        ConsoleMode::Off => "off",
+        ConsoleMode::Null => "null",
+        ConsoleMode::Pty => "pty",
+        ConsoleMode::Tty => "tty",
+        ConsoleMode::File => "file",
+        ConsoleMode::Socket => "socket",
+    };
+    match place {
+        Some(place) => format!("{mode} {}", shown(place)),
+        None => mode.to_owned(),
+    }
+}
+
+fn devices(config: &VmConfig, tree: &DeviceTree) -> Table {
+    let mut table = Table::new(&[
+        ("DEVICE", Side::Left),
+        ("KIND", Side::Left),
+        ("PCI", Side::Left),
+        ("DETAILS", Side::Left),
+    ]);
+    let mut add = |id: &Option<String>, kind: &str, details: String| {
+        // Without a guest a device is nowhere; in one it is behind a PCI function.
+        let node = id.as_ref().and_then(|id| tree.get(id));
+        let function = node.and_then(|node| tree.get(node.parent.as_ref()?));
+        let place = [node, function]
+            .into_iter()
+            .flatten()
+            .find_map(|node| node.pci_bdf.clone());
+        let cells = [id.clone(), Some(kind.to_owned()), place, Some(details)];
+        table.row(cells.map(|cell| cell.unwrap_or_else(|| "-".to_owned())));
+    };
+    for disk in config.disks.iter().flatten() {
+        add(&disk.id, "disk", disk_details(disk));
+    }
+    for net in config.net.iter().flatten() {
+        add(&net.id, "net", net_details(net));
+    }
+    if let Some(vsock) = &config.vsock {
+        add(
+            &vsock.id,
+            "vsock",
+            format!("cid {}, {}", vsock.cid, shown(&vsock.socket)),
+        );
+    }
+    table
+}
+
+fn disk_details(disk: &DiskConfig) -> String {
+    let mut parts = vec![disk.path.as_deref().map_or_else(|| "no file".to_owned(), shown)];
+    if disk.readonly {
+        parts.push("read-only".to_owned());
+    }
+    if disk.direct {
+        parts.push("direct".to_owned());
+    }
+    parts.push(queues(disk.num_queues, disk.queue_size));
+    parts.join(", ")
+}
+
+fn net_details(net: &NetConfig) -> String {
+    let mut parts = vec![net.tap.clone().unwrap_or_else(|| "tap of the client".to_owned())];
+    parts.extend(net.mac.map(|mac| mac.to_string()));
+    parts.extend(net.mtu.map(|mtu| format!("MTU {mtu}")));
+    parts.push(queues(net.num_queues, net.queue_size));
+    parts.join(", ")
+}
+
+fn queues(count: u16, size: u16) -> String {
+    let plural = if count == 1 { "queue" } else { "queues" };
+    format!("{count} {plural} of {size}")
+}
+
+/// `vm.counters`.
+pub(crate) fn counters(body: &str) -> serde_json::Result<String> {
+    let devices: BTreeMap<String, BTreeMap<String, u64>> = serde_json::from_str(body)?;
+    if devices.values().all(BTreeMap::is_empty) {
+        return Ok("No device counts anything now.\n".to_owned());
+    }
+    let mut table = Table::new(&[
+        ("DEVICE", Side::Left),
+        ("COUNTER", Side::Left),
+        ("VALUE", Side::Right),
+        ("", Side::Right),
+    ]);
+    for (device, counters) in devices {
+        for (name, value) in counters {
+            let human = match name.as_str() {
+                name if name.ends_with("_bytes") && value >= 1024 => bytes(value),
+                // Microseconds.
+                name if name.contains("_latency_") && value >= 1000 => duration(value as f64 / 1e6),
+                _ => String::new(),
+            };
+            table.row([device.clone(), name, value.to_string(), human]);
+        }
+    }
+    Ok(table.text())
+}
+
+/// The answer to a device that was added: nothing before the boot, or where the guest has it.
+pub(crate) fn added(body: &str) -> String {
+    #[derive(Deserialize)]
+    struct Added {
+        id: String,
+        bdf: String,
+    }
+    match serde_json::from_str::<Added>(body) {
+        Ok(Added { id, bdf }) => clean(&format!("{id} at {bdf}")),
+        Err(_) => body.to_owned(),
+    }
+}
+
+/// Names and values below each other.
+fn facts(facts: &[(&str, String)]) -> String {
+    let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let lines = facts
+        .iter()
+        .map(|(name, value)| format!("{name:<width$}  {}\n", clean(value)));
+    lines.collect()
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_is_shown_whole() {
+        let body = r#"{"config":{"cpus":{"boot_vcpus":2,"max_vcpus":4},"memory":{"size":536870912,"shared":true},
+            "payload":{"kernel":"/k","cmdline":"console=ttyS0"},
+            "disks":[{"path":"/a.img","readonly":true,"id":"_disk0"},{"path":"/b.img","num_queues":2,"id":"data"}],
+            "net":[{"tap":"tap0","mac":"12:34:56:78:9a:bc","mtu":1500,"id":"_net2"}],
+            "serial":{"mode":"Pty","file":"/dev/pts/3"},"console":{"mode":"Off"},
+            "vsock":{"cid":3,"socket":"/v.sock","id":"_vsock3"}},
+            "state":"Running","memory_actual_size":268435456,"device_tree":{
+            "_pci":{"id":"_pci","parent":null,"children":["_disk0"],"pci_bdf":"0000:00:02.0","resources":[]},
+            "_disk0":{"id":"_disk0","parent":"_pci","children":[],"pci_bdf":null,"resources":[]}}}"#;
+        assert_eq!(
+            info(body).expect("a table"),
+            "\
+State         Running
+vCPUs         2 of 4 at most
+Memory        256 MiB of 512 MiB, shared
+Kernel        /k
+Command line  console=ttyS0
+Serial        pty /dev/pts/3
+Console       off
+
+DEVICE   KIND   PCI           DETAILS
+_disk0   disk   0000:00:02.0  /a.img, read-only, 1 queue of 128
+data     disk   -             /b.img, 2 queues of 128
+_net2    net    -             tap0, 12:34:56:78:9a:bc, MTU 1500, 2 queues of 256
+_vsock3  vsock  -             cid 3, /v.sock
+"
+        );
+        let bare = r#"{"config":{},"state":"Created","memory_actual_size":536870912}"#;
+        let text = info(bare).expect("a table");
+        assert!(
+            text.contains("Memory   512 MiB\n") && !text.contains("DEVICE"),
+            "{text}"
+        );
+        assert!(info("{}").is_err());
+    }
+
+    #[test]
+    fn counters_are_shown_as_they_are_and_readable() {
+        let body = r#"{"_net1":{"rx_frames":1},"_disk0":{"read_bytes":1048576,"read_ops":16,"read_latency_avg":2100}}"#;
+        assert_eq!(
+            counters(body).expect("a table"),
+            "\
+DEVICE  COUNTER             VALUE
+_disk0  read_bytes        1048576   1 MiB
+_disk0  read_latency_avg     2100  2.1 ms
+_disk0  read_ops               16
+_net1   rx_frames               1
+"
+        );
+        assert!(counters("{}").expect("text").starts_with("No device"));
+    }
+
+    #[test]
+    fn who_answers_and_what_was_added() {
+        let body = r#"{"build_version":"v0.1.0-3","version":"0.1.0","pid":42,"features":["kvm"]}"#;
+        let expected = "Version   v0.1.0-3\nProcess   42\nFeatures  kvm\n";
+        assert_eq!(ping(body).expect("a table"), expected);
+        assert_eq!(
+            added(r#"{"id":"_disk3","bdf":"0000:00:04.0"}"#),
+            "_disk3 at 0000:00:04.0"
+        );
+        assert_eq!(added(""), "");
+    }
+}
