@@ -69,6 +69,14 @@ impl Terminal {
         &self.path
     }
 
+    /// Where a person would sit: reads what is on it, writes what is typed.
+    ///
+    /// # Errors
+    /// There are too many descriptors.
+    pub fn other_end(&self) -> io::Result<File> {
+        self.master.try_clone()
+    }
+
     /// Gives it another size.
     ///
     /// # Errors
