@@ -10,7 +10,7 @@ use crate::stdlib::{self, Library};
 use crate::{packages, payload, tools};
 
 /// The packages whose programs are shipped or put on hosts.
-const PACKAGES: [&str; 3] = ["triarch", "triarch-guest-init", "triarch-suites"];
+const PACKAGES: [&str; 4] = ["triarch", "triarch-client", "triarch-guest-init", "triarch-suites"];
 
 /// What to build.
 #[derive(Debug, clap::Args)]

@@ -22,6 +22,9 @@ use crate::{payload, tools};
 
 const SUITES: &str = "triarch-suites";
 const VMM: &str = "triarch";
+const CLIENT: &str = "triarch-client";
+/// The client's program, which tests find beside the VMM.
+const TRICTL: &str = "trictl";
 const PAYLOAD: &str = "triarch-payload";
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
@@ -129,7 +132,7 @@ impl Programs {
             programs(arch)?
         };
         let program = |name: &str| (name.to_owned(), 0o755, dir.join(name));
-        let mut files = vec![program(VMM), program(SUITES)];
+        let mut files = vec![program(VMM), program(TRICTL), program(SUITES)];
         let payload = if arch == Arch::native() {
             self.payload.clone()
         } else {
@@ -148,7 +151,7 @@ impl Programs {
 }
 
 fn programs(arch: Arch) -> Result<PathBuf> {
-    build::programs(arch, Profile::Dev, &[VMM, SUITES])
+    build::programs(arch, Profile::Dev, &[VMM, CLIENT, SUITES])
 }
 
 fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {

@@ -61,7 +61,8 @@ impl Guest {
         Self::attach(builder.start()?, &serial)
     }
 
-    fn attach(vm: Vm, serial: &Path) -> Result<Self> {
+    /// Waits for the first line of the guest in `vm`, whose serial line is the socket `serial`.
+    pub fn attach(vm: Vm, serial: &Path) -> Result<Self> {
         let stream = connect(&vm, serial)?;
         stream.set_read_timeout(Some(patient(ANSWER)))?;
         stream.set_write_timeout(Some(patient(ANSWER)))?;

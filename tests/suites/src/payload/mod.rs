@@ -23,6 +23,7 @@ mod rings;
 mod rng;
 mod sandbox;
 mod smp;
+mod trictl;
 mod vsock;
 
 use triarch_harness::suite::Test;
@@ -46,6 +47,7 @@ pub fn tests() -> Vec<Test> {
         ends::TESTS,
         sandbox::TESTS,
         api::TESTS,
+        trictl::TESTS,
         metrics::TESTS,
         events::TESTS,
         launch::TESTS,
