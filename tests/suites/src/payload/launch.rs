@@ -197,7 +197,7 @@ fn on_a_socket_of_its_manager(context: &Context) -> Result<Outcome> {
 fn lose_agent(context: &Context, terminal: &Terminal, api: &Api, flags: &[&str]) -> Result<u32> {
     let tty = terminal.path().display();
     let mut agent = Command::new("setsid")
-        .args(["--ctty", "sh", "-c", &format!("\"$@\" <'{tty}' & wait"), "agent"])
+        .args(["-c", "sh", "-c", &format!("\"$@\" <'{tty}' & wait"), "agent"])
         .arg(&context.triarch)
         .args(["--cpus", "1", "--memory", "64M", "--log-level", "info", "--kernel"])
         .arg(context.images.path("triarch-payload")?)
