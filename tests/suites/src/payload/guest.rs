@@ -167,7 +167,10 @@ fn connect(vm: &Vm, serial: &Path) -> Result<UnixStream> {
 
 /// Whether a child of ours has ended, without taking note of its end for whoever waits for it.
 pub fn has_ended(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        // Nobody's child any more, or its parent has taken note.
+        return true;
+    };
     // The state stands behind the name, which may contain anything but ends with the last parenthesis.
     stat.rsplit(')')
         .next()
