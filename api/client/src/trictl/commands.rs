@@ -62,7 +62,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
         Command::Events(events) => follow::run(&mut session.client, &events, session.json),
         Command::Metrics => print(&session.client.get("/metrics")?),
-        Command::Top(arguments) => top::run(&mut session.client, &arguments),
+        Command::Top(arguments) => top::run(&session.client, &arguments),
         Command::Raw { method, route, body } => session.raw(method, &route, body),
         // All others need no more than their name, and are done.
         _ => Ok(()),

@@ -18,9 +18,12 @@ use screen::{Key, Screen};
 
 /// Text that goes to no terminal is so wide, and as long as it needs to be.
 const PLAIN_WIDTH: usize = 80;
+/// A VMM answers questions at once; while it is waited for, keys are not heard.
+const LIMIT: Duration = Duration::from_secs(2);
 
 /// Shows pages until told to end: on the terminal, or as text.
-pub(crate) fn run(client: &mut Client, arguments: &cli::Top) -> Result<(), Failure> {
+pub(crate) fn run(client: &Client, arguments: &cli::Top) -> Result<(), Failure> {
+    let client = &mut client.another().limit(LIMIT);
     let interval = Duration::from_millis(arguments.interval);
     let pages = if arguments.once { Some(1) } else { arguments.iterations };
     let name = client.socket().display().to_string();
