@@ -139,6 +139,60 @@ pub enum ImageType {
     Raw,
 }
 
+/// What a device does whose daemon is gone; written `stall` or `error-after=SECONDS`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum OnDisconnect {
+    /// Its requests wait until a daemon is back.
+    #[default]
+    Stall,
+    /// They wait for so many seconds, then they fail until a daemon is back.
+    ErrorAfter(u32),
+}
+
+impl OnDisconnect {
+    /// Whether it is the default.
+    pub fn is_stall(&self) -> bool {
+        *self == Self::Stall
+    }
+}
+
+impl fmt::Display for OnDisconnect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stall => f.write_str("stall"),
+            Self::ErrorAfter(seconds) => write!(f, "error-after={seconds}"),
+        }
+    }
+}
+
+impl FromStr for OnDisconnect {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "stall" {
+            return Ok(Self::Stall);
+        }
+        let seconds = text.strip_prefix("error-after=").and_then(|n| n.parse().ok());
+        let failed = || format!("'{text}' says not what to do without a daemon; write stall or error-after=SECONDS");
+        seconds.map(Self::ErrorAfter).ok_or_else(failed)
+    }
+}
+
+impl TryFrom<String> for OnDisconnect {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<OnDisconnect> for String {
+    fn from(policy: OnDisconnect) -> Self {
+        policy.to_string()
+    }
+}
+
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -161,6 +215,14 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// Do not use io_uring even where the host has it.
     pub disable_io_uring: bool,
+    /// A daemon serves it over vhost-user, instead of a file.
+    pub vhost_user: bool,
+    /// Unix socket the daemon listens on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+    /// What happens to requests while there is no daemon.
+    #[serde(skip_serializing_if = "OnDisconnect::is_stall")]
+    pub on_disconnect: OnDisconnect,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
@@ -177,6 +239,9 @@ impl Default for DiskConfig {
             queue_size: 128,
             serial: None,
             disable_io_uring: false,
+            vhost_user: false,
+            vhost_socket: None,
+            on_disconnect: OnDisconnect::Stall,
             id: None,
         }
     }

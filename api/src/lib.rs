@@ -21,10 +21,12 @@ mod validate;
 pub use answer::{Answer, Handler};
 pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
-    MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
+    MacAddress, MemoryConfig, NetConfig, OnDisconnect, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
-pub use request::{ApiError, DeviceNode, DeviceTree, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo};
+pub use request::{
+    ApiError, DeviceLink, DeviceNode, DeviceTree, LinkState, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo,
+};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

@@ -129,6 +129,9 @@ pub struct VmInfo {
     /// The devices of the guest by their ids; absent without a guest.
     #[serde(default, skip_serializing_if = "DeviceTree::is_empty")]
     pub device_tree: DeviceTree,
+    /// How its devices stand with the daemons that serve them, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub links: BTreeMap<String, DeviceLink>,
 }
 
 /// Devices by their ids: each PCI function, and the device behind it.
@@ -145,6 +148,33 @@ pub struct DeviceNode {
     pub children: Vec<String>,
     /// Where a PCI function is, as in `0000:00:01.0`.
     pub pci_bdf: Option<String>,
+}
+
+/// Whether a device has a daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkState {
+    /// It has.
+    Connected,
+    /// It has none; its requests wait.
+    Disconnected,
+    /// It has none; its requests fail.
+    Failing,
+}
+
+/// How a device stands with the daemon that serves it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLink {
+    /// Whether it has one.
+    pub state: LinkState,
+    /// Why it has none, or why it had none the last time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// When `state` began, in seconds since 1970.
+    pub since: u64,
+    /// How often a daemon came back.
+    pub reconnects: u64,
+    /// Requests that were given to a daemon again, because the one before did not answer them.
+    pub resubmitted: u64,
 }
 
 /// Why a request failed.

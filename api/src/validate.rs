@@ -58,6 +58,11 @@ impl VmConfig {
         disks.chain(nets).chain(vsock)
     }
 
+    /// Whether other processes must be able to map its memory: they serve devices.
+    pub fn needs_shared_memory(&self) -> bool {
+        self.disks.iter().flatten().any(|disk| disk.vhost_user)
+    }
+
     /// Checks every value; the first error is returned.
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.validate_cpus()?;
@@ -120,6 +125,11 @@ impl VmConfig {
                 "memory.hugepage_size needs memory.hugepages switched on".into(),
             ));
         }
+        if memory.mergeable && self.needs_shared_memory() {
+            return Err(ConfigError::Conflict(
+                "memory.mergeable works on private pages only, and vhost-user devices share them; switch it off".into(),
+            ));
+        }
         if memory.mergeable && (memory.shared || memory.hugepages) {
             return Err(ConfigError::Conflict(
                 "memory.mergeable works on private small pages only; switch memory.shared and memory.hugepages off"
@@ -140,6 +150,13 @@ impl VmConfig {
                 return Err(ConfigError::Conflict(format!(
                     "disks[{i}].path is {}, which another disk has; give each its own, or make both readonly",
                     path.display()
+                )));
+            }
+            let same = before.iter().find(|d| d.vhost_socket == disk.vhost_socket);
+            if let (Some(_), Some(socket)) = (same, &disk.vhost_socket) {
+                return Err(ConfigError::Conflict(format!(
+                    "disks[{i}].vhost_socket is {}, which another disk has; give each its own",
+                    socket.display()
                 )));
             }
             before.push(disk);
@@ -210,6 +227,14 @@ fn validate_queues(field: &str, queues: u16, size: u16, sizes: &RangeInclusive<u
 
 fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
     let field = format!("disks[{index}]");
+    if disk.vhost_user {
+        return validate_vhost_disk(&field, disk);
+    }
+    if disk.vhost_socket.is_some() || !disk.on_disconnect.is_stall() {
+        return Err(ConfigError::Conflict(format!(
+            "{field}.vhost_socket and {field}.on_disconnect need {field}.vhost_user switched on"
+        )));
+    }
     if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
         return Err(ConfigError::Missing(format!(
             "{field}.path is missing; give a file or a block device"
@@ -223,6 +248,28 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
         ));
     }
     validate_queues(&field, disk.num_queues, disk.queue_size, &DISK_QUEUE_SIZES)
+}
+
+/// What its daemon decides is not for the VMM to set.
+fn validate_vhost_disk(field: &str, disk: &DiskConfig) -> Result<(), ConfigError> {
+    if disk.vhost_socket.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
+        return Err(ConfigError::Missing(format!(
+            "{field}.vhost_socket is missing; give the socket its daemon listens on"
+        )));
+    }
+    for (name, given) in [
+        ("path", disk.path.is_some()),
+        ("serial", disk.serial.is_some()),
+        ("direct", disk.direct),
+        ("disable_io_uring", disk.disable_io_uring),
+    ] {
+        if given {
+            return Err(ConfigError::Conflict(format!(
+                "{field}.{name} cannot be had with {field}.vhost_user; it is set where the daemon is started"
+            )));
+        }
+    }
+    validate_queues(field, disk.num_queues, disk.queue_size, &DISK_QUEUE_SIZES)
 }
 
 fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
@@ -395,6 +442,23 @@ mod tests {
             }))
             .contains("cid is 2")
         );
+        let served = |edit: fn(&mut DiskConfig)| {
+            let mut disk = DiskConfig {
+                vhost_user: true,
+                vhost_socket: Some("s".into()),
+                ..DiskConfig::default()
+            };
+            edit(&mut disk);
+            disk
+        };
+        assert!(
+            refusal(|c| c.disks = Some(vec![served(|d| d.vhost_socket = None)])).contains("vhost_socket is missing")
+        );
+        assert!(
+            refusal(|c| c.disks = Some(vec![served(|d| d.path = Some("x".into()))])).contains("disks[0].path cannot")
+        );
+        assert!(refusal(|c| c.disks = Some(vec![served(|_| ()), served(|_| ())])).contains("which another disk has"));
+        assert!(refusal(|c| c.disks = Some(vec![served(|d| d.vhost_user = false)])).contains("vhost_user switched on"));
         let both = refusal(|c| {
             c.serial.mode = ConsoleMode::Tty;
             c.console.mode = ConsoleMode::Tty;

@@ -53,6 +53,9 @@ kinds! {
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
     DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";
     DEVICE_BROKEN: "virtio-device" "broken" ["id"] "the device cannot work on its queues until the driver resets it";
+    DEVICE_CONNECTED: "virtio-device" "connected" ["id"] "a daemon serves the device";
+    DEVICE_DISCONNECTED: "virtio-device" "disconnected" ["id", "reason"] "the device has no daemon, its requests wait for one";
+    DEVICE_FAILING: "virtio-device" "failing" ["id", "reason"] "no daemon came back in time, the device's requests fail";
     JOB_STARTED: "job" "started" ["job", "kind"] "long work began";
     JOB_DONE: "job" "done" ["job", "kind"] "it succeeded";
     JOB_FAILED: "job" "failed" ["job", "kind", "error"] "it failed";

@@ -118,16 +118,12 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "serial",
         "image_type",
         "io_uring",
+        "vhost_user",
+        "vhost_socket",
+        "on_disconnect",
         "id",
     ];
-    let elsewhere = [
-        "iommu",
-        "vhost_user",
-        "pci_segment",
-        "sparse",
-        "lock_granularity",
-        "backing_files",
-    ];
+    let elsewhere = ["iommu", "pci_segment", "sparse", "lock_granularity", "backing_files"];
     let kv = KeyValues::parse("--disk", text, &known, &elsewhere)?;
     config.path = kv.text("path").map(PathBuf::from);
     set(&mut config.readonly, kv.switch("readonly")?);
@@ -136,6 +132,9 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.queue_size, kv.number("queue_size")?);
     config.serial = kv.text("serial").map(str::to_owned);
     config.disable_io_uring = kv.switch("io_uring")? == Some(false);
+    set(&mut config.vhost_user, kv.switch("vhost_user")?);
+    config.vhost_socket = kv.text("vhost_socket").map(PathBuf::from);
+    set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
@@ -293,6 +292,9 @@ mod tests {
         assert!(memory("size=1G,shared=on").expect("memory").shared);
         let n = net("fd=[5,6],mac=12:34:56:78:9a:bc").expect("net");
         assert_eq!((n.fds, n.num_queues), (Some(vec![5, 6]), 4));
+        let served = disk("vhost_user=on,vhost_socket=s,on_disconnect=error-after=30").expect("disk");
+        assert_eq!(served.on_disconnect, crate::OnDisconnect::ErrorAfter(30));
+        assert!(served.vhost_user && served.vhost_socket == Some("s".into()));
         assert!(disk("path=x,io_uring=off").expect("disk").disable_io_uring);
         assert_eq!(console("--serial", "file=/x").expect("file").mode, ConsoleMode::File);
     }
@@ -307,6 +309,7 @@ mod tests {
         assert!(text(console("--serial", "ttyS0").expect_err("refused")).contains("file=PATH"));
         assert!(text(vsock("cid=3").expect_err("refused")).contains("socket=PATH"));
         assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));
+        assert!(text(disk("on_disconnect=wait").expect_err("refused")).contains("error-after=SECONDS"));
         assert!(text(disk("path=x,image_type=qcow2").expect_err("refused")).contains("raw"));
     }
 }

@@ -92,10 +92,7 @@ mod tests {
         for (body, name) in [
             (r#"{"fs": [{"tag": "a"}]}"#, "fs"),
             (r#"{"balloon": {"size": 0, "free_page_reporting": true}}"#, "balloon"),
-            (
-                r#"{"disks": [{"path":"/d"}, {"vhost_user": true}]}"#,
-                "disks.vhost_user",
-            ),
+            (r#"{"net": [{"tap":"t"}, {"vhost_user": true}]}"#, "net.vhost_user"),
             (r#"{"net": [{"iommu": true}]}"#, "net.iommu"),
             (r#"{"memory": {"zones": [{"id": "a"}]}}"#, "memory.zones"),
             (r#"{"platform": {"iommu_segments": [1]}}"#, "platform.iommu_segments"),

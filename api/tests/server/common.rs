@@ -69,6 +69,7 @@ impl FakeVm {
             state: phase,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
+            links: Default::default(),
         }));
     }
 
@@ -78,6 +79,7 @@ impl FakeVm {
             state: Phase::Created,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
+            links: Default::default(),
         }));
     }
 }

@@ -10,6 +10,7 @@ mod bench;
 mod build;
 mod cache;
 mod cpio;
+mod daemons;
 mod demo;
 mod host;
 mod images;

@@ -47,7 +47,7 @@ impl Root {
     ///
     /// # Errors
     /// The packages cannot be downloaded or unpacked.
-    fn get(name: &str, extra: &[&str]) -> Result<Self> {
+    pub fn get(name: &str, extra: &[&str]) -> Result<Self> {
         let names: Vec<&str> = TOOLS.iter().chain(extra).copied().collect();
         let recipe = Recipe::new(name)
             .with("script", SCRIPT)

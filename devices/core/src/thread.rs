@@ -24,6 +24,8 @@ pub enum ThreadClass {
     Net,
     /// Serves the sockets of a vsock device.
     Vsock,
+    /// Talks to the daemon of a vhost-user device.
+    VhostUser,
     /// Serves console, entropy and other small queues.
     Device,
 }

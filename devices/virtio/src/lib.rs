@@ -8,7 +8,7 @@ mod block;
 mod chain;
 mod console;
 mod device;
-#[cfg(test)]
+#[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod net;
 mod queue;

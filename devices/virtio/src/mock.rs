@@ -137,6 +137,16 @@ impl FakeDriver {
         Self::with(GuestMemoryHandle::new(ram), Arc::default(), 0, size, event_idx)
     }
 
+    /// The same in memory that other processes can map.
+    pub fn sharing(size: u16, event_idx: bool) -> Self {
+        let options = RamOptions {
+            shared: true,
+            ..RamOptions::default()
+        };
+        let ram = allocate(&[(GuestAddress(0), MEMORY)], &options).expect("guest memory");
+        Self::with(GuestMemoryHandle::new(ram), Arc::default(), 0, size, event_idx)
+    }
+
     /// Queue `index` of the same device as `other`, with its memory and interrupts.
     pub fn beside(other: &Self, index: u16) -> Self {
         let (memory, interrupt) = (other.memory.clone(), other.interrupt.clone());

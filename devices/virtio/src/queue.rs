@@ -165,6 +165,11 @@ impl VirtQueue {
         self.ring.size()
     }
 
+    /// GPA of the descriptor table, for who reads chains in another process.
+    pub fn descriptors(&self) -> u64 {
+        self.ring.desc_table()
+    }
+
     /// Becomes readable when the driver notifies.
     pub fn kick(&self) -> &EventFd {
         &self.kick

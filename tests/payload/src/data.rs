@@ -22,7 +22,8 @@ pub fn crc32(crc: u32, bytes: &[u8]) -> u32 {
         .fold(!crc, |crc, byte| CRC_TABLE[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
 }
 
-fn splitmix64(state: &mut u64) -> u64 {
+/// The next of a row of random numbers (SplitMix64).
+pub fn splitmix64(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -9,25 +9,40 @@ use std::sync::Arc;
 use thiserror::Error;
 use triarch_api::{DiskConfig, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
+use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
+use triarch_vhost_user::DiskPeer;
 use triarch_virtio::net::NetCounters;
 
 use crate::MachineError;
 
 /// One of each for every device of the configuration, in its order.
 pub(crate) struct Backends {
-    pub(crate) disks: Vec<Arc<Disk>>,
+    pub(crate) disks: Vec<DiskEnd>,
     pub(crate) taps: Vec<Arc<Tap>>,
     /// What went through each of the taps.
     pub(crate) net_counters: Vec<NetCounters>,
+}
+
+/// What serves a disk.
+pub(crate) enum DiskEnd {
+    /// This process, from a file or block device.
+    File(Arc<Disk>),
+    /// A daemon.
+    Daemon(Arc<DiskPeer>),
 }
 
 /// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.
 pub(crate) type HandedTaps = BTreeMap<String, Arc<Tap>>;
 
 impl Backends {
-    pub(crate) fn open(config: &VmConfig, handed: &HandedTaps) -> Result<Self, MachineError> {
-        let disks: Result<_, _> = config.disks.iter().flatten().map(open_disk).collect();
+    pub(crate) fn open(
+        config: &VmConfig,
+        handed: &HandedTaps,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> Result<Self, MachineError> {
+        let disks = config.disks.iter().flatten();
+        let disks: Result<_, _> = disks.map(|disk| open_disk(disk, sandbox)).collect();
         let nets = config.net.iter().flatten();
         let taps: Result<_, _> = nets
             .map(|net| match net.id.as_ref().and_then(|id| handed.get(id)) {
@@ -45,7 +60,10 @@ impl Backends {
     }
 }
 
-fn open_disk(config: &DiskConfig) -> Result<Arc<Disk>, MachineError> {
+fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd, MachineError> {
+    if config.vhost_user {
+        return crate::vhost::open_disk(config, sandbox).map(DiskEnd::Daemon);
+    }
     let options = DiskOptions {
         path: config.path.clone().unwrap_or_default(),
         readonly: config.readonly,
@@ -57,7 +75,8 @@ fn open_disk(config: &DiskConfig) -> Result<Arc<Disk>, MachineError> {
         },
         serial: config.serial.clone(),
     };
-    Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))
+    let disk = Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))?;
+    Ok(DiskEnd::File(disk))
 }
 
 /// The tap behind `fds`, which a client opened, one a queue pair; set up as `config` says.

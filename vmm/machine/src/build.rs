@@ -1,11 +1,12 @@
 //! One built guest.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
-use triarch_api::{CpuTopology, DeviceTree, MemoryConfig, VmConfig};
+use triarch_api::{CpuTopology, DeviceLink, DeviceTree, MemoryConfig, VmConfig};
 use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
@@ -70,7 +71,7 @@ impl Machine {
         let cpus = &config.cpus;
         let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
         let ram = layout::ram_ranges(config.memory.size);
-        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(&config.memory))?);
+        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(config))?);
         // Most of what cannot be addressed is more than the host has, which is the better thing to say.
         layout::check_ram(config.memory.size, plan.address_bits())?;
         let vm = Vm::new(kvm)?;
@@ -111,6 +112,7 @@ impl Machine {
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
             events: events.clone(),
+            report: report.clone(),
         };
         let devices = Devices::build(config, consoles, backends, host, progress)?;
         progress.note("kernel");
@@ -149,7 +151,10 @@ impl Machine {
     /// What it counts.
     pub(crate) fn meters(&self, config: &VmConfig) -> GuestMeters {
         GuestMeters {
-            memory: config.memory.clone(),
+            memory: MemoryConfig {
+                shared: config.memory.shared || config.needs_shared_memory(),
+                ..config.memory.clone()
+            },
             vcpus: self.vcpus.metrics().to_vec(),
             devices: self.devices.meters(),
         }
@@ -178,6 +183,11 @@ impl Machine {
     /// A disk of the guest, by its id.
     pub(crate) fn disk(&self, id: &str) -> Option<&BlockHandle> {
         self.devices.disk(id)
+    }
+
+    /// How its devices stand with their daemons, by their ids.
+    pub(crate) fn links(&self) -> BTreeMap<String, DeviceLink> {
+        self.devices.links()
     }
 
     /// Asks the guest's operating system to shut down.
@@ -239,9 +249,11 @@ fn topology(t: CpuTopology) -> Topology {
     }
 }
 
-fn ram_options(config: &MemoryConfig) -> RamOptions {
+fn ram_options(config: &VmConfig) -> RamOptions {
+    let shared = config.memory.shared || config.needs_shared_memory();
+    let config = &config.memory;
     RamOptions {
-        shared: config.shared,
+        shared,
         huge_pages: config.hugepages.then_some(HugePages {
             page_size: config.hugepage_size,
         }),

@@ -182,7 +182,7 @@ impl Controller {
         progress.note("disks and networks");
         let backends = match self.backends.take() {
             Some(backends) => backends,
-            None => Backends::open(config, &self.taps)?,
+            None => Backends::open(config, &self.taps, &self.sandbox)?,
         };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());
@@ -269,6 +269,8 @@ impl Controller {
                 let event = [("event", "panic".into())];
                 self.inbox.events().post_guest("panic", &kind::GUEST_PANIC, &event);
             }
+            // Published by whoever handles the event.
+            GuestEvent::Link => {}
             GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
                 let error = MachineError::Guest { index, reason };
                 let text = error.to_string();
@@ -326,6 +328,7 @@ impl Controller {
             state: self.phase,
             memory_actual_size,
             device_tree,
+            links: self.machine.as_ref().map(Machine::links).unwrap_or_default(),
         })
     }
 

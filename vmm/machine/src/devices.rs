@@ -2,15 +2,17 @@
 //!
 //! A new kind of device is one more call of [`Devices::add`].
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{DeviceNode, DeviceTree, NetConfig, RngConfig, VmConfig, VsockConfig};
+use triarch_api::{DeviceLink, DeviceNode, DeviceTree, DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
+use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
@@ -18,11 +20,12 @@ use triarch_virtio::{
     VirtioRng,
 };
 
-use crate::MachineError;
-use crate::backends::Backends;
+use crate::backends::{Backends, DiskEnd};
+use crate::build::Report;
 use crate::consoles::Consoles;
 use crate::metrics::DeviceMeters;
 use crate::progress::Progress;
+use crate::{MachineError, vhost};
 
 /// What devices are built on.
 pub(crate) struct Host {
@@ -32,6 +35,7 @@ pub(crate) struct Host {
     pub(crate) io_events: Arc<dyn IoEvents>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
     pub(crate) events: Arc<EventLog>,
+    pub(crate) report: Report,
 }
 
 /// The PCI devices of a guest.
@@ -41,6 +45,7 @@ pub(crate) struct Devices {
     /// Ids of the devices and where they are.
     slots: Vec<(String, PciAddress)>,
     disks: Vec<(String, BlockHandle)>,
+    daemons: Vec<(String, VhostUserHandle)>,
     nics: Vec<(String, NetCounters)>,
     vsocks: Vec<(String, VsockHandle)>,
     resizer: Option<ConsoleResizer>,
@@ -61,21 +66,15 @@ impl Devices {
             functions: Vec::new(),
             slots: Vec::new(),
             disks: Vec::new(),
+            daemons: Vec::new(),
             nics: Vec::new(),
             vsocks: Vec::new(),
             resizer: None,
         };
         progress.note("devices");
         let total = count(config, consoles);
-        for (disk, backend) in config.disks.iter().flatten().zip(&backends.disks) {
-            let (queues, size) = (disk.num_queues, disk.queue_size);
-            let mut handle = None;
-            devices.add(progress, total, &disk.id, |id| {
-                let device = Block::new(id, backend.clone(), queues, size)?;
-                handle = Some((id.to_owned(), device.handle()));
-                Ok(Box::new(device))
-            })?;
-            devices.disks.extend(handle);
+        for (disk, end) in config.disks.iter().flatten().zip(&backends.disks) {
+            devices.add_disk(progress, total, disk, end)?;
         }
         let taps = backends.taps.iter().zip(&backends.net_counters);
         for (net, (tap, counters)) in config.net.iter().flatten().zip(taps) {
@@ -103,6 +102,34 @@ impl Devices {
             devices.vsocks.extend(handle);
         }
         Ok(devices)
+    }
+
+    fn add_disk(
+        &mut self,
+        progress: Progress<'_>,
+        total: usize,
+        disk: &DiskConfig,
+        end: &DiskEnd,
+    ) -> Result<(), MachineError> {
+        let (queues, size) = (disk.num_queues, disk.queue_size);
+        let (mut file, mut daemon) = (None, None);
+        let host = &self.host;
+        let (sandbox, report, events) = (host.sandbox.clone(), host.report.clone(), host.events.clone());
+        self.add(progress, total, &disk.id, |id| match end {
+            DiskEnd::File(backend) => {
+                let device = Block::new(id, backend.clone(), queues, size)?;
+                file = Some((id.to_owned(), device.handle()));
+                Ok(Box::new(device))
+            }
+            DiskEnd::Daemon(peer) => {
+                let device = vhost::disk(id, peer, &sandbox, &report, &events)?;
+                daemon = Some((id.to_owned(), device.handle()));
+                Ok(Box::new(device))
+            }
+        })?;
+        self.disks.extend(file);
+        self.daemons.extend(daemon);
+        Ok(())
     }
 
     /// Makes a device, one of `total`, and puts it into the next free slot.
@@ -165,6 +192,12 @@ impl Devices {
             [function, device]
         });
         nodes.map(|node| (node.id.clone(), node)).collect()
+    }
+
+    /// How devices stand with their daemons, by their ids.
+    pub(crate) fn links(&self) -> BTreeMap<String, DeviceLink> {
+        let link = |(id, handle): &(String, VhostUserHandle)| (id.clone(), vhost::link(handle.status()));
+        self.daemons.iter().map(link).collect()
     }
 
     /// What the devices count.

@@ -36,9 +36,15 @@ impl Controller {
 
     /// `vm.resize-disk`.
     pub(crate) fn resize_disk(&mut self, target: &ResizeDisk) -> Result<(), ApiError> {
-        let disks = self.config.iter().flat_map(|config| config.disks.iter().flatten());
-        if !disks.into_iter().any(|disk| disk.id.as_deref() == Some(&*target.id)) {
+        let mut disks = self.config.iter().flat_map(|config| config.disks.iter().flatten());
+        let Some(disk) = disks.find(|disk| disk.id.as_deref() == Some(&*target.id)) else {
             return Err(no_device(&target.id, "disk"));
+        };
+        if disk.vhost_user {
+            return Err(ApiError::BadRequest(format!(
+                "a daemon serves the disk '{}'; resize it there, and the guest hears of it",
+                target.id
+            )));
         }
         match self.machine.as_ref().and_then(|machine| machine.disk(&target.id)) {
             Some(disk) => disk

@@ -41,6 +41,8 @@ pub enum GuestEvent {
     Power(PowerEvent),
     /// A vCPU left the guest for good.
     Vcpu(usize, VcpuEvent),
+    /// A device lost its daemon or has one again; [`Machine`](crate::Machine) knows which.
+    Link,
 }
 
 /// Sends messages to the controller, from any thread, without ever waiting for it.

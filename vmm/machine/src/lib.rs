@@ -19,6 +19,7 @@ mod progress;
 #[allow(unsafe_code)] // signal masks
 mod signals;
 mod supervisor;
+mod vhost;
 
 pub use build::Machine;
 pub use control::{Controller, Outcome};

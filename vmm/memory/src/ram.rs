@@ -274,7 +274,7 @@ fn check_host_has(total: u64) -> Result<(), MemoryError> {
 fn memfd(size: u64, options: &RamOptions) -> Result<File, MemoryError> {
     let failed = |source| MemoryError::MemFd { size, source };
     let name = CString::new("guest-ram").unwrap_or_default();
-    let mut flags = libc::MFD_CLOEXEC;
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     if let Some(huge) = options.huge_pages {
         flags |= libc::MFD_HUGETLB;
         if let Some(page) = huge.page_size {
@@ -289,6 +289,12 @@ fn memfd(size: u64, options: &RamOptions) -> Result<File, MemoryError> {
     // SAFETY: the descriptor is new and owned by nobody else.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size).map_err(failed)?;
+    // Whoever maps it beside us must not be able to cut it short: touching what is gone would kill us.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the call changes nothing but the file's seals.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
     Ok(file)
 }
 
@@ -340,6 +346,18 @@ mod tests {
             .filter_map(|r| r.file_offset().map(FileOffset::start))
             .collect();
         assert_eq!(offsets, [0, MIB]);
+    }
+
+    #[test]
+    fn nobody_can_cut_shared_memory_short() {
+        let options = RamOptions {
+            shared: true,
+            ..RamOptions::default()
+        };
+        let memory = allocate(&[(GuestAddress(0), MIB)], &options).expect("allocate");
+        let backing = memory.iter().find_map(|r| r.file_offset()).expect("a file");
+        assert!(backing.file().set_len(0).is_err());
+        assert!(backing.file().set_len(2 * MIB).is_err());
     }
 
     #[test]

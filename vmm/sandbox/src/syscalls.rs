@@ -108,6 +108,9 @@ const METRICS: &[i64] = &[SYS_pread64];
 /// Sending lines to a daemon, also to the one that took the place of the first. Files are open before.
 const REPORT: &[i64] = &[SYS_connect, SYS_sendto];
 
+/// What a daemon is given: rings in memory that both have, and a socket for its requests.
+const SHARED: &[i64] = &[SYS_ftruncate, SYS_memfd_create, SYS_socketpair, SYS_sysinfo];
+
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
     SYS_clone,
@@ -228,6 +231,12 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(METRICS))
             .collect(),
         ThreadClass::Report => base.chain(calls(REPORT)).collect(),
+        ThreadClass::VhostUser => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(calls(SHARED))
+            .chain(unix_sockets())
+            .collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use serde::Deserialize;
 use triarch_api::server::Identity;
-use triarch_api::{ConsoleConfig, ConsoleMode, DeviceTree, DiskConfig, NetConfig, VmConfig, VmInfo};
+use triarch_api::{
+    ConsoleConfig, ConsoleMode, DeviceLink, DeviceTree, DiskConfig, LinkState, NetConfig, VmConfig, VmInfo,
+};
 
 use crate::table::{Side, Table};
 use crate::units::{bytes, clean, duration};
@@ -32,6 +34,7 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         state,
         memory_actual_size,
         device_tree,
+        links,
     } = serde_json::from_str(body)?;
     let cpus = &config.cpus;
     let mut lines = vec![
@@ -58,6 +61,10 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
     if !devices.is_empty() {
         text.push('\n');
         text.push_str(&devices.text());
+    }
+    if !links.is_empty() {
+        text.push('\n');
+        text.push_str(&daemons(&links).text());
     }
     Ok(text)
 }
@@ -132,8 +139,29 @@ fn devices(config: &VmConfig, tree: &DeviceTree) -> Table {
     table
 }
 
+/// How devices stand with the daemons that serve them.
+fn daemons(links: &BTreeMap<String, DeviceLink>) -> Table {
+    let mut table = Table::new(&[
+        ("DEVICE", Side::Left),
+        ("DAEMON", Side::Left),
+        ("RECONNECTS", Side::Right),
+        ("LAST REASON", Side::Left),
+    ]);
+    for (id, link) in links {
+        let state = match link.state {
+            LinkState::Connected => "connected",
+            LinkState::Disconnected => "gone, requests wait",
+            LinkState::Failing => "gone, requests fail",
+        };
+        let reason = link.reason.clone().unwrap_or_else(|| "-".to_owned());
+        table.row([id.clone(), state.to_owned(), link.reconnects.to_string(), reason]);
+    }
+    table
+}
+
 fn disk_details(disk: &DiskConfig) -> String {
-    let mut parts = vec![disk.path.as_deref().map_or_else(|| "no file".to_owned(), shown)];
+    let place = disk.path.as_deref().or(disk.vhost_socket.as_deref());
+    let mut parts = vec![place.map_or_else(|| "no file".to_owned(), shown)];
     if disk.readonly {
         parts.push("read-only".to_owned());
     }

@@ -14,6 +14,7 @@ use super::place::Place;
 use super::tally::{Tally, Verdict};
 use crate::arch::Arch;
 use crate::build::{self, Profile};
+use crate::daemons;
 use crate::host::{self, Host, Options};
 use crate::images;
 use crate::kernels::{Kernel, Version};
@@ -64,6 +65,10 @@ impl Programs {
         let mut pending = Pending::new("payload", "payload", self.list("payload", filters)?);
         if pending.names.is_empty() {
             return Ok(());
+        }
+        if let Err(error) = daemons::provide(images.path()) {
+            // Tests that want one are skipped.
+            tally.show(&format!("no daemons to test with: {error:#}\n"));
         }
         let mut child = Command::new(self.dir.join(SUITES))
             .args(pending.arguments())

@@ -12,8 +12,12 @@ pub(super) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 18;
 
 /// Feature bits of the block device.
 pub mod feature {
+    /// `size_max` is valid.
+    pub const SIZE_MAX: u64 = 1 << 1;
     /// `seg_max` is valid.
     pub const SEG_MAX: u64 = 1 << 2;
+    /// `geometry` is valid.
+    pub const GEOMETRY: u64 = 1 << 4;
     /// The disk is read-only.
     pub const RO: u64 = 1 << 5;
     /// `blk_size` is valid.

@@ -4,7 +4,7 @@ use crate::Guest;
 use crate::clock;
 use crate::data;
 use crate::dev::Setup;
-use crate::dev::blk::{Blk, MAX_SECTORS, feature, request};
+use crate::dev::blk::{Blk, MAX_SECTORS, SoakPlan, feature, request};
 use crate::shell::{Args, Reply};
 use crate::virtio::ring::Segment;
 use alloc::format;
@@ -46,6 +46,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             disk.stress(blocks, depth.max(1) as usize, args.number("SEED")?)?;
             Ok(format!("us={}", clock::nanoseconds(clock::ticks() - start) / 1000))
         }
+        "soak" => soak(disk, args),
         "bench" => bench(disk, args),
         other => Err(format!("blk {other}?")),
     }
@@ -133,6 +134,20 @@ fn raw(disk: &mut Blk, args: &mut Args) -> Reply {
     };
     let segments: &[Segment] = if len == 0 { &[] } else { &[segment] };
     Ok(format!("status={}", disk.request(kind as u32, sector, segments)?))
+}
+
+/// `soak COUNT DEPTH SEED BLOCKS`
+fn soak(disk: &mut Blk, args: &mut Args) -> Reply {
+    let (count, depth) = (args.number("COUNT")?, args.number_to("DEPTH", 128)?.max(1));
+    let plan = SoakPlan {
+        count,
+        depth: depth as usize,
+        seed: args.number("SEED")?,
+        blocks: args.number_to("BLOCKS", 1 << 20)?.max(2 * depth),
+    };
+    let soak = disk.soak(&plan)?;
+    let stall = clock::nanoseconds(soak.stall) / 1000;
+    Ok(format!("requests={} stall_us={stall}", soak.requests))
 }
 
 fn bench(disk: &mut Blk, args: &mut Args) -> Reply {

@@ -303,6 +303,113 @@ impl Blk {
     }
 }
 
+/// What a soak has seen.
+pub struct Soak {
+    /// Requests answered.
+    pub requests: u64,
+    /// The longest time without any answer, in TSC ticks.
+    pub stall: u64,
+}
+
+/// How a soak goes.
+#[derive(Clone, Copy)]
+pub struct SoakPlan {
+    /// Requests to make.
+    pub count: u64,
+    /// Requests in flight.
+    pub depth: usize,
+    /// Seed of places and data.
+    pub seed: u64,
+    /// Blocks of 4 KiB to work on, more than `depth`.
+    pub blocks: u64,
+}
+
+impl SoakPlan {
+    /// Seed of what block has after it was written `version` times.
+    fn data(&self, version: u32) -> u64 {
+        self.seed ^ u64::from(version) << 32
+    }
+}
+
+impl Blk {
+    /// Writes random blocks again and again, each time with other data, reads others and compares, and flushes now and then; no block is
+    /// in flight twice. In the end it reads all of them. So a write that was lost, or one that came late over a newer one, is found.
+    pub fn soak(&mut self, plan: &SoakPlan) -> Result<Soak, String> {
+        let mut slots = Vec::new();
+        for _ in 0..plan.depth {
+            slots.push(Slot {
+                dma: Dma::new(8192)?,
+                busy: None,
+            });
+        }
+        let mut versions = alloc::vec![0u32; plan.blocks as usize];
+        let result = self.soak_pass(&mut slots, &mut versions, plan);
+        let result = result.and_then(|soak| {
+            for (block, version) in (0..).zip(&versions).filter(|(_, version)| **version > 0) {
+                let slot = &mut slots[0];
+                slot.submit(&mut self.queues[0], 0, request::IN, block, 0)?;
+                let done = self.queues[0].wait(Deadline::after_ms(TIMEOUT_MS));
+                done.ok_or("no answer")?;
+                slot.finish(request::IN, plan.data(*version))?;
+            }
+            Ok(soak)
+        });
+        if result.is_err() {
+            // Buffers may still be in flight: the device must let go of them before they are freed.
+            self.transport.reset();
+        }
+        result
+    }
+
+    fn soak_pass(&mut self, slots: &mut [Slot], versions: &mut [u32], plan: &SoakPlan) -> Result<Soak, String> {
+        let mut kinds = alloc::vec![request::OUT; slots.len()];
+        let (mut next, mut finished, mut random) = (0, 0, plan.seed);
+        let (mut last, mut stall) = (crate::clock::tsc(), 0);
+        while finished < plan.count {
+            while let Some(free) = slots.iter().position(|s| s.busy.is_none()).filter(|_| next < plan.count) {
+                let block = loop {
+                    let block = data::splitmix64(&mut random) % plan.blocks;
+                    let taken = |s: &Slot| s.busy.as_ref().is_some_and(|busy| busy.block == block);
+                    if !slots.iter().any(taken) {
+                        break block;
+                    }
+                };
+                let version = &mut versions[block as usize];
+                kinds[free] = match data::splitmix64(&mut random) % 8 {
+                    0 => request::FLUSH,
+                    1 | 2 if *version > 0 => request::IN,
+                    _ => {
+                        *version += 1;
+                        request::OUT
+                    }
+                };
+                let queue = next as usize % self.queues.len();
+                slots[free].submit(&mut self.queues[queue], queue, kinds[free], block, plan.data(*version))?;
+                next += 1;
+            }
+            let waiting = slots.iter().find_map(|slot| slot.busy.as_ref());
+            let waiting = waiting.map_or(0, |busy| busy.queue);
+            let deadline = Deadline::after_ms(TIMEOUT_MS);
+            let mut done = Some(self.queues[waiting].wait(deadline).ok_or("no answer")?);
+            let now = crate::clock::tsc();
+            stall = stall.max(now - core::mem::replace(&mut last, now));
+            while let Some((head, _)) = done {
+                let is_it = |busy: &Busy| (busy.queue, busy.head) == (waiting, head);
+                let at = slots.iter().position(|slot| slot.busy.as_ref().is_some_and(is_it));
+                let at = at.ok_or_else(|| format!("unknown head {head} completed"))?;
+                let block = slots[at].busy.as_ref().map_or(0, |busy| busy.block);
+                slots[at].finish(kinds[at], plan.data(versions[block as usize]))?;
+                finished += 1;
+                done = self.queues[waiting].poll();
+            }
+        }
+        Ok(Soak {
+            requests: finished,
+            stall,
+        })
+    }
+}
+
 struct Busy {
     queue: usize,
     head: u16,
@@ -336,7 +443,10 @@ impl Slot {
             part(1024, 3072),
             Segment::write(&self.dma, 4200, 1),
         ];
-        let head = queue.add(&chain).ok_or("queue is full")?;
+        // A flush has no data.
+        let flush = [chain[0], chain[3]];
+        let chain: &[Segment] = if kind == request::FLUSH { &flush } else { &chain };
+        let head = queue.add(chain).ok_or("queue is full")?;
         queue.kick();
         self.busy = Some(Busy {
             queue: number,

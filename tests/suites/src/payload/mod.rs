@@ -24,6 +24,7 @@ mod rng;
 mod sandbox;
 mod smp;
 mod trictl;
+mod vhost;
 mod vsock;
 
 use triarch_harness::suite::Test;
@@ -42,6 +43,7 @@ pub fn tests() -> Vec<Test> {
         rng::TESTS,
         console::TESTS,
         vsock::TESTS,
+        vhost::TESTS,
         rings::TESTS,
         pause::TESTS,
         ends::TESTS,

@@ -1,0 +1,315 @@
+//! Messages over the socket, each with a deadline.
+//!
+//! The rust-vmm `vhost` crate is not used for this: its reads begin again whenever a receive timeout ends one, so that a daemon which
+//! stays silent keeps the caller for ever, and nothing can end the wait.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+
+use crate::LinkError;
+use crate::event::Event;
+use crate::message::{self, HEADER, MAX_PAYLOAD, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK};
+
+/// Descriptors taken from one message; more than any message of the protocol has.
+const MAX_FDS: usize = 8;
+
+/// Wakes a device's thread, and tells it whether what it is wanted for can wait.
+pub(crate) struct Wake {
+    event: Event,
+    urgent: AtomicU32,
+}
+
+impl Wake {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: Event::new()?,
+            urgent: AtomicU32::new(0),
+        })
+    }
+
+    /// Wakes the thread.
+    pub(crate) fn ring(&self) {
+        self.event.signal();
+    }
+
+    /// The thread must not wait for its daemon until [`Wake::taken`] was called as often.
+    pub(crate) fn hurry(&self) {
+        self.urgent.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// What was urgent is being done.
+    pub(crate) fn taken(&self) {
+        self.urgent.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether something waits that is urgent.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.urgent.load(Ordering::Acquire) > 0
+    }
+
+    /// Back to sleep until the next ring.
+    pub(crate) fn clear(&self) {
+        self.event.clear();
+    }
+
+    pub(crate) fn event(&self) -> &Event {
+        &self.event
+    }
+}
+
+/// A connected socket, with what the daemon may ask on a second one.
+pub(crate) struct Connection {
+    socket: OwnedFd,
+    back: Option<BackChannel>,
+    /// How long an answer may take.
+    patience: Duration,
+}
+
+impl Connection {
+    /// Connects to the socket at `path`, without waiting: who does not take connections at once is not there.
+    pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self, LinkError> {
+        let failed = |error: Errno| LinkError::Connect {
+            path: path.to_owned(),
+            source: error.into(),
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
+        let address = SocketAddrUnix::new(path).map_err(failed)?;
+        rustix::net::connect(&socket, &address).map_err(failed)?;
+        Ok(Self {
+            socket,
+            back: None,
+            patience,
+        })
+    }
+
+    /// Sends a request; `fds` go with it.
+    pub(crate) fn send(
+        &self,
+        request: Request,
+        flags: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        wake: &Wake,
+    ) -> Result<(), LinkError> {
+        let deadline = Instant::now() + self.patience;
+        let bytes = message::encode(request as u32, flags, payload);
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_REGIONS))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(LinkError::nonsense("too many descriptors for one message"));
+            }
+            let parts = [IoSlice::new(&bytes[sent..])];
+            match rustix::net::sendmsg(&self.socket, &parts, &mut control, SendFlags::NOSIGNAL) {
+                Ok(n) => sent += n,
+                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, deadline, request.name(), wake)?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(broken(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer to `request`: its payload. No answer used here brings descriptors.
+    pub(crate) fn receive(&self, request: Request, wake: &Wake) -> Result<Vec<u8>, LinkError> {
+        let deadline = Instant::now() + self.patience;
+        let mut header = [0; HEADER];
+        self.fill(&mut header, deadline, request, wake)?;
+        let [answered, flags, size] = message::decode(&header);
+        if flags & VERSION_MASK != VERSION || flags & REPLY == 0 {
+            let text = format!("its answer to {} has the flags {flags:#x}", request.name());
+            return Err(LinkError::Nonsense(text));
+        }
+        if answered != request as u32 {
+            let text = format!("asked for {} it answered message {answered}", request.name());
+            return Err(LinkError::Nonsense(text));
+        }
+        let size = size as usize;
+        if size > MAX_PAYLOAD {
+            let text = format!("its answer to {} has {size} bytes", request.name());
+            return Err(LinkError::Nonsense(text));
+        }
+        let mut payload = vec![0; size];
+        self.fill(&mut payload, deadline, request, wake)?;
+        Ok(payload)
+    }
+
+    /// Reads exactly `buffer`.
+    fn fill(&self, buffer: &mut [u8], deadline: Instant, request: Request, wake: &Wake) -> Result<(), LinkError> {
+        let mut have = 0;
+        while have < buffer.len() {
+            match take(self.socket.as_fd(), &mut buffer[have..])? {
+                Some(n) => have += n,
+                None => self.wait(PollFlags::IN, deadline, request.name(), wake)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the socket, and answers meanwhile what the daemon asks: it may wait for that before it goes on.
+    fn wait(&self, events: PollFlags, deadline: Instant, what: &'static str, wake: &Wake) -> Result<(), LinkError> {
+        loop {
+            if wake.is_urgent() {
+                return Err(LinkError::Interrupted);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(LinkError::Silent(what));
+            }
+            let timeout = Timespec::try_from(left).ok();
+            let mut fds = vec![
+                PollFd::new(&self.socket, events),
+                PollFd::new(wake.event(), PollFlags::IN),
+            ];
+            if let Some(back) = &self.back {
+                fds.push(PollFd::new(&back.socket, PollFlags::IN));
+            }
+            match rustix::event::poll(&mut fds, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(broken(error)),
+            }
+            let ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            let (socket, ring, back) = (ready(0), ready(1), ready(2));
+            if ring {
+                // Whoever rang left something behind that is looked for after this.
+                wake.clear();
+            }
+            if back && let Some(channel) = &self.back {
+                channel.serve()?;
+            }
+            if socket {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Gives the daemon a channel for its own requests; returns the end that goes to it.
+    pub(crate) fn open_back_channel(&mut self) -> Result<OwnedFd, LinkError> {
+        let (socket, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .map_err(|error| LinkError::host("a socket for the daemon's requests")(error.into()))?;
+        // The daemon's end waits, as daemons expect.
+        rustix::fs::fcntl_setfl(&theirs, rustix::fs::OFlags::empty())
+            .map_err(|error| LinkError::host("a socket for the daemon's requests")(error.into()))?;
+        self.back = Some(BackChannel {
+            socket,
+            changed: AtomicU32::new(0),
+        });
+        Ok(theirs)
+    }
+
+    /// Looks at what the daemon sent without being asked: on the main socket only its end can come.
+    pub(crate) fn look(&self) -> Result<(), LinkError> {
+        match take(self.socket.as_fd(), &mut [0; HEADER])? {
+            Some(_) => Err(LinkError::nonsense("it sent what nobody asked for")),
+            None => match &self.back {
+                Some(back) => back.serve(),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Whether the daemon said since the last call that its configuration space changed.
+    pub(crate) fn config_changed(&self) -> bool {
+        let back = self.back.as_ref();
+        back.is_some_and(|back| back.changed.swap(0, Ordering::Relaxed) != 0)
+    }
+
+    /// What to wait on.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let back = self.back.iter().map(|back| back.socket.as_fd());
+        std::iter::once(self.socket.as_fd()).chain(back)
+    }
+}
+
+/// Where the daemon asks.
+struct BackChannel {
+    socket: OwnedFd,
+    changed: AtomicU32,
+}
+
+impl BackChannel {
+    /// Serves a few requests. Each one has no payload, so a part of one is nonsense.
+    fn serve(&self) -> Result<(), LinkError> {
+        for _ in 0..8 {
+            let mut header = [0; HEADER];
+            match take(self.socket.as_fd(), &mut header)? {
+                None => return Ok(()),
+                Some(HEADER) => {}
+                Some(n) => return Err(LinkError::Nonsense(format!("it sent {n} bytes of a request"))),
+            }
+            let [request, flags, size] = message::decode(&header);
+            if flags & VERSION_MASK != VERSION || flags & REPLY != 0 || size != 0 {
+                let text = format!("its request {request} has the flags {flags:#x} and {size} bytes");
+                return Err(LinkError::Nonsense(text));
+            }
+            let known = request == message::CONFIG_CHANGE;
+            if known {
+                self.changed.store(1, Ordering::Relaxed);
+            }
+            if flags & NEED_REPLY != 0 {
+                let answer = message::encode(request, REPLY, &message::numbers(&[u64::from(!known)]));
+                // A daemon that asks and does not read its answers is not waited for.
+                rustix::net::send(&self.socket, &answer, SendFlags::NOSIGNAL).map_err(broken)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits until something can be read from one of `sockets`, or `time` has passed.
+pub(crate) fn wait_any(sockets: &[BorrowedFd<'_>], time: Duration) -> Result<(), LinkError> {
+    let mut fds: Vec<_> = sockets.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+    match rustix::event::poll(&mut fds, Timespec::try_from(time).ok().as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(broken(error)),
+    }
+}
+
+/// What is there now, at most `buffer` bytes; `None` if nothing is.
+fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, LinkError> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message = match rustix::net::recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+        Ok(message) => message,
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+        Err(error) => return Err(broken(error)),
+    };
+    // Descriptors nobody asked for are closed with the buffer, those past its end by the kernel.
+    let unwanted = control.drain().any(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next().is_some(),
+        _ => false,
+    });
+    if unwanted || message.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(LinkError::nonsense("it sent descriptors that nobody asked for"));
+    }
+    match message.bytes {
+        0 => Err(LinkError::Closed),
+        n => Ok(Some(n)),
+    }
+}
+
+fn broken(error: Errno) -> LinkError {
+    match error {
+        Errno::PIPE | Errno::CONNRESET => LinkError::Closed,
+        error => LinkError::Broken(error.into()),
+    }
+}

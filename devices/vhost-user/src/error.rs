@@ -1,0 +1,89 @@
+//! Why there is no connection to a daemon.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::message::Request;
+
+/// Why a connection to a daemon could not be made, or ended.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// Nobody listens.
+    #[error("cannot connect to {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The daemon closed the connection, or died.
+    #[error("the daemon closed the connection")]
+    Closed,
+    /// No answer in time.
+    #[error("the daemon did not answer {0} in time")]
+    Silent(&'static str),
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(io::Error),
+    /// The daemon said what the protocol does not allow.
+    #[error("the daemon does not keep to the protocol: {0}")]
+    Nonsense(String),
+    /// The daemon answered that it did not do it.
+    #[error("the daemon failed {0}")]
+    Failed(&'static str),
+    /// The daemon is not one the guest can go on with.
+    #[error("the daemon was refused: {0}")]
+    Unfit(String),
+    /// A resource of the host.
+    #[error("cannot make {what}: {source}")]
+    Host {
+        /// What could not be made.
+        what: &'static str,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Something more urgent came.
+    #[error("the connection was given up for a change of the guest's device")]
+    Interrupted,
+}
+
+impl LinkError {
+    pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+
+    pub(crate) fn nonsense(text: impl Into<String>) -> Self {
+        Self::Nonsense(text.into())
+    }
+}
+
+impl Request {
+    /// The protocol's name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::GET_FEATURES => "GET_FEATURES",
+            Self::SET_FEATURES => "SET_FEATURES",
+            Self::SET_OWNER => "SET_OWNER",
+            Self::SET_MEM_TABLE => "SET_MEM_TABLE",
+            Self::SET_VRING_NUM => "SET_VRING_NUM",
+            Self::SET_VRING_ADDR => "SET_VRING_ADDR",
+            Self::SET_VRING_BASE => "SET_VRING_BASE",
+            Self::GET_VRING_BASE => "GET_VRING_BASE",
+            Self::SET_VRING_KICK => "SET_VRING_KICK",
+            Self::SET_VRING_CALL => "SET_VRING_CALL",
+            Self::GET_PROTOCOL_FEATURES => "GET_PROTOCOL_FEATURES",
+            Self::SET_PROTOCOL_FEATURES => "SET_PROTOCOL_FEATURES",
+            Self::GET_QUEUE_NUM => "GET_QUEUE_NUM",
+            Self::SET_VRING_ENABLE => "SET_VRING_ENABLE",
+            Self::SET_BACKEND_REQ_FD => "SET_BACKEND_REQ_FD",
+            Self::GET_CONFIG => "GET_CONFIG",
+            Self::SET_CONFIG => "SET_CONFIG",
+            Self::RESET_DEVICE => "RESET_DEVICE",
+            Self::GET_MAX_MEM_SLOTS => "GET_MAX_MEM_SLOTS",
+            Self::ADD_MEM_REG => "ADD_MEM_REG",
+            Self::SET_STATUS => "SET_STATUS",
+        }
+    }
+}

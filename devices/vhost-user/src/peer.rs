@@ -1,0 +1,115 @@
+//! A daemon as the configuration of a VM names it. It outlives the guest's resets, and what guests were told of it stays true.
+
+use std::path::PathBuf;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use triarch_device_core::{Sandbox, ThreadClass, Worker};
+
+use crate::connection::Wake;
+use crate::offer::{Demand, Offer};
+use crate::session::Session;
+use crate::{LinkError, OnDisconnect};
+
+/// How long the start of a VM waits for a daemon.
+const START: Duration = Duration::from_secs(5);
+/// How long until the next try, at the start.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// A disk that a daemon serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// Queues of the disk.
+    pub queues: u16,
+    /// Descriptors of a queue: a power of two from 4 to 1024.
+    pub queue_size: u16,
+    /// The daemon must offer the disk read-only.
+    pub readonly: bool,
+    /// What happens to requests while there is no daemon.
+    pub on_disconnect: OnDisconnect,
+}
+
+/// Why no daemon could be had for a new guest.
+#[derive(Debug, Error)]
+pub enum PeerError {
+    /// None that answers.
+    #[error("no daemon serves it")]
+    Link(#[source] LinkError),
+    /// A resource of the host.
+    #[error("cannot start the thread that talks to its daemon")]
+    Thread(#[source] std::io::Error),
+}
+
+/// The daemon of a disk.
+pub struct DiskPeer {
+    pub(crate) options: DiskOptions,
+    pub(crate) demand: Demand,
+    /// What guests know of it.
+    known: Mutex<Offer>,
+    /// The connection it was asked on, for the first device.
+    first: Mutex<Option<Session>>,
+}
+
+impl DiskPeer {
+    /// Asks the daemon what it offers; waits up to five seconds for one that is just starting. `id` names the device.
+    ///
+    /// # Errors
+    /// There is none, or it is not one that can serve this disk.
+    pub fn open(id: &str, options: DiskOptions, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Self>, PeerError> {
+        let demand = Demand {
+            queues: options.queues,
+            queue_size: options.queue_size,
+            readonly: options.readonly,
+        };
+        let wake = Arc::new(Wake::new().map_err(PeerError::Thread)?);
+        let (done, ended) = sync_channel(1);
+        let (path, doorbell) = (options.socket.clone(), wake.clone());
+        let ask = move |answer: &mut Option<Result<Session, LinkError>>, _: &_| {
+            let deadline = Instant::now() + START;
+            let mut last = LinkError::Silent("the first questions");
+            *answer = Some(loop {
+                let session = Session::open(&path, &doorbell);
+                match session.and_then(|s| s.offer.check(&demand).map(|()| s)) {
+                    Err(LinkError::Interrupted) => break Err(last),
+                    // Waiting makes none of these another one.
+                    session @ (Ok(_) | Err(LinkError::Unfit(_) | LinkError::Nonsense(_))) => break session,
+                    Err(error) if Instant::now() >= deadline => break Err(error),
+                    Err(error) => last = error,
+                }
+                thread::sleep(RETRY);
+            });
+            // Whoever waits may have given up.
+            let _ = done.send(());
+        };
+        let name = format!("{id}_vu");
+        let worker = Worker::spawn(&name, ThreadClass::VhostUser, sandbox, None, ask).map_err(PeerError::Thread)?;
+        if ended.recv_timeout(START + 2 * RETRY).is_err() {
+            // A daemon that takes connections and does not answer.
+            wake.hurry();
+            wake.ring();
+        }
+        let gone = || Err(LinkError::Silent("the first questions"));
+        let session = worker.stop().flatten().unwrap_or_else(gone).map_err(PeerError::Link)?;
+        Ok(Arc::new(Self {
+            options,
+            demand,
+            known: Mutex::new(session.offer.clone()),
+            first: Mutex::new(Some(session)),
+        }))
+    }
+
+    /// What guests know of it.
+    pub(crate) fn known(&self) -> MutexGuard<'_, Offer> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection it was asked on, once.
+    pub(crate) fn take_first(&self) -> Option<Session> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}

@@ -1,0 +1,281 @@
+//! One queue of a guest, and what of it is with the daemon.
+//!
+//! A daemon never works on the guest's own rings: it gets the heads of chains in a ring of the VMM's, and what it has done goes back
+//! into the guest's ring from there. Descriptors and data stay where they are. So the VMM knows at any moment which requests are with
+//! the daemon and in which order they came; when the daemon dies, exactly those are given to the next one, in that order. The rings
+//! alone would not tell: completions come in any order, and both rings forget what is older than their size.
+
+use triarch_virtio::{Chain, RingFault, VirtQueue};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+use crate::LinkError;
+use crate::event::Event;
+use crate::session::Ring;
+use crate::shadow::{Shadow, ShadowRing};
+
+/// VIRTIO_BLK_S_IOERR (virtio 1.2, 5.2.6).
+const IO_ERROR: u8 = 1;
+
+/// A request that is not answered yet.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    head: u16,
+    /// Counts requests as they came.
+    number: u64,
+    /// Bytes a daemon can have written.
+    room: u32,
+    /// Where the status byte is (GPA).
+    status: Option<GuestAddress>,
+}
+
+impl Pending {
+    fn of(chain: &Chain, number: u64) -> Self {
+        let last = chain.writable().last();
+        Self {
+            head: chain.head(),
+            number,
+            room: chain.writable_len(),
+            status: last.map(|segment| GuestAddress(segment.addr.0 + u64::from(segment.len) - 1)),
+        }
+    }
+}
+
+/// The daemon's side of a queue.
+struct Far {
+    ring: ShadowRing,
+    kick: Event,
+    call: Event,
+}
+
+/// Requests without an answer of a queue that does not run, for when it runs again.
+pub(crate) struct Parked(Vec<Pending>);
+
+/// A queue that runs.
+pub(crate) struct Relay {
+    queue: VirtQueue,
+    /// Requests without an answer by their heads.
+    pending: Vec<Option<Pending>>,
+    count: u16,
+    next: u64,
+    far: Option<Far>,
+}
+
+impl Relay {
+    /// Takes over a queue. `parked` are the requests that had no answer when the same queue was stopped.
+    pub(crate) fn new(queue: VirtQueue, parked: Option<Parked>) -> Self {
+        let state = queue.state();
+        let open = state.next_avail.wrapping_sub(state.next_used);
+        let mut relay = Self {
+            pending: vec![None; usize::from(queue.size())],
+            queue,
+            count: 0,
+            next: 0,
+            far: None,
+        };
+        // A queue that was reset meanwhile begins anew, without anything open.
+        let parked = parked.filter(|Parked(list)| list.len() == usize::from(open));
+        for request in parked.into_iter().flat_map(|Parked(list)| list) {
+            relay.keep(request);
+        }
+        relay
+    }
+
+    /// Gives the queue back, with the requests that have no answer.
+    pub(crate) fn into_parts(self) -> (VirtQueue, Parked) {
+        let parked = Parked(self.in_order());
+        (self.queue, parked)
+    }
+
+    /// Requests without an answer.
+    pub(crate) fn open(&self) -> u16 {
+        self.count
+    }
+
+    pub(crate) fn queue(&self) -> &VirtQueue {
+        &self.queue
+    }
+
+    /// What the daemon signals completions with.
+    pub(crate) fn call(&self) -> Option<&Event> {
+        self.far.as_ref().map(|far| &far.call)
+    }
+
+    fn keep(&mut self, request: Pending) -> bool {
+        let Some(slot @ None) = self.pending.get_mut(usize::from(request.head)) else {
+            return false;
+        };
+        *slot = Some(Pending {
+            number: self.next,
+            ..request
+        });
+        self.next += 1;
+        self.count += 1;
+        true
+    }
+
+    fn in_order(&self) -> Vec<Pending> {
+        let mut list: Vec<_> = self.pending.iter().flatten().copied().collect();
+        list.sort_unstable_by_key(|request| request.number);
+        list
+    }
+
+    /// Prepares a ring for a daemon that just came: it begins with what the one before did not answer.
+    pub(crate) fn connect(&mut self, shadow: &Shadow) -> Result<(), LinkError> {
+        let mut ring = shadow.ring(self.queue.index(), self.queue.size());
+        ring.clear().map_err(inaccessible)?;
+        for request in self.in_order() {
+            ring.push(request.head).map_err(inaccessible)?;
+        }
+        ring.publish().map_err(inaccessible)?;
+        let event = || Event::new().map_err(LinkError::host("an event of a daemon's ring"));
+        self.far = Some(Far {
+            ring,
+            kick: event()?,
+            call: event()?,
+        });
+        Ok(())
+    }
+
+    /// The ring to hand to the daemon.
+    pub(crate) fn ring(&self) -> Option<Ring<'_>> {
+        let far = self.far.as_ref()?;
+        Some(Ring {
+            index: self.queue.index(),
+            size: self.queue.size(),
+            descriptors: self.queue.descriptors(),
+            available: far.ring.available(),
+            used: far.ring.used(),
+            kick: &far.kick,
+            call: &far.call,
+        })
+    }
+
+    /// Makes the daemon look at its ring.
+    pub(crate) fn nudge(&self) {
+        if let Some(far) = &self.far {
+            far.kick.signal();
+        }
+    }
+
+    /// The daemon is gone. What it has completed until now counts.
+    pub(crate) fn disconnect(&mut self) {
+        // What else it wrote does not matter any more.
+        let _ = self.collect();
+        self.far = None;
+    }
+
+    /// Passes on what the driver offers. Without a daemon it stays in the ring.
+    pub(crate) fn forward(&mut self) -> Result<(), LinkError> {
+        if self.far.is_none() {
+            return Ok(());
+        }
+        let mut passed = false;
+        self.queue.disarm();
+        loop {
+            let Some(chain) = self.queue.pop() else {
+                match self.queue.arm() {
+                    true => continue,
+                    false => break,
+                }
+            };
+            let (request, head) = (Pending::of(&chain, 0), chain.head());
+            if !self.keep(request) {
+                self.queue.fault(&RingFault::Request("a chain is offered twice"));
+                break;
+            }
+            if let Some(far) = &mut self.far {
+                far.ring.push(head).map_err(inaccessible)?;
+                passed = true;
+            }
+        }
+        if let Some(far) = self.far.as_ref().filter(|_| passed)
+            && far.ring.publish().map_err(inaccessible)?
+        {
+            far.kick.signal();
+        }
+        Ok(())
+    }
+
+    /// Gives back to the driver what the daemon completed; how many requests that was.
+    pub(crate) fn collect(&mut self) -> Result<u16, LinkError> {
+        let Some(far) = &mut self.far else {
+            return Ok(0);
+        };
+        far.call.clear();
+        let ready = far.ring.ready().map_err(inaccessible)?;
+        if ready > self.count {
+            let text = format!("it completed {ready} requests of {}", self.count);
+            return Err(LinkError::Nonsense(text));
+        }
+        let done = self.take(ready);
+        if ready > 0 {
+            self.queue.signal();
+        }
+        done.map(|()| ready)
+    }
+
+    fn take(&mut self, ready: u16) -> Result<(), LinkError> {
+        for _ in 0..ready {
+            let Some(far) = &mut self.far else {
+                return Ok(());
+            };
+            let (head, written) = far.ring.take().map_err(inaccessible)?;
+            let request = self.pending.get_mut(head as usize).and_then(Option::take);
+            let Some(request) = request else {
+                let text = format!("it completed request {head}, which it does not have");
+                return Err(LinkError::Nonsense(text));
+            };
+            self.count -= 1;
+            self.queue.complete(request.head, written.min(request.room));
+        }
+        Ok(())
+    }
+
+    /// Answers what there is with an I/O error, in the daemon's place. A driver that goes on and on is served again later.
+    pub(crate) fn fail(&mut self) {
+        for request in self.in_order() {
+            self.refuse(request);
+        }
+        self.queue.disarm();
+        let mut left = self.queue.size();
+        loop {
+            match self.queue.pop() {
+                Some(chain) => {
+                    if self.keep(Pending::of(&chain, 0)) {
+                        self.in_order().into_iter().for_each(|request| self.refuse(request));
+                    }
+                    left -= 1;
+                }
+                None if self.queue.arm() => continue,
+                None => break,
+            }
+            if left == 0 {
+                // Fails only when it is readable already.
+                let _ = self.queue.kick().write(1);
+                break;
+            }
+        }
+        self.queue.signal();
+    }
+
+    fn refuse(&mut self, request: Pending) {
+        if let Some(slot) = self.pending.get_mut(usize::from(request.head)) {
+            *slot = None;
+        }
+        self.count -= 1;
+        // A request without room for a status has none to be told.
+        if let Some(at) = request.status {
+            // The queue checked that it is guest memory.
+            let _ = self.queue.memory().write_obj(IO_ERROR, at);
+        }
+        // Only what was written without a gap counts (virtio 1.2, 2.7.8.2).
+        self.queue.complete(request.head, u32::from(request.room == 1));
+    }
+}
+
+fn inaccessible(error: GuestMemoryError) -> LinkError {
+    LinkError::Host {
+        what: "an access to the daemon's rings",
+        source: std::io::Error::other(error),
+    }
+}

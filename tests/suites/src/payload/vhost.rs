@@ -1,0 +1,447 @@
+//! Disks that a daemon serves, and what happens when it dies. The daemon is QEMU's storage daemon.
+
+use super::data::pattern;
+use super::guest::{Guest, builder, number};
+use anyhow::{Context as _, Result, bail, ensure};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::disk::DiskImage;
+use triarch_harness::process::Process;
+use triarch_harness::suite::{Context, Outcome, Test};
+
+/// This module's tests.
+pub const TESTS: &[Test] = &[
+    Test::payload("vhost::blk_reads_and_writes", blk_reads_and_writes),
+    Test::payload("vhost::blk_runs_several_queues", blk_runs_several_queues),
+    Test::payload("vhost::blk_describes_the_daemons_disk", blk_describes_the_daemons_disk),
+    Test::payload("vhost::blk_survives_resets_and_pauses", blk_survives_resets_and_pauses),
+    Test::payload("vhost::blk_grows_while_it_runs", blk_grows_while_it_runs),
+    Test::payload("vhost::blk_needs_a_daemon_to_start", blk_needs_a_daemon_to_start),
+    Test::payload("vhost::no_write_is_lost_with_killed_daemons", killed_daemons).within(Duration::from_secs(300)),
+    Test::payload("vhost::a_stopped_daemon_stalls_its_disk_only", stopped_daemon).within(Duration::from_secs(30)),
+    Test::payload("vhost::pauses_and_ends_without_a_daemon", pauses_without_daemon),
+    Test::payload("vhost::requests_fail_when_told_so", requests_fail).within(Duration::from_secs(20)),
+    Test::payload("vhost::another_disk_is_refused", another_disk).within(Duration::from_secs(20)),
+];
+
+const PROGRAM: &str = "qemu-storage-daemon";
+const SIZE: u64 = 8 << 20;
+/// How long a daemon or a change may take on a busy machine.
+const SOON: Duration = Duration::from_secs(5);
+
+/// QEMU's storage daemon with one export.
+struct Daemon {
+    program: PathBuf,
+    socket: PathBuf,
+    queues: u16,
+    process: Option<Process>,
+}
+
+impl Daemon {
+    /// One that serves on a socket in `dir`; `None` where the program is missing.
+    fn find(context: &Context, dir: &Path, queues: u16) -> Option<Self> {
+        Some(Self {
+            program: context.images.path(PROGRAM).ok()?,
+            socket: dir.join("disk.sock"),
+            queues,
+            process: None,
+        })
+    }
+
+    /// Starts it with the image at `disk` and waits until it listens.
+    fn start(&mut self, disk: &Path) -> Result<()> {
+        self.kill()?;
+        let _ = std::fs::remove_file(&self.socket);
+        let mut command = Command::new(&self.program);
+        let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
+        let monitor = self.socket.with_extension("qmp");
+        command
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=f0,filename={disk},locking=off"))
+            .args(["--blockdev", "driver=raw,node-name=d0,file=f0"])
+            .arg("--chardev")
+            .arg(format!("socket,id=m0,path={},server=on,wait=off", monitor.display()))
+            .args(["--monitor", "chardev=m0"])
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
+            ));
+        self.process = Some(Process::start(&mut command)?);
+        let deadline = Instant::now() + SOON;
+        while !self.socket.exists() {
+            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
+            ensure!(Instant::now() < deadline, "{PROGRAM} does not listen{words}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Ends it as a crash would.
+    fn kill(&mut self) -> Result<()> {
+        self.process = None;
+        Ok(())
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        let process = self.process.as_ref().context("no daemon runs")?;
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &process.pid().to_string()])
+            .status()?;
+        ensure!(status.success(), "kill: {status}");
+        Ok(())
+    }
+
+    /// Gives a command to its monitor.
+    fn command(&self, text: &str) -> Result<()> {
+        use std::io::{BufRead, BufReader};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.socket.with_extension("qmp"))?;
+        stream.set_read_timeout(Some(SOON))?;
+        let mut lines = BufReader::new(stream.try_clone()?).lines();
+        lines.next().context("no greeting")??;
+        for command in [r#"{"execute":"qmp_capabilities"}"#, text] {
+            writeln!(stream, "{command}")?;
+            loop {
+                let line = lines.next().context("no answer")??;
+                if line.contains("\"return\"") {
+                    break;
+                }
+                ensure!(!line.contains("\"error\""), "{line}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The flag's value for its disk.
+    fn flag(&self, options: &str) -> String {
+        let socket = self.socket.display();
+        format!("vhost_user=on,vhost_socket={socket},id=served{options}")
+    }
+}
+
+/// A guest with a disk that a daemon serves.
+struct Rig {
+    guest: Guest,
+    daemon: Daemon,
+    image: DiskImage,
+    // Last: what is in it outlives the rest.
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    /// `None` where the daemon is missing. `options` are further ones of the disk, beginning with a comma.
+    fn start(context: &Context, queues: u16, options: &str) -> Result<Option<Self>> {
+        // Apart from the VM's own directory: the daemon's sockets stay behind.
+        let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
+        let Some(mut daemon) = Daemon::find(context, dir.path(), queues) else {
+            return Ok(None);
+        };
+        let image = DiskImage::with(dir.path().join("disk"), &pattern(1, 0, SIZE as usize))?;
+        daemon.start(image.path())?;
+        let vm = builder(context)?.api().flag("--disk", daemon.flag(options));
+        Ok(Some(Self {
+            guest: Guest::start(vm)?,
+            daemon,
+            image,
+            _dir: dir,
+        }))
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.daemon.start(self.image.path())
+    }
+
+    /// How the disk stands with its daemon.
+    fn link(&self) -> Result<serde_json::Value> {
+        let info = self.guest.vm().api()?.request("GET", "vm.info", None)?.body;
+        let info: serde_json::Value = serde_json::from_str(&info)?;
+        Ok(info["links"]["served"].clone())
+    }
+
+    /// Waits until it stands so.
+    fn wait_link(&self, state: &str) -> Result<serde_json::Value> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let link = self.link()?;
+            if link["state"] == state {
+                return Ok(link);
+            }
+            ensure!(Instant::now() < deadline, "the link is {link}, not {state}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Runs a test that has a daemon, or tells that there is none.
+fn with_daemon(
+    context: &Context,
+    queues: u16,
+    options: &str,
+    test: impl FnOnce(&mut Rig) -> Result<()>,
+) -> Result<Outcome> {
+    match Rig::start(context, queues, options)? {
+        None => Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images"))),
+        Some(mut rig) => {
+            test(&mut rig).with_context(|| format!("the VMM's last words:{}", rig.guest.vm().last_words()))?;
+            rig.guest.power_off()?;
+            Ok(Outcome::Passed)
+        }
+    }
+}
+
+fn blk_reads_and_writes(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 1, "", |rig| {
+        rig.guest.ask("blk 0 verify 0 2048 1")?;
+        for (sector, count, seed) in [(0, 1, 2), (7, 9, 3), (1000, 2048, 4), (SIZE / 512 - 1, 1, 5)] {
+            rig.guest.ask(&format!("blk 0 write {sector} {count} {seed}"))?;
+            rig.guest.ask("blk 0 flush")?;
+            let data = rig.image.read(sector * 512, count * 512)?;
+            ensure!(data == pattern(seed, sector, count * 512), "sector {sector}");
+        }
+        rig.guest.refused(&format!("blk 0 write {} 1 1", SIZE / 512))?;
+        ensure!(rig.link()?["state"] == "Connected", "{}", rig.link()?);
+        Ok(())
+    })
+}
+
+fn blk_runs_several_queues(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 4, ",num_queues=4,queue_size=64", |rig| {
+        for init in ["queues=4", "queues=3 size=32 indirect=0", "queues=4 event_idx=0"] {
+            rig.guest.ask(&format!("blk 0 init {init}"))?;
+            rig.guest.ask("blk 0 stress 800 8 12")?;
+        }
+        ensure!(rig.image.read(0, 800 * 4096)? == pattern(12, 0, 800 * 4096));
+        Ok(())
+    })
+}
+
+fn blk_describes_the_daemons_disk(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 2, ",num_queues=2,queue_size=64", |rig| {
+        let info = rig.guest.ask("blk 0 info")?;
+        ensure!(number(&info, "sectors")? == SIZE / 512, "{info}");
+        ensure!(number(&info, "queues")? == 2, "{info}");
+        ensure!((1..=62).contains(&number(&info, "seg_max")?), "{info}");
+        Ok(())
+    })
+}
+
+fn blk_survives_resets_and_pauses(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 2, ",num_queues=2", |rig| {
+        for seed in 2..5 {
+            rig.guest.ask("blk 0 init queues=2")?;
+            rig.guest.send(&format!("blk 0 stress 1500 32 {seed}"))?;
+            for _ in 0..10 {
+                rig.guest.vm().pause()?;
+                rig.guest.vm().resume()?;
+                thread::sleep(Duration::from_millis(2));
+            }
+            rig.guest.answer()?;
+            ensure!(rig.image.read(0, 1500 * 4096)? == pattern(seed, 0, 1500 * 4096));
+            // The whole machine anew, with the same daemon.
+            rig.guest.send("pm reset")?;
+            rig.guest.wait_ready()?;
+        }
+        Ok(())
+    })
+}
+
+fn blk_grows_while_it_runs(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 1, "", |rig| {
+        rig.guest.ask("blk 0 verify 0 8 1")?;
+        let grown = 2 * SIZE;
+        rig.daemon.command(&format!(
+            r#"{{"execute":"block_resize","arguments":{{"node-name":"d0","size":{grown}}}}}"#
+        ))?;
+        let deadline = Instant::now() + SOON;
+        while number(&rig.guest.ask("blk 0 info")?, "sectors")? != grown / 512 {
+            ensure!(Instant::now() < deadline, "the guest sees the old size");
+            thread::sleep(Duration::from_millis(5));
+        }
+        let last = grown / 512 - 8;
+        rig.guest.ask(&format!("blk 0 write {last} 8 9"))?;
+        // Not through the VMM.
+        let refused = rig
+            .guest
+            .vm()
+            .api()?
+            .put("vm.resize-disk", Some(r#"{"id":"served","desired_size":33554432}"#));
+        ensure!(refused.is_err_and(|error| format!("{error:#}").contains("daemon")));
+        Ok(())
+    })
+}
+
+fn blk_needs_a_daemon_to_start(context: &Context) -> Result<Outcome> {
+    let vm = builder(context)?;
+    let socket = vm.dir().join("nobody");
+    let started = Instant::now();
+    let vm = vm.flag(
+        "--disk",
+        format!("vhost_user=on,vhost_socket={},id=served", socket.display()),
+    );
+    let ended = vm.start()?.expect_end(1)?;
+    ensure!(
+        ended.stderr.contains("served") && ended.stderr.contains("cannot connect to"),
+        "{}",
+        ended.stderr
+    );
+    ensure!(
+        started.elapsed() > Duration::from_secs(3),
+        "it did not wait for a daemon that is just starting"
+    );
+    Ok(Outcome::Passed)
+}
+
+/// How often a daemon is killed; `TRIARCH_KILLS` sets another number.
+const KILLS: u64 = 20;
+/// Names a file that gets a line with what was seen.
+const FIGURES: &str = "TRIARCH_FIGURES";
+
+fn killed_daemons(context: &Context) -> Result<Outcome> {
+    let kills = std::env::var("TRIARCH_KILLS").ok().and_then(|n| n.parse().ok());
+    let kills = kills.unwrap_or(KILLS);
+    with_daemon(context, 2, ",num_queues=2", |rig| {
+        rig.guest.ask("blk 0 init queues=2")?;
+        let (mut prompt, mut late) = (Vec::new(), Vec::new());
+        for round in 0..kills {
+            rig.guest.send(&format!("blk 0 soak 3000 48 {round} 1000"))?;
+            // Somewhere under load.
+            thread::sleep(Duration::from_micros(3000 + round * 7919 % 40_000));
+            rig.daemon.kill()?;
+            let is_late = round % 4 == 0;
+            if is_late {
+                // Long enough for several tries.
+                thread::sleep(Duration::from_millis(200));
+            }
+            rig.restart()?;
+            let answer = rig.guest.answer().with_context(|| format!("round {round}"))?;
+            let stall = number(&answer, "stall_us")? / 1000;
+            if is_late { &mut late } else { &mut prompt }.push(stall);
+        }
+        let link = rig.wait_link("Connected")?;
+        ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
+        let again = link["resubmitted"].as_u64().unwrap_or(0);
+        ensure!(again > 0, "nothing was in flight in any round");
+        if let Some(file) = std::env::var_os(FIGURES) {
+            let mut file = std::fs::File::options().create(true).append(true).open(file)?;
+            prompt.sort_unstable();
+            let [median, longest] =
+                [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
+            let latest = late.iter().max().copied().unwrap_or(0);
+            writeln!(
+                file,
+                "{kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
+                 {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later"
+            )?;
+        }
+        Ok(())
+    })
+}
+
+fn stopped_daemon(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 1, "", |rig| {
+        rig.guest.send("blk 0 soak 4000 32 5 1000")?;
+        thread::sleep(Duration::from_millis(10));
+        rig.daemon.signal("STOP")?;
+        // The API is as quick as ever.
+        for _ in 0..20 {
+            let asked = Instant::now();
+            rig.link()?;
+            ensure!(asked.elapsed() < Duration::from_secs(1));
+            thread::sleep(Duration::from_millis(100));
+        }
+        // Pausing takes no longer than it waits for what is in flight; then the daemon is given up.
+        let asked = Instant::now();
+        rig.guest.vm().pause()?;
+        ensure!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+        rig.guest.vm().resume()?;
+        rig.daemon.signal("CONT")?;
+        rig.guest.answer()?;
+        ensure!(rig.wait_link("Connected")?["reconnects"].as_u64() >= Some(1));
+        Ok(())
+    })
+}
+
+fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, 1, "")? else {
+        return Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images")));
+    };
+    rig.guest.send("blk 0 soak 2000 32 5 1000")?;
+    thread::sleep(Duration::from_millis(10));
+    rig.daemon.kill()?;
+    let link = rig.wait_link("Disconnected")?;
+    ensure!(
+        link["reason"].as_str().is_some_and(|reason| !reason.is_empty()),
+        "{link}"
+    );
+    let asked = Instant::now();
+    for _ in 0..5 {
+        rig.guest.vm().pause()?;
+        rig.guest.vm().resume()?;
+    }
+    ensure!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+    // What was in flight outlives the pauses.
+    rig.guest.vm().pause()?;
+    rig.restart()?;
+    rig.wait_link("Connected")?;
+    rig.guest.vm().resume()?;
+    rig.guest.answer()?;
+    // And an end needs no daemon.
+    rig.guest.send("blk 0 soak 20000 32 6 1000")?;
+    thread::sleep(Duration::from_millis(10));
+    rig.daemon.kill()?;
+    rig.wait_link("Disconnected")?;
+    rig.guest.vm().api()?.put("vmm.shutdown", None)?;
+    rig.guest.expect_end(0)?;
+    Ok(Outcome::Passed)
+}
+
+fn requests_fail(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 1, ",on_disconnect=error-after=1", |rig| {
+        rig.guest.ask("blk 0 write 0 8 2")?;
+        rig.daemon.kill()?;
+        // This one waits, then fails; the next ones fail at once.
+        for command in ["blk 0 write 0 8 3", "blk 0 verify 0 8 2", "blk 0 flush"] {
+            let refused = rig.guest.refused(command)?;
+            ensure!(refused.contains("I/O error"), "{command}: {refused}");
+        }
+        ensure!(rig.link()?["state"] == "Failing", "{}", rig.link()?);
+        rig.restart()?;
+        rig.wait_link("Connected")?;
+        rig.guest.ask("blk 0 verify 0 8 2")?;
+        rig.guest.ask("blk 0 write 0 8 4")?;
+        Ok(())
+    })
+}
+
+fn another_disk(context: &Context) -> Result<Outcome> {
+    with_daemon(context, 2, ",num_queues=2", |rig| {
+        rig.guest.ask("blk 0 write 0 8 2")?;
+        let small = DiskImage::empty(rig.image.path().with_extension("small"), SIZE / 2)?;
+        rig.daemon.start(small.path())?;
+        let refusal = |rig: &Rig, text: &str| -> Result<()> {
+            let deadline = Instant::now() + SOON;
+            loop {
+                let link = rig.link()?;
+                if link["reason"].as_str().is_some_and(|reason| reason.contains(text)) {
+                    return Ok(());
+                }
+                if Instant::now() >= deadline {
+                    bail!("{link} does not tell that {text}");
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+        };
+        refusal(rig, "the guest knows one of 8388608")?;
+        rig.daemon.queues = 1;
+        rig.restart()?;
+        refusal(rig, "serves 1 queues, the disk has 2")?;
+        // The right one is welcome.
+        rig.daemon.queues = 2;
+        rig.restart()?;
+        rig.wait_link("Connected")?;
+        rig.guest.ask("blk 0 verify 0 8 2")?;
+        Ok(())
+    })
+}
