@@ -364,7 +364,7 @@ impl Blk {
     fn soak_pass(&mut self, slots: &mut [Slot], versions: &mut [u32], plan: &SoakPlan) -> Result<Soak, String> {
         let mut kinds = alloc::vec![request::OUT; slots.len()];
         let (mut next, mut finished, mut random) = (0, 0, plan.seed);
-        let (mut last, mut stall) = (crate::clock::tsc(), 0);
+        let (mut last, mut stall) = (crate::clock::ticks(), 0);
         while finished < plan.count {
             while let Some(free) = slots.iter().position(|s| s.busy.is_none()).filter(|_| next < plan.count) {
                 let block = loop {
@@ -391,7 +391,7 @@ impl Blk {
             let waiting = waiting.map_or(0, |busy| busy.queue);
             let deadline = Deadline::after_ms(TIMEOUT_MS);
             let mut done = Some(self.queues[waiting].wait(deadline).ok_or("no answer")?);
-            let now = crate::clock::tsc();
+            let now = crate::clock::ticks();
             stall = stall.max(now - core::mem::replace(&mut last, now));
             while let Some((head, _)) = done {
                 let is_it = |busy: &Busy| (busy.queue, busy.head) == (waiting, head);

@@ -176,9 +176,15 @@ fn what_cannot_be_changed_stays(context: &Context) -> Result<Outcome> {
         ),
         (
             "vm.add-disk",
-            json!({ "path": "/a", "vhost_user": true }),
+            json!({ "path": "/a", "iommu": true }),
             501,
-            vec!["vhost_user"],
+            vec!["iommu"],
+        ),
+        (
+            "vm.add-disk",
+            json!({ "path": "/a", "vhost_user": true, "vhost_socket": "/s" }),
+            400,
+            vec!["path", "vhost_user"],
         ),
         (
             "vm.add-net",
