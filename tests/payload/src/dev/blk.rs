@@ -366,7 +366,11 @@ impl Blk {
         let (mut next, mut finished, mut random) = (0, 0, plan.seed);
         let (mut last, mut stall) = (crate::clock::ticks(), 0);
         while finished < plan.count {
-            while let Some(free) = slots.iter().position(|s| s.busy.is_none()).filter(|_| next < plan.count) {
+            while let Some(free) = slots
+                .iter()
+                .position(|s| s.busy.is_none())
+                .filter(|_| next < plan.count)
+            {
                 let block = loop {
                     let block = data::splitmix64(&mut random) % plan.blocks;
                     let taken = |s: &Slot| s.busy.as_ref().is_some_and(|busy| busy.block == block);
