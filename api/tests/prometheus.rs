@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use triarch_api::Phase;
 use triarch_api::metrics::{
-    CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, MemoryMetrics, Metrics, NicMetrics,
-    NicPairMetrics, OperationMetrics, ProcessMetrics, Requests, Source, VcpuMetrics, VsockMetrics, render,
+    CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics, MemoryMetrics, Metrics,
+    NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics, Requests, Source, VcpuMetrics, VsockMetrics, render,
 };
 
 /// Prints each family as `TYPE NAME SAMPLES`, and the value of one disk's label.
@@ -81,6 +81,12 @@ fn everything() -> Metrics {
                 receive: direction,
                 transmit: direction,
             }],
+        }],
+        links: vec![LinkMetrics {
+            id: ID.into(),
+            connected: false,
+            reconnects: 1,
+            resubmitted: 2,
         }],
         vsocks: vec![VsockMetrics {
             id: ID.into(),

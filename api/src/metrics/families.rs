@@ -287,6 +287,45 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_daemon_connected",
+            Gauge,
+            &["device"],
+            "1 while a daemon serves the device, 0 while it has none (vhost-user).",
+        ),
+        |s, out| {
+            for link in &s.metrics.links {
+                out.add(&[&link.id], Number(link.connected.into()));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_daemon_reconnects_total",
+            Counter,
+            &["device"],
+            "How often a daemon of the device came back.",
+        ),
+        |s, out| {
+            for link in &s.metrics.links {
+                out.add(&[&link.id], Number(link.reconnects));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_daemon_resubmitted_total",
+            Counter,
+            &["device"],
+            "Requests that were given to a daemon again, because the one before did not answer them.",
+        ),
+        |s, out| {
+            for link in &s.metrics.links {
+                out.add(&[&link.id], Number(link.resubmitted));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_api_requests_total",
             Counter,
             &["route", "status"],

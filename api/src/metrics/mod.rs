@@ -29,8 +29,23 @@ pub struct Metrics {
     pub nics: Vec<NicMetrics>,
     /// The socket devices.
     pub vsocks: Vec<VsockMetrics>,
+    /// Devices that daemons serve.
+    pub links: Vec<LinkMetrics>,
     /// This process.
     pub process: Option<ProcessMetrics>,
+}
+
+/// A device that a daemon serves, since the boot or reset.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkMetrics {
+    /// Its id.
+    pub id: String,
+    /// It has a daemon now.
+    pub connected: bool,
+    /// How often a daemon came back.
+    pub reconnects: u64,
+    /// Requests that were given to a daemon again.
+    pub resubmitted: u64,
 }
 
 /// One vCPU since its thread started: at boot, and anew at each reset.

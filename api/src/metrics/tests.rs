@@ -85,6 +85,12 @@ fn full(id: &str) -> Metrics {
             opened: 2,
             refused: 3,
         }],
+        links: vec![LinkMetrics {
+            id: id.into(),
+            connected: true,
+            reconnects: 4,
+            resubmitted: 5,
+        }],
         process: Some(ProcessMetrics {
             threads: 9,
             ..ProcessMetrics::default()

@@ -207,6 +207,7 @@ impl Devices {
             disks: self.disks.iter().map(disk).collect(),
             nics: self.nics.clone(),
             vsocks: self.vsocks.clone(),
+            daemons: self.daemons.clone(),
         }
     }
 

@@ -11,6 +11,7 @@ use triarch_api::metrics as api;
 use triarch_block::{DiskCounters, DiskMetrics, OpCounters};
 use triarch_device_core::metrics::{BUCKET_BOUNDS, Latencies, Padded};
 use triarch_vcpu::VcpuMetrics;
+use triarch_vhost_user::{LinkState, VhostUserHandle};
 use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
@@ -20,6 +21,7 @@ pub(crate) struct DeviceMeters {
     pub(crate) disks: Vec<(String, Arc<DiskMetrics>)>,
     pub(crate) nics: Vec<(String, NetCounters)>,
     pub(crate) vsocks: Vec<(String, VsockHandle)>,
+    pub(crate) daemons: Vec<(String, VhostUserHandle)>,
 }
 
 /// What one guest counts. It holds counters only: a disk or tap is not kept open by it.
@@ -74,6 +76,7 @@ impl GuestMeters {
             disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
             nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
             vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
+            links: devices.daemons.iter().map(|(id, v)| link(id, v)).collect(),
             process: None,
         }
     }
@@ -156,6 +159,16 @@ fn direction(stats: &DirectionStats) -> api::DirectionMetrics {
         packets: stats.packets,
         bytes: stats.bytes,
         dropped: stats.dropped,
+    }
+}
+
+fn link(id: &str, device: &VhostUserHandle) -> api::LinkMetrics {
+    let status = device.status();
+    api::LinkMetrics {
+        id: id.to_owned(),
+        connected: status.state == LinkState::Connected,
+        reconnects: status.reconnects,
+        resubmitted: status.resubmitted,
     }
 }
 
@@ -265,6 +278,7 @@ mod tests {
                 disks: vec![("d".into(), Arc::default())],
                 nics,
                 vsocks: Vec::new(),
+                daemons: Vec::new(),
             },
         }));
         let metrics = meters.gather();

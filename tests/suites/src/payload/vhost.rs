@@ -323,6 +323,9 @@ fn killed_daemons(context: &Context) -> Result<Outcome> {
         ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
         let again = link["resubmitted"].as_u64().unwrap_or(0);
         ensure!(again > 0, "nothing was in flight in any round");
+        let metrics = rig.guest.vm().api()?.request("GET", "metrics", None)?.body;
+        let line = format!("triarch_daemon_resubmitted_total{{device=\"served\"}} {again}");
+        ensure!(metrics.lines().any(|l| l == line), "no `{line}` in {metrics}");
         if let Some(file) = std::env::var_os(FIGURES) {
             let mut file = std::fs::File::options().create(true).append(true).open(file)?;
             prompt.sort_unstable();
@@ -411,6 +414,18 @@ fn requests_fail(context: &Context) -> Result<Outcome> {
         rig.wait_link("Connected")?;
         rig.guest.ask("blk 0 verify 0 8 2")?;
         rig.guest.ask("blk 0 write 0 8 4")?;
+        let events = rig
+            .guest
+            .vm()
+            .api()?
+            .request("GET", "vm.events?follow=false", None)?
+            .body;
+        for event in ["connected", "disconnected", "failing"] {
+            ensure!(
+                events.contains(&format!("\"event\":\"{event}\"")),
+                "no `{event}` in {events}"
+            );
+        }
         Ok(())
     })
 }
