@@ -16,6 +16,7 @@ mod reader;
 mod request;
 pub mod server;
 mod size;
+mod strict;
 mod validate;
 
 pub use answer::{Answer, Handler};

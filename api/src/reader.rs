@@ -7,6 +7,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::strict::Strict;
+
 /// Names of fields that mean something the guest would miss, wherever they stand, unless their value is nothing: null, false, 0 or empty.
 const MISSED: &[&str] = &[
     // Devices.
@@ -78,7 +80,7 @@ pub fn read_object<T: DeserializeOwned>(text: &[u8]) -> Result<(T, Vec<String>),
     let mut unknown = Vec::new();
     let mut note = |path: serde_ignored::Path<'_>| unknown.push(Field::at(&path, &value));
     let mut track = serde_path_to_error::Track::new();
-    let inner = serde_path_to_error::Deserializer::new(&value, &mut track);
+    let inner = serde_path_to_error::Deserializer::new(Strict(&value), &mut track);
     let outer = serde_ignored::Deserializer::new(inner, &mut note);
     let read: Result<T, _> = serde::Deserialize::deserialize(outer);
     let read = read.map_err(|error| match track.path() {
