@@ -126,13 +126,103 @@ impl MachineError {
     }
 }
 
+impl MachineError {
+    /// Whether what the client configured cannot be had, so that another configuration would do; otherwise the host failed, or we did.
+    fn is_of_configuration(&self) -> bool {
+        match self {
+            Self::Config(_) | Self::Address(_) | Self::Slot { .. } => true,
+            Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_)),
+            // A mapping fails for want of pages: of the host's, or of its pool of huge ones.
+            Self::Memory(cause) => !matches!(cause, MemoryError::MemFd { .. } | MemoryError::Layout(_)),
+            Self::Load(cause) => !matches!(cause, LoadError::Acpi(_)) && !host_is_short(cause),
+            Self::Console { source, .. } => {
+                !matches!(source, OpenError::Events(_) | OpenError::Pty(_)) && !host_is_short(source)
+            }
+            Self::Device { source, .. } => !host_is_short(&**source),
+            Self::Hypervisor(_)
+            | Self::Vcpu(_)
+            | Self::Board(_)
+            | Self::Nmi(_)
+            | Self::Sandbox(_)
+            | Self::Host { .. }
+            | Self::Guest { .. } => false,
+        }
+    }
+}
+
+/// Whether the host ran out of descriptors or memory, or its disk failed, while it opened what it was told to.
+fn host_is_short(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|cause| {
+        let number = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        matches!(number, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO))
+    })
+}
+
 impl From<MachineError> for ApiError {
-    /// What a client is told.
+    /// What a client is told: 400 for what another configuration would mend, 500 for what it cannot.
     fn from(error: MachineError) -> Self {
         match error {
             MachineError::Config(cause) => Self::BadRequest(cause.to_string()),
             MachineError::Nmi(cause @ NmiError::Unsupported) => Self::Unsupported(cause.to_string()),
+            other if other.is_of_configuration() => Self::BadRequest(other.chain()),
             other => Self::failed(&other),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(error: MachineError) -> u16 {
+        ApiError::from(error).status()
+    }
+
+    fn disk(number: i32) -> MachineError {
+        MachineError::device(&Some("root".into()), io::Error::from_raw_os_error(number))
+    }
+
+    #[test]
+    fn what_another_configuration_mends_is_a_bad_request() {
+        assert_eq!(status(disk(libc::ENOENT)), 400);
+        assert_eq!(status(disk(libc::EACCES)), 400);
+        assert_eq!(status(disk(libc::EBUSY)), 400);
+        let asked = MemoryError::MoreThanHost { asked: 2, host: 1 };
+        assert_eq!(status(asked.into()), 400);
+        assert_eq!(status(MemoryError::HugePageSize(3).into()), 400);
+        let file = OpenError::File {
+            path: "log".into(),
+            source: io::Error::from_raw_os_error(libc::EACCES),
+        };
+        let console = |source| MachineError::Console {
+            device: "--serial",
+            source,
+        };
+        assert_eq!(status(console(file)), 400);
+        assert_eq!(status(console(OpenError::InUse("s".into()))), 400);
+    }
+
+    #[test]
+    fn what_the_host_lacks_is_a_failure() {
+        for number in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO] {
+            assert_eq!(status(disk(number)), 500, "{number}");
+        }
+        let failed = || io::Error::from_raw_os_error(libc::ENOSPC);
+        assert_eq!(status(MachineError::host("do it")(failed())), 500);
+        let console = |source| MachineError::Console {
+            device: "--serial",
+            source,
+        };
+        assert_eq!(status(console(OpenError::Pty(failed()))), 500);
+    }
+
+    #[test]
+    fn a_bad_request_tells_all_its_causes() {
+        let text = ApiError::from(disk(libc::ENOENT)).to_string();
+        assert!(
+            text.starts_with("cannot set up the device root: No such file"),
+            "{text}"
+        );
     }
 }
