@@ -79,10 +79,14 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd,
     Ok(DiskEnd::File(disk))
 }
 
-/// The tap behind `fds`, which a client opened, one a queue pair; set up as `config` says.
+/// The tap behind `fds`, which a client opened, one a queue pair. The client has set it up. Its addresses and MTU on the host are set by
+/// its name, which may stand for another interface, or none, in our network namespace; and agents send default addresses (Kata:
+/// 192.168.249.1) that nobody wants. Only the hardware address is set by descriptor.
 pub(crate) fn handed_tap(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, TapError> {
     let mut tap = Tap::from_fds(fds)?;
-    set_up(&mut tap, config, false)?;
+    if let Some(mac) = config.host_mac {
+        tap.set_mac(mac.0)?;
+    }
     Ok(Arc::new(tap))
 }
 
