@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "openapi", schemars(extend("required" = ["payload"])))]
 pub struct VmConfig {
     /// Processors.
     pub cpus: CpusConfig,
@@ -16,6 +18,7 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// What to boot.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(with = "PayloadConfig"))]
     pub payload: Option<PayloadConfig>,
     /// Disks, in the order of their slots.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -39,17 +42,42 @@ pub struct VmConfig {
     pub platform: Option<PlatformConfig>,
 }
 
+/// What a disk has to have.
+#[cfg(feature = "openapi")]
+fn file_or_daemon() -> serde_json::Value {
+    let text = serde_json::json!({ "type": "string", "minLength": 1 });
+    serde_json::json!([
+        { "required": ["path"], "properties": { "path": text, "vhost_user": { "const": false } } },
+        { "required": ["vhost_user", "vhost_socket"], "properties": { "vhost_user": { "const": true }, "vhost_socket": text } },
+    ])
+}
+
+#[cfg(feature = "openapi")]
+fn powers_of_two(from: u16, to: u16) -> Vec<u16> {
+    (0..16)
+        .map(|bit| 1 << bit)
+        .filter(|size| (from..=to).contains(size))
+        .collect()
+}
+
 /// Processors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct CpusConfig {
     /// vCPUs the guest starts with.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1, max = 254)))]
     pub boot_vcpus: u32,
     /// vCPUs it can have in all.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1, max = 254)))]
     pub max_vcpus: u32,
     /// Their shape; flat when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<CpuTopology>,
+    /// Most bits of a guest physical address; what the host has when absent, and never more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(min = 32, max = 64)))]
+    pub max_phys_bits: Option<u8>,
 }
 
 impl Default for CpusConfig {
@@ -58,12 +86,14 @@ impl Default for CpusConfig {
             boot_vcpus: 1,
             max_vcpus: 1,
             topology: None,
+            max_phys_bits: None,
         }
     }
 }
 
 /// Shape of the guest's processor; the product is `max_vcpus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct CpuTopology {
     /// Threads of a core.
     pub threads_per_core: u16,
@@ -81,9 +111,14 @@ pub type HugePageSize = u64;
 /// RAM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct MemoryConfig {
     /// Bytes the guest starts with.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1_048_576), extend("multipleOf" = 1_048_576)))]
     pub size: u64,
+    /// Bytes that may be added while the guest runs. Agents read it back from `vm.info` before they ask for more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
     /// Other processes may map it (vhost-user devices need that).
     pub shared: bool,
     /// Take it from the host's huge page pool.
@@ -103,6 +138,7 @@ impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
             size: 512 << 20,
+            hotplug_size: None,
             shared: false,
             hugepages: false,
             hugepage_size: None,
@@ -116,6 +152,8 @@ impl Default for MemoryConfig {
 /// What to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "openapi", schemars(extend("anyOf" = [{"required": ["kernel"]}, {"required": ["firmware"]}])))]
 pub struct PayloadConfig {
     /// Kernel: a PVH ELF or a bzImage (x86).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -133,6 +171,7 @@ pub struct PayloadConfig {
 
 /// Format of a disk image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum ImageType {
     /// The bytes of the disk as they are.
     #[default]
@@ -179,6 +218,21 @@ impl FromStr for OnDisconnect {
     }
 }
 
+#[cfg(feature = "openapi")]
+impl schemars::JsonSchema for OnDisconnect {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "OnDisconnect".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "What a device does whose daemon is gone.",
+            "pattern": "^(stall|error-after=[0-9]+)$",
+        })
+    }
+}
+
 impl TryFrom<String> for OnDisconnect {
     type Error = String;
 
@@ -196,9 +250,12 @@ impl From<OnDisconnect> for String {
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "openapi", schemars(extend("anyOf" = file_or_daemon())))]
 pub struct DiskConfig {
     /// File or block device.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub path: Option<PathBuf>,
     /// Format of the image.
     pub image_type: ImageType,
@@ -207,11 +264,14 @@ pub struct DiskConfig {
     /// Bypass the host's page cache (O_DIRECT).
     pub direct: bool,
     /// Queues, each with a thread of its own.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1, max = 256)))]
     pub num_queues: u16,
     /// Descriptors of a queue: a power of two.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 4, max = 1024), extend("enum" = powers_of_two(4, 1024))))]
     pub queue_size: u16,
     /// Serial number, at most 20 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(length(max = 20)))]
     pub serial: Option<String>,
     /// Do not use io_uring even where the host has it.
     pub disable_io_uring: bool,
@@ -225,6 +285,7 @@ pub struct DiskConfig {
     pub on_disconnect: OnDisconnect,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
 }
 
@@ -251,6 +312,21 @@ impl Default for DiskConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
+
+#[cfg(feature = "openapi")]
+impl schemars::JsonSchema for MacAddress {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "MacAddress".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "A unicast Ethernet address: the first byte is even.",
+            "pattern": "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$",
+        })
+    }
+}
 
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -294,6 +370,7 @@ impl From<MacAddress> for String {
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct NetConfig {
     /// Name of the tap interface; made, and named by the kernel, when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -312,10 +389,13 @@ pub struct NetConfig {
     pub host_mac: Option<MacAddress>,
     /// Largest packet in bytes, without the Ethernet header.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(min = 68)))]
     pub mtu: Option<u16>,
     /// Queues: two for each pair of receive and transmit.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 2, max = 256), extend("multipleOf" = 2)))]
     pub num_queues: u16,
     /// Descriptors of a queue: a power of two.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 2, max = 32768), extend("enum" = powers_of_two(2, 32768))))]
     pub queue_size: u16,
     /// Descriptors of an open tap interface, inherited from whoever started the VMM, one a queue pair.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -328,6 +408,7 @@ pub struct NetConfig {
     pub offload_csum: bool,
     /// Name in the API; `_net1` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
 }
 
@@ -354,8 +435,10 @@ impl Default for NetConfig {
 /// Entropy source of the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct RngConfig {
     /// File the bytes come from; `/dev/urandom` stands for the kernel's generator.
+    #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub src: PathBuf,
 }
 
@@ -369,6 +452,7 @@ impl Default for RngConfig {
 
 /// Where a console's bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum ConsoleMode {
     /// There is no such device.
     Off,
@@ -388,6 +472,7 @@ pub enum ConsoleMode {
 /// A serial port or virtio console.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct ConsoleConfig {
     /// What it is connected to.
     pub mode: ConsoleMode,
@@ -402,6 +487,7 @@ pub struct ConsoleConfig {
 /// Port 0x402.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DebugConsoleConfig {
     /// What it is connected to: `Off`, `Null`, `Tty` (standard error) or `File`.
     pub mode: ConsoleMode,
@@ -421,19 +507,24 @@ impl Default for DebugConsoleConfig {
 
 /// Sockets between guest and host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VsockConfig {
     /// Context id of the guest: 3 or more.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 3, max = 4_294_967_294_u64)))]
     pub cid: u64,
     /// Unix socket on the host: programs connect to it and send `CONNECT PORT`; guests reach `SOCKET_PORT`.
+    #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub socket: PathBuf,
     /// Name in the API; `_vsock3` and so on when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
 }
 
 /// Identity of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct PlatformConfig {
     /// Serial number in SMBIOS.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -11,6 +11,8 @@ pub mod events;
 pub mod flags;
 pub mod jobs;
 pub mod metrics;
+#[cfg(feature = "openapi")]
+pub mod openapi;
 mod operation;
 mod reader;
 mod request;

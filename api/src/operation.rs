@@ -6,8 +6,10 @@ use crate::ApiError;
 
 /// Where a VM is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum Phase {
     /// There is no VM: the VMM waits for one.
+    #[cfg_attr(feature = "openapi", schemars(skip))]
     Absent,
     /// It has a configuration and nothing else.
     Created,

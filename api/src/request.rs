@@ -82,12 +82,15 @@ impl Request {
 /// Body of `vm.resize`: a target; what is absent stays as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct Resize {
     /// Number of vCPUs.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1, max = 254)))]
     pub desired_vcpus: Option<u32>,
     /// Bytes of RAM.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1_048_576), extend("multipleOf" = 1_048_576)))]
     pub desired_ram: Option<u64>,
     /// Bytes of RAM that the balloon takes from the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -96,15 +99,18 @@ pub struct Resize {
 
 /// Body of `vm.resize-disk`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct ResizeDisk {
     /// The disk's id.
     pub id: String,
     /// Its new size in bytes: not less than it has, a multiple of 512.
+    #[cfg_attr(feature = "openapi", schemars(extend("multipleOf" = 512)))]
     pub desired_size: u64,
 }
 
 /// Body of `vm.remove-device`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct RemoveDevice {
     /// The device's id.
     pub id: String,
@@ -119,6 +125,7 @@ pub enum Reply {
 
 /// Body of `vm.info`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmInfo {
     /// Configuration as it is now, with the paths of terminals made for it.
     pub config: VmConfig,
@@ -152,6 +159,7 @@ pub struct DeviceNode {
 
 /// Whether a device has a daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum LinkState {
     /// It has.
     Connected,
@@ -163,6 +171,7 @@ pub enum LinkState {
 
 /// How a device stands with the daemon that serves it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceLink {
     /// Whether it has one.
     pub state: LinkState,

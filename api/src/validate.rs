@@ -107,6 +107,9 @@ impl VmConfig {
             let allowed = format!("between boot_vcpus ({}) and {MAX_VCPUS}", cpus.boot_vcpus);
             return Err(range("cpus.max_vcpus", cpus.max_vcpus, allowed));
         }
+        if let Some(bits) = cpus.max_phys_bits.filter(|bits| !(32..=64).contains(bits)) {
+            return Err(range("cpus.max_phys_bits", bits, "between 32 and 64"));
+        }
         Ok(())
     }
 

@@ -45,12 +45,12 @@ pub fn cpus(text: &str) -> Result<CpusConfig, FlagError> {
     } else {
         text.to_owned()
     };
-    let known = ["boot", "max", "topology"];
+    let known = ["boot", "max", "topology", "max_phys_bits"];
     let kv = KeyValues::parse(
         "--cpus",
         &text,
         &known,
-        &["kvm_hyperv", "max_phys_bits", "affinity", "features", "nested"],
+        &["kvm_hyperv", "affinity", "features", "nested"],
     )?;
     let boot_vcpus = kv.number("boot")?.unwrap_or(1);
     let max_vcpus = kv.number("max")?.unwrap_or(boot_vcpus);
@@ -59,6 +59,7 @@ pub fn cpus(text: &str) -> Result<CpusConfig, FlagError> {
         boot_vcpus,
         max_vcpus,
         topology,
+        max_phys_bits: kv.number("max_phys_bits")?,
     })
 }
 

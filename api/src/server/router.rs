@@ -17,6 +17,7 @@ const OTHER: &str = "other";
 
 /// What `vmm.ping` says this is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct Identity {
     /// Version with what tells this build from others of it.
     pub build_version: String,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::arch::Arch;
 use crate::stdlib::{self, Library};
-use crate::{build, licence, payload, tools};
+use crate::{build, licence, openapi, payload, tools};
 
 /// The only places where code may depend on the processor's architecture: a crate, and the module with which the payload guest, a
 /// workspace of its own, chooses.
@@ -36,7 +36,7 @@ pub struct Check {
 }
 
 /// All checks, quick ones first.
-pub const CHECKS: [Check; 8] = [
+pub const CHECKS: [Check; 9] = [
     Check {
         name: "format",
         run: format,
@@ -48,6 +48,10 @@ pub const CHECKS: [Check; 8] = [
     Check {
         name: "file length",
         run: file_length,
+    },
+    Check {
+        name: "openapi",
+        run: openapi::lint,
     },
     Check {
         name: "licences",

@@ -19,6 +19,7 @@ mod licence;
 mod lint;
 mod local;
 mod modules;
+mod openapi;
 mod packages;
 mod payload;
 mod qemu;
@@ -51,6 +52,8 @@ enum Verb {
     Host(session::Args),
     /// Check format, compiler's advice, house rules, licences and advisories
     Lint,
+    /// Write docs/openapi.json, the description of the API
+    Openapi,
     /// Run all tests, and count them
     Test(test::Args),
     /// Serve the agent on standard input
@@ -73,6 +76,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Demo(args) => demo::run(&args)?,
         Verb::Host(args) => return session::run(args),
         Verb::Lint => lint::run()?,
+        Verb::Openapi => openapi::write()?,
         Verb::Test(args) => return Ok(test::run(&args)),
         Verb::LocalAgent => local::serve()?,
     }

@@ -69,6 +69,12 @@ impl CpuidTable {
         }
     }
 
+    /// Makes physical addresses `bits` wide if they are wider, for guests that are to run on hosts with less, too.
+    pub fn limit_physical_address_bits(&mut self, bits: u8) {
+        let least = self.physical_address_bits().min(bits);
+        self.change(0x8000_0008, |e| e.eax = e.eax & !0xff | u32::from(least));
+    }
+
     fn change(&mut self, leaf: u32, edit: impl Fn(&mut CpuidEntry)) {
         self.0.iter_mut().filter(|e| e.leaf == leaf).for_each(edit);
     }
@@ -365,6 +371,20 @@ mod tests {
         dies_per_package: 1,
         packages: 2,
     };
+
+    #[test]
+    fn addresses_get_narrower_and_never_wider() {
+        let sizes = CpuidEntry {
+            leaf: 0x8000_0008,
+            eax: 0x0000_3030,
+            ..CpuidEntry::default()
+        };
+        let mut table: CpuidTable = [sizes].into_iter().collect();
+        for (asked, eax) in [(52, 0x3030), (46, 0x302e), (48, 0x302e)] {
+            table.limit_physical_address_bits(asked);
+            assert_eq!(table.get(0x8000_0008, 0).expect("sizes").eax, eax, "{asked}");
+        }
+    }
 
     #[test]
     fn vendors_are_told_apart() {

@@ -69,7 +69,10 @@ impl Machine {
         } = reports;
         progress.note("memory");
         let cpus = &config.cpus;
-        let plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
+        let mut plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
+        if let Some(bits) = cpus.max_phys_bits {
+            plan.limit_address_bits(bits);
+        }
         let ram = layout::ram_ranges(config.memory.size);
         let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(config))?);
         // Most of what cannot be addressed is more than the host has, which is the better thing to say.

@@ -107,6 +107,11 @@ impl CpuPlan {
         })
     }
 
+    /// Lets guest physical addresses have `bits` bits at most.
+    pub fn limit_address_bits(&mut self, bits: u8) {
+        self.address_bits = self.address_bits.min(bits);
+    }
+
     /// Width of a guest physical address in bits: the host's limit, which is lower than its CPU's on some.
     pub fn address_bits(&self) -> u8 {
         self.address_bits

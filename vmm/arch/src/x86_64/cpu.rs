@@ -104,6 +104,11 @@ impl CpuPlan {
         self.host.vendor()
     }
 
+    /// Lets guest physical addresses have `bits` bits at most.
+    pub fn limit_address_bits(&mut self, bits: u8) {
+        self.host.limit_physical_address_bits(bits);
+    }
+
     /// Width of a guest physical address in bits.
     pub fn address_bits(&self) -> u8 {
         self.host.physical_address_bits()

@@ -1,0 +1,65 @@
+//! Examples of bodies and answers. Tests give each body to the server's reader, and hold each to its schema.
+
+use serde_json::{Value, json};
+
+/// Examples of the body of a route, by name.
+pub(super) fn of_body(route: &str) -> Value {
+    match route {
+        "vm.create" => json!({
+            "kernel": { "summary": "A kernel with a disk, its console on a terminal of its own", "value": create() },
+            "smallest": { "summary": "Defaults for all but the kernel", "value": { "payload": { "kernel": "/boot/vmlinuz" } } },
+        }),
+        "vm.resize" => json!({
+            "vcpus": { "value": { "desired_vcpus": 2 } },
+            "memory": { "value": { "desired_ram": 1_073_741_824_u64 } },
+        }),
+        "vm.resize-disk" => one(json!({ "id": "root", "desired_size": 10_737_418_240_u64 })),
+        "vm.add-disk" => one(json!({ "path": "/var/lib/vm/data.img", "id": "data", "num_queues": 2, "direct": true })),
+        "vm.add-net" => json!({
+            "descriptor": {
+                "summary": "The tap's descriptor comes with the request",
+                "value": { "id": "net0", "mac": "52:54:00:12:34:56", "num_queues": 2, "queue_size": 256 },
+            },
+            "tap": { "summary": "A tap interface by name", "value": { "tap": "tap0" } },
+        }),
+        "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
+        "vm.remove-device" => one(json!({ "id": "data" })),
+        _ => json!({}),
+    }
+}
+
+/// Examples of what a route answers, by name.
+pub(super) fn of_answer(route: &str) -> Value {
+    match route {
+        "vmm.ping" => one(json!({ "build_version": "v0.1.0", "version": "0.1.0", "pid": 4711, "features": ["kvm"] })),
+        "vm.info" => {
+            let mut config = create();
+            config["serial"]["file"] = "/dev/pts/3".into();
+            one(json!({ "config": config, "state": "Running", "memory_actual_size": 536_870_912 }))
+        }
+        "vm.counters" => one(json!({
+            "_disk0": { "read_ops": 310, "read_bytes": 12_697_600, "read_latency_min": 41, "read_latency_max": 902, "read_latency_avg": 77 },
+            "net0": { "rx_frames": 12, "rx_bytes": 1_210, "tx_frames": 9, "tx_bytes": 846 },
+        })),
+        "metrics" => one(json!(
+            "# HELP triarch_memory_size_bytes RAM of the guest\n# TYPE triarch_memory_size_bytes gauge\n"
+        )),
+        _ => json!({}),
+    }
+}
+
+fn one(value: Value) -> Value {
+    json!({ "example": { "value": value } })
+}
+
+fn create() -> Value {
+    json!({
+        "cpus": { "boot_vcpus": 2, "max_vcpus": 2 },
+        "memory": { "size": 536_870_912 },
+        "payload": { "kernel": "/boot/vmlinuz", "cmdline": "console=ttyS0 root=/dev/vda" },
+        "disks": [{ "path": "/var/lib/vm/root.img", "id": "root" }],
+        "rng": { "src": "/dev/urandom" },
+        "serial": { "mode": "Pty" },
+        "console": { "mode": "Off" },
+    })
+}

@@ -1,0 +1,300 @@
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::server::{Action, Method};
+use crate::{
+    DiskConfig, NetConfig, Operation, PayloadConfig, RemoveDevice, Resize, ResizeDisk, VmConfig, VsockConfig,
+    read_object,
+};
+
+/// Checks values against a schema of the document.
+fn validator(document: &Value, schema: &Value) -> jsonschema::Validator {
+    let mut root = schema.clone();
+    root["components"] = document["components"].clone();
+    jsonschema::draft202012::new(&root).expect("a schema")
+}
+
+fn named(document: &Value, name: &str) -> jsonschema::Validator {
+    validator(document, &json!({ "$ref": format!("#/components/schemas/{name}") }))
+}
+
+#[test]
+fn the_file_is_what_the_types_say() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
+    let file = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        file == text(),
+        "docs/openapi.json is out of date; `cargo xtask openapi` writes it"
+    );
+}
+
+#[test]
+fn every_route_is_described_with_its_method_and_what_it_can_answer() {
+    let document = document();
+    assert_eq!(document["paths"].as_object().expect("paths").len(), ROUTES.len());
+    for route in ROUTES {
+        let method = if route.method == Method::Get { "get" } else { "put" };
+        let operation = &document["paths"][format!("/{}", route.name)][method];
+        let responses = operation["responses"].as_object().expect("responses");
+        let has = |status: u16| responses.contains_key(&status.to_string());
+        assert!(has(400) && has(501) && has(503), "{}", route.name);
+        match route.action {
+            Action::Missing => assert!(!has(200) && !has(204), "{}", route.name),
+            Action::Ping | Action::Metrics => assert!(has(200) && !has(500), "{}", route.name),
+            Action::Vm(operation) => {
+                assert!(has(200) != has(204), "{}", route.name);
+                for phase in crate::Phase::ALL {
+                    if let Err(error) = operation.check(phase) {
+                        assert!(has(error.status()), "{} in {phase:?}", route.name);
+                    }
+                }
+            }
+        }
+        for response in responses.values() {
+            let target = response["$ref"].as_str().map(|name| name.trim_start_matches('#'));
+            let found = target.is_none_or(|pointer| document.pointer(pointer).is_some());
+            assert!(found, "{}: {response}", route.name);
+        }
+    }
+}
+
+#[test]
+fn names_for_functions_differ() {
+    let document = document();
+    let mut ids: Vec<_> = ROUTES
+        .iter()
+        .flat_map(|route| {
+            document["paths"][format!("/{}", route.name)]
+                .as_object()
+                .expect("a path")
+                .values()
+        })
+        .map(|operation| operation["operationId"].as_str().expect("an id").to_owned())
+        .collect();
+    assert!(ids.contains(&"vmAddDisk".to_owned()), "{ids:?}");
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), ROUTES.len());
+}
+
+/// Reads a body as the server does; the configuration of a VM must be one that can be booted, and nothing may be ignored.
+fn read<T: DeserializeOwned>(body: &Value) -> Result<T, String> {
+    let (read, ignored) = read_object(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
+    if ignored.is_empty() {
+        Ok(read)
+    } else {
+        Err(format!("ignored: {ignored:?}"))
+    }
+}
+
+/// A configuration that boots, with `edit` made to it.
+fn valid(edit: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
+    let payload = PayloadConfig {
+        kernel: Some("vmlinuz".into()),
+        ..PayloadConfig::default()
+    };
+    let mut config = VmConfig {
+        payload: Some(payload),
+        ..VmConfig::default()
+    };
+    edit(&mut config);
+    config.validate().map_err(|error| error.to_string())
+}
+
+/// What the server makes of a body.
+fn accepts(operation: Operation, body: &Value) -> Result<(), String> {
+    match operation {
+        Operation::Create => read::<VmConfig>(body)?.validate().map_err(|e| e.to_string()),
+        Operation::AddDisk => read::<DiskConfig>(body).and_then(|disk| valid(|c| c.disks = Some(vec![disk]))),
+        Operation::AddNet => read::<NetConfig>(body).and_then(|net| valid(|c| c.net = Some(vec![net]))),
+        Operation::AddVsock => read::<VsockConfig>(body).and_then(|vsock| valid(|c| c.vsock = Some(vsock))),
+        Operation::Resize => read::<Resize>(body).and_then(|target| {
+            valid(|c| {
+                c.cpus.max_vcpus = 254;
+                c.cpus.boot_vcpus = target.desired_vcpus.unwrap_or(1);
+                c.memory.size = target.desired_ram.unwrap_or(1 << 20);
+            })
+        }),
+        Operation::ResizeDisk => read::<ResizeDisk>(body).map(drop),
+        Operation::RemoveDevice => read::<RemoveDevice>(body).map(drop),
+        other => Err(format!("{other:?} has no body")),
+    }
+}
+
+#[test]
+fn examples_are_accepted_by_the_reader_and_by_their_schemas() {
+    let document = document();
+    let mut seen = 0;
+    for route in ROUTES {
+        let method = if route.method == Method::Get { "get" } else { "put" };
+        let operation = &document["paths"][format!("/{}", route.name)][method];
+        let body = &operation["requestBody"]["content"]["application/json"];
+        let answer = operation["responses"]["200"]["content"].as_object();
+        let answer = answer.and_then(|media| media.values().next()).unwrap_or(&Value::Null);
+        for (content, is_body) in [(body, true), (answer, false)] {
+            let Some(examples) = content["examples"].as_object() else {
+                continue;
+            };
+            assert!(!examples.is_empty(), "{} has a body without an example", route.name);
+            let validator = validator(&document, &content["schema"]);
+            for (name, example) in examples {
+                let value = &example["value"];
+                let problems: Vec<_> = validator.iter_errors(value).map(|e| e.to_string()).collect();
+                assert!(problems.is_empty(), "{} {name}: {problems:?}", route.name);
+                if let (true, Action::Vm(operation)) = (is_body, route.action) {
+                    accepts(operation, value).unwrap_or_else(|e| panic!("{} {name}: {e}", route.name));
+                }
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen >= 10, "{seen} examples");
+}
+
+/// Every object there is, so that each of its fields can be set.
+fn everything() -> Value {
+    json!({
+        "cpus": { "boot_vcpus": 1, "max_vcpus": 254, "max_phys_bits": 46,
+            "topology": { "threads_per_core": 1, "cores_per_die": 254, "dies_per_package": 1, "packages": 1 } },
+        "memory": { "size": 536_870_912, "hugepages": true, "hugepage_size": 2_097_152 },
+        "payload": { "kernel": "vmlinuz" },
+        "disks": [{ "path": "disk.img" }],
+        "net": [{ "mac": "02:00:00:00:00:01" }],
+        "rng": { "src": "/dev/urandom" },
+        "serial": { "mode": "Null" }, "console": { "mode": "Off" }, "debug_console": { "mode": "Off" },
+        "vsock": { "cid": 3, "socket": "vm.sock" },
+        "platform": { "uuid": "0e2f2a5e-5d3a-4ce5-8d22-5c6a1a1f8b1e" },
+    })
+}
+
+/// A number's field, and its schema.
+fn numbers(document: &Value, schema: &Value, at: &str, found: &mut Vec<(String, Value)>) {
+    if let Some(target) = schema["$ref"].as_str() {
+        let target = document.pointer(target.trim_start_matches('#')).expect("a schema");
+        return numbers(document, target, at, found);
+    }
+    for variant in schema["anyOf"].as_array().into_iter().flatten() {
+        numbers(document, variant, at, found);
+    }
+    if schema["format"]
+        .as_str()
+        .is_some_and(|format| format.starts_with("uint"))
+    {
+        found.push((at.to_owned(), schema.clone()));
+    }
+    if schema["items"].is_object() {
+        numbers(document, &schema["items"], &format!("{at}/0"), found);
+    }
+    for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+        numbers(document, field, &format!("{at}/{name}"), found);
+    }
+}
+
+/// `everything` with a number at `pointer`.
+fn with(pointer: &str, number: &Value) -> Value {
+    let mut config = everything();
+    let (parent, name) = pointer.rsplit_once('/').expect("a field");
+    match config.pointer_mut(parent) {
+        Some(Value::Array(items)) => items[0] = number.clone(),
+        Some(object) => object[name] = number.clone(),
+        None => panic!("no {parent}"),
+    }
+    config
+}
+
+#[test]
+fn numbers_have_the_limits_that_the_server_has() {
+    let document = document();
+    let schema = named(&document, "VmConfig");
+    let server = |config: &Value| accepts(Operation::Create, config);
+    server(&everything()).expect("valid");
+    let mut fields = Vec::new();
+    numbers(
+        &document,
+        &json!({ "$ref": "#/components/schemas/VmConfig" }),
+        "",
+        &mut fields,
+    );
+    let names: Vec<_> = fields.iter().map(|(name, _)| name.as_str()).collect();
+    for name in [
+        "/cpus/boot_vcpus",
+        "/memory/size",
+        "/disks/0/queue_size",
+        "/net/0/mtu",
+        "/vsock/cid",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+    for (pointer, limits) in fields {
+        let (least, greatest) = (
+            limits["minimum"].as_u64().expect("minimum"),
+            limits["maximum"].as_u64().expect("maximum"),
+        );
+        let mut candidates = vec![
+            json!(-1),
+            json!(1.5),
+            json!(least),
+            json!(least + 1),
+            json!(greatest),
+            json!(3),
+            json!(4),
+        ];
+        candidates.extend(least.checked_sub(1).map(Value::from));
+        candidates.extend(greatest.checked_add(1).map(Value::from));
+        for number in candidates {
+            let config = with(&pointer, &number);
+            let (by_schema, by_server) = (schema.is_valid(&config), server(&config));
+            // One thing depends on another here, which a schema cannot say: cores and dies make vCPUs.
+            assert_eq!(by_schema, by_server.is_ok(), "{pointer} = {number}: {by_server:?}");
+        }
+    }
+}
+
+#[test]
+fn texts_have_the_limits_that_the_server_has() {
+    let document = document();
+    let schema = named(&document, "VmConfig");
+    for (pointer, value) in [
+        ("/disks/0/serial", json!("a".repeat(20))),
+        ("/disks/0/serial", json!("a".repeat(21))),
+        ("/disks/0/path", json!("")),
+        ("/disks/0/path", json!(null)),
+        ("/disks/0", json!({ "vhost_user": true, "vhost_socket": "s" })),
+        (
+            "/disks/0",
+            json!({ "vhost_user": true, "vhost_socket": "s", "on_disconnect": "error-after=9" }),
+        ),
+        (
+            "/disks/0",
+            json!({ "vhost_user": true, "vhost_socket": "s", "on_disconnect": "wait" }),
+        ),
+        ("/disks/0", json!({ "vhost_user": true })),
+        ("/disks/0", json!({})),
+        ("/disks/0/id", json!("")),
+        ("/disks/0/id", json!("__root")),
+        ("/disks/0/id", json!("_")),
+        ("/disks/0/id", json!("a__")),
+        ("/disks/0/image_type", json!("Qcow2")),
+        ("/net/0/mac", json!("01:00:00:00:00:01")),
+        ("/net/0/mac", json!("02:00:00:00:00")),
+        ("/net/0/mac", json!("0e:FF:00:00:00:aa")),
+        ("/net/0/tap", json!(7)),
+        ("/rng/src", json!("")),
+        ("/vsock/socket", json!("")),
+        ("/serial/mode", json!("Loud")),
+        ("/serial/mode", json!("Tty")),
+        ("/payload/kernel", json!("")),
+        ("/memory/shared", json!("yes")),
+        ("/payload", json!(null)),
+        ("/payload", json!({})),
+        ("/payload", json!({ "firmware": "f" })),
+        ("/cpus", json!([])),
+    ] {
+        let config = with(pointer, &value);
+        let (by_schema, by_server) = (schema.is_valid(&config), accepts(Operation::Create, &config));
+        assert_eq!(by_schema, by_server.is_ok(), "{pointer} = {value}: {by_server:?}");
+    }
+}
