@@ -176,6 +176,8 @@ pub enum ImageType {
     /// The bytes of the disk as they are.
     #[default]
     Raw,
+    /// The client does not say: `Raw`, if the image does not look like another format.
+    Unknown,
 }
 
 /// What a device does whose daemon is gone; written `stall` or `error-after=SECONDS`.

@@ -2,12 +2,15 @@
 //! the host's network.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_api::{DiskConfig, NetConfig, VmConfig};
+use triarch_api::{DiskConfig, ImageType, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
@@ -64,6 +67,12 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd,
     if config.vhost_user {
         return crate::vhost::open_disk(config, sandbox).map(DiskEnd::Daemon);
     }
+    if let (ImageType::Unknown, Some(path)) = (config.image_type, &config.path)
+        && let Some(format) = foreign_format(path)
+    {
+        let path = path.clone();
+        return Err(MachineError::device(&config.id, FormatError { path, format }));
+    }
     let options = DiskOptions {
         path: config.path.clone().unwrap_or_default(),
         readonly: config.readonly,
@@ -88,6 +97,39 @@ pub(crate) fn handed_tap(config: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Ta
         tap.set_mac(mac.0)?;
     }
     Ok(Arc::new(tap))
+}
+
+/// The image is of a format that we do not read.
+#[derive(Debug, Error)]
+#[error(
+    "{} looks like {format}, which this version does not read; convert it, or give image_type Raw if its bytes are those of the disk",
+    .path.display()
+)]
+struct FormatError {
+    path: PathBuf,
+    format: &'static str,
+}
+
+/// The format other than raw that the first or the last bytes of an image say it has, if any. What cannot be read is left to whoever opens
+/// the image, who says why.
+fn foreign_format(path: &Path) -> Option<&'static str> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .ok()?;
+    let mut start = [0; 8];
+    file.read_exact_at(&mut start, 0).ok()?;
+    if start.starts_with(b"QFI\xfb") {
+        return Some("qcow2");
+    }
+    if start == *b"vhdxfile" {
+        return Some("VHDX");
+    }
+    let mut end = [0; 8];
+    let footer = file.metadata().ok()?.len().checked_sub(512)?;
+    file.read_exact_at(&mut end, footer).ok()?;
+    (end == *b"conectix").then_some("VHD")
 }
 
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {
@@ -140,4 +182,29 @@ struct InheritError {
     fd: RawFd,
     #[source]
     source: io::Error,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_of_unknown_type_is_looked_at() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("image");
+        let mut vhd = vec![0; 4096];
+        vhd[4096 - 512..][..8].copy_from_slice(b"conectix");
+        for (bytes, format) in [
+            (vec![0; 4096], None),
+            (b"QFI\xfb\0\0\0\x03more".to_vec(), Some("qcow2")),
+            (b"vhdxfile".to_vec(), Some("VHDX")),
+            (vhd, Some("VHD")),
+            (b"short".to_vec(), None),
+            (Vec::new(), None),
+        ] {
+            std::fs::write(&path, bytes).expect("an image");
+            assert_eq!(foreign_format(&path), format);
+        }
+        assert_eq!(foreign_format(&dir.path().join("missing")), None);
+    }
 }
