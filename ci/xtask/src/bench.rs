@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+mod api;
+
 use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::root::Rig;
@@ -38,6 +40,21 @@ pub enum Args {
         #[arg(long, value_enum, default_value = "release")]
         profile: Profile,
     },
+    /// How soon and how fast the API answers, and what the guest notices of it
+    Api {
+        /// Starts of triarch
+        #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..))]
+        starts: u32,
+        /// Turns in which the guest works for a second without requests and for one beside them
+        #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+        turns: u32,
+        /// Requests of each kind
+        #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
+        requests: u32,
+        /// How triarch is compiled
+        #[arg(long, value_enum, default_value = "release")]
+        profile: Profile,
+    },
 }
 
 /// Carries out the verb.
@@ -45,21 +62,32 @@ pub enum Args {
 /// # Errors
 /// This machine has no usable /dev/kvm, or a VMM did not start.
 pub fn run(args: &Args) -> Result<()> {
-    let Args::Start {
-        runs,
-        peer_runs,
-        profile,
-    } = args;
     local::usable_kvm().context("the benchmark needs /dev/kvm")?;
-    let vmms = vmms(*profile)?;
+    match *args {
+        Args::Start {
+            runs,
+            peer_runs,
+            profile,
+        } => starts(runs, peer_runs, profile),
+        Args::Api {
+            starts,
+            turns,
+            requests,
+            profile,
+        } => api::run(starts, turns, requests, profile),
+    }
+}
+
+fn starts(runs: u32, peer_runs: u32, profile: Profile) -> Result<()> {
+    let vmms = vmms(profile)?;
     let mut samples: Vec<Vec<Sample>> = vmms.iter().map(|_| Vec::new()).collect();
     let what = format!("starting triarch {runs} times, its peers {peer_runs} times");
     tools::step(&what, || {
         // In turns, so that what else the machine does meets all alike. The first round warms caches.
-        for round in 0..=*runs.max(peer_runs) {
+        for round in 0..=runs.max(peer_runs) {
             for (n, (vmm, samples)) in vmms.iter().zip(&mut samples).enumerate() {
                 let wanted = if n == 0 { runs } else { peer_runs };
-                if round > *wanted {
+                if round > wanted {
                     continue;
                 }
                 let sample = start(vmm).with_context(|| format!("starting {}", vmm.name))?;
