@@ -16,6 +16,7 @@ const ERROR: usize = 2000;
 /// How a job stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum JobState {
     /// It is under way.
     Running,
@@ -27,6 +28,7 @@ pub enum JobState {
 
 /// A point in time on the clock of events: since the VMM's start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct Timestamp {
     /// Whole seconds.
     pub secs: u64,
@@ -45,6 +47,7 @@ impl From<Duration> for Timestamp {
 
 /// How far a phase of a job is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct Progress {
     /// What is done, in `unit`s.
     pub done: u64,
@@ -56,6 +59,7 @@ pub struct Progress {
 
 /// A job, as `vm.job/{id}` tells of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct Job {
     /// Its number.
     pub id: u64,

@@ -146,6 +146,7 @@ pub type DeviceTree = BTreeMap<String, DeviceNode>;
 
 /// A device in `vm.info`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceNode {
     /// Its id.
     pub id: String,

@@ -41,11 +41,28 @@ pub(super) fn of_answer(route: &str) -> Value {
             "_disk0": { "read_ops": 310, "read_bytes": 12_697_600, "read_latency_min": 41, "read_latency_max": 902, "read_latency_avg": 77 },
             "net0": { "rx_frames": 12, "rx_bytes": 1_210, "tx_frames": 9, "tx_bytes": 846 },
         })),
+        "vm.events" => one(json!([event()])),
+        "vm.jobs" => one(json!([job()])),
+        "vm.job/{id}" => one(job()),
         "metrics" => one(json!(
             "# HELP triarch_memory_size_bytes RAM of the guest\n# TYPE triarch_memory_size_bytes gauge\n"
         )),
         _ => json!({}),
     }
+}
+
+fn event() -> Value {
+    json!({
+        "id": 3, "timestamp": { "secs": 4, "nanos": 91_310_007 }, "source": "job", "event": "started",
+        "properties": { "job": 1, "kind": "vm.boot" },
+    })
+}
+
+fn job() -> Value {
+    json!({
+        "id": 1, "kind": "vm.boot", "state": "running", "phase": "devices", "progress": { "done": 2, "total": 5, "unit": "devices" },
+        "started": { "secs": 4, "nanos": 91_310_007 }, "ended": null, "error": null,
+    })
 }
 
 fn one(value: Value) -> Value {

@@ -2,18 +2,38 @@
 
 use std::collections::BTreeMap;
 
-use schemars::SchemaGenerator;
+use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use super::{examples, reference};
+use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{DiskConfig, NetConfig, Operation, Phase, RemoveDevice, Resize, ResizeDisk, VmConfig, VmInfo, VsockConfig};
+
+/// Something that happened.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+struct Event {
+    /// Rises by one with each event.
+    id: u64,
+    /// Time since the VMM's start.
+    timestamp: Timestamp,
+    /// Whose event it is: `vmm`, `vm`, `virtio-device`, `guest`, `job`.
+    source: String,
+    /// What happened.
+    event: String,
+    /// What belongs to it.
+    properties: Option<BTreeMap<String, Value>>,
+}
 
 /// Statuses that every request can meet: it is malformed, too slow, too large, or one too many.
 const ALWAYS: [u16; 7] = [400, 408, 413, 417, 431, 501, 503];
 
 /// Media type of bodies.
 const JSON: &str = "application/json";
+
+/// Media type of a stream of events.
+const STREAM: &str = "application/x-ndjson";
 
 /// Body of `vm.counters`: figures of each device that has some, by its id.
 type Counters = BTreeMap<String, BTreeMap<String, u64>>;
@@ -22,8 +42,8 @@ type Counters = BTreeMap<String, BTreeMap<String, u64>>;
 pub(super) struct Contract {
     /// Schema of the body it needs.
     body: Option<Value>,
-    /// Media type and schema of what a success tells; without one it is 204.
-    answer: Option<(&'static str, Value)>,
+    /// Media types and schemas of what a success tells; without one it is 204.
+    answer: Vec<(&'static str, Value)>,
     /// Statuses of failures, ascending.
     failures: Vec<u16>,
     /// Phases that accept it.
@@ -34,21 +54,30 @@ impl Contract {
     pub(super) fn of(route: &Route, generator: &mut SchemaGenerator) -> Self {
         let mut contract = Self {
             body: None,
-            answer: None,
+            answer: Vec::new(),
             failures: ALWAYS.to_vec(),
             phases: &Phase::ALL,
         };
         match route.action {
-            Action::Ping => contract.answer = Some((JSON, reference::<Identity>(generator))),
-            Action::Metrics => contract.answer = Some((crate::metrics::CONTENT_TYPE, json!({ "type": "string" }))),
+            Action::Ping => contract.answer = vec![(JSON, reference::<Identity>(generator))],
+            Action::Metrics => contract.answer = vec![(crate::metrics::CONTENT_TYPE, json!({ "type": "string" }))],
+            Action::Events => {
+                let events = reference::<Vec<Event>>(generator);
+                contract.answer = vec![(JSON, events), (STREAM, json!({ "type": "string" }))];
+            }
+            Action::Jobs => contract.answer = vec![(JSON, reference::<Vec<Job>>(generator))],
+            Action::Job => {
+                contract.answer = vec![(JSON, reference::<Job>(generator))];
+                contract.failures.push(404);
+            }
             Action::Missing => contract.phases = &[],
             Action::Vm(operation) => {
                 contract.body = body(operation, generator);
                 contract.phases = operation.phases();
                 contract.answer = match operation {
-                    Operation::Info => Some((JSON, reference::<VmInfo>(generator))),
-                    Operation::Counters => Some((JSON, reference::<Counters>(generator))),
-                    _ => None,
+                    Operation::Info => vec![(JSON, reference::<VmInfo>(generator))],
+                    Operation::Counters => vec![(JSON, reference::<Counters>(generator))],
+                    _ => Vec::new(),
                 };
                 contract.failures.push(500);
                 contract.failures.extend(refusals(operation));
@@ -62,9 +91,13 @@ impl Contract {
     pub(super) fn path_item(self, route: &Route) -> Value {
         let mut operation = Map::new();
         operation.insert("operationId".into(), id(route.name).into());
-        operation.insert("summary".into(), capital(route.summary).into());
+        operation.insert("summary".into(), capital(&without_links(route.summary)).into());
         operation.insert("description".into(), self.description(route).into());
         operation.insert("x-phases".into(), self.phases.iter().map(|p| p.name()).collect());
+        let parameters = parameters(route.action);
+        if !parameters.is_empty() {
+            operation.insert("parameters".into(), parameters.into());
+        }
         if let Some(schema) = self.body {
             let body = json!({
                 "required": true,
@@ -73,19 +106,21 @@ impl Contract {
             operation.insert("requestBody".into(), body);
         }
         let mut responses = Map::new();
-        match self.answer {
-            Some((media, schema)) => {
-                let examples = examples::of_answer(route.name);
-                let content = json!({ media: { "schema": schema, "examples": examples } });
-                responses.insert(
-                    "200".into(),
-                    json!({ "description": "What was asked for.", "content": content }),
-                );
+        if !self.answer.is_empty() {
+            let examples = examples::of_answer(route.name);
+            let mut content = Map::new();
+            for (media, schema) in self.answer {
+                content.insert(media.into(), json!({ "schema": schema }));
             }
-            None if route.action == Action::Missing => {}
-            None => {
-                responses.insert("204".into(), json!({ "description": "Done." }));
+            if let Some(first) = content.values_mut().next() {
+                first["examples"] = examples;
             }
+            responses.insert(
+                "200".into(),
+                json!({ "description": "What was asked for.", "content": content }),
+            );
+        } else if route.action != Action::Missing {
+            responses.insert("204".into(), json!({ "description": "Done." }));
         }
         for status in self.failures {
             let name = failure(status).0;
@@ -116,9 +151,46 @@ impl Contract {
     }
 }
 
+/// What stands in a path or behind it.
+fn parameters(action: Action) -> Vec<Value> {
+    let number = json!({ "type": "integer", "format": "uint64", "minimum": 0, "maximum": u64::MAX });
+    match action {
+        Action::Job => {
+            vec![
+                json!({ "name": "id", "in": "path", "required": true, "description": "Number of the job.", "schema": number }),
+            ]
+        }
+        Action::Events => {
+            let since = "Number of the last event that the client has; 0 for all that are kept. Without it and with `follow`, the events \
+                         from now on.";
+            let follow = "Whether the client waits for more.";
+            let boolean = json!({ "type": "boolean", "default": true });
+            vec![
+                json!({ "name": "since", "in": "query", "description": since, "schema": number }),
+                json!({ "name": "follow", "in": "query", "description": follow, "schema": boolean, "example": false }),
+            ]
+        }
+        Action::Ping | Action::Metrics | Action::Jobs | Action::Vm(_) | Action::Missing => Vec::new(),
+    }
+}
+
+/// The text without references into the documentation it was written for, which stand in parentheses.
+fn without_links(text: &str) -> String {
+    text.split(" ([").next().unwrap_or_default().to_owned()
+}
+
 /// What a client has to know beside phases and schemas.
 fn note(action: Action) -> Option<&'static str> {
-    let Action::Vm(operation) = action else { return None };
+    let operation = match action {
+        Action::Events => {
+            return Some(
+                "Unless `follow` is false this is a stream: one event a line, as they happen, without a Content-Length, until the client \
+                 closes the connection. A number in `since` that no event has yet is answered with 400.",
+            );
+        }
+        Action::Vm(operation) => operation,
+        _ => return None,
+    };
     match operation {
         Operation::Boot => Some("A kernel, an image or an interface that cannot be used is answered with 400."),
         Operation::Resize => Some("A target that is reached already is free in every phase."),
@@ -207,7 +279,7 @@ pub(super) fn errors(schema: &Value) -> Value {
 
 /// `vm.add-disk` as a name for functions: `vmAddDisk`.
 fn id(name: &str) -> String {
-    let mut words = name.split(['.', '-', '/']);
+    let mut words = name.split(['.', '-', '/', '{', '}']);
     let first = words.next().unwrap_or_default().to_owned();
     words.fold(first, |id, word| id + &capital(word))
 }

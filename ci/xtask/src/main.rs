@@ -24,6 +24,7 @@ mod packages;
 mod payload;
 mod qemu;
 mod root;
+mod schemathesis;
 mod session;
 mod smaps;
 mod stdlib;

@@ -4,7 +4,7 @@
 //! - [`vm`]: a VMM with its flags, its output, and its end
 //! - [`linux`]: a Linux guest on it, in which [`agent`] runs commands
 //! - [`freeze`]: a thread of the VMM that hangs
-//! - [`net`], [`disk`], [`vsock`], [`terminal`], [`api`]: the host's side of the devices
+//! - [`net`], [`disk`], [`vsock`], [`terminal`], [`api`], [`wire`]: the host's side of the devices
 
 pub mod agent;
 pub mod api;
@@ -20,3 +20,4 @@ pub mod suite;
 pub mod terminal;
 pub mod vm;
 pub mod vsock;
+pub mod wire;

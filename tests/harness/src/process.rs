@@ -22,6 +22,18 @@ pub struct Process {
     started: Instant,
 }
 
+/// Limits the address space of this process, and of those that it starts from now on, to so many bytes.
+///
+/// # Errors
+/// The kernel refused.
+pub fn limit_address_space(bytes: u64) -> Result<()> {
+    let limit = rustix::process::Rlimit {
+        current: Some(bytes),
+        maximum: Some(bytes),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::As, limit).context("cannot limit the address space")
+}
+
 impl Process {
     /// Starts `command` without standard input.
     ///

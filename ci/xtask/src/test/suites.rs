@@ -19,7 +19,7 @@ use crate::host::{self, Host, Options};
 use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
-use crate::{payload, tools};
+use crate::{packages, payload, schemathesis, tools};
 
 const SUITES: &str = "triarch-suites";
 const VMM: &str = "triarch";
@@ -70,7 +70,14 @@ impl Programs {
             // Tests that want one are skipped.
             tally.show(&format!("no daemons to test with: {error:#}\n"));
         }
-        let mut child = Command::new(self.dir.join(SUITES))
+        packages::require(&packages::PAYLOAD_TESTS)?;
+        let mut command = Command::new(self.dir.join(SUITES));
+        if pending.names.iter().any(|name| name.contains("schemathesis")) {
+            // Without it the test says why it is skipped.
+            let found = schemathesis::get().map_err(|error| format!("schemathesis cannot be installed: {error:#}"));
+            command.env("TRIARCH_SCHEMATHESIS", found.unwrap_or_else(PathBuf::from));
+        }
+        let mut child = command
             .args(pending.arguments())
             .env("TRIARCH_BIN", self.dir.join(VMM))
             .env("TRIARCH_IMAGES", images.path())

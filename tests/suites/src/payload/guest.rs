@@ -11,7 +11,7 @@ use triarch_harness::suite::{Context, patient};
 use triarch_harness::vm::{Ended, Vm, VmBuilder};
 
 /// The image among the others.
-const IMAGE: &str = "triarch-payload";
+pub(crate) const IMAGE: &str = "triarch-payload";
 /// The guest's first line.
 const READY: &str = "triarch-payload ready";
 /// How long an answer may take; those that take longer say so themselves.

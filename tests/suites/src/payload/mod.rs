@@ -1,10 +1,12 @@
 //! Tests with the bare-metal guest (tests/payload): it drives a device, the host checks what came of it. One module a
 //! subject; they run on any KVM, also one in software.
 
+mod abuse;
 mod api;
 mod backing;
 mod blk;
 mod boot;
+mod clients;
 mod console;
 pub(crate) mod data;
 mod edit;
@@ -16,6 +18,7 @@ mod log;
 mod memory;
 mod metrics;
 mod net;
+mod openapi;
 mod pause;
 mod pci;
 mod power;
@@ -50,6 +53,9 @@ pub fn tests() -> Vec<Test> {
         sandbox::TESTS,
         api::TESTS,
         trictl::TESTS,
+        clients::TESTS,
+        abuse::TESTS,
+        openapi::TESTS,
         metrics::TESTS,
         events::TESTS,
         launch::TESTS,
