@@ -9,6 +9,8 @@ pub mod audit;
 mod config;
 pub mod events;
 pub mod flags;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod jobs;
 pub mod metrics;
 #[cfg(feature = "openapi")]

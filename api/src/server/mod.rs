@@ -14,6 +14,8 @@
 
 mod body;
 mod connection;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod http;
 mod input;
 mod later;

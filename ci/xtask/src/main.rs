@@ -12,6 +12,7 @@ mod cache;
 mod cpio;
 mod daemons;
 mod demo;
+mod fuzz;
 mod host;
 mod images;
 mod kernels;
@@ -49,6 +50,8 @@ enum Verb {
     Build(build::Args),
     /// Boot a stock Debian guest under Triarch and show how it did
     Demo(demo::Args),
+    /// Feed random input to what reads other people's bytes
+    Fuzz(fuzz::Args),
     /// Start a host, and run a command or a shell on it
     Host(session::Args),
     /// Check format, compiler's advice, house rules, licences and advisories
@@ -75,6 +78,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Bench(args) => bench::run(&args)?,
         Verb::Build(args) => build::everything(&args)?,
         Verb::Demo(args) => demo::run(&args)?,
+        Verb::Fuzz(args) => fuzz::run(&args)?,
         Verb::Host(args) => return session::run(args),
         Verb::Lint => lint::run()?,
         Verb::Openapi => openapi::write()?,

@@ -58,6 +58,9 @@ pub const UNIT_TESTS: [Need; 2] = [
 /// What tests of a whole VMM on this machine ask it with.
 pub const PAYLOAD_TESTS: [Need; 1] = [need("curl", "curl", "to call the API in tests")];
 
+/// What libFuzzer is compiled with.
+pub const FUZZ: [Need; 1] = [need("c++", "g++", "to compile libFuzzer")];
+
 /// What linking static programs needs.
 pub const LINK: [Need; 2] = [
     need("cc", "gcc", "to link static programs"),
