@@ -1,7 +1,7 @@
 //! The vCPU threads of a guest and their common state.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -67,6 +67,8 @@ struct Shared {
     want: AtomicU8,
     /// How many are parked.
     parked: Mutex<usize>,
+    /// How many threads have begun, and have their names.
+    begun: AtomicUsize,
     changed: Condvar,
     buses: Buses,
     firmware: Option<Arc<dyn Firmware>>,
@@ -77,6 +79,13 @@ struct Shared {
 impl Shared {
     fn parked(&self) -> MutexGuard<'_, usize> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A thread has begun.
+    fn begin(&self) {
+        let _guard = self.parked();
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        self.changed.notify_all();
     }
 
     fn set(&self, want: u8) {
@@ -145,6 +154,7 @@ impl VcpuSet {
         let shared = Arc::new(Shared {
             want: AtomicU8::new(PAUSE),
             parked: Mutex::new(0),
+            begun: AtomicUsize::new(0),
             changed: Condvar::new(),
             buses,
             firmware,
@@ -183,9 +193,13 @@ impl VcpuSet {
         &self.metrics
     }
 
-    /// Lets the guest run.
+    /// Lets the guest run. Returns when each thread has its name: whoever starts a guest pins its vCPUs by them, as libvirt does.
     pub fn resume(&self) {
         self.shared.set(RUN);
+        let mut guard = self.shared.parked();
+        while self.shared.begun.load(Ordering::SeqCst) < self.threads.len() {
+            guard = self.shared.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Stops the guest where it is and returns when no vCPU runs it any more. Interrupts that come meanwhile wait in KVM.
@@ -233,6 +247,7 @@ impl Drop for VcpuSet {
 }
 
 fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetrics, sandbox: &dyn Sandbox) -> Vcpu {
+    shared.begin();
     metrics.watch_this_thread();
     if let Err(error) = sandbox.enter(ThreadClass::Vcpu) {
         tracing::error!("cannot confine vCPU {index}: {error}");
