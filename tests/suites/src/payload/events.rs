@@ -222,7 +222,7 @@ fn tell_why_a_boot_failed(context: &Context) -> Result<Outcome> {
     let error = json(&answer.body)?["error"].clone();
     let error = error.as_str().and_then(|error| error.strip_prefix("vm.boot: "));
     let error = error.with_context(|| format!("{answer:?}"))?;
-    ensure!(answer.status == 500, "{answer:?}");
+    ensure!(answer.status == 400, "{answer:?}");
     let job = json(&api.request("GET", "vm.job/3", None)?.body)?;
     ensure!(job["state"] == "failed" && job["error"] == error, "{job}, not {error}");
     let events = so_far(api)?;
