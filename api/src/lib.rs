@@ -32,6 +32,7 @@ pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{
     ApiError, DeviceLink, DeviceNode, DeviceTree, LinkState, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo,
+    chain,
 };
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

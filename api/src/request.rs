@@ -235,9 +235,19 @@ impl ApiError {
 
     /// [`Failed`](Self::Failed) because of `error`: it and its causes as one sentence, the outermost first.
     pub fn failed(error: &dyn std::error::Error) -> Self {
-        let chain = std::iter::successors(Some(error), |error| error.source());
-        Self::Failed(chain.map(ToString::to_string).collect::<Vec<_>>().join(": "))
+        Self::Failed(chain(error))
     }
+
+    /// [`BadRequest`](Self::BadRequest) because of `error`, told in the same way.
+    pub fn bad_request(error: &dyn std::error::Error) -> Self {
+        Self::BadRequest(chain(error))
+    }
+}
+
+/// An error and its causes as one sentence, the outermost first.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(test)]

@@ -66,10 +66,7 @@ impl Router {
     fn info(&mut self) -> Response {
         let Some(info) = self.handler.info() else {
             self.info = None;
-            return match Operation::Info.check(Phase::Absent) {
-                Err(error) => response(Err(error)),
-                Ok(()) => Response::done(),
-            };
+            return response(Operation::Info.check(Phase::Absent).map(|()| Reply::Done));
         };
         if let Some((known, text)) = &self.info
             && Arc::ptr_eq(known, &info)

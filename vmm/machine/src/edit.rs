@@ -1,8 +1,10 @@
 //! Changes to the configuration of a VM whose guest is not built, and those few that reach a running one.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use triarch_api::{ApiError, DiskConfig, NetConfig, Resize, ResizeDisk, VmConfig, VsockConfig};
+use triarch_net::Tap;
 
 use crate::backends::handed_tap;
 use crate::control::Controller;
@@ -49,7 +51,7 @@ impl Controller {
         match self.machine.as_ref().and_then(|machine| machine.disk(&target.id)) {
             Some(disk) => disk
                 .resize(target.desired_size)
-                .map_err(|error| ApiError::BadRequest(ApiError::failed(&error).to_string())),
+                .map_err(|error| ApiError::bad_request(&error)),
             None => Ok(()),
         }
     }
@@ -64,31 +66,17 @@ impl Controller {
 
     /// `vm.add-net`; `fds` are its tap, if the client opened it.
     pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
-        if fds.is_empty() {
-            return self.change(|config| {
-                config.net.get_or_insert_default().push(net);
-                Ok(())
-            });
-        }
-        let (count, pairs) = (fds.len(), usize::from(net.num_queues / 2));
-        if count != pairs {
-            return Err(ApiError::BadRequest(format!(
-                "{count} descriptors came with the request; it must be one for each of the {pairs} queue pairs"
-            )));
-        }
-        if let Some(tap) = &net.tap {
-            return Err(ApiError::BadRequest(format!(
-                "it names the tap '{tap}' and brings descriptors of one; give one of them"
-            )));
-        }
-        let tap = handed_tap(&net, fds).map_err(|error| ApiError::BadRequest(ApiError::failed(&error).to_string()))?;
+        let tap = match fds.is_empty() {
+            true => None,
+            false => Some(check_tap(&net, fds)?),
+        };
         self.change(|config| {
             config.net.get_or_insert_default().push(net);
             Ok(())
         })?;
         // The last one is the new one, and every device has a name by now.
         let nets = self.config.iter().flat_map(|config| config.net.iter().flatten());
-        if let Some(id) = nets.last().and_then(|net| net.id.clone()) {
+        if let (Some(tap), Some(id)) = (tap, nets.last().and_then(|net| net.id.clone())) {
             self.taps.insert(id, tap);
         }
         Ok(())
@@ -140,6 +128,22 @@ impl Controller {
         self.config = Some(changed);
         Ok(())
     }
+}
+
+/// The tap of a new network interface, which a client opened.
+fn check_tap(net: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, ApiError> {
+    let (count, pairs) = (fds.len(), usize::from(net.num_queues / 2));
+    if count != pairs {
+        return Err(ApiError::BadRequest(format!(
+            "{count} descriptors came with the request; it must be one for each of the {pairs} queue pairs"
+        )));
+    }
+    if let Some(tap) = &net.tap {
+        return Err(ApiError::BadRequest(format!(
+            "it names the tap '{tap}' and brings descriptors of one; give one of them"
+        )));
+    }
+    handed_tap(net, fds).map_err(|error| ApiError::bad_request(&error))
 }
 
 fn unsupported(text: &str) -> ApiError {

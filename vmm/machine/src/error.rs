@@ -115,20 +115,11 @@ impl MachineError {
 
     /// The error and all its causes in one line.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        triarch_api::chain(self)
     }
-}
 
-impl MachineError {
     /// Whether what the client configured cannot be had, so that another configuration would do; otherwise the host failed, or we did.
-    fn is_of_configuration(&self) -> bool {
+    fn another_configuration_would_do(&self) -> bool {
         match self {
             Self::Config(_) | Self::Address(_) | Self::Slot { .. } => true,
             Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_)),
@@ -165,7 +156,7 @@ impl From<MachineError> for ApiError {
         match error {
             MachineError::Config(cause) => Self::BadRequest(cause.to_string()),
             MachineError::Nmi(cause @ NmiError::Unsupported) => Self::Unsupported(cause.to_string()),
-            other if other.is_of_configuration() => Self::BadRequest(other.chain()),
+            other if other.another_configuration_would_do() => Self::bad_request(&other),
             other => Self::failed(&other),
         }
     }

@@ -1,6 +1,5 @@
 //! What a command leaves behind: its output, or why there is none.
 
-use std::error::Error as _;
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
@@ -40,15 +39,7 @@ impl Failure {
     /// What standard error is told, if anything: who closes a pipe knows.
     pub(crate) fn sentence(&self) -> Option<String> {
         let text = match self {
-            Self::Client(error) => {
-                let mut text = error.to_string();
-                let mut cause = error.source();
-                while let Some(error) = cause {
-                    text.push_str(&format!(": {error}"));
-                    cause = error.source();
-                }
-                text
-            }
+            Self::Client(error) => triarch_api::chain(error),
             Self::Usage(problem) | Self::Failed(problem) => problem.clone(),
             Self::Output(error) if error.kind() == ErrorKind::BrokenPipe => return None,
             Self::Output(error) => format!("cannot write the output: {error}"),
