@@ -23,8 +23,17 @@ pub const PATIENCE: &str = "TRIARCH_PATIENCE";
 
 /// A time limit of the payload level, on this machine.
 pub fn patient(limit: Duration) -> Duration {
+    limit * patience()
+}
+
+/// Whether everything takes longer here than on a usual machine, so that a test which repeats something does so less often.
+pub fn is_patient() -> bool {
+    patience() > 1
+}
+
+fn patience() -> u32 {
     let factor = std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok());
-    limit * factor.unwrap_or(1)
+    factor.unwrap_or(1)
 }
 
 /// What a test needs.
