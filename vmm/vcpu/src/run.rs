@@ -1,7 +1,7 @@
 //! The vCPU threads of a guest and their common state.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -61,14 +61,20 @@ const PAUSE: u8 = 0;
 const RUN: u8 = 1;
 const STOP: u8 = 2;
 
+/// How many threads have come how far.
+#[derive(Default)]
+struct Counts {
+    /// Have begun, and have their names.
+    begun: usize,
+    /// Are parked.
+    parked: usize,
+}
+
 /// What all vCPU threads of a guest share.
 struct Shared {
     /// What they should do. Written under the lock, read on every exit without it.
     want: AtomicU8,
-    /// How many are parked.
-    parked: Mutex<usize>,
-    /// How many threads have begun, and have their names.
-    begun: AtomicUsize,
+    counts: Mutex<Counts>,
     changed: Condvar,
     buses: Buses,
     firmware: Option<Arc<dyn Firmware>>,
@@ -77,19 +83,18 @@ struct Shared {
 }
 
 impl Shared {
-    fn parked(&self) -> MutexGuard<'_, usize> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A thread has begun.
     fn begin(&self) {
-        let _guard = self.parked();
-        self.begun.fetch_add(1, Ordering::SeqCst);
+        self.counts().begun += 1;
         self.changed.notify_all();
     }
 
     fn set(&self, want: u8) {
-        let _guard = self.parked();
+        let _guard = self.counts();
         self.want.store(want, Ordering::SeqCst);
         self.changed.notify_all();
     }
@@ -107,16 +112,16 @@ impl Shared {
         if self.want(index) == RUN {
             return true;
         }
-        let mut parked = self.parked();
-        *parked += 1;
+        let mut counts = self.counts();
+        counts.parked += 1;
         self.changed.notify_all();
         let want = loop {
             match self.want(index) {
-                PAUSE => parked = self.changed.wait(parked).unwrap_or_else(PoisonError::into_inner),
+                PAUSE => counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner),
                 want => break want,
             }
         };
-        *parked -= 1;
+        counts.parked -= 1;
         want == RUN
     }
 
@@ -128,7 +133,7 @@ impl Shared {
         };
         let outcome = firmware.call(index, vcpu, function);
         // Under the lock: a thread that has just found that it should not run has to hear of it.
-        let _guard = self.parked();
+        let _guard = self.counts();
         self.changed.notify_all();
         outcome.err().map(|error| failed(&error))
     }
@@ -153,8 +158,7 @@ impl VcpuSet {
     ) -> Result<Self, VcpuError> {
         let shared = Arc::new(Shared {
             want: AtomicU8::new(PAUSE),
-            parked: Mutex::new(0),
-            begun: AtomicUsize::new(0),
+            counts: Mutex::default(),
             changed: Condvar::new(),
             buses,
             firmware,
@@ -196,9 +200,9 @@ impl VcpuSet {
     /// Lets the guest run. Returns when each thread has its name: whoever starts a guest pins its vCPUs by them, as libvirt does.
     pub fn resume(&self) {
         self.shared.set(RUN);
-        let mut guard = self.shared.parked();
-        while self.shared.begun.load(Ordering::SeqCst) < self.threads.len() {
-            guard = self.shared.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.shared.counts();
+        while counts.begun < self.threads.len() {
+            counts = self.shared.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -206,13 +210,13 @@ impl VcpuSet {
     pub fn pause(&self) -> Result<(), VcpuError> {
         self.shared.set(PAUSE);
         self.kick_all()?;
-        let mut parked = self.shared.parked();
-        while *parked < self.threads.iter().filter(|t| !t.is_finished()).count() {
+        let mut counts = self.shared.counts();
+        while counts.parked < self.threads.iter().filter(|t| !t.is_finished()).count() {
             let wait = std::time::Duration::from_millis(10);
-            parked = self
+            counts = self
                 .shared
                 .changed
-                .wait_timeout(parked, wait)
+                .wait_timeout(counts, wait)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
@@ -269,11 +273,11 @@ fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetri
 
 /// Waits until the set is no longer meant to run.
 fn rest(shared: &Shared) {
-    let mut parked = shared.parked();
+    let mut counts = shared.counts();
     while shared.want.load(Ordering::SeqCst) == RUN {
-        parked = shared.changed.wait(parked).unwrap_or_else(PoisonError::into_inner);
+        counts = shared.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
     }
-    drop(parked);
+    drop(counts);
 }
 
 /// Runs the guest until the vCPU should not run any more (`None`) or something happened.
