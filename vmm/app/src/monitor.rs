@@ -1,10 +1,7 @@
 //! `--event-monitor`: events as they happen, to a file, a named pipe or an inherited descriptor.
 
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +13,7 @@ use triarch_api::events::{Cursor, EventLog};
 use triarch_device_core::Sandbox;
 
 use crate::cli::Target;
-use crate::outlet::{Bell, Outlet, Patience, is_full, readable, wait};
+use crate::outlet::{Bell, Outlet, Patience, is_full, open_append, readable, wait};
 
 /// How long a write that failed is not tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -25,7 +22,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(crate) fn start(target: &Target, log: &Arc<EventLog>, sandbox: &Arc<dyn Sandbox>) -> anyhow::Result<Outlet> {
     let output = match target {
         Target::Path(path) => {
-            open(path).with_context(|| format!("--event-monitor: cannot write {}", path.display()))?
+            let file = open_append(path, 0o600);
+            file.with_context(|| format!("--event-monitor: cannot write {}", path.display()))?
+                .into()
         }
         Target::Fd(fd) => {
             let wrong =
@@ -49,19 +48,6 @@ pub(crate) fn start(target: &Target, log: &Arc<EventLog>, sandbox: &Arc<dyn Sand
         retry_at: None,
     };
     Outlet::spawn("event-monitor", sandbox, move |stop| monitor.run(stop)).context(failed)
-}
-
-/// Opens a file to append to, or a named pipe. The pipe is opened for reading too: so there is no need for a reader to be there first, and
-/// none to go on; what the pipe holds is there for the next one.
-fn open(path: &Path) -> io::Result<OwnedFd> {
-    let is_pipe = path.metadata().is_ok_and(|data| data.file_type().is_fifo());
-    let mut options = OpenOptions::new();
-    options.custom_flags(libc::O_NONBLOCK).mode(0o600);
-    let file: File = match is_pipe {
-        true => options.read(true).write(true).open(path)?,
-        false => options.append(true).create(true).open(path)?,
-    };
-    Ok(file.into())
 }
 
 fn without_blocking(fd: impl AsFd) -> io::Result<()> {
@@ -174,7 +160,10 @@ impl Monitor {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
     use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::path::Path;
 
     use triarch_api::events::kind::{VM_BOOTED, VM_PAUSED};
     use triarch_device_core::NoSandbox;

@@ -1,12 +1,16 @@
 //! Threads that write what others must not wait for.
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use triarch_device_core::{Sandbox, ThreadClass};
 
@@ -53,6 +57,19 @@ pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
 /// A poll entry that waits for something to read.
 pub(crate) fn readable<'a>(fd: &'a impl AsFd) -> PollFd<'a> {
     PollFd::new(fd, PollFlags::IN)
+}
+
+/// Opens a file to append to, made with `mode` if it is not there, or a named pipe. The pipe is opened for reading too: so there is no need
+/// for a reader to be there first, and none to go on; what the pipe holds is there for the next one. Writing to neither waits.
+pub(crate) fn open_append(path: &Path, mode: u32) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    options.append(true).custom_flags(flags.bits() as i32).mode(mode);
+    match path.metadata() {
+        Ok(found) if found.file_type().is_fifo() => options.read(true),
+        _ => options.create(true),
+    };
+    options.open(path)
 }
 
 /// A thread that ends when this is dropped. One that hangs in a write is left behind: the process ends anyway.

@@ -4,7 +4,7 @@
 //! disk, a pipe nobody reads or a reader that is gone neither ends the VMM nor delays it. Only what a regular file's page cache does
 //! not take at once is waited for.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -15,9 +15,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::outlet::open_append;
+
 /// A pipe that is ready takes this much without waiting (PIPE_BUF, pipe(7)), and so does a socket.
 const AT_ONCE: usize = 4096;
 const FLAGS: i32 = OFlags::NONBLOCK.union(OFlags::NOCTTY).bits() as i32;
+
+/// The mode of a log file that is made, less the umask.
+const LOG_MODE: u32 = 0o666;
 
 /// Where the log goes.
 #[derive(Clone)]
@@ -42,7 +47,11 @@ struct Output {
 impl Sink {
     /// A log in the file `path`, which is appended to.
     pub(crate) fn file(path: &Path, loss: fn(u64) -> String) -> io::Result<Self> {
-        Ok(Self::new(Some(path), Output::new(open(path)?, None), loss))
+        Ok(Self::new(
+            Some(path),
+            Output::new(open_append(path, LOG_MODE)?, None),
+            loss,
+        ))
     }
 
     /// A log on standard error.
@@ -60,7 +69,7 @@ impl Sink {
 
     /// Opens the log file anew, by its name; `None` if this is none. After an error the log goes where it went.
     pub(crate) fn reopen(&self) -> Option<io::Result<()>> {
-        let file = open(self.0.path.as_ref()?);
+        let file = open_append(self.0.path.as_ref()?, LOG_MODE);
         Some(file.map(|file| self.output().file = file))
     }
 
@@ -129,17 +138,6 @@ fn ready(file: &File) -> bool {
     matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.append(true).custom_flags(FLAGS);
-    match fs::metadata(path) {
-        // Opened for reading too it neither waits for a reader nor ends with it.
-        Ok(found) if found.file_type().is_fifo() => options.read(true),
-        _ => options.create(true),
-    };
-    options.open(path)
-}
-
 /// A way to write to `stream` without waiting, and without touching the flags that it shares with other processes.
 fn inherit(stream: &impl AsFd) -> io::Result<Output> {
     let file = File::from(stream.as_fd().try_clone_to_owned()?);
@@ -182,6 +180,7 @@ impl Write for Line {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
