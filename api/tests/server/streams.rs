@@ -337,8 +337,8 @@ impl AuditSink for Kept {
     }
 }
 
-#[test]
-fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is() {
+/// A server whose calls are on record.
+fn audited() -> (Running, Arc<FakeVm>, Arc<Kept>) {
     let (vm, kept) = (Arc::new(FakeVm::default()), Arc::new(Kept::default()));
     let identity = Identity {
         build_version: "v1".into(),
@@ -347,7 +347,12 @@ fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is
         features: vec![],
     };
     let router = Router::new(vm.clone(), &identity).with_audit(kept.clone());
-    let server = Running::start(Box::new(router), Limits::default());
+    (Running::start(Box::new(router), Limits::default()), vm, kept)
+}
+
+#[test]
+fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is() {
+    let (server, _vm, kept) = audited();
     let mut client = server.connect();
     let create = r#"{"payload": {"kernel": "/k", "cmdline": "secret"}, "disks": [{"path": "/d"}]}"#;
     let calls = [
@@ -383,17 +388,9 @@ fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is
 
 #[test]
 fn an_answer_that_nobody_gives_is_on_record_too() {
-    let (vm, kept) = (Arc::new(FakeVm::default()), Arc::new(Kept::default()));
+    let (server, vm, kept) = audited();
     vm.create(VmConfig::default());
     vm.hold_boots();
-    let identity = Identity {
-        build_version: "v1".into(),
-        version: "1".into(),
-        pid: 1,
-        features: vec![],
-    };
-    let router = Router::new(vm.clone(), &identity).with_audit(kept.clone());
-    let server = Running::start(Box::new(router), Limits::default());
     let mut client = server.connect();
     client.send(put("vm.boot", ""));
     vm.wait_for_boot();
