@@ -10,7 +10,7 @@ use super::FlagError;
 use crate::parse_size;
 
 /// One flag's value, taken apart.
-pub(super) struct KeyValues<'a> {
+pub struct KeyValues<'a> {
     flag: &'static str,
     pairs: Vec<(&'a str, &'a str)>,
 }
@@ -18,7 +18,7 @@ pub(super) struct KeyValues<'a> {
 impl<'a> KeyValues<'a> {
     /// Takes `text` apart. Keys beside `known` are errors. Keys in `elsewhere` exist in Cloud Hypervisor and not here yet: they are
     /// accepted with the value that changes nothing.
-    pub(super) fn parse(
+    pub fn parse(
         flag: &'static str,
         text: &'a str,
         known: &[&str],
@@ -53,12 +53,12 @@ impl<'a> KeyValues<'a> {
     }
 
     /// The text of `key`.
-    pub(super) fn text(&self, key: &str) -> Option<&'a str> {
+    pub fn text(&self, key: &str) -> Option<&'a str> {
         self.pairs.iter().find(|(k, _)| *k == key).map(|(_, v)| *v)
     }
 
     /// `key` as a value that parses itself.
-    pub(super) fn get<T: FromStr>(&self, key: &str) -> Result<Option<T>, FlagError>
+    pub fn get<T: FromStr>(&self, key: &str) -> Result<Option<T>, FlagError>
     where
         T::Err: Display,
     {
@@ -70,7 +70,7 @@ impl<'a> KeyValues<'a> {
     }
 
     /// `key` as a whole number.
-    pub(super) fn number<T: FromStr<Err = ParseIntError>>(&self, key: &str) -> Result<Option<T>, FlagError> {
+    pub fn number<T: FromStr<Err = ParseIntError>>(&self, key: &str) -> Result<Option<T>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
         match text.parse::<T>() {
             Ok(value) => Ok(Some(value)),
@@ -82,7 +82,7 @@ impl<'a> KeyValues<'a> {
     }
 
     /// `key` as a size in bytes.
-    pub(super) fn size(&self, key: &str) -> Result<Option<u64>, FlagError> {
+    pub fn size(&self, key: &str) -> Result<Option<u64>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
         match parse_size(text) {
             Ok(size) => Ok(Some(size)),
@@ -91,7 +91,7 @@ impl<'a> KeyValues<'a> {
     }
 
     /// `key` as a switch.
-    pub(super) fn switch(&self, key: &str) -> Result<Option<bool>, FlagError> {
+    pub fn switch(&self, key: &str) -> Result<Option<bool>, FlagError> {
         match self.text(key) {
             None => Ok(None),
             Some("on" | "true") => Ok(Some(true)),
@@ -101,7 +101,7 @@ impl<'a> KeyValues<'a> {
     }
 
     /// `key` as a list: `[a,b]`, or one value.
-    pub(super) fn list(&self, key: &str) -> Result<Option<Vec<&'a str>>, FlagError> {
+    pub fn list(&self, key: &str) -> Result<Option<Vec<&'a str>>, FlagError> {
         let Some(text) = self.text(key) else { return Ok(None) };
         let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
         match split(inner) {
@@ -111,7 +111,7 @@ impl<'a> KeyValues<'a> {
     }
 
     /// An error of this flag.
-    pub(super) fn refuse<T>(&self, problem: String) -> Result<T, FlagError> {
+    pub fn refuse<T>(&self, problem: String) -> Result<T, FlagError> {
         Err(FlagError::new(self.flag, problem))
     }
 }

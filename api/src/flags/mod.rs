@@ -11,7 +11,7 @@ use crate::{
     NetConfig, PlatformConfig, RngConfig, VsockConfig,
 };
 
-use keyvalue::KeyValues;
+pub use keyvalue::KeyValues;
 
 /// What is wrong with a flag's value, and what to write instead.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

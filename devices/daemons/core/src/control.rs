@@ -1,0 +1,64 @@
+//! The control socket: HTTP and JSON, served by the same code as the VMM's API.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use thiserror::Error;
+use triarch_api::server::{Limits, Listener, Server, ServerError, Service, Stopper};
+use triarch_device_core::{Sandbox, ThreadClass};
+
+/// Why there is no control socket.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// The server could not be made.
+    #[error("cannot serve the control socket")]
+    Server(#[from] ServerError),
+    /// Its thread could not be made.
+    #[error("cannot start the thread of the control socket")]
+    Thread(#[source] io::Error),
+}
+
+/// A control socket that is served. Dropped, it sends what it has to send and ends.
+pub struct Control {
+    stopper: Stopper,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Control {
+    /// Serves `service` on `listener`, on a thread of class [`ThreadClass::Http`].
+    pub fn start(
+        listener: Listener,
+        service: Box<dyn Service>,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> Result<Self, ControlError> {
+        let mut server = Server::new(listener, service, Limits::default())?;
+        let stopper = server.stopper();
+        let confine = sandbox.clone();
+        let body = move || {
+            if let Err(error) = confine.enter(ThreadClass::Http) {
+                tracing::error!("cannot confine the thread of the control socket: {error}");
+                std::process::abort();
+            }
+            if let Err(error) = server.run() {
+                tracing::error!("the control socket is not served any more: {error}");
+            }
+        };
+        let thread = sandbox
+            .spawn("control".to_owned(), Box::new(body))
+            .map_err(ControlError::Thread)?;
+        Ok(Self {
+            stopper,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stopper.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
