@@ -1,20 +1,16 @@
-//! The disk as its transport sees it.
+//! The device as its transport sees it.
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
-use triarch_virtio::{
-    ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, block_feature, read_config_bytes,
-};
+use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
 use crate::engine::{Command, Engine};
-use crate::offer::WRITEBACK;
-use crate::peer::DiskPeer;
-use crate::{LinkState, LinkStatus, PeerError};
+use crate::{LinkState, LinkStatus, Offer, Peer, PeerError};
 
 /// Called when a device's standing with its daemon changed. It must not wait.
 pub type Notify = Arc<dyn Fn(&LinkStatus) + Send + Sync>;
@@ -23,11 +19,37 @@ pub type Notify = Arc<dyn Fn(&LinkStatus) + Send + Sync>;
 pub(crate) struct Shared {
     pub(crate) id: Arc<str>,
     pub(crate) wake: Wake,
-    pub(crate) peer: Arc<DiskPeer>,
-    /// Whether the driver lets writes stay in the cache.
-    pub(crate) writeback: AtomicBool,
+    pub(crate) peer: Arc<Peer>,
+    /// Bytes of the configuration space that the driver wrote, by their offsets. Each daemon is told them.
+    written: Mutex<BTreeMap<usize, u8>>,
     pub(crate) status: Mutex<LinkStatus>,
     pub(crate) notify: Notify,
+}
+
+impl Shared {
+    /// What the driver wrote into the configuration space.
+    pub(crate) fn written(&self) -> MutexGuard<'_, BTreeMap<usize, u8>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The configuration space as the guest reads it, with a daemon that offers this.
+    pub(crate) fn config(&self, offer: &Offer) -> Vec<u8> {
+        let mut config = self.peer.kind.config(offer);
+        for (at, byte) in self.written().iter() {
+            if let Some(field) = config.get_mut(*at) {
+                *field = *byte;
+            }
+        }
+        config
+    }
+
+    /// Notes what the driver writes at byte `at` of the configuration space, as far as there is one.
+    fn write(&self, at: usize, data: &[u8]) {
+        let length = self.peer.kind.config_length();
+        let bytes = (at..length).zip(data.iter().copied());
+        self.written().extend(bytes);
+        self.wake.ring();
+    }
 }
 
 /// Tells of a device that the transport owns.
@@ -41,13 +63,12 @@ impl VhostUserHandle {
     }
 }
 
-/// A virtio block device (virtio 1.2, 5.2) that a daemon serves. Its thread is called `{id}_vu`.
+/// A virtio device that a daemon serves. Its thread is called `{id}_vu`. What kind it is tells its [`Kind`](crate::Kind).
 ///
 /// [`stop_queue`](VirtioDevice::stop_queue) differs from other devices in one thing: with no daemon there may be requests that nobody
 /// answered. They are kept, and go to the next daemon when the same queue is started again.
-pub struct VhostUserBlock {
+pub struct VhostUser {
     shared: Arc<Shared>,
-    sizes: Vec<u16>,
     features: u64,
     negotiated: Option<u64>,
     running: Vec<bool>,
@@ -55,22 +76,19 @@ pub struct VhostUserBlock {
     worker: Option<Worker<Engine>>,
 }
 
-impl VhostUserBlock {
+impl VhostUser {
     /// A device called `id` (`_disk0`). `notify` is called when its standing with the daemon changes.
     ///
     /// # Errors
     /// Its thread cannot be started.
-    pub fn new(id: &str, peer: Arc<DiskPeer>, sandbox: &Arc<dyn Sandbox>, notify: Notify) -> Result<Self, PeerError> {
-        let (features, writeback) = {
-            let known = peer.known();
-            (known.guest_features(&peer.demand), known.writeback())
-        };
-        let demand = peer.demand;
+    pub fn new(id: &str, peer: Arc<Peer>, sandbox: &Arc<dyn Sandbox>, notify: Notify) -> Result<Self, PeerError> {
+        let features = peer.features();
+        let queues = peer.kind.queue_sizes().len();
         let shared = Arc::new(Shared {
             id: id.into(),
             wake: Wake::new().map_err(PeerError::Thread)?,
             peer,
-            writeback: AtomicBool::new(writeback),
+            written: Mutex::default(),
             status: Mutex::new(LinkStatus {
                 state: LinkState::Disconnected,
                 reason: None,
@@ -86,10 +104,9 @@ impl VhostUserBlock {
         let worker = Worker::spawn(&name, ThreadClass::VhostUser, sandbox, engine, Engine::run);
         Ok(Self {
             shared,
-            sizes: vec![demand.queue_size; demand.queues.into()],
             features,
             negotiated: None,
-            running: vec![false; demand.queues.into()],
+            running: vec![false; queues],
             commands,
             worker: Some(worker.map_err(PeerError::Thread)?),
         })
@@ -115,13 +132,13 @@ impl VhostUserBlock {
     }
 }
 
-impl VirtioDevice for VhostUserBlock {
+impl VirtioDevice for VhostUser {
     fn id(&self) -> DeviceId {
-        DeviceId::Block
+        self.shared.peer.kind.id()
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &self.sizes
+        self.shared.peer.kind.queue_sizes()
     }
 
     fn features(&self) -> u64 {
@@ -129,34 +146,28 @@ impl VirtioDevice for VhostUserBlock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let peer = &self.shared.peer;
-        let mut config = peer.known().guest_config(&peer.demand);
-        if let Some(byte) = config.get_mut(WRITEBACK) {
-            *byte = u8::from(self.shared.writeback.load(Relaxed));
-        }
-        read_config_bytes(&config, offset, data);
+        let known = self.shared.peer.known().clone();
+        read_config_bytes(&self.shared.config(&known), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let negotiated = self.negotiated.unwrap_or(0);
-        if let (true, [value], true) = (
-            offset == WRITEBACK as u64,
-            data,
-            negotiated & block_feature::CONFIG_WCE != 0,
-        ) {
-            self.shared.writeback.store(value & 1 != 0, Relaxed);
-            self.shared.wake.ring();
+        let (features, at) = (self.negotiated.unwrap_or(0), usize::try_from(offset));
+        if let Ok(at) = at
+            && self.shared.peer.kind.writable(features, at, data)
+        {
+            self.shared.write(at, data);
         }
     }
 
     fn activate(&mut self, context: DeviceContext) -> Result<(), ActivateError> {
         if self.negotiated.is_some() {
-            return Err(ActivateError::Driver("the disk is active already"));
+            return Err(ActivateError::Driver("the device is active already"));
         }
         self.negotiated = Some(context.features);
-        // Without a way to flush or to choose, every write has to be durable (virtio 1.2, 5.2.6.2).
-        if context.features & (block_feature::FLUSH | block_feature::CONFIG_WCE) == 0 {
-            self.shared.writeback.store(false, Relaxed);
+        let peer = &self.shared.peer;
+        let first = peer.kind.first_write(&peer.known(), context.features);
+        if let Some((at, bytes)) = first {
+            self.shared.write(at, &bytes);
         }
         self.order(Command::Activate(Box::new(context)));
         Ok(())
@@ -164,13 +175,13 @@ impl VirtioDevice for VhostUserBlock {
 
     fn start_queue(&mut self, queue: VirtQueue) -> Result<(), ActivateError> {
         if self.negotiated.is_none() {
-            return Err(ActivateError::Driver("a queue of a disk that is not active"));
+            return Err(ActivateError::Driver("a queue of a device that is not active"));
         }
         match self.running.get_mut(usize::from(queue.index())) {
             Some(running @ false) => *running = true,
             _ => {
                 return Err(ActivateError::Driver(
-                    "a queue the disk does not have, or that runs already",
+                    "a queue the device does not have, or that runs already",
                 ));
             }
         }
@@ -190,12 +201,11 @@ impl VirtioDevice for VhostUserBlock {
         if self.negotiated.take().is_some() {
             self.urgent(Command::Reset);
         }
-        let default = self.shared.peer.known().writeback();
-        self.shared.writeback.store(default, Relaxed);
+        self.shared.written().clear();
     }
 }
 
-impl Drop for VhostUserBlock {
+impl Drop for VhostUser {
     fn drop(&mut self) {
         self.shared.wake.hurry();
         self.shared.wake.ring();

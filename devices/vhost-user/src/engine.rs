@@ -2,13 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use triarch_device_core::RateLimit;
-use triarch_virtio::{DeviceContext, VirtQueue, block_feature};
+use triarch_virtio::{DeviceContext, VirtQueue};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -83,7 +82,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(shared: Arc<Shared>, commands: Receiver<Command>) -> io::Result<Self> {
-        let queues = usize::from(shared.peer.demand.queues);
+        let queues = shared.peer.kind.queue_sizes().len();
         let now = Instant::now();
         Ok(Self {
             shared,
@@ -192,8 +191,7 @@ impl Engine {
         session.set_features(context.features, wake)?;
         if shadow.is_none() {
             let memory = context.memory.memory();
-            let demand = &self.shared.peer.demand;
-            let rings = Shadow::new(beyond(&memory), demand.queues, demand.queue_size)?;
+            let rings = Shadow::new(beyond(&memory), self.shared.peer.kind.queue_sizes())?;
             session.share(&[&*memory, rings.memory()], wake)?;
             *shadow = Some(rings);
         }
@@ -295,12 +293,10 @@ impl Engine {
             return;
         };
         let wake = &self.shared.wake;
-        let wanted = self.shared.writeback.load(Relaxed);
-        let can = session.offer.features & block_feature::CONFIG_WCE != 0;
-        let mut done = Ok(());
-        if self.context.is_some() && can && session.offer.writeback() != wanted {
-            done = session.set_writeback(wanted, wake);
-        }
+        let written = self.shared.written().clone();
+        let mut done = written
+            .into_iter()
+            .try_for_each(|(at, byte)| session.write_config(at, byte, wake));
         if std::mem::take(&mut self.announce) {
             done = done.and_then(|()| session.set_status(true, wake));
         }
@@ -344,9 +340,9 @@ impl Engine {
         let peer = &shared.peer;
         let session = match peer.take_first() {
             Some(session) => session,
-            None => Session::open(&peer.options.socket, &shared.wake)?,
+            None => Session::open(&peer.options.socket, &*peer.kind, &shared.wake)?,
         };
-        session.offer.continues(&peer.known(), &peer.demand)?;
+        peer.continues(&session.offer)?;
         let down = std::mem::replace(
             &mut self.link,
             Link::Up {
@@ -394,18 +390,17 @@ impl Engine {
         let peer = self.shared.peer.clone();
         let done = session
             .refresh(&self.shared.wake)
-            .and_then(|()| session.offer.continues(&peer.known(), &peer.demand));
+            .and_then(|()| peer.continues(&session.offer));
         if done.is_err() {
             return self.check(done);
         }
-        let before = peer.known().guest_config(&peer.demand);
-        let size = session.offer.capacity();
-        let differs = session.offer.guest_config(&peer.demand) != before;
+        let known = peer.known().clone();
+        let differs = self.shared.config(&session.offer) != self.shared.config(&known);
         peer.known().config.clone_from(&session.offer.config);
         if differs && let Some(context) = &self.context {
-            tracing::info!(device = %self.shared.id, bytes = size, "the daemon changed the disk");
+            tracing::info!(device = %self.shared.id, "the daemon changed the {}", peer.kind.noun());
             if let Err(error) = context.interrupt.config() {
-                self.warn(&format_args!("cannot tell the guest of a changed disk: {error}"));
+                self.warn(&format_args!("cannot tell the guest of a changed device: {error}"));
             }
         }
     }
@@ -430,7 +425,7 @@ impl Engine {
         };
         let _ = relay.queue().kick().read();
         if failing {
-            return relay.fail();
+            return relay.fail(&*self.shared.peer.kind);
         }
         let done = relay.forward();
         self.check(done);
@@ -513,7 +508,8 @@ impl Engine {
             "no daemon came back in {seconds} s, its requests fail until one does"
         ));
         self.publish(LinkState::Failing, self.told.clone(), false);
-        self.relays.iter_mut().flatten().for_each(Relay::fail);
+        let kind = &*self.shared.peer.kind;
+        self.relays.iter_mut().flatten().for_each(|relay| relay.fail(kind));
     }
 
     fn publish(&self, state: LinkState, reason: Option<String>, again: bool) {

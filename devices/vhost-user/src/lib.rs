@@ -15,8 +15,8 @@ mod device;
 mod engine;
 mod error;
 mod event;
+mod kind;
 mod message;
-mod offer;
 mod peer;
 mod relay;
 mod session;
@@ -25,7 +25,8 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use device::{VhostUserBlock, VhostUserHandle};
+pub use device::{VhostUser, VhostUserHandle};
 pub use error::LinkError;
-pub use peer::{DiskOptions, DiskPeer, PeerError};
+pub use kind::{DaemonBlock, Kind, Offer};
+pub use peer::{Peer, PeerError, PeerOptions};
 pub use status::{LinkState, LinkStatus, OnDisconnect};

@@ -10,7 +10,7 @@ use thiserror::Error;
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 
 use crate::connection::Wake;
-use crate::offer::{Demand, Offer};
+use crate::kind::{self, Kind, Offer};
 use crate::session::Session;
 use crate::{LinkError, OnDisconnect};
 
@@ -19,17 +19,11 @@ const START: Duration = Duration::from_secs(5);
 /// How long until the next try, at the start.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// A disk that a daemon serves.
+/// Where a daemon is, and what happens without it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskOptions {
+pub struct PeerOptions {
     /// The daemon's socket.
     pub socket: PathBuf,
-    /// Queues of the disk.
-    pub queues: u16,
-    /// Descriptors of a queue: a power of two from 4 to 1024.
-    pub queue_size: u16,
-    /// The daemon must offer the disk read-only.
-    pub readonly: bool,
     /// What happens to requests while there is no daemon.
     pub on_disconnect: OnDisconnect,
 }
@@ -45,36 +39,36 @@ pub enum PeerError {
     Thread(#[source] std::io::Error),
 }
 
-/// The daemon of a disk.
-pub struct DiskPeer {
-    pub(crate) options: DiskOptions,
-    pub(crate) demand: Demand,
+/// The daemon of a device.
+pub struct Peer {
+    pub(crate) options: PeerOptions,
+    pub(crate) kind: Arc<dyn Kind>,
     /// What guests know of it.
     known: Mutex<Offer>,
     /// The connection it was asked on, for the first device.
     first: Mutex<Option<Session>>,
 }
 
-impl DiskPeer {
+impl Peer {
     /// Asks the daemon what it offers; waits up to five seconds for one that is just starting. `id` names the device.
     ///
     /// # Errors
-    /// There is none, or it is not one that can serve this disk.
-    pub fn open(id: &str, options: DiskOptions, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Self>, PeerError> {
-        let demand = Demand {
-            queues: options.queues,
-            queue_size: options.queue_size,
-            readonly: options.readonly,
-        };
+    /// There is none, or it is not one that can serve a device of this kind.
+    pub fn open(
+        id: &str,
+        options: PeerOptions,
+        kind: Arc<dyn Kind>,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> Result<Arc<Self>, PeerError> {
         let wake = Arc::new(Wake::new().map_err(PeerError::Thread)?);
         let (done, ended) = sync_channel(1);
-        let (path, doorbell) = (options.socket.clone(), wake.clone());
+        let (path, doorbell, wanted) = (options.socket.clone(), wake.clone(), kind.clone());
         let ask = move |answer: &mut Option<Result<Session, LinkError>>, _: &_| {
             let deadline = Instant::now() + START;
             let mut last = LinkError::Silent("the first questions");
             *answer = Some(loop {
-                let session = Session::open(&path, &doorbell);
-                match session.and_then(|s| s.offer.check(&demand).map(|()| s)) {
+                let session = Session::open(&path, &*wanted, &doorbell);
+                match session.and_then(|s| kind::check(&*wanted, &s.offer).map(|()| s)) {
                     Err(LinkError::Interrupted) => break Err(last),
                     // Waiting makes none of these another one.
                     session @ (Ok(_) | Err(LinkError::Unfit(_) | LinkError::Nonsense(_))) => break session,
@@ -97,10 +91,20 @@ impl DiskPeer {
         let session = worker.stop().flatten().unwrap_or_else(gone).map_err(PeerError::Link)?;
         Ok(Arc::new(Self {
             options,
-            demand,
+            kind,
             known: Mutex::new(session.offer.clone()),
             first: Mutex::new(Some(session)),
         }))
+    }
+
+    /// Features a guest is offered.
+    pub(crate) fn features(&self) -> u64 {
+        kind::features(&*self.kind, &self.known())
+    }
+
+    /// Whether its guests can go on with a daemon that offers this; if not, why.
+    pub(crate) fn continues(&self, offer: &Offer) -> Result<(), LinkError> {
+        kind::continues(&*self.kind, &self.known(), offer)
     }
 
     /// What guests know of it.

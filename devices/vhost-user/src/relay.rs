@@ -6,15 +6,13 @@
 //! alone would not tell: completions come in any order, and both rings forget what is older than their size.
 
 use triarch_virtio::{Chain, RingFault, VirtQueue};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::GuestMemoryError;
 
 use crate::LinkError;
 use crate::event::Event;
+use crate::kind::Kind;
 use crate::session::Ring;
 use crate::shadow::{Shadow, ShadowRing};
-
-/// VIRTIO_BLK_S_IOERR (virtio 1.2, 5.2.6).
-const IO_ERROR: u8 = 1;
 
 /// A request that is not answered yet.
 #[derive(Debug, Clone, Copy)]
@@ -24,18 +22,14 @@ struct Pending {
     number: u64,
     /// Bytes a daemon can have written.
     room: u32,
-    /// Where the status byte is (GPA).
-    status: Option<GuestAddress>,
 }
 
 impl Pending {
     fn of(chain: &Chain, number: u64) -> Self {
-        let last = chain.writable().last();
         Self {
             head: chain.head(),
             number,
             room: chain.writable_len(),
-            status: last.map(|segment| GuestAddress(segment.addr.0 + u64::from(segment.len) - 1)),
         }
     }
 }
@@ -121,7 +115,11 @@ impl Relay {
 
     /// Prepares a ring for a daemon that just came: it begins with what the one before did not answer.
     pub(crate) fn connect(&mut self, shadow: &Shadow) -> Result<(), LinkError> {
-        let mut ring = shadow.ring(self.queue.index(), self.queue.size());
+        let ring = shadow.ring(self.queue.index(), self.queue.size());
+        let mut ring = ring.ok_or_else(|| LinkError::Host {
+            what: "a ring for a queue of this size",
+            source: std::io::ErrorKind::InvalidInput.into(),
+        })?;
         ring.clear().map_err(inaccessible)?;
         for request in self.in_order() {
             ring.push(request.head).map_err(inaccessible)?;
@@ -231,18 +229,19 @@ impl Relay {
         Ok(())
     }
 
-    /// Answers what there is with an I/O error, in the daemon's place. A driver that goes on and on is served again later.
-    pub(crate) fn fail(&mut self) {
+    /// Answers what there is in the daemon's place, as its kind fails requests. A driver that goes on and on is served again later.
+    pub(crate) fn fail(&mut self, kind: &dyn Kind) {
         for request in self.in_order() {
-            self.refuse(request);
+            self.refuse(kind, request);
         }
         self.queue.disarm();
         let mut left = self.queue.size();
         loop {
             match self.queue.pop() {
                 Some(chain) => {
-                    if self.keep(Pending::of(&chain, 0)) {
-                        self.in_order().into_iter().for_each(|request| self.refuse(request));
+                    let request = Pending::of(&chain, 0);
+                    if self.keep(request) {
+                        self.refuse(kind, request);
                     }
                     left -= 1;
                 }
@@ -258,18 +257,21 @@ impl Relay {
         self.queue.signal();
     }
 
-    fn refuse(&mut self, request: Pending) {
+    fn refuse(&mut self, kind: &dyn Kind, request: Pending) {
+        let memory = self.queue.memory();
+        // A chain that its driver broke meanwhile has nobody to hear of it.
+        let written = match self.queue.chain(request.head) {
+            Ok(chain) => kind.refuse(self.queue.index(), &chain, &memory),
+            Err(_) => Some(0),
+        };
+        let Some(written) = written else {
+            return;
+        };
         if let Some(slot) = self.pending.get_mut(usize::from(request.head)) {
             *slot = None;
         }
         self.count -= 1;
-        // A request without room for a status has none to be told.
-        if let Some(at) = request.status {
-            // The queue checked that it is guest memory.
-            let _ = self.queue.memory().write_obj(IO_ERROR, at);
-        }
-        // Only what was written without a gap counts (virtio 1.2, 2.7.8.2).
-        self.queue.complete(request.head, u32::from(request.room == 1));
+        self.queue.complete(request.head, written.min(request.room));
     }
 }
 

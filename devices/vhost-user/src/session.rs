@@ -5,14 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use triarch_memory::GuestMemory;
-use triarch_virtio::feature;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::LinkError;
 use crate::connection::{Connection, Wake};
 use crate::event::Event;
+use crate::kind::{Kind, Offer, RING_FEATURES};
 use crate::message::{self, CONFIG_HEAD, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol};
-use crate::offer::{BLOCK_CONFIG, Offer, WRITEBACK};
 
 /// How long a daemon may take for an answer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -36,11 +35,13 @@ pub(crate) struct Session {
     connection: Connection,
     protocol: u64,
     pub(crate) offer: Offer,
+    /// Bytes of the configuration space that are asked for.
+    config_length: usize,
 }
 
 impl Session {
     /// Connects and asks for everything there is to know before a driver comes.
-    pub(crate) fn open(path: &Path, wake: &Wake) -> Result<Self, LinkError> {
+    pub(crate) fn open(path: &Path, kind: &dyn Kind, wake: &Wake) -> Result<Self, LinkError> {
         let connection = Connection::open(path, PATIENCE)?;
         let offer = Offer {
             features: 0,
@@ -51,11 +52,17 @@ impl Session {
             connection,
             protocol: 0,
             offer,
+            config_length: kind.config_length(),
         };
         session.offer.features = session.ask(Request::GET_FEATURES, wake)?;
         if session.offer.features & PROTOCOL_FEATURES != 0 {
             let offered = session.ask(Request::GET_PROTOCOL_FEATURES, wake)?;
-            let chosen = offered & protocol::ALL;
+            let unused = if session.config_length == 0 {
+                protocol::CONFIG
+            } else {
+                0
+            };
+            let chosen = offered & protocol::ALL & !unused;
             let payload = message::numbers(&[chosen]);
             session
                 .connection
@@ -112,12 +119,13 @@ impl Session {
 
     /// Reads the configuration space.
     fn read_config(&self, wake: &Wake) -> Result<Vec<u8>, LinkError> {
-        let question = message::config(0, &[0; BLOCK_CONFIG]);
+        let question = message::config(0, &vec![0; self.config_length]);
         self.connection.send(Request::GET_CONFIG, 0, &question, &[], wake)?;
         let mut answer = self.connection.receive(Request::GET_CONFIG, wake)?;
         if answer.len() != question.len() || answer[..CONFIG_HEAD] != question[..CONFIG_HEAD] {
             return Err(LinkError::Nonsense(format!(
-                "asked for {BLOCK_CONFIG} bytes of its configuration space it answered {} bytes",
+                "asked for {} bytes of its configuration space it answered {} bytes",
+                self.config_length,
                 answer.len().saturating_sub(CONFIG_HEAD)
             )));
         }
@@ -126,24 +134,27 @@ impl Session {
 
     /// Reads the configuration space again.
     pub(crate) fn refresh(&mut self, wake: &Wake) -> Result<(), LinkError> {
-        self.offer.config = self.read_config(wake)?;
+        if self.has(protocol::CONFIG) {
+            self.offer.config = self.read_config(wake)?;
+        }
         Ok(())
     }
 
-    /// Switches the daemon's write cache.
-    pub(crate) fn set_writeback(&mut self, on: bool, wake: &Wake) -> Result<(), LinkError> {
-        let payload = message::config(WRITEBACK as u32, &[u8::from(on)]);
-        self.tell(Request::SET_CONFIG, &payload, &[], wake)?;
-        if let Some(byte) = self.offer.config.get_mut(WRITEBACK) {
-            *byte = u8::from(on);
+    /// Writes `byte` at `at` of the configuration space, if it is another one there.
+    pub(crate) fn write_config(&mut self, at: usize, byte: u8, wake: &Wake) -> Result<(), LinkError> {
+        if self.offer.config.get(at).is_none_or(|now| *now == byte) {
+            return Ok(());
+        }
+        self.tell(Request::SET_CONFIG, &message::config(at as u32, &[byte]), &[], wake)?;
+        if let Some(now) = self.offer.config.get_mut(at) {
+            *now = byte;
         }
         Ok(())
     }
 
     /// Tells what the driver agreed to, as far as it concerns the daemon: the rings it sees are the relay's.
     pub(crate) fn set_features(&self, features: u64, wake: &Wake) -> Result<(), LinkError> {
-        let ours = feature::EVENT_IDX | feature::RING_RESET;
-        let features = features & self.offer.features & !ours | PROTOCOL_FEATURES;
+        let features = features & self.offer.features & !RING_FEATURES | PROTOCOL_FEATURES;
         self.tell(Request::SET_FEATURES, &message::numbers(&[features]), &[], wake)
     }
 

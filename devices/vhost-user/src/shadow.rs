@@ -17,8 +17,9 @@ const PAGE: u64 = 4096;
 /// writes where nobody looks.
 pub(crate) struct Shadow {
     memory: GuestMemory,
-    base: GuestAddress,
-    size: u16,
+    /// Where each queue's rings begin (GPA).
+    rings: Vec<u64>,
+    sizes: Vec<u16>,
 }
 
 /// Bytes of whole pages that hold `bytes`.
@@ -27,20 +28,30 @@ fn pages(bytes: u64) -> u64 {
 }
 
 impl Shadow {
-    /// Rings for `queues` queues of at most `size` entries, which the daemon finds at `base`.
-    pub(crate) fn new(base: GuestAddress, queues: u16, size: u16) -> Result<Self, LinkError> {
-        let stride = Self::used_offset(size) + pages(6 + 8 * u64::from(size));
+    /// Rings for queues of at most so many entries, which the daemon finds at `base`.
+    pub(crate) fn new(base: GuestAddress, sizes: &[u16]) -> Result<Self, LinkError> {
+        let mut length = 0;
+        let rings = sizes.iter().map(|size| {
+            let at = base.0 + length;
+            length += Self::used_offset(*size) + pages(6 + 8 * u64::from(*size));
+            at
+        });
+        let rings = rings.collect();
         let options = RamOptions {
             shared: true,
             thp: false,
             ..RamOptions::default()
         };
-        let memory = allocate(&[(base, stride * u64::from(queues))], &options);
+        let memory = allocate(&[(base, length)], &options);
         let memory = memory.map_err(|error| LinkError::Host {
             what: "memory for the daemon's rings",
             source: std::io::Error::other(error),
         })?;
-        Ok(Self { memory, base, size })
+        Ok(Self {
+            memory,
+            rings,
+            sizes: sizes.to_vec(),
+        })
     }
 
     fn used_offset(size: u16) -> u64 {
@@ -52,18 +63,18 @@ impl Shadow {
         &self.memory
     }
 
-    /// The ring of queue `index`, which has `size` entries, empty.
-    pub(crate) fn ring(&self, index: u16, size: u16) -> ShadowRing {
-        let stride = Self::used_offset(self.size) + pages(6 + 8 * u64::from(self.size));
-        let available = self.base.0 + stride * u64::from(index);
-        ShadowRing {
+    /// The ring of queue `index`, which has `size` entries, empty. `None` if there is no such queue or it is larger.
+    pub(crate) fn ring(&self, index: u16, size: u16) -> Option<ShadowRing> {
+        let index = usize::from(index);
+        let (available, most) = (*self.rings.get(index)?, *self.sizes.get(index)?);
+        (size <= most).then(|| ShadowRing {
             memory: self.memory.clone(),
             available,
-            used: available + Self::used_offset(self.size),
+            used: available + Self::used_offset(most),
             size,
             offered: 0,
             taken: 0,
-        }
+        })
     }
 }
 

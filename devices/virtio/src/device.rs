@@ -30,24 +30,42 @@ pub mod feature {
 
 /// Device types (virtio 1.2, 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u16)]
 pub enum DeviceId {
     /// Network card.
-    Net = 1,
+    Net,
     /// Block device.
-    Block = 2,
+    Block,
     /// Console.
-    Console = 3,
+    Console,
     /// Entropy source.
-    Rng = 4,
+    Rng,
     /// Memory balloon.
-    Balloon = 5,
+    Balloon,
     /// Socket device.
-    Vsock = 19,
+    Vsock,
     /// Memory device.
-    Mem = 24,
+    Mem,
     /// File system device.
-    Fs = 26,
+    Fs,
+    /// Any other, by its number.
+    Other(u16),
+}
+
+impl DeviceId {
+    /// The type's number.
+    pub const fn number(self) -> u16 {
+        match self {
+            Self::Net => 1,
+            Self::Block => 2,
+            Self::Console => 3,
+            Self::Rng => 4,
+            Self::Balloon => 5,
+            Self::Vsock => 19,
+            Self::Mem => 24,
+            Self::Fs => 26,
+            Self::Other(number) => number,
+        }
+    }
 }
 
 /// How a device tells the driver something. The transport implements it.

@@ -320,6 +320,15 @@ impl VirtQueue {
         Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before))
     }
 
+    /// Follows a chain once more that was popped and is not completed. The driver may have changed it since.
+    pub fn chain(&self, head: u16) -> Result<Chain, RingFault> {
+        let table = Table {
+            at: GuestAddress(self.ring.desc_table()),
+            len: self.ring.size(),
+        };
+        walk(&self.memory.memory(), table, head)
+    }
+
     fn try_pop(&mut self) -> Result<Option<Chain>, RingFault> {
         let memory = self.memory.memory();
         let avail = self
@@ -334,14 +343,9 @@ impl VirtQueue {
             _ => RingFault::Inaccessible,
         })?;
         let head = offered.next().ok_or(RingFault::Inaccessible)?.head_index();
-        let size = self.ring.size();
-        if head >= size {
+        if head >= self.ring.size() {
             return Err(RingFault::Head(head));
         }
-        let table = Table {
-            at: GuestAddress(self.ring.desc_table()),
-            len: size,
-        };
-        walk(&memory, table, head).map(Some)
+        self.chain(head).map(Some)
     }
 }

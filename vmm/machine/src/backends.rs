@@ -14,7 +14,7 @@ use triarch_api::{DiskConfig, ImageType, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
-use triarch_vhost_user::DiskPeer;
+use triarch_vhost_user::Peer;
 use triarch_virtio::net::NetCounters;
 
 use crate::MachineError;
@@ -32,7 +32,7 @@ pub(crate) enum DiskEnd {
     /// This process, from a file or block device.
     File(Arc<Disk>),
     /// A daemon.
-    Daemon(Arc<DiskPeer>),
+    Daemon(Arc<Peer>),
 }
 
 /// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.

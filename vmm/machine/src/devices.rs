@@ -122,7 +122,7 @@ impl Devices {
                 Ok(Box::new(device))
             }
             DiskEnd::Daemon(peer) => {
-                let device = vhost::disk(id, peer, &sandbox, &report, &events)?;
+                let device = vhost::device(id, peer, &sandbox, &report, &events)?;
                 daemon = Some((id.to_owned(), device.handle()));
                 Ok(Box::new(device))
             }

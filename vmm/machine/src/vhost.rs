@@ -1,42 +1,52 @@
 //! Devices that daemons serve over vhost-user.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use triarch_api::events::{EventLog, kind};
 use triarch_api::{DeviceLink, DiskConfig, LinkState};
 use triarch_device_core::Sandbox;
-use triarch_vhost_user::{self as vhost, DiskOptions, DiskPeer, LinkStatus, OnDisconnect, VhostUserBlock};
+use triarch_vhost_user::{self as vhost, DaemonBlock, Kind, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser};
 
 use crate::build::Report;
 use crate::{GuestEvent, MachineError};
 
 /// Finds the daemon of a disk.
-pub(crate) fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<DiskPeer>, MachineError> {
-    let options = DiskOptions {
-        socket: config.vhost_socket.clone().unwrap_or_default(),
-        queues: config.num_queues,
-        queue_size: config.queue_size,
-        readonly: config.readonly,
-        on_disconnect: match config.on_disconnect {
+pub(crate) fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
+    let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
+    let socket = config.vhost_socket.as_deref();
+    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+}
+
+fn open(
+    id: &Option<String>,
+    kind: Arc<dyn Kind>,
+    socket: Option<&Path>,
+    on_disconnect: triarch_api::OnDisconnect,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
+    let options = PeerOptions {
+        socket: socket.map(Path::to_owned).unwrap_or_default(),
+        on_disconnect: match on_disconnect {
             triarch_api::OnDisconnect::Stall => OnDisconnect::Stall,
             triarch_api::OnDisconnect::ErrorAfter(seconds) => {
                 OnDisconnect::ErrorAfter(Duration::from_secs(seconds.into()))
             }
         },
     };
-    let id = config.id.as_deref().unwrap_or_default();
-    DiskPeer::open(id, options, sandbox).map_err(|error| MachineError::device(&config.id, error))
+    let name = id.as_deref().unwrap_or_default();
+    Peer::open(name, options, kind, sandbox).map_err(|error| MachineError::device(id, error))
 }
 
-/// A disk that `peer` serves; what becomes of the connection is reported.
-pub(crate) fn disk(
+/// The device that `peer` serves; what becomes of the connection is reported.
+pub(crate) fn device(
     id: &str,
-    peer: &Arc<DiskPeer>,
+    peer: &Arc<Peer>,
     sandbox: &Arc<dyn Sandbox>,
     report: &Report,
     events: &Arc<EventLog>,
-) -> Result<VhostUserBlock, vhost::PeerError> {
+) -> Result<VhostUser, vhost::PeerError> {
     let (report, events, name) = (report.clone(), events.clone(), id.to_owned());
     let notify = move |status: &LinkStatus| {
         report(GuestEvent::Link);
@@ -49,7 +59,7 @@ pub(crate) fn disk(
             vhost::LinkState::Failing => events.post_guest(&name, &kind::DEVICE_FAILING, &[id, reason]),
         }
     };
-    VhostUserBlock::new(id, peer.clone(), sandbox, Arc::new(notify))
+    VhostUser::new(id, peer.clone(), sandbox, Arc::new(notify))
 }
 
 /// The same for clients.

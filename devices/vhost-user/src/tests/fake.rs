@@ -17,8 +17,7 @@ use triarch_virtio::{block_feature, feature};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::message::{self, HEADER, NEED_REPLY, PROTOCOL_FEATURES, REPLY, Request, protocol};
-use crate::offer::BLOCK_CONFIG;
-use crate::{DiskOptions, OnDisconnect};
+use crate::{DaemonBlock, Kind, OnDisconnect, PeerOptions};
 
 /// Bytes of its disk.
 pub const SIZE: u64 = 1 << 20;
@@ -80,15 +79,17 @@ impl FakeDaemon {
         }
     }
 
-    pub fn options(&self) -> DiskOptions {
-        DiskOptions {
+    pub fn options(&self) -> PeerOptions {
+        PeerOptions {
             socket: self.path.clone(),
-            queues: 1,
-            queue_size: 64,
-            readonly: false,
             on_disconnect: OnDisconnect::Stall,
         }
     }
+}
+
+/// A disk of one queue.
+pub fn disk() -> Arc<dyn Kind> {
+    Arc::new(DaemonBlock::new(1, 64, false))
 }
 
 impl Drop for FakeDaemon {
@@ -195,7 +196,7 @@ impl Conversation {
             return self.reply(request, &message::numbers(&[1]));
         }
         if is(Request::GET_CONFIG) {
-            let mut config = message::config(0, &[0; BLOCK_CONFIG]);
+            let mut config = message::config(0, &[0; 60]);
             config[message::CONFIG_HEAD..][..8].copy_from_slice(&(SIZE / 512).to_le_bytes());
             return self.reply(request, &config);
         }

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
 
-use super::fake::{Conversation, FakeDaemon, Received};
+use super::fake::{Conversation, FakeDaemon, Received, disk};
 use crate::message::{self, NEED_REPLY, REPLY, Request};
-use crate::{DiskOptions, DiskPeer};
+use crate::{Peer, PeerOptions};
 
-fn open(options: DiskOptions) -> Result<Arc<DiskPeer>, String> {
+fn open(options: PeerOptions) -> Result<Arc<Peer>, String> {
     let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-    DiskPeer::open("_disk0", options, &sandbox)
+    Peer::open("_disk0", options, disk(), &sandbox)
         .map_err(|error| std::error::Error::source(&error).map_or_else(String::new, ToString::to_string))
 }
 
@@ -34,7 +34,7 @@ fn a_good_one_is_taken() {
     let dir = tempfile::tempdir().expect("directory");
     let daemon = FakeDaemon::start(dir.path(), |_, _| false);
     let peer = open(daemon.options()).expect("taken");
-    assert_eq!(peer.known().capacity(), super::fake::SIZE);
+    assert_eq!(u64::from(peer.known().number(0)) * 512, super::fake::SIZE);
 }
 
 #[test]

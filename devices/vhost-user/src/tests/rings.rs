@@ -8,14 +8,14 @@ use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_virtio::VirtioDevice;
 use triarch_virtio::mock::{Desc, FakeDriver};
 
-use super::fake::{Conversation, FakeDaemon, Received};
+use super::fake::{Conversation, FakeDaemon, Received, disk};
 use crate::message::{self, CONFIG_CHANGE, Request};
-use crate::{DiskPeer, LinkState, VhostUserBlock, VhostUserHandle};
+use crate::{LinkState, Peer, VhostUser, VhostUserHandle};
 
 /// A driver with its device.
 struct Rig {
     driver: FakeDriver,
-    device: VhostUserBlock,
+    device: VhostUser,
     handle: VhostUserHandle,
     notified: Arc<AtomicUsize>,
     // Last: the others talk to it until they end.
@@ -37,13 +37,13 @@ impl Rig {
             true
         });
         let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-        let peer = DiskPeer::open("_disk0", daemon.options(), &sandbox).expect("a daemon");
+        let peer = Peer::open("_disk0", daemon.options(), disk(), &sandbox).expect("a daemon");
         let notified = Arc::new(AtomicUsize::new(0));
         let count = notified.clone();
         let notify = Arc::new(move |_: &crate::LinkStatus| {
             count.fetch_add(1, SeqCst);
         });
-        let mut device = VhostUserBlock::new("_disk0", peer, &sandbox, notify).expect("a device");
+        let mut device = VhostUser::new("_disk0", peer, &sandbox, notify).expect("a device");
         let driver = FakeDriver::sharing(64, true);
         device.activate(driver.context(0)).expect("activate");
         device.start_queue(driver.queue()).expect("start");

@@ -63,7 +63,7 @@ pub(super) mod access {
 
 /// The PCI device id of a device type.
 pub(super) fn device_id(id: DeviceId) -> u16 {
-    FIRST_DEVICE + id as u16
+    FIRST_DEVICE.saturating_add(id.number())
 }
 
 fn class(id: DeviceId) -> u32 {
@@ -72,7 +72,7 @@ fn class(id: DeviceId) -> u32 {
         DeviceId::Block => 0x01_00_00,
         DeviceId::Fs => 0x01_80_00,
         DeviceId::Console | DeviceId::Vsock => 0x07_80_00,
-        DeviceId::Rng | DeviceId::Balloon | DeviceId::Mem => 0xff_00_00,
+        DeviceId::Rng | DeviceId::Balloon | DeviceId::Mem | DeviceId::Other(_) => 0xff_00_00,
     }
 }
 
