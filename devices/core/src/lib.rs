@@ -4,6 +4,7 @@
 //! implement them over plain memory (see [`mock`]).
 
 mod bus;
+mod event;
 mod interrupt;
 mod io_event;
 mod limit;
@@ -12,6 +13,7 @@ pub mod mock;
 mod thread;
 
 pub use bus::{AccessError, Bus, BusDevice, BusError};
+pub use event::Event;
 pub use interrupt::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
 pub use io_event::{IoAddress, IoEvents};
 pub use limit::RateLimit;

@@ -16,9 +16,9 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use triarch_device_core::Event;
 
 use crate::LinkError;
-use crate::event::Event;
 use crate::message::{self, HEADER, MAX_PAYLOAD, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK};
 
 /// Descriptors taken from one message; more than any message of the protocol has.
@@ -40,7 +40,7 @@ impl Wake {
 
     /// Wakes the thread.
     pub(crate) fn ring(&self) {
-        self.event.signal();
+        self.event.ring();
     }
 
     /// The thread must not wait for its daemon until [`Wake::taken`] was called as often.

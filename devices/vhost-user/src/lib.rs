@@ -14,7 +14,6 @@ mod connection;
 mod device;
 mod engine;
 mod error;
-mod event;
 mod kind;
 mod message;
 mod peer;

@@ -5,11 +5,11 @@
 //! the daemon and in which order they came; when the daemon dies, exactly those are given to the next one, in that order. The rings
 //! alone would not tell: completions come in any order, and both rings forget what is older than their size.
 
+use triarch_device_core::Event;
 use triarch_virtio::{Chain, RingFault, VirtQueue};
 use vm_memory::GuestMemoryError;
 
 use crate::LinkError;
-use crate::event::Event;
 use crate::kind::Kind;
 use crate::session::Ring;
 use crate::shadow::{Shadow, ShadowRing};
@@ -151,7 +151,7 @@ impl Relay {
     /// Makes the daemon look at its ring.
     pub(crate) fn nudge(&self) {
         if let Some(far) = &self.far {
-            far.kick.signal();
+            far.kick.ring();
         }
     }
 
@@ -189,7 +189,7 @@ impl Relay {
         if let Some(far) = self.far.as_ref().filter(|_| passed)
             && far.ring.publish().map_err(inaccessible)?
         {
-            far.kick.signal();
+            far.kick.ring();
         }
         Ok(())
     }

@@ -4,12 +4,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use triarch_device_core::Event;
 use triarch_memory::GuestMemory;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::LinkError;
 use crate::connection::{Connection, Wake};
-use crate::event::Event;
 use crate::kind::{Kind, Offer, RING_FEATURES};
 use crate::message::{self, CONFIG_HEAD, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol};
 

@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use triarch_api::audit::{AuditRecord, AuditSink, rfc3339};
-use triarch_device_core::Sandbox;
+use triarch_device_core::{Event, Sandbox};
 
 use crate::cli::AuditLog;
-use crate::outlet::{Bell, Outlet, Patience, readable, wait};
+use crate::outlet::{Outlet, Patience, readable, wait};
 
 /// Lines that wait to be written.
 const WAITING: usize = 1024;
@@ -55,7 +55,7 @@ impl Audit {
         let queue = Arc::new(Queue {
             items: Mutex::default(),
             new_file: Mutex::default(),
-            news: Bell::new().context(failed)?,
+            news: Event::new().context(failed)?,
         });
         let file = match log {
             AuditLog::File(path) => Some(path.clone()),
@@ -95,7 +95,7 @@ struct Queue {
     items: Mutex<VecDeque<Item>>,
     /// The file to go on with.
     new_file: Mutex<Option<File>>,
-    news: Bell,
+    news: Event,
 }
 
 impl Queue {
@@ -120,11 +120,11 @@ impl AuditSink for Queue {
 }
 
 /// The thread: writes what waits. What cannot be written is tried again, and waits until then.
-fn write_all(queue: &Queue, writer: &mut Writer, stop: &Bell) {
+fn write_all(queue: &Queue, writer: &mut Writer, stop: &Event) {
     let mut patience = Patience::new();
     let mut failing = false;
     loop {
-        queue.news.quiet();
+        queue.news.clear();
         let result = write_some(queue, writer);
         if let Err(error) = &result
             && !failing

@@ -10,10 +10,10 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use triarch_api::events::{Cursor, EventLog};
-use triarch_device_core::Sandbox;
+use triarch_device_core::{Event, Sandbox};
 
 use crate::cli::Target;
-use crate::outlet::{Bell, Outlet, Patience, is_full, open_append, readable, wait};
+use crate::outlet::{Outlet, Patience, is_full, open_append, readable, wait};
 
 /// How long a write that failed is not tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -35,7 +35,7 @@ pub(crate) fn start(target: &Target, log: &Arc<EventLog>, sandbox: &Arc<dyn Sand
         }
     };
     let failed = "cannot start the thread of --event-monitor";
-    let news = Bell::new().context(failed)?;
+    let news = Event::new().context(failed)?;
     let bell = news.clone();
     log.subscribe(move || bell.ring());
     let mut monitor = Monitor {
@@ -71,7 +71,7 @@ struct Monitor {
     log: Arc<EventLog>,
     cursor: Cursor,
     output: OwnedFd,
-    news: Bell,
+    news: Event,
     /// The line at hand: one a write, so that a pipe takes all of it or nothing.
     line: Vec<u8>,
     sent: usize,
@@ -80,7 +80,7 @@ struct Monitor {
 }
 
 impl Monitor {
-    fn run(&mut self, stop: &Bell) {
+    fn run(&mut self, stop: &Event) {
         let mut patience = Patience::new();
         loop {
             let obstacle = self.write();
@@ -102,7 +102,7 @@ impl Monitor {
         }
     }
 
-    fn wait(&mut self, obstacle: &Obstacle, stop: &Bell, patience: &mut Patience) {
+    fn wait(&mut self, obstacle: &Obstacle, stop: &Event, patience: &mut Patience) {
         let timeout = match obstacle {
             Obstacle::Idle => self.log.due().map(|due| due.saturating_duration_since(Instant::now())),
             Obstacle::Failed(_) => {
@@ -126,7 +126,7 @@ impl Monitor {
             .pop()
             .is_some_and(|last| !patience.is_short() && !last.revents().is_empty());
         drop(fds);
-        self.news.quiet();
+        self.news.clear();
         if stopped {
             patience.shorten();
         }

@@ -12,40 +12,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use triarch_device_core::{Sandbox, ThreadClass};
+use triarch_device_core::{Event, Sandbox, ThreadClass};
 
 /// How long the end of the process waits for an outlet whose receiver does not take anything.
 const FAREWELL: Duration = Duration::from_millis(300);
-
-/// A non-blocking descriptor, raised by [`Bell::ring`].
-#[derive(Clone)]
-pub(crate) struct Bell(Arc<rustix::fd::OwnedFd>);
-
-impl Bell {
-    pub(crate) fn new() -> io::Result<Self> {
-        use rustix::event::{EventfdFlags, eventfd};
-        Ok(Self(Arc::new(eventfd(
-            0,
-            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
-        )?)))
-    }
-
-    /// Wakes whoever waits. It does not block: a counter that is full wakes as well.
-    pub(crate) fn ring(&self) {
-        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
-    }
-
-    /// Takes note of all rings until now.
-    pub(crate) fn quiet(&self) {
-        let _ = rustix::io::read(&*self.0, &mut [0; 8]);
-    }
-}
-
-impl AsFd for Bell {
-    fn as_fd(&self) -> rustix::fd::BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
 
 /// Waits until one of `fds` is ready or `timeout` is over; `None` waits for ever. An interrupted wait ends early.
 pub(crate) fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
@@ -74,18 +44,18 @@ pub(crate) fn open_append(path: &Path, mode: u32) -> io::Result<File> {
 
 /// A thread that ends when this is dropped. One that hangs in a write is left behind: the process ends anyway.
 pub(crate) struct Outlet {
-    stop: Bell,
+    stop: Event,
     ended: Receiver<()>,
 }
 
 impl Outlet {
-    /// Runs `body` on a thread called `name`. It must return soon after the bell it is given was rung.
+    /// Runs `body` on a thread called `name`. It must return soon after the event it is given was rung.
     pub(crate) fn spawn(
         name: &str,
         sandbox: &Arc<dyn Sandbox>,
-        body: impl FnOnce(&Bell) + Send + 'static,
+        body: impl FnOnce(&Event) + Send + 'static,
     ) -> io::Result<Self> {
-        let stop = Bell::new()?;
+        let stop = Event::new()?;
         let (end, ended) = sync_channel::<()>(1);
         let (confine, stopped) = (sandbox.clone(), stop.clone());
         let run = move || {

@@ -28,7 +28,7 @@ fn queue() -> Queue {
     Queue {
         items: Mutex::default(),
         new_file: Mutex::default(),
-        news: Bell::new().expect("a bell"),
+        news: Event::new().expect("an event"),
     }
 }
 
