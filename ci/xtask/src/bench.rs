@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 mod api;
+mod vhost_user;
 
 use crate::arch::Arch;
 use crate::build::{self, Profile};
@@ -55,6 +56,8 @@ pub enum Args {
         #[arg(long, value_enum, default_value = "release")]
         profile: Profile,
     },
+    /// A guest's disk served by a daemon and by the VMM, under triarch and under QEMU
+    VhostUser(vhost_user::Args),
 }
 
 /// Carries out the verb.
@@ -63,18 +66,19 @@ pub enum Args {
 /// This machine has no usable /dev/kvm, or a VMM did not start.
 pub fn run(args: &Args) -> Result<()> {
     local::usable_kvm().context("the benchmark needs /dev/kvm")?;
-    match *args {
-        Args::Start {
+    match args {
+        &Args::Start {
             runs,
             peer_runs,
             profile,
         } => starts(runs, peer_runs, profile),
-        Args::Api {
+        &Args::Api {
             starts,
             turns,
             requests,
             profile,
         } => api::run(starts, turns, requests, profile),
+        Args::VhostUser(args) => vhost_user::run(args),
     }
 }
 

@@ -5,12 +5,14 @@ use crate::clock;
 use crate::data;
 use crate::dev::Setup;
 use crate::dev::blk::{Blk, MAX_SECTORS, SoakPlan, feature, request};
+use crate::dev::load::Plan;
 use crate::shell::{Args, Reply};
 use crate::virtio::ring::Segment;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
+use core::ops::Range;
 
 /// Runs one command on a disk.
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
@@ -22,6 +24,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         let disk = guest.blk(index)?;
         return Ok(format!("features={:#x}", disk.features));
     }
+    let arenas = guest.platform.arenas();
     let disk = guest.blk(index)?;
     match what {
         "info" => info(disk),
@@ -48,6 +51,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         }
         "soak" => soak(disk, args),
         "bench" => bench(disk, args),
+        "load" => load(disk, args, &arenas),
         other => Err(format!("blk {other}?")),
     }
 }
@@ -164,5 +168,26 @@ fn bench(disk: &mut Blk, args: &mut Args) -> Reply {
         at(0),
         at(50),
         at(99)
+    ))
+}
+
+/// `load DEPTH KIB MS [seq] [poll]`
+fn load(disk: &mut Blk, args: &mut Args, arenas: &[Range<u64>]) -> Reply {
+    let plan = Plan {
+        depth: args.number_to("DEPTH", 1024)?.max(1) as usize,
+        bytes: args.number_to("KIB", MAX_SECTORS / 2)? * 1024,
+        ms: args.number_to("MS", 3_600_000)?,
+        sequential: args.has("seq"),
+        poll: args.has("poll"),
+    };
+    let memory = arenas.iter().max_by_key(|arena| arena.end - arena.start);
+    let load = disk.load(&plan, memory.ok_or("no RAM for tests")?)?;
+    Ok(format!(
+        "requests={} us={} {} kicks={} interrupts={}",
+        load.requests,
+        clock::nanoseconds(load.ticks) / 1000,
+        load.latencies.report(),
+        load.kicks,
+        load.interrupts
     ))
 }

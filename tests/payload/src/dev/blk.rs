@@ -55,10 +55,10 @@ const TIMEOUT_MS: u64 = 10_000;
 
 /// A disk.
 pub struct Blk {
-    transport: Transport,
+    pub(super) transport: Transport,
     /// Agreed features.
     pub features: u64,
-    queues: Vec<Queue>,
+    pub(super) queues: Vec<Queue>,
     /// Header at 0, discard range at 64, status at 128.
     header: Dma,
     data: Dma,
@@ -114,7 +114,7 @@ impl Driver for Blk {
 }
 
 /// A status byte in words.
-fn check(status: u8) -> Result<(), String> {
+pub(super) fn check(status: u8) -> Result<(), String> {
     match status {
         0 => Ok(()),
         1 => Err("status 1 (I/O error)".into()),

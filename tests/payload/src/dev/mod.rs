@@ -2,6 +2,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod load;
 pub mod net;
 pub mod rng;
 pub mod vsock;

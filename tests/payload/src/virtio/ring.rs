@@ -305,12 +305,17 @@ impl Queue {
         fence(Ordering::SeqCst);
     }
 
+    /// Whether there is a completion to be taken.
+    pub fn has_done(&self) -> bool {
+        self.get16(Self::used_offset(self.size) + 2) != self.seen
+    }
+
     /// The next completion: (head, bytes written by the device).
     pub fn poll(&mut self) -> Option<(u16, u32)> {
-        let used = Self::used_offset(self.size);
-        if self.get16(used + 2) == self.seen {
+        if !self.has_done() {
             return None;
         }
+        let used = Self::used_offset(self.size);
         fence(Ordering::SeqCst);
         let at = used + 4 + 8 * usize::from(self.seen % self.size);
         let (head, len) = (

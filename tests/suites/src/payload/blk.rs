@@ -3,7 +3,7 @@
 use super::data::{crc32, pattern};
 use super::guest::{Guest, builder, field, number};
 use super::payload_tests;
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome};
 
@@ -22,6 +22,7 @@ payload_tests!("blk":
     runs_without_io_uring,
     runs_direct,
     has_two_disks,
+    bears_loads,
 );
 
 const SIZE: u64 = 8 << 20;
@@ -188,5 +189,30 @@ fn has_two_disks(context: &Context) -> Result<Outcome> {
     ensure!(number(&guest.ask("blk 0 info")?, "sectors")? == 2048);
     ensure!(number(&guest.ask("blk 1 info")?, "sectors")? == 4096);
     ensure!(first.read(0, 4096)? == pattern(1, 0, 4096) && second.read(0, 4096)? == pattern(2, 0, 4096));
+    Ok(Outcome::Passed)
+}
+
+fn bears_loads(context: &Context) -> Result<Outcome> {
+    let vm = builder(context)?;
+    let disk = DiskImage::with(vm.dir().join("disk"), &pattern(1, 0, 1 << 20))?;
+    let mut guest = Guest::start(vm.disk(disk.path(), "num_queues=4"))?;
+    guest.ask("blk 0 init queues=4")?;
+    for (load, polled) in [("32 4 50", false), ("32 4 50 poll", true), ("1 1024 50 seq", false)] {
+        let answer = guest.ask(&format!("blk 0 load {load}"))?;
+        let value = |key| number(&answer, key);
+        ensure!(value("requests")? > 0 && value("us")? >= 50_000, "{load}: {answer}");
+        ensure!((value("interrupts")? == 0) == polled, "{load}: {answer}");
+        let latencies = ["ns_min", "ns_p50", "ns_p99", "ns_p999", "ns_max"].map(value);
+        let latencies = latencies.into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(latencies[0] > 0 && latencies.is_sorted(), "{load}: {answer}");
+    }
+    // The last one read the whole disk, again and again, into the first buffer.
+    let arenas = guest.ask("mem arenas")?;
+    let size = |arena: &(&str, &str)| u64::from_str_radix(arena.1.trim_start_matches("0x"), 16).unwrap_or(0);
+    let largest = arenas.split(' ').filter_map(|a| a.split_once('+')).max_by_key(size);
+    let (arena, _) = largest.context("the guest has no RAM for tests")?;
+    guest.ask(&format!("mem verify {arena} {} 1", 1 << 20))?;
+    guest.refused(&format!("mem verify {arena} {} 2", 1 << 20))?;
+    guest.refused("blk 0 load 1024 1024 50")?;
     Ok(Outcome::Passed)
 }

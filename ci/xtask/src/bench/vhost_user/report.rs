@@ -1,0 +1,159 @@
+//! The tables that people read.
+
+use super::setup::{Back, Front, Setup};
+use super::{Rest, Sample, Samples, Work};
+use crate::bench::shown;
+use crate::table;
+
+/// One table a back end that compares the VMMs, then one of what they cost at rest.
+pub fn tables(setups: &[Setup], works: &[Work], samples: &Samples, rests: &[Rest]) -> String {
+    let at = |front, back| setups.iter().position(|s| (s.front, s.back) == (front, back));
+    let mut text = String::new();
+    for back in Back::ALL {
+        if let (Some(ours), Some(theirs)) = (at(Front::Triarch, back), at(Front::Qemu, back)) {
+            text += &format!("\nServed by {back}\n\n");
+            text += &table::format(&compare(works, samples, ours, theirs, back));
+        }
+    }
+    text += "\nAt rest: memory beside guest RAM, CPU time in a second\n\n";
+    text + &table::format(&at_rest(setups, rests))
+}
+
+fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: Back) -> Vec<Vec<String>> {
+    let served = back != Back::Own;
+    let mut heading = vec![
+        "",
+        "triarch",
+        "QEMU",
+        "ratio",
+        "(of each round)",
+        "p50 us",
+        "p99 us",
+        "VMM us",
+        "vCPU us",
+    ];
+    if served {
+        heading.push("daemon us");
+    }
+    let mut lines = vec![heading.into_iter().map(str::to_owned).collect::<Vec<_>>()];
+    for (work, samples) in works.iter().zip(samples) {
+        let (ours, theirs) = (&samples[ours], &samples[theirs]);
+        let pair = |value: fn(&Sample) -> f64| {
+            let (ours, theirs) = (median(ours.iter().map(value)), median(theirs.iter().map(value)));
+            format!("{} : {}", shown(ours), shown(theirs))
+        };
+        let ratios: Vec<f64> = ours
+            .iter()
+            .zip(theirs)
+            .map(|(ours, theirs)| ours.rate / theirs.rate)
+            .collect();
+        let (least, most) = ratios
+            .iter()
+            .fold((f64::MAX, 0.0_f64), |(l, m), r| (l.min(*r), m.max(*r)));
+        let mut line = vec![
+            work.name(),
+            rate(work, ours),
+            rate(work, theirs),
+            format!("{:.2}", median(ratios.iter().copied())),
+            format!("{least:.2}-{most:.2}"),
+            pair(|s| s.p50),
+            pair(|s| s.p99),
+            pair(|s| s.vmm),
+            pair(|s| s.vcpu),
+        ];
+        if served {
+            line.push(pair(|s| s.daemon));
+        }
+        lines.push(line);
+    }
+    lines
+}
+
+/// Reads a second; MiB a second of sequential ones.
+fn rate(work: &Work, samples: &[Sample]) -> String {
+    let rate = median(samples.iter().map(|s| s.rate));
+    if work.sequential {
+        format!("{:.0} MiB/s", rate * f64::from(work.kib) / 1024.0)
+    } else {
+        format!("{rate:.0}/s")
+    }
+}
+
+fn at_rest(setups: &[Setup], rests: &[Rest]) -> Vec<Vec<String>> {
+    let heading = [
+        "",
+        "VMM dirty KiB",
+        "Pss KiB",
+        "CPU ms",
+        "daemon dirty KiB",
+        "Pss KiB",
+        "CPU ms",
+    ];
+    let mut lines = vec![heading.map(str::to_owned).to_vec()];
+    for (setup, rest) in setups.iter().zip(rests) {
+        let cpu = |time: std::time::Duration| format!("{:.2}", time.as_secs_f64() * 1000.0);
+        let mut line = vec![
+            format!("{}, {}", setup.front, setup.back),
+            rest.vmm.private_dirty.to_string(),
+            rest.vmm.pss.to_string(),
+            cpu(rest.vmm_cpu),
+        ];
+        if let Some(daemon) = rest.daemon {
+            line.extend([
+                daemon.private_dirty.to_string(),
+                daemon.pss.to_string(),
+                cpu(rest.daemon_cpu),
+            ]);
+        }
+        lines.push(line);
+    }
+    lines
+}
+
+/// The middle one, half way between the two middle ones of an even number, NaN of none.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let at = |n: usize| values.get(n).copied().unwrap_or(f64::NAN);
+    f64::midpoint(at(values.len() / 2), at(values.len().saturating_sub(1) / 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(rate: f64) -> Sample {
+        Sample {
+            rate,
+            p50: 1.0,
+            p99: 2.0,
+            vmm: 3.0,
+            vcpu: 4.0,
+            daemon: 5.0,
+        }
+    }
+
+    #[test]
+    fn ratios_are_those_of_rounds() {
+        // The machine was slow in the second round, for both.
+        let ours = [100.0, 10.0, 120.0].map(sample).to_vec();
+        let theirs = [50.0, 5.0, 100.0].map(sample).to_vec();
+        let lines = compare(&Work::all()[..1], &vec![vec![ours, theirs]], 0, 1, Back::StorageDaemon);
+        assert_eq!(lines[1][1..5], ["100/s", "50/s", "2.00", "1.20-2.00"]);
+        assert_eq!(lines[1][9], "5.00 : 5.00");
+        assert_eq!(lines[0].len(), lines[1].len());
+    }
+
+    #[test]
+    fn the_middle_of_an_even_number_is_between() {
+        assert_eq!(median([4.0, 1.0, 9.0, 2.0].into_iter()), 3.0);
+        assert_eq!(median([4.0, 1.0, 9.0].into_iter()), 4.0);
+        assert!(median(std::iter::empty()).is_nan());
+    }
+
+    #[test]
+    fn sequential_reads_are_told_in_bytes() {
+        let work = Work::all()[4];
+        assert_eq!(rate(&work, &[sample(80.0)]), "10 MiB/s");
+    }
+}
