@@ -13,7 +13,7 @@ use crate::{packages, tools};
 /// Changes whenever this file makes another root from the same packages.
 const SCRIPT: &str = "3";
 /// The suite whose versions are preferred: it has QEMU 11.1 and newer.
-const SUITE: &str = "trixie-backports";
+pub const SUITE: &str = "trixie-backports";
 /// Shell and tools for guests and hosts (static), and what unpacks kernels and their modules.
 const TOOLS: [&str; 4] = ["busybox-static/trixie", "xz-utils", "zstd", "lz4"];
 /// The first QEMU whose emulated AMD host runs firmware in its guests without aborting.
@@ -53,7 +53,7 @@ impl Root {
             .with("script", SCRIPT)
             .with("suite", SUITE)
             .with("packages", &names.join(" "));
-        let dir = cache::ensure(&recipe, |dir| unpack_into(dir, &names))?;
+        let dir = cache::ensure(&recipe, |dir| unpack_into(Arch::native(), dir, &names))?;
         Ok(Self { dir })
     }
 
@@ -94,16 +94,16 @@ fn busybox(arch: Arch, root: &Root) -> Result<PathBuf> {
     Ok(dir.join(BUSYBOX_FILE))
 }
 
-/// Unpacks packages (NAME, NAME/SUITE or NAME=VERSION) and all they depend on into `dir`, as a root file system.
+/// Unpacks packages (NAME, NAME/SUITE or NAME=VERSION) for `arch` and all they depend on into `dir`, as a root file system.
 ///
 /// # Errors
 /// They cannot be downloaded or unpacked.
-pub fn unpack_into(dir: &Path, names: &[&str]) -> Result<()> {
+pub fn unpack_into(arch: Arch, dir: &Path, names: &[&str]) -> Result<()> {
     for sub in ["bin", "sbin", "lib", "lib64"] {
         std::fs::create_dir_all(dir.join("usr").join(sub))?;
         std::os::unix::fs::symlink(format!("usr/{sub}"), dir.join(sub))?;
     }
-    packages::with_apt(Arch::native(), |apt| {
+    packages::with_apt(arch, |apt| {
         let files = tools::step(&format!("downloading {}", names.join(", ")), || {
             apt.download_with_dependencies(SUITE, names)
         })?;

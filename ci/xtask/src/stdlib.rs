@@ -148,7 +148,7 @@ fn debians_compiler(dir: &Path, arch: Arch) -> Result<()> {
     let (number, _) = newest.context("the mirror has no rustc")?;
     // What the compiler itself loads comes with the library for this machine. What it depends on beyond that is a
     // linker, which the machine has.
-    root::unpack_into(&root, &[&format!("{COMPILED}={number}")])?;
+    root::unpack_into(Arch::native(), &root, &[&format!("{COMPILED}={number}")])?;
     packages::with_apt(Arch::native(), |apt| {
         let what = format!("downloading {COMPILER} {number}");
         let file = tools::step(&what, || apt.download_alone(COMPILER, &number))?;

@@ -42,7 +42,7 @@ pub fn needs(module: &[u8]) -> Option<Needs> {
 }
 
 /// The content of a named section of an ELF64 little-endian file (System V gABI, chapter 4).
-fn section<'a>(elf: &'a [u8], wanted: &str) -> Option<&'a [u8]> {
+pub fn section<'a>(elf: &'a [u8], wanted: &str) -> Option<&'a [u8]> {
     const HEADER_SIZE: usize = 64;
     if elf.get(..6)? != b"\x7fELF\x02\x01" {
         return None;

@@ -21,6 +21,31 @@ use std::time::Duration;
 /// The environment variable that says how many times longer than on a usual machine a test of the payload level may take.
 pub const PATIENCE: &str = "TRIARCH_PATIENCE";
 
+/// The environment variable that says how often tests kill a daemon, when it is not as often as they do by themselves.
+pub const KILLS: &str = "TRIARCH_KILLS";
+/// The environment variable that names a file to which tests add a line with what they measured.
+pub const FIGURES: &str = "TRIARCH_FIGURES";
+
+/// How often a test kills a daemon: as [`KILLS`] says, else 20 times, and four times where everything takes longer.
+pub fn kills() -> u64 {
+    let named = std::env::var(KILLS).ok().and_then(|text| text.parse().ok());
+    let is_slow = std::env::var_os(PATIENCE).is_some();
+    named.unwrap_or(if is_slow { 4 } else { 20 })
+}
+
+/// Adds a line to the file that [`FIGURES`] names, if any.
+///
+/// # Errors
+/// It cannot be written.
+pub fn figure(line: &str) -> Result<()> {
+    use std::io::Write;
+    if let Some(file) = std::env::var_os(FIGURES) {
+        let mut file = std::fs::File::options().create(true).append(true).open(file)?;
+        writeln!(file, "{line}")?;
+    }
+    Ok(())
+}
+
 /// A time limit of the payload level, on this machine.
 pub fn patient(limit: Duration) -> Duration {
     limit * patience()

@@ -9,6 +9,7 @@ mod bad_input;
 mod framework;
 mod linux;
 mod payload;
+mod storage;
 
 fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {

@@ -1,7 +1,8 @@
 //! The tests that run a whole VMM: on this machine, and on hosts.
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::env;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -35,6 +36,8 @@ const PATIENCE: &str = "12";
 const FRAMEWORK: &str = "framework::";
 /// What the names of tests with the payload guest begin with on the nested level.
 const PAYLOAD_TESTS: &str = "payload::";
+/// What is in the names of tests that start daemons of others.
+const DAEMON_TESTS: &str = "vhost::";
 /// Enough for a guest with memory on both sides of the 32-bit hole; what nobody touches costs nothing.
 const HOST_MIB: u32 = 4096;
 
@@ -116,9 +119,20 @@ impl Programs {
             Pending::new(&format!("{place}::payload"), "payload", payload),
             Pending::new(&place.to_string(), "nested", linux),
         ];
+        let mut files = self.files(place.kind.arch())?;
+        if pending
+            .iter()
+            .any(|level| level.names.iter().any(|name| name.contains(DAEMON_TESTS)))
+        {
+            match daemons::files(place.kind.arch()) {
+                Ok(more) => files.extend(more),
+                // Tests that want one are skipped.
+                Err(error) => tally.show(&format!("no daemons to test with: {error:#}\n")),
+            }
+        }
         let options = Options {
             memory_mib: HOST_MIB,
-            files: self.files(place.kind.arch())?,
+            files,
             ..place.options()
         };
         host::with_host(place.kind, &options, |host| {
@@ -171,10 +185,18 @@ fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let argv = [host.path(SUITES)].into_iter().chain(pending.arguments());
-    let exec = Exec::new(argv)
+    let figures = host.path("figures.txt");
+    let mut exec = Exec::new(argv)
         .cwd(&host.path(""))
         .timeout(LIMIT)
         .env(suite::PATIENCE, PATIENCE);
+    if let Ok(kills) = env::var(suite::KILLS) {
+        exec = exec.env(suite::KILLS, &kills);
+    }
+    let wanted = env::var_os(suite::FIGURES);
+    if wanted.is_some() {
+        exec = exec.env(suite::FIGURES, &figures);
+    }
     let mut lines = Lines::default();
     let mut errors = Vec::new();
     let exit = host.exec(&exec, |stream, data| match stream {
@@ -185,6 +207,13 @@ fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
     })?;
     let said = tools::tail(&String::from_utf8_lossy(&errors), 30);
     pending.finish(&format!("exit code {:?}\n{said}", exit.code), tally);
+    if let Some(file) = wanted {
+        let lines = host.shell(&format!("touch {figures}; cat {figures}; rm {figures}"))?;
+        let mut file = File::options().create(true).append(true).open(file)?;
+        for line in lines.lines() {
+            writeln!(file, "{}: {line}", pending.place)?;
+        }
+    }
     Ok(())
 }
 

@@ -2,15 +2,12 @@
 
 use super::data::pattern;
 use super::guest::{Guest, builder, number};
+use crate::storage::{self, Daemon, soon};
 use anyhow::{Context as _, Result, bail, ensure};
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::disk::DiskImage;
-use triarch_harness::process::Process;
-use triarch_harness::suite::{Context, Outcome, Test};
+use triarch_harness::suite::{Context, Outcome, Test, figure, kills, patient};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -27,99 +24,7 @@ pub const TESTS: &[Test] = &[
     Test::payload("vhost::another_disk_is_refused", another_disk).within(Duration::from_secs(20)),
 ];
 
-const PROGRAM: &str = "qemu-storage-daemon";
 const SIZE: u64 = 8 << 20;
-/// How long a daemon or a change may take on a busy machine.
-const SOON: Duration = Duration::from_secs(5);
-
-/// QEMU's storage daemon with one export.
-struct Daemon {
-    program: PathBuf,
-    socket: PathBuf,
-    queues: u16,
-    process: Option<Process>,
-}
-
-impl Daemon {
-    /// One that serves on a socket in `dir`; `None` where the program is missing.
-    fn find(context: &Context, dir: &Path, queues: u16) -> Option<Self> {
-        Some(Self {
-            program: context.images.path(PROGRAM).ok()?,
-            socket: dir.join("disk.sock"),
-            queues,
-            process: None,
-        })
-    }
-
-    /// Starts it with the image at `disk` and waits until it listens.
-    fn start(&mut self, disk: &Path) -> Result<()> {
-        self.kill()?;
-        let _ = std::fs::remove_file(&self.socket);
-        let mut command = Command::new(&self.program);
-        let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
-        let monitor = self.socket.with_extension("qmp");
-        command
-            .arg("--blockdev")
-            .arg(format!("driver=file,node-name=f0,filename={disk},locking=off"))
-            .args(["--blockdev", "driver=raw,node-name=d0,file=f0"])
-            .arg("--chardev")
-            .arg(format!("socket,id=m0,path={},server=on,wait=off", monitor.display()))
-            .args(["--monitor", "chardev=m0"])
-            .arg("--export")
-            .arg(format!(
-                "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
-            ));
-        self.process = Some(Process::start(&mut command)?);
-        let deadline = Instant::now() + SOON;
-        while !self.socket.exists() {
-            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
-            ensure!(Instant::now() < deadline, "{PROGRAM} does not listen{words}");
-            thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
-    }
-
-    /// Ends it as a crash would.
-    fn kill(&mut self) -> Result<()> {
-        self.process = None;
-        Ok(())
-    }
-
-    fn signal(&self, name: &str) -> Result<()> {
-        let process = self.process.as_ref().context("no daemon runs")?;
-        let status = Command::new("kill")
-            .args([&format!("-{name}"), &process.pid().to_string()])
-            .status()?;
-        ensure!(status.success(), "kill: {status}");
-        Ok(())
-    }
-
-    /// Gives a command to its monitor.
-    fn command(&self, text: &str) -> Result<()> {
-        use std::io::{BufRead, BufReader};
-        let mut stream = std::os::unix::net::UnixStream::connect(self.socket.with_extension("qmp"))?;
-        stream.set_read_timeout(Some(SOON))?;
-        let mut lines = BufReader::new(stream.try_clone()?).lines();
-        lines.next().context("no greeting")??;
-        for command in [r#"{"execute":"qmp_capabilities"}"#, text] {
-            writeln!(stream, "{command}")?;
-            loop {
-                let line = lines.next().context("no answer")??;
-                if line.contains("\"return\"") {
-                    break;
-                }
-                ensure!(!line.contains("\"error\""), "{line}");
-            }
-        }
-        Ok(())
-    }
-
-    /// The flag's value for its disk.
-    fn flag(&self, options: &str) -> String {
-        let socket = self.socket.display();
-        format!("vhost_user=on,vhost_socket={socket},id=served{options}")
-    }
-}
 
 /// A guest with a disk that a daemon serves.
 struct Rig {
@@ -162,7 +67,7 @@ impl Rig {
 
     /// Waits until it stands so.
     fn wait_link(&self, state: &str) -> Result<serde_json::Value> {
-        let deadline = Instant::now() + SOON;
+        let deadline = Instant::now() + soon();
         loop {
             let link = self.link()?;
             if link["state"] == state {
@@ -182,7 +87,7 @@ fn with_daemon(
     test: impl FnOnce(&mut Rig) -> Result<()>,
 ) -> Result<Outcome> {
     match Rig::start(context, queues, options)? {
-        None => Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images"))),
+        None => Ok(Outcome::Skipped(storage::missing())),
         Some(mut rig) => {
             test(&mut rig).with_context(|| format!("the VMM's last words:{}", rig.guest.vm().last_words()))?;
             rig.guest.power_off()?;
@@ -251,10 +156,8 @@ fn blk_grows_while_it_runs(context: &Context) -> Result<Outcome> {
     with_daemon(context, 1, "", |rig| {
         rig.guest.ask("blk 0 verify 0 8 1")?;
         let grown = 2 * SIZE;
-        rig.daemon.command(&format!(
-            r#"{{"execute":"block_resize","arguments":{{"node-name":"d0","size":{grown}}}}}"#
-        ))?;
-        let deadline = Instant::now() + SOON;
+        rig.daemon.resize(grown)?;
+        let deadline = Instant::now() + soon();
         while number(&rig.guest.ask("blk 0 info")?, "sectors")? != grown / 512 {
             ensure!(Instant::now() < deadline, "the guest sees the old size");
             thread::sleep(Duration::from_millis(5));
@@ -293,14 +196,8 @@ fn blk_needs_a_daemon_to_start(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// How often a daemon is killed; `TRIARCH_KILLS` sets another number.
-const KILLS: u64 = 20;
-/// Names a file that gets a line with what was seen.
-const FIGURES: &str = "TRIARCH_FIGURES";
-
 fn killed_daemons(context: &Context) -> Result<Outcome> {
-    let kills = std::env::var("TRIARCH_KILLS").ok().and_then(|n| n.parse().ok());
-    let kills = kills.unwrap_or(KILLS);
+    let kills = kills();
     with_daemon(context, 2, ",num_queues=2", |rig| {
         rig.guest.ask("blk 0 init queues=2")?;
         let (mut prompt, mut late) = (Vec::new(), Vec::new());
@@ -308,7 +205,7 @@ fn killed_daemons(context: &Context) -> Result<Outcome> {
             rig.guest.send(&format!("blk 0 soak 3000 48 {round} 1000"))?;
             // Somewhere under load.
             thread::sleep(Duration::from_micros(3000 + round * 7919 % 40_000));
-            rig.daemon.kill()?;
+            rig.daemon.kill();
             let is_late = round % 4 == 0;
             if is_late {
                 // Long enough for several tries.
@@ -326,19 +223,14 @@ fn killed_daemons(context: &Context) -> Result<Outcome> {
         let metrics = rig.guest.vm().api()?.request("GET", "metrics", None)?.body;
         let line = format!("triarch_daemon_resubmitted_total{{device=\"served\"}} {again}");
         ensure!(metrics.lines().any(|l| l == line), "no `{line}` in {metrics}");
-        if let Some(file) = std::env::var_os(FIGURES) {
-            let mut file = std::fs::File::options().create(true).append(true).open(file)?;
-            prompt.sort_unstable();
-            let [median, longest] =
-                [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
-            let latest = late.iter().max().copied().unwrap_or(0);
-            writeln!(
-                file,
-                "{kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
-                 {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later"
-            )?;
-        }
-        Ok(())
+        prompt.sort_unstable();
+        let [median, longest] =
+            [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
+        let latest = late.iter().max().copied().unwrap_or(0);
+        figure(&format!(
+            "{kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
+             {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later"
+        ))
     })
 }
 
@@ -351,13 +243,17 @@ fn stopped_daemon(context: &Context) -> Result<Outcome> {
         for _ in 0..20 {
             let asked = Instant::now();
             rig.link()?;
-            ensure!(asked.elapsed() < Duration::from_secs(1));
+            ensure!(asked.elapsed() < patient(Duration::from_secs(1)));
             thread::sleep(Duration::from_millis(100));
         }
         // Pausing takes no longer than it waits for what is in flight; then the daemon is given up.
         let asked = Instant::now();
         rig.guest.vm().pause()?;
-        ensure!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+        ensure!(
+            asked.elapsed() < patient(Duration::from_secs(8)),
+            "{:?}",
+            asked.elapsed()
+        );
         rig.guest.vm().resume()?;
         rig.daemon.signal("CONT")?;
         rig.guest.answer()?;
@@ -368,11 +264,11 @@ fn stopped_daemon(context: &Context) -> Result<Outcome> {
 
 fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
     let Some(mut rig) = Rig::start(context, 1, "")? else {
-        return Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images")));
+        return Ok(Outcome::Skipped(storage::missing()));
     };
     rig.guest.send("blk 0 soak 2000 32 5 1000")?;
     thread::sleep(Duration::from_millis(10));
-    rig.daemon.kill()?;
+    rig.daemon.kill();
     let link = rig.wait_link("Disconnected")?;
     ensure!(
         link["reason"].as_str().is_some_and(|reason| !reason.is_empty()),
@@ -383,7 +279,7 @@ fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
         rig.guest.vm().pause()?;
         rig.guest.vm().resume()?;
     }
-    ensure!(asked.elapsed() < SOON, "{:?}", asked.elapsed());
+    ensure!(asked.elapsed() < soon(), "{:?}", asked.elapsed());
     // What was in flight outlives the pauses.
     rig.guest.vm().pause()?;
     rig.restart()?;
@@ -393,7 +289,7 @@ fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
     // And an end needs no daemon.
     rig.guest.send("blk 0 soak 20000 32 6 1000")?;
     thread::sleep(Duration::from_millis(10));
-    rig.daemon.kill()?;
+    rig.daemon.kill();
     rig.wait_link("Disconnected")?;
     rig.guest.vm().api()?.put("vmm.shutdown", None)?;
     rig.guest.expect_end(0)?;
@@ -403,7 +299,7 @@ fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
 fn requests_fail(context: &Context) -> Result<Outcome> {
     with_daemon(context, 1, ",on_disconnect=error-after=1", |rig| {
         rig.guest.ask("blk 0 write 0 8 2")?;
-        rig.daemon.kill()?;
+        rig.daemon.kill();
         // This one waits, then fails; the next ones fail at once.
         for command in ["blk 0 write 0 8 3", "blk 0 verify 0 8 2", "blk 0 flush"] {
             let refused = rig.guest.refused(command)?;
@@ -436,7 +332,7 @@ fn another_disk(context: &Context) -> Result<Outcome> {
         let small = DiskImage::empty(rig.image.path().with_extension("small"), SIZE / 2)?;
         rig.daemon.start(small.path())?;
         let refusal = |rig: &Rig, text: &str| -> Result<()> {
-            let deadline = Instant::now() + SOON;
+            let deadline = Instant::now() + soon();
             loop {
                 let link = rig.link()?;
                 if link["reason"].as_str().is_some_and(|reason| reason.contains(text)) {

@@ -1,0 +1,128 @@
+//! QEMU's storage daemon, which serves disks over vhost-user.
+
+use anyhow::{Context as _, Result, ensure};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::process::Process;
+use triarch_harness::suite::{Context, patient};
+
+const PROGRAM: &str = "qemu-storage-daemon";
+
+/// How long a daemon or a change may take on a busy machine.
+pub fn soon() -> Duration {
+    patient(Duration::from_secs(5))
+}
+
+/// Why a test that wants the daemon is skipped.
+pub fn missing() -> String {
+    format!("there is no {PROGRAM} among the images")
+}
+
+/// The daemon with one export.
+pub struct Daemon {
+    program: PathBuf,
+    socket: PathBuf,
+    /// Queues of the export, from its next start on.
+    pub queues: u16,
+    process: Option<Process>,
+}
+
+impl Daemon {
+    /// One that serves on a socket in `dir`; `None` where the program is missing.
+    pub fn find(context: &Context, dir: &Path, queues: u16) -> Option<Self> {
+        Some(Self {
+            program: context.images.path(PROGRAM).ok()?,
+            socket: dir.join("disk.sock"),
+            queues,
+            process: None,
+        })
+    }
+
+    /// Starts it with the image at `disk` and waits until it listens.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn start(&mut self, disk: &Path) -> Result<()> {
+        self.kill();
+        let _ = std::fs::remove_file(&self.socket);
+        let mut command = Command::new(&self.program);
+        let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
+        let monitor = self.socket.with_extension("qmp");
+        command
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=f0,filename={disk},locking=off"))
+            .args(["--blockdev", "driver=raw,node-name=d0,file=f0"])
+            .arg("--chardev")
+            .arg(format!("socket,id=m0,path={},server=on,wait=off", monitor.display()))
+            .args(["--monitor", "chardev=m0"])
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
+            ));
+        self.process = Some(Process::start(&mut command)?);
+        let deadline = Instant::now() + soon();
+        while !self.socket.exists() {
+            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
+            ensure!(Instant::now() < deadline, "{PROGRAM} does not listen{words}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Ends it as a crash would.
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Sends it a signal, such as `STOP`.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal(&self, name: &str) -> Result<()> {
+        let process = self.process.as_ref().context("no daemon runs")?;
+        let status = Command::new("kill")
+            .args([&format!("-{name}"), &process.pid().to_string()])
+            .status()?;
+        ensure!(status.success(), "kill: {status}");
+        Ok(())
+    }
+
+    /// Makes the disk larger, or smaller.
+    ///
+    /// # Errors
+    /// The daemon does not do it.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        self.command(&format!(
+            r#"{{"execute":"block_resize","arguments":{{"node-name":"d0","size":{size}}}}}"#
+        ))
+    }
+
+    /// Gives a command to its monitor.
+    fn command(&self, text: &str) -> Result<()> {
+        let mut stream = UnixStream::connect(self.socket.with_extension("qmp"))?;
+        stream.set_read_timeout(Some(soon()))?;
+        let mut lines = BufReader::new(stream.try_clone()?).lines();
+        lines.next().context("no greeting")??;
+        for command in [r#"{"execute":"qmp_capabilities"}"#, text] {
+            writeln!(stream, "{command}")?;
+            loop {
+                let line = lines.next().context("no answer")??;
+                if line.contains("\"return\"") {
+                    break;
+                }
+                ensure!(!line.contains("\"error\""), "{line}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The value of `--disk` for its disk, which is called `served`; `options` begin with a comma.
+    pub fn flag(&self, options: &str) -> String {
+        let socket = self.socket.display();
+        format!("vhost_user=on,vhost_socket={socket},id=served{options}")
+    }
+}
