@@ -12,7 +12,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use super::http::{CONTINUE, Reject, Response, write_stream_head};
 use super::input::{Input, Sizes};
 use super::later::{Later, Mailbox};
-use super::{Call, Limits, Peer, Served, Service, Stream};
+use super::{Call, Limits, Method, Peer, Served, Service, Stream};
 
 /// Descriptors the kernel passes in one go (SCM_MAX_FD).
 pub(super) const MAX_FDS: usize = 253;
@@ -258,10 +258,11 @@ impl Connection {
                 Err(reject) => self.reject(&reject),
                 Ok(Some(whole)) => {
                     let fds = self.input.take_fds(&whole);
+                    let method = whole.head.method;
                     self.keep_alive = whole.head.keep_alive;
                     self.answering = true;
                     let call = Call {
-                        method: whole.head.method,
+                        method,
                         path: &whole.head.path,
                         query: &whole.head.query,
                         body: self.input.bytes(whole.body.clone()),
@@ -273,6 +274,7 @@ impl Connection {
                     // The patience with the next request begins now.
                     self.since = Instant::now();
                     match served {
+                        Served::Now(response) if method == Method::Head => self.respond(&response.without_body()),
                         Served::Now(response) => self.respond(&response),
                         Served::Stream(stream) => {
                             self.stream = Some(stream);

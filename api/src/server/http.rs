@@ -12,6 +12,8 @@ pub enum Method {
     Get,
     /// PUT
     Put,
+    /// HEAD
+    Head,
     /// Any other.
     Other,
 }
@@ -70,6 +72,7 @@ impl Head {
             method: match request.method {
                 Some("GET") => Method::Get,
                 Some("PUT") => Method::Put,
+                Some("HEAD") => Method::Head,
                 _ => Method::Other,
             },
             path: path.to_owned(),
@@ -203,6 +206,11 @@ impl Response {
             allow: Some(allow),
             ..Self::error(405, message)
         }
+    }
+
+    /// Its head alone, as HEAD wants it.
+    pub(super) fn without_body(self) -> Self {
+        Self { body: None, ..self }
     }
 
     /// The HTTP status.

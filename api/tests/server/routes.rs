@@ -91,6 +91,11 @@ fn wrong_paths_methods_and_bodies_are_told_apart() {
     assert!(client.put("vm.info", "").head.contains("\r\nAllow: GET\r\n"));
     client.send("DELETE /api/v1/vm.info HTTP/1.1\r\n\r\n");
     assert_eq!(client.response().expect("a response").status, 405);
+    // A response to HEAD has no body, whatever its status (RFC 9110, 9.3.2).
+    client.send("HEAD /api/v1/vm.info HTTP/1.1\r\n\r\n");
+    let head = client.response().expect("a response");
+    assert_eq!((head.status, head.body.as_str()), (405, ""));
+    assert!(!head.head.contains("Content-Length"), "{}", head.head);
     assert_eq!(client.put("vm.create", "").status, 400);
     assert_eq!(client.put("vm.create", "{}").status, 400);
     assert_eq!(client.put("vm.create", r#"{"memory": {"size": "big"}}"#).status, 400);
