@@ -337,7 +337,9 @@ fn request(method: Method, target: &str, body: Option<&str>) -> Result<Vec<u8>, 
     let method = match method {
         Method::Get => "GET",
         Method::Put => "PUT",
-        Method::Other => return Err(Error::Request(format!("{target}: the API has only GET and PUT"))),
+        Method::Head | Method::Other => {
+            return Err(Error::Request(format!("{target}: the API has only GET and PUT")));
+        }
     };
     let base = if target.starts_with('/') { "" } else { BASE };
     let mut text = format!("{method} {base}{target} HTTP/1.1\r\nHost: localhost\r\n");
