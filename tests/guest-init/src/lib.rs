@@ -14,6 +14,7 @@ pub mod modules;
 pub mod power;
 pub mod proto;
 pub mod setup;
+pub mod soak;
 mod sys;
 pub mod tools;
 

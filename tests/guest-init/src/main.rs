@@ -15,7 +15,7 @@ use std::time::Duration;
 use triarch_guest_init::channel::Channel;
 use triarch_guest_init::proto::Power;
 use triarch_guest_init::reap;
-use triarch_guest_init::{cmdline, modules, power, setup, tools};
+use triarch_guest_init::{cmdline, modules, power, setup, soak, tools};
 
 /// How long devices may take to appear.
 const CHANNEL_WAIT: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ const RESTART: Duration = Duration::from_secs(1);
 const SELF: &str = "/proc/self/exe";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const USAGE: &str = "usage: triarch-guest-init agent CHANNEL[,CHANNEL] | vsock-echo PORT | \
-                     vsock-connect CID PORT";
+                     vsock-connect CID PORT | disk-soak DISK TABLE THREADS BLOCKS MILLISECONDS SEED";
 
 fn main() -> ExitCode {
     if process::id() == 1 {
@@ -46,6 +46,7 @@ fn run(arguments: &[&str]) -> Result<(), String> {
     let result = match arguments {
         ["agent", channels] => return agent(channels),
         ["vsock-echo", port] => tools::vsock_echo(number(port)?),
+        ["disk-soak", plan @ ..] => soak::main(plan),
         ["vsock-connect", cid, port] => tools::vsock_connect(number(cid)?, number(port)?),
         _ => return Err(USAGE.into()),
     };

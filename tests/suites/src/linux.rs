@@ -13,6 +13,7 @@ mod pause;
 mod power;
 mod refusals;
 mod rng;
+mod vhost;
 mod vsock;
 
 /// All of them, cheap ones first.
@@ -27,6 +28,7 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         rng::TESTS,
         blk::TESTS,
+        vhost::TESTS,
         net::TESTS,
         vsock::TESTS,
         pause::TESTS,

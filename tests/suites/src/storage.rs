@@ -1,6 +1,7 @@
 //! QEMU's storage daemon, which serves disks over vhost-user.
 
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, patient};
+use triarch_harness::vm::Vm;
 
 const PROGRAM: &str = "qemu-storage-daemon";
 
@@ -20,6 +22,50 @@ pub fn soon() -> Duration {
 /// Why a test that wants the daemon is skipped.
 pub fn missing() -> String {
     format!("there is no {PROGRAM} among the images")
+}
+
+/// How the disk called `served` stands with its daemon.
+///
+/// # Errors
+/// The VMM does not tell.
+pub fn link(vm: &Vm) -> Result<Value> {
+    let info = vm.api()?.request("GET", "vm.info", None)?.body;
+    let info: Value = serde_json::from_str(&info)?;
+    Ok(info["links"]["served"].clone())
+}
+
+/// Waits until it stands so that `is_it`.
+///
+/// # Errors
+/// It does not; the error says what was waited for.
+pub fn wait_link(vm: &Vm, what: &str, is_it: impl Fn(&Value) -> bool) -> Result<Value> {
+    let deadline = Instant::now() + soon();
+    loop {
+        let link = link(vm)?;
+        if is_it(&link) {
+            return Ok(link);
+        }
+        ensure!(Instant::now() < deadline, "the link is {link}, not {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until its state is `state`.
+///
+/// # Errors
+/// As [`wait_link`].
+pub fn wait_state(vm: &Vm, state: &str) -> Result<Value> {
+    wait_link(vm, state, |link| link["state"] == state)
+}
+
+/// Waits until the reason it gives contains `text`.
+///
+/// # Errors
+/// As [`wait_link`].
+pub fn wait_reason(vm: &Vm, text: &str) -> Result<Value> {
+    wait_link(vm, text, |link| {
+        link["reason"].as_str().is_some_and(|reason| reason.contains(text))
+    })
 }
 
 /// The daemon with one export.

@@ -26,7 +26,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Size of the disk: every byte is compared several times, in a guest that may be emulated twice.
-const SIZE: usize = 2 << 20;
+pub(super) const SIZE: usize = 2 << 20;
 const KIB: usize = 1 << 10;
 
 /// Makes an image with known content, `pattern(1)`, and a guest that has it as /dev/vda.
@@ -45,7 +45,7 @@ fn data_matches(context: &Context, kernel: Kernel, options: &str) -> Result<Outc
 
 /// Reads all of a disk with content `pattern(1)`, writes to its middle, and compares with what
 /// `host` reads; the write is flushed, and so has to be there while the guest still runs.
-fn read_and_write(guest: &LinuxVm, host: impl Fn(u64, usize) -> Result<Vec<u8>>) -> Result<()> {
+pub(super) fn read_and_write(guest: &LinuxVm, host: impl Fn(u64, usize) -> Result<Vec<u8>>) -> Result<()> {
     let mut expected = pattern(1, SIZE);
     ensure!(
         guest.agent().get("/dev/vda")? == expected,

@@ -3,7 +3,7 @@
 use super::data::pattern;
 use super::guest::{Guest, builder, number};
 use crate::storage::{self, Daemon, soon};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::disk::DiskImage;
@@ -60,22 +60,12 @@ impl Rig {
 
     /// How the disk stands with its daemon.
     fn link(&self) -> Result<serde_json::Value> {
-        let info = self.guest.vm().api()?.request("GET", "vm.info", None)?.body;
-        let info: serde_json::Value = serde_json::from_str(&info)?;
-        Ok(info["links"]["served"].clone())
+        storage::link(self.guest.vm())
     }
 
     /// Waits until it stands so.
     fn wait_link(&self, state: &str) -> Result<serde_json::Value> {
-        let deadline = Instant::now() + soon();
-        loop {
-            let link = self.link()?;
-            if link["state"] == state {
-                return Ok(link);
-            }
-            ensure!(Instant::now() < deadline, "the link is {link}, not {state}");
-            thread::sleep(Duration::from_millis(5));
-        }
+        storage::wait_state(self.guest.vm(), state)
     }
 }
 
@@ -331,23 +321,10 @@ fn another_disk(context: &Context) -> Result<Outcome> {
         rig.guest.ask("blk 0 write 0 8 2")?;
         let small = DiskImage::empty(rig.image.path().with_extension("small"), SIZE / 2)?;
         rig.daemon.start(small.path())?;
-        let refusal = |rig: &Rig, text: &str| -> Result<()> {
-            let deadline = Instant::now() + soon();
-            loop {
-                let link = rig.link()?;
-                if link["reason"].as_str().is_some_and(|reason| reason.contains(text)) {
-                    return Ok(());
-                }
-                if Instant::now() >= deadline {
-                    bail!("{link} does not tell that {text}");
-                }
-                thread::sleep(Duration::from_millis(10));
-            }
-        };
-        refusal(rig, "the guest knows one of 8388608")?;
+        storage::wait_reason(rig.guest.vm(), "the guest knows one of 8388608")?;
         rig.daemon.queues = 1;
         rig.restart()?;
-        refusal(rig, "serves 1 queues, the disk has 2")?;
+        storage::wait_reason(rig.guest.vm(), "serves 1 queues, the disk has 2")?;
         // The right one is welcome.
         rig.daemon.queues = 2;
         rig.restart()?;
