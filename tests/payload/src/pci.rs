@@ -289,13 +289,15 @@ impl Msix {
             .write16(self.capability + 2, if masked { control | 0x4000 } else { control });
     }
 
-    /// Programs `entry` with a message and unmasks it.
+    /// Programs `entry` with a message and unmasks it. It may be changed only while it is masked (PCI 3.0 §6.8.2.9), and
+    /// QEMU goes by that.
     pub fn set(&self, entry: u16, Message { address, data, .. }: Message) {
         let at = u64::from(entry) * 16;
+        self.mask(entry, true);
         self.table.write32(at, address as u32);
         self.table.write32(at + 4, (address >> 32) as u32);
         self.table.write32(at + 8, data);
-        self.table.write32(at + 12, 0);
+        self.mask(entry, false);
     }
 
     /// Masks or unmasks `entry`.

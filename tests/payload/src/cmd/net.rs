@@ -11,6 +11,8 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
 
+mod loads;
+
 const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 /// IEEE 802 local experimental ethertype 1.
@@ -66,6 +68,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         "serve" => serve(nic, args),
         "udp" => udp(nic, args),
         "tso" => tso(nic, args),
+        "flood" | "sink" | "turns" | "answer" => loads::run(nic, what, args),
         "mac" => {
             let mac = parse_mac(args.word("MAC")?)?;
             nic.command(1, 1, &mac)?;
@@ -368,6 +371,20 @@ fn udp(nic: &mut Net, args: &mut Args) -> Reply {
     Ok(format!("crc32={:#010x}", data::crc32(0, &body)))
 }
 
+/// A TCP segment whose checksum the device completes.
+fn tcp(own: Ip, peer: Ip, port: u16, body: &[u8]) -> Vec<u8> {
+    let mut segment = [
+        &4000u16.to_be_bytes()[..],
+        &port.to_be_bytes(),
+        &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0],
+        body,
+    ]
+    .concat();
+    let sum = pseudo(own, peer, TCP, segment.len());
+    segment[16..18].copy_from_slice(&sum.to_be_bytes());
+    segment
+}
+
 /// `tso OWN PEER PORT LEN SEED MSS`: one TCP segment of LEN bytes for the device to cut.
 fn tso(nic: &mut Net, args: &mut Args) -> Reply {
     let (own, peer, port) = (
@@ -383,15 +400,7 @@ fn tso(nic: &mut Net, args: &mut Args) -> Reply {
     let mac = resolve(nic, own, peer, Deadline::after_ms(2000))?;
     let mut body = alloc::vec![0; len];
     data::fill(&mut body, seed, 0);
-    let mut segment = [
-        &4000u16.to_be_bytes()[..],
-        &port.to_be_bytes(),
-        &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0],
-        &body,
-    ]
-    .concat();
-    let sum = pseudo(own, peer, TCP, segment.len());
-    segment[16..18].copy_from_slice(&sum.to_be_bytes());
+    let segment = tcp(own, peer, port, &body);
     let frame = ethernet(&mac, &nic.mac, IPV4, &ipv4(TCP, own, peer, &segment));
     nic.send(
         0,

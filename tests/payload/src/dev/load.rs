@@ -58,7 +58,8 @@ pub struct Histogram {
 const FINE: u32 = 5;
 
 impl Histogram {
-    fn new() -> Self {
+    /// One of nothing.
+    pub fn new() -> Self {
         Self {
             buckets: alloc::vec![0; (64 - FINE as usize + 1) << FINE],
             count: 0,
@@ -79,12 +80,18 @@ impl Histogram {
         ((bucket - (shift << FINE)) as u64) << shift
     }
 
-    fn add(&mut self, value: u64) {
+    /// Counts a number of ticks.
+    pub fn add(&mut self, value: u64) {
         self.buckets[Self::bucket(value)] += 1;
         self.count += 1;
         self.sum += value;
         self.least = self.least.min(value);
         self.most = self.most.max(value);
+    }
+
+    /// How many were counted.
+    pub fn count(&self) -> u64 {
+        self.count
     }
 
     fn at(&self, per_mille: u64) -> u64 {
@@ -156,8 +163,6 @@ impl Blk {
         let entry = self.queues[0].msix_entry;
         let message = connect(self.transport.function.bdf, entry)?;
         for queue in &mut self.queues {
-            // An entry may be changed only while it is masked (PCI 3.0 §6.8.2.9).
-            self.transport.msix.mask(queue.msix_entry, true);
             self.transport.msix.set(queue.msix_entry, message);
             queue.vector = message.vector;
         }
@@ -291,7 +296,7 @@ impl<'a> Run<'a> {
         for queue in &mut self.disk.queues {
             queue.want_interrupt(true);
         }
-        if let (false, Some(left)) = (self.disk.queues.iter().any(|q| q.has_done()), deadline.left()) {
+        if let (false, Some(left)) = (self.disk.queues.iter().any(|q| q.done() > 0), deadline.left()) {
             interrupts::sleep(vector, seen, left);
         }
         for queue in &mut self.disk.queues {

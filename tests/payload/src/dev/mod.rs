@@ -2,6 +2,7 @@
 
 pub mod blk;
 pub mod console;
+pub mod flood;
 pub mod load;
 pub mod net;
 pub mod rng;
@@ -26,6 +27,9 @@ use vsock::Vsock;
 /// Virtio device types that have a driver here.
 pub const KINDS: [(&str, u16); 5] = [("net", 1), ("blk", 2), ("console", 3), ("rng", 4), ("vsock", 19)];
 
+/// Receive buffers of a NIC's queue pair unless told otherwise.
+const BUFFERS: u64 = 32;
+
 /// What a driver asks the device for.
 #[derive(Clone, Copy)]
 pub struct Setup {
@@ -39,10 +43,12 @@ pub struct Setup {
     pub queues: u16,
     /// Accept receive offloads (NIC).
     pub offload: bool,
+    /// Receive buffers of each queue pair (NIC).
+    pub buffers: usize,
 }
 
 impl Setup {
-    /// From `event_idx= indirect= size= queues= offload=`.
+    /// From `event_idx= indirect= size= queues= offload= buffers=`.
     pub fn of(args: &Args) -> Self {
         let flag = |key| args.option(key, 1) != 0;
         Self {
@@ -51,6 +57,7 @@ impl Setup {
             size: args.option("size", 128).clamp(1, 32768) as u16,
             queues: args.option("queues", 1).clamp(1, 64) as u16,
             offload: args.option("offload", 0) != 0,
+            buffers: args.option("buffers", BUFFERS).clamp(1, 1024) as usize,
         }
     }
 
@@ -69,6 +76,7 @@ impl Default for Setup {
             size: 128,
             queues: 1,
             offload: false,
+            buffers: BUFFERS as usize,
         }
     }
 }

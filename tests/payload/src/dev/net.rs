@@ -39,14 +39,14 @@ pub mod feature {
 
 /// Length of `virtio_net_hdr` with VIRTIO_F_VERSION_1.
 pub const HEADER: usize = 12;
-const BUFFERS: usize = 32;
 const BUFFER: usize = 2048;
 const TRANSMIT_BYTES: usize = 1 << 17;
 
-struct Pair {
-    receive: Queue,
-    transmit: Queue,
-    heads: Vec<(u16, usize)>,
+pub(super) struct Pair {
+    pub(super) receive: Queue,
+    pub(super) transmit: Queue,
+    /// The buffer of each head.
+    owners: Vec<usize>,
     input: Dma,
 }
 
@@ -59,12 +59,30 @@ pub struct Offload {
     pub segment: Option<(u8, u16, u16)>,
 }
 
+impl Offload {
+    /// The header that says so (virtio 1.2 §5.1.6).
+    pub fn header(&self) -> [u8; HEADER] {
+        let mut header = [0; HEADER];
+        if let Some((start, offset)) = self.checksum {
+            header[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
+            header[6..8].copy_from_slice(&start.to_le_bytes());
+            header[8..10].copy_from_slice(&offset.to_le_bytes());
+        }
+        if let Some((kind, headers, size)) = self.segment {
+            header[1] = kind;
+            header[2..4].copy_from_slice(&headers.to_le_bytes());
+            header[4..6].copy_from_slice(&size.to_le_bytes());
+        }
+        header
+    }
+}
+
 /// A NIC.
 pub struct Net {
-    transport: Transport,
+    pub(super) transport: Transport,
     /// Agreed features.
     pub features: u64,
-    pairs: Vec<Pair>,
+    pub(super) pairs: Vec<Pair>,
     control: Option<Queue>,
     output: Dma,
     /// Its address.
@@ -96,10 +114,10 @@ impl Driver for Net {
             let receive = transport.queue(2 * pair, setup.size, options)?;
             let transmit = transport.queue(2 * pair + 1, setup.size, options)?;
             pairs.push(Pair {
+                owners: alloc::vec![usize::MAX; receive.size.into()],
                 receive,
                 transmit,
-                heads: Vec::new(),
-                input: Dma::new(BUFFERS * BUFFER)?,
+                input: Dma::new(setup.buffers * BUFFER)?,
             });
         }
         let control = if features & CTRL_VQ != 0 {
@@ -121,7 +139,7 @@ impl Driver for Net {
             mac,
         };
         for pair in &mut net.pairs {
-            for buffer in 0..BUFFERS.min(usize::from(pair.receive.size)) {
+            for buffer in 0..setup.buffers.min(usize::from(pair.receive.size)) {
                 pair.give(buffer);
             }
             pair.receive.kick();
@@ -174,16 +192,29 @@ impl Pair {
             .receive
             .add(&[Segment::write(&self.input, buffer * BUFFER, BUFFER)])
         {
-            self.heads.push((head, buffer));
+            self.owners[usize::from(head)] = buffer;
+        }
+    }
+
+    /// The buffer that the device was given as `head`.
+    pub(super) fn peek(&mut self, head: u16) -> Option<&[u8]> {
+        let buffer = *self.owners.get(usize::from(head))?;
+        self.input.bytes().get(buffer.checked_mul(BUFFER)?..)?.get(..BUFFER)
+    }
+
+    /// Gives the buffer behind `head` to the device again.
+    pub(super) fn give_back(&mut self, head: u16) {
+        let owner = self.owners.get_mut(usize::from(head));
+        let buffer = owner.map_or(usize::MAX, |owner| core::mem::replace(owner, usize::MAX));
+        if buffer != usize::MAX {
+            self.give(buffer);
         }
     }
 
     /// Takes the buffer behind `head` back: its first `len` bytes.
     fn take(&mut self, head: u16, len: u32) -> Option<Vec<u8>> {
-        let place = self.heads.iter().position(|(known, _)| *known == head)?;
-        let (_, buffer) = self.heads.swap_remove(place);
-        let bytes = self.input.bytes()[buffer * BUFFER..][..(len as usize).min(BUFFER)].to_vec();
-        self.give(buffer);
+        let bytes = self.peek(head)?[..(len as usize).min(BUFFER)].to_vec();
+        self.give_back(head);
         Some(bytes)
     }
 }
@@ -204,18 +235,7 @@ impl Net {
         if frame.len() + HEADER > TRANSMIT_BYTES {
             return Err("frame too long".into());
         }
-        let header = &mut self.output.bytes()[..HEADER];
-        header.fill(0);
-        if let Some((start, offset)) = offload.checksum {
-            header[0] = 1; // VIRTIO_NET_HDR_F_NEEDS_CSUM
-            header[6..8].copy_from_slice(&start.to_le_bytes());
-            header[8..10].copy_from_slice(&offset.to_le_bytes());
-        }
-        if let Some((kind, headers, size)) = offload.segment {
-            header[1] = kind;
-            header[2..4].copy_from_slice(&headers.to_le_bytes());
-            header[4..6].copy_from_slice(&size.to_le_bytes());
-        }
+        self.output.bytes()[..HEADER].copy_from_slice(&offload.header());
         self.output.bytes()[HEADER..HEADER + frame.len()].copy_from_slice(frame);
         let mut chain = alloc::vec![Segment::read(&self.output, 0, HEADER)];
         chain.extend(

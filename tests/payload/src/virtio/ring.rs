@@ -295,24 +295,36 @@ impl Queue {
 
     /// Asks for an interrupt at the next completion, or for none.
     pub fn want_interrupt(&mut self, wanted: bool) {
-        let avail = Self::avail_offset(self.size);
         if self.options.event_idx {
-            let event = if wanted { self.seen } else { self.seen.wrapping_sub(1) };
-            self.put16(avail + 4 + 2 * usize::from(self.size), event);
+            self.set_event(if wanted { self.seen } else { self.seen.wrapping_sub(1) });
         } else {
-            self.put16(avail, u16::from(!wanted));
+            self.put16(Self::avail_offset(self.size), u16::from(!wanted));
         }
         fence(Ordering::SeqCst);
     }
 
-    /// Whether there is a completion to be taken.
-    pub fn has_done(&self) -> bool {
-        self.get16(Self::used_offset(self.size) + 2) != self.seen
+    /// Asks for an interrupt when so many completions and one more are there; without the event index, at the next one.
+    pub fn want_interrupt_after(&mut self, count: u16) {
+        if self.options.event_idx {
+            self.set_event(self.seen.wrapping_add(count));
+            fence(Ordering::SeqCst);
+        } else {
+            self.want_interrupt(true);
+        }
+    }
+
+    fn set_event(&self, event: u16) {
+        self.put16(Self::avail_offset(self.size) + 4 + 2 * usize::from(self.size), event);
+    }
+
+    /// Completions to be taken.
+    pub fn done(&self) -> u16 {
+        self.get16(Self::used_offset(self.size) + 2).wrapping_sub(self.seen)
     }
 
     /// The next completion: (head, bytes written by the device).
     pub fn poll(&mut self) -> Option<(u16, u32)> {
-        if !self.has_done() {
+        if self.done() == 0 {
             return None;
         }
         let used = Self::used_offset(self.size);

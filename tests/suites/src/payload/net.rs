@@ -20,6 +20,7 @@ payload_tests!("net":
     leaves_segments_to_the_host,
     uses_several_queues,
     obeys_control_queue,
+    bears_floods,
 );
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
@@ -151,6 +152,33 @@ fn obeys_control_queue(context: &Context) -> Result<Outcome> {
         let refused = guest.refused("net 0 command 99 0 1")?;
         ensure!(refused.contains("refused"), "{refused}");
         guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
+        Ok(())
+    })
+}
+
+fn bears_floods(context: &Context) -> Result<Outcome> {
+    with_nic(context, "", |guest| {
+        guest.ask("net 0 init size=256 buffers=256 offload=1")?;
+        let received = || -> Result<u64> {
+            let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+            let line = table.lines().find_map(|line| line.trim().strip_prefix("tap0:"));
+            let packets = line.and_then(|line| line.split_whitespace().nth(1));
+            Ok(packets.context("tap0 is not in the list")?.parse()?)
+        };
+        for flood in ["64 50", "65160 50 mss=1448"] {
+            let before = received()?;
+            let answer = guest.ask(&format!("net 0 flood ff:ff:ff:ff:ff:ff {flood}"))?;
+            let (frames, came) = (number(&answer, "frames")?, received()? - before);
+            // Up to 64 were on their way when it stopped counting.
+            ensure!(
+                frames > 0 && (frames..=frames + 64).contains(&came),
+                "{came} came: {answer}"
+            );
+            ensure!(number(&answer, "us")? >= 50_000, "{answer}");
+        }
+        let answer = guest.ask("net 0 sink 50")?;
+        ensure!(number(&answer, "frames")? == 0, "{answer}");
+        ensure!(number(&guest.ask(&format!("net 0 ping {GUEST} {HOST} 3"))?, "echoes")? == 3);
         Ok(())
     })
 }

@@ -51,12 +51,26 @@ impl Guest {
     /// # Errors
     /// No answer, or another.
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.0.get_mut().write_all(format!("{command}\n").as_bytes())?;
-        let line = self.line().with_context(|| format!("`{command}`"))?;
+        self.tell(command)?;
+        self.answer().with_context(|| format!("`{command}`"))
+    }
+
+    /// Gives a command whose answer is taken later.
+    ///
+    /// # Errors
+    /// The serial line is gone.
+    pub fn tell(&mut self, command: &str) -> Result<()> {
+        Ok(self.0.get_mut().write_all(format!("{command}\n").as_bytes())?)
+    }
+
+    /// Waits for the answer to the command given last; what follows `ok` in it.
+    ///
+    /// # Errors
+    /// No answer, or another.
+    pub fn answer(&mut self) -> Result<String> {
+        let line = self.line()?;
         let answer = line.strip_prefix("ok").map(str::trim_start);
-        answer
-            .map(str::to_owned)
-            .with_context(|| format!("`{command}`: {line}"))
+        answer.map(str::to_owned).with_context(|| format!("it says {line}"))
     }
 }
 

@@ -1,4 +1,5 @@
-//! `cargo xtask bench vhost-user`: a guest's disk by way of a daemon, and without one, under Triarch and under QEMU.
+//! `cargo xtask bench vhost-user`: a guest's disk by way of a daemon and without one, and two guests on a switch,
+//! under Triarch and under QEMU.
 //!
 //! All guests are started once and sleep except for the one that is measured. The turns go round: what else the machine does
 //! meets all alike, and a ratio is that of two figures of one round.
@@ -12,7 +13,9 @@ use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
 use triarch_harness::process::Process;
 
+mod cpu;
 mod guest;
+mod net;
 mod report;
 mod setup;
 
@@ -21,7 +24,9 @@ use crate::build::{self, Profile};
 use crate::root::Rig;
 use crate::smaps::Usage;
 use crate::{daemons, payload, tools};
+use cpu::Cpu;
 use guest::number;
+use net::Traffic;
 use setup::{Back, Front, Programs, Setup};
 
 /// So much that its mapping is known from all others.
@@ -141,29 +146,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
         image,
         direct: args.direct,
     };
-    let works: Vec<Work> = Work::all().into_iter().filter(|w| wanted(args, w)).collect();
-    ensure!(!works.is_empty(), "no load is called so");
-    let mut setups = tools::step("starting guests and daemons", || {
-        let pairs = Back::ALL
-            .into_iter()
-            .flat_map(|back| [(Front::Triarch, back), (Front::Qemu, back)]);
-        let starts = pairs
-            .map(|(front, back)| Setup::start(&programs, front, back).with_context(|| format!("{front} with {back}")));
-        starts.collect::<Result<Vec<_>>>()
-    })?;
+    let wanted = |name: String| args.only.as_ref().is_none_or(|part| name.contains(part.as_str()));
+    let works: Vec<Work> = Work::all().into_iter().filter(|w| wanted(w.name())).collect();
+    let traffics: Vec<Traffic> = Traffic::ALL.into_iter().filter(|t| wanted(t.to_string())).collect();
+    ensure!(!works.is_empty() || !traffics.is_empty(), "no load is called so");
     let before = load_average()?;
-    same_data(&mut setups)?;
-    let what = format!(
-        "{} loads on {} setups, {} rounds",
-        works.len(),
-        setups.len(),
-        args.rounds
-    );
-    let samples = tools::step(&what, || measure(&mut setups, &works, args))?;
-    let rests = tools::step("letting them rest", || {
-        setups.iter().map(rest).collect::<Result<Vec<_>>>()
-    })?;
-    println!("{}", report::tables(&setups, &works, &samples, &rests));
+    if !works.is_empty() {
+        disks(&programs, &works, args)?;
+    }
+    if !traffics.is_empty() {
+        let (setups, samples) = net::run(&programs, &traffics, args)?;
+        println!("{}", report::network(&setups, &traffics, &samples));
+    }
     println!(
         "QEMU {}; load average before {before}, after {}",
         programs.rig.qemu_version()?,
@@ -172,10 +166,28 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn wanted(args: &Args, work: &Work) -> bool {
-    args.only
-        .as_ref()
-        .is_none_or(|part| work.name().contains(part.as_str()))
+fn disks(programs: &Programs, works: &[Work], args: &Args) -> Result<()> {
+    let mut setups = tools::step("starting guests and daemons", || {
+        let pairs = Back::ALL
+            .into_iter()
+            .flat_map(|back| [(Front::Triarch, back), (Front::Qemu, back)]);
+        let starts = pairs
+            .map(|(front, back)| Setup::start(programs, front, back).with_context(|| format!("{front} with {back}")));
+        starts.collect::<Result<Vec<_>>>()
+    })?;
+    same_data(&mut setups)?;
+    let what = format!(
+        "{} loads on {} setups, {} rounds",
+        works.len(),
+        setups.len(),
+        args.rounds
+    );
+    let samples = tools::step(&what, || measure(&mut setups, works, args))?;
+    let rests = tools::step("letting them rest", || {
+        setups.iter().map(rest).collect::<Result<Vec<_>>>()
+    })?;
+    println!("{}", report::disks(&setups, works, &samples, &rests));
+    Ok(())
 }
 
 /// The image to read, and what keeps it if it was made here.
@@ -263,60 +275,14 @@ fn sample(setup: &mut Setup, work: &Work, ms: u64) -> Result<Sample> {
         p99: number(&answer, "ns_p99")? / 1000.0,
         vmm: each(vmm.others),
         vcpu: each(vmm.vcpus),
-        daemon: each(daemon.vcpus + daemon.others),
+        daemon: each(daemon.all()),
     })
-}
-
-/// CPU time of a process so far.
-#[derive(Debug, Default, Clone, Copy)]
-struct Cpu {
-    /// Threads that run the guest.
-    vcpus: Duration,
-    /// All others.
-    others: Duration,
-}
-
-impl Cpu {
-    /// The first field of schedstat is nanoseconds (Linux, Documentation/scheduler/sched-stats.rst). A thread that ends while
-    /// this looks has none.
-    fn of(pid: u32) -> Result<Self> {
-        let mut cpu = Self::default();
-        for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let thread = thread?.path();
-            let name = fs::read_to_string(thread.join("comm")).unwrap_or_default();
-            let stat = fs::read_to_string(thread.join("schedstat")).unwrap_or_default();
-            let time = stat.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-            let whose = if is_vcpu(name.trim_end()) {
-                &mut cpu.vcpus
-            } else {
-                &mut cpu.others
-            };
-            *whose += Duration::from_nanos(time);
-        }
-        Ok(cpu)
-    }
-}
-
-/// As Triarch and QEMU name the threads of vCPUs.
-fn is_vcpu(name: &str) -> bool {
-    name.starts_with("vcpu") || name.starts_with("CPU ")
-}
-
-impl std::ops::Sub for Cpu {
-    type Output = Self;
-
-    fn sub(self, before: Self) -> Self {
-        Self {
-            vcpus: self.vcpus.saturating_sub(before.vcpus),
-            others: self.others.saturating_sub(before.others),
-        }
-    }
 }
 
 /// Memory, and CPU time of a second in which the guest wants nothing.
 fn rest(setup: &Setup) -> Result<Rest> {
     let daemon = setup.daemon.as_ref().map(Process::pid);
-    let total = |pid: u32| Cpu::of(pid).map(|cpu| cpu.vcpus + cpu.others);
+    let total = |pid: u32| Cpu::of(pid).map(Cpu::all);
     let of_daemon = || daemon.map_or(Ok(Duration::ZERO), total);
     let (vmm, served) = (total(setup.vmm.pid())?, of_daemon()?);
     std::thread::sleep(IDLE);
@@ -346,23 +312,5 @@ mod tests {
         assert_eq!(works[7].command(9), "blk 0 load 32 128 9 seq");
         assert_eq!(works[8].name(), "4 KiB random, 1q x 1, polled");
         assert_eq!(works[8].command(9), "blk 0 load 1 4 9 poll");
-    }
-
-    #[test]
-    fn the_time_of_vcpus_is_told_apart() {
-        assert!(is_vcpu("vcpu0") && is_vcpu("CPU 0/KVM"));
-        assert!(!is_vcpu("_disk0_q0") && !is_vcpu("IO io") && !is_vcpu("triarch"));
-    }
-
-    #[test]
-    fn work_costs_time() {
-        let before = Cpu::of(std::process::id()).unwrap();
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_millis(60) {
-            std::hint::spin_loop();
-        }
-        let spent = Cpu::of(std::process::id()).unwrap() - before;
-        assert!(spent.others > Duration::from_millis(5), "{spent:?}");
-        assert_eq!(spent.vcpus, Duration::ZERO);
     }
 }

@@ -1,12 +1,13 @@
 //! The tables that people read.
 
+use super::net::{self, Traffic};
 use super::setup::{Back, Front, Setup};
 use super::{Rest, Sample, Samples, Work};
 use crate::bench::shown;
 use crate::table;
 
 /// One table a back end that compares the VMMs, then one of what they cost at rest.
-pub fn tables(setups: &[Setup], works: &[Work], samples: &Samples, rests: &[Rest]) -> String {
+pub fn disks(setups: &[Setup], works: &[Work], samples: &Samples, rests: &[Rest]) -> String {
     let at = |front, back| setups.iter().position(|s| (s.front, s.back) == (front, back));
     let mut text = String::new();
     for back in Back::ALL {
@@ -47,15 +48,13 @@ fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: 
             .zip(theirs)
             .map(|(ours, theirs)| ours.rate / theirs.rate)
             .collect();
-        let (least, most) = ratios
-            .iter()
-            .fold((f64::MAX, 0.0_f64), |(l, m), r| (l.min(*r), m.max(*r)));
+        let [ratio, rounds] = spread(&ratios);
         let mut line = vec![
             work.name(),
             rate(work, ours),
             rate(work, theirs),
-            format!("{:.2}", median(ratios.iter().copied())),
-            format!("{least:.2}-{most:.2}"),
+            ratio,
+            rounds,
             pair(|s| s.p50),
             pair(|s| s.p99),
             pair(|s| s.vmm),
@@ -67,6 +66,67 @@ fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: 
         lines.push(line);
     }
     lines
+}
+
+/// One line for each kind of traffic and switch.
+pub fn network(setups: &[net::Setup], traffics: &[Traffic], samples: &net::Samples) -> String {
+    let heading = [
+        "",
+        "triarch",
+        "QEMU",
+        "ratio",
+        "(of each round)",
+        "p50 us",
+        "p99 us",
+        "CPU us each",
+        "lost %",
+    ];
+    let mut lines = vec![heading.map(str::to_owned).to_vec()];
+    for (traffic, samples) in traffics.iter().zip(samples) {
+        for switch in net::Switch::ALL {
+            let at = |front| setups.iter().position(|s| (s.front, s.switch) == (front, switch));
+            let (Some(ours), Some(theirs)) = (at(Front::Triarch), at(Front::Qemu)) else {
+                continue;
+            };
+            let mut line = vec![format!("{traffic}, {switch}")];
+            line.extend(traffic_line(*traffic, &samples[ours], &samples[theirs]));
+            lines.push(line);
+        }
+    }
+    format!("\nFrom guest to guest\n\n{}", table::format(&lines))
+}
+
+fn traffic_line(traffic: Traffic, ours: &[net::Sample], theirs: &[net::Sample]) -> Vec<String> {
+    let of = |samples: &[net::Sample], value: fn(&net::Sample) -> f64| median(samples.iter().map(value));
+    let pair = |value: fn(&net::Sample) -> f64| format!("{} : {}", shown(of(ours, value)), shown(of(theirs, value)));
+    let rate = |samples: &[net::Sample]| {
+        let unit = if traffic == Traffic::Large { " MiB/s" } else { "/s" };
+        format!("{:.0}{unit}", of(samples, |s| s.rate))
+    };
+    let ratios: Vec<f64> = ours
+        .iter()
+        .zip(theirs)
+        .map(|(ours, theirs)| ours.rate / theirs.rate)
+        .collect();
+    let mut line = vec![rate(ours), rate(theirs)];
+    line.extend(spread(&ratios));
+    let turns = traffic == Traffic::Turns;
+    line.push(if turns { pair(|s| s.p50) } else { String::new() });
+    line.push(if turns { pair(|s| s.p99) } else { String::new() });
+    line.push(pair(|s| s.cpu));
+    line.push(if turns { String::new() } else { pair(|s| s.lost * 100.0) });
+    line
+}
+
+/// The median of some ratios, and from where to where they go.
+fn spread(ratios: &[f64]) -> [String; 2] {
+    let (least, most) = ratios
+        .iter()
+        .fold((f64::MAX, 0.0_f64), |(l, m), r| (l.min(*r), m.max(*r)));
+    [
+        format!("{:.2}", median(ratios.iter().copied())),
+        format!("{least:.2}-{most:.2}"),
+    ]
 }
 
 /// Reads a second; MiB a second of sequential ones.

@@ -108,11 +108,7 @@ impl Setup {
             wait_for(daemon, &disk)?;
         }
         let socket = daemon.is_some().then_some(disk.as_path());
-        let mut command = match front {
-            Front::Triarch => programs.triarch(&serial, socket),
-            Front::Qemu => programs.qemu(&serial, socket),
-        };
-        let mut vmm = Process::start(&mut command)?;
+        let mut vmm = Process::start(&mut programs.with_disk(front, &serial, socket))?;
         let guest = Guest::attach(&mut vmm, &serial)?;
         Ok(Self {
             front,
@@ -153,50 +149,67 @@ impl Programs {
         command
     }
 
-    fn triarch(&self, serial: &Path, socket: Option<&Path>) -> Command {
-        let mut command = Command::new(&self.triarch);
-        let disk = match socket {
-            Some(socket) => format!("vhost_user=on,vhost_socket={},readonly=on", socket.display()),
-            None => format!(
-                "path={},readonly=on,image_type=raw,direct={}",
-                self.image.display(),
-                on(self.direct)
-            ),
-        };
-        command.arg("--kernel").arg(&self.kernel);
-        command.args(["--cpus", "boot=1", "--memory", &format!("size={GUEST_MIB}M")]);
-        command.args(["--console", "off", "--serial", &format!("socket={}", serial.display())]);
-        command.args(["--disk", &format!("{disk},num_queues={QUEUES}")]);
-        command
+    /// A VMM with a guest, without devices yet.
+    pub(super) fn vmm(&self, front: Front, serial: &Path) -> Command {
+        let serial = serial.display();
+        match front {
+            Front::Triarch => {
+                let mut command = Command::new(&self.triarch);
+                command.arg("--kernel").arg(&self.kernel);
+                command.args(["--cpus", "boot=1", "--memory", &format!("size={GUEST_MIB}M")]);
+                command.args(["--console", "off", "--serial", &format!("socket={serial}")]);
+                command
+            }
+            Front::Qemu => {
+                let mut command = self.rig.qemu();
+                command.args(["-name", "guest,debug-threads=on", "-accel", "kvm", "-machine", "q35"]);
+                // KVM in software does not know the register behind this feature.
+                command.args(["-cpu", "host,-arch-capabilities", "-m", &format!("{GUEST_MIB}M")]);
+                command.arg("-kernel").arg(&self.kernel).args(["-append", ""]);
+                command.args(["-display", "none", "-monitor", "none", "-nodefaults", "-no-user-config"]);
+                let serial = format!("socket,id=serial,path={serial},server=on,wait=off");
+                command.args(["-chardev", &serial, "-serial", "chardev:serial"]);
+                command
+            }
+        }
     }
 
-    /// On processors that are not all of the host's kind: KVM in software has no such register.
-    fn qemu(&self, serial: &Path, socket: Option<&Path>) -> Command {
-        let mut command = self.rig.qemu();
-        command.args(["-name", "guest,debug-threads=on", "-accel", "kvm", "-machine", "q35"]);
-        command.args(["-cpu", "host,-arch-capabilities", "-m", &format!("{GUEST_MIB}M")]);
-        command.arg("-kernel").arg(&self.kernel).args(["-append", ""]);
-        command.args(["-display", "none", "-monitor", "none", "-nodefaults", "-no-user-config"]);
-        let serial = format!("socket,id=serial,path={},server=on,wait=off", serial.display());
-        command.args(["-chardev", &serial, "-serial", "chardev:serial"]);
-        if let Some(socket) = socket {
-            let memory = format!("memory-backend-memfd,id=ram,size={GUEST_MIB}M,share=on");
-            command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
-            command.args(["-chardev", &format!("socket,id=disk,path={}", socket.display())]);
-            command.args([
-                "-device",
-                &format!("vhost-user-blk-pci,chardev=disk,num-queues={QUEUES}"),
-            ]);
-        } else {
-            command.args(["-object", "iothread,id=io"]);
-            self.blockdev(&mut command, "-blockdev");
-            command.args([
-                "-device",
-                &format!("virtio-blk-pci,drive=disk,iothread=io,num-queues={QUEUES}"),
-            ]);
+    /// A VMM with the disk, by way of the daemon at `socket` if there is one.
+    fn with_disk(&self, front: Front, serial: &Path, socket: Option<&Path>) -> Command {
+        let mut command = self.vmm(front, serial);
+        match (front, socket) {
+            (Front::Triarch, Some(socket)) => {
+                let disk = format!("vhost_user=on,vhost_socket={},num_queues={QUEUES}", socket.display());
+                command.args(["--disk", &format!("{disk},readonly=on")]);
+            }
+            (Front::Triarch, None) => {
+                let (image, direct) = (self.image.display(), on(self.direct));
+                let disk = format!("path={image},image_type=raw,direct={direct},num_queues={QUEUES}");
+                command.args(["--disk", &format!("{disk},readonly=on")]);
+            }
+            (Front::Qemu, Some(socket)) => {
+                share_memory(&mut command);
+                command.args(["-chardev", &format!("socket,id=disk,path={}", socket.display())]);
+                command.args([
+                    "-device",
+                    &format!("vhost-user-blk-pci,chardev=disk,num-queues={QUEUES}"),
+                ]);
+            }
+            (Front::Qemu, None) => {
+                command.args(["-object", "iothread,id=io"]);
+                self.blockdev(&mut command, "-blockdev");
+                let device = format!("virtio-blk-pci,drive=disk,iothread=io,num-queues={QUEUES}");
+                command.args(["-device", &device]);
+            }
         }
         command
     }
+}
+
+/// QEMU's way of letting a daemon reach the guest's memory.
+pub(super) fn share_memory(command: &mut Command) {
+    let memory = format!("memory-backend-memfd,id=ram,size={GUEST_MIB}M,share=on");
+    command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
 }
 
 /// Waits until a daemon listens at `socket`; a connection made to find out would be the one it serves.
