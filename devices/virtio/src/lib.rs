@@ -21,6 +21,6 @@ pub use block::{Block, BlockError, BlockHandle, BlockStateV1, MAX_BLOCK_QUEUES, 
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
-pub use queue::{QueueLayout, QueueStateV1, RingFault, VirtQueue};
+pub use queue::{InflightQueue, QueueLayout, QueueStateV1, RingFault, VirtQueue};
 pub use rng::{EntropySource, SourceError, VirtioRng};
 pub use transport::{DeviceEvent, Observer, RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

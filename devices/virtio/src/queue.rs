@@ -1,9 +1,11 @@
 //! A running virtqueue. Devices pop chains and complete them; the ring layout (split today) stays in here.
 
+mod inflight;
 #[cfg(test)]
 mod tests;
 mod walk;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,6 +18,7 @@ use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::inflight::InflightQueue;
 use self::walk::{MAX_SEGMENTS, Table, walk};
 use crate::{Chain, VirtioInterrupt};
 
@@ -57,6 +60,9 @@ pub enum RingFault {
     /// A chain has more buffers or bytes than any request needs.
     #[error("a chain has more than {MAX_SEGMENTS} buffers or 4 GiB")]
     TooLong,
+    /// The inflight region is one of another kind of queue.
+    #[error("its inflight region has another version or length")]
+    Region,
     /// The request inside the chain is not one the device type defines.
     #[error("{0}")]
     Request(&'static str),
@@ -103,6 +109,16 @@ pub struct VirtQueue {
     signalled: u16,
     faulted: bool,
     log: RateLimit,
+    tracking: Option<Tracking>,
+}
+
+/// What a queue with an inflight region has beside the others.
+struct Tracking {
+    region: InflightQueue,
+    /// Heads that an earlier process took and did not complete, to be popped before what the ring offers.
+    again: VecDeque<u16>,
+    /// What was popped last, and whether it was one of those.
+    last: Option<(u16, bool)>,
 }
 
 impl VirtQueue {
@@ -136,7 +152,41 @@ impl VirtQueue {
             signalled: 0,
             faulted: false,
             log: RateLimit::default(),
+            tracking: None,
         })
+    }
+
+    /// Continues where an earlier process was when it ended, however that was: `region` has what it worked on, which is popped again
+    /// before anything else, and the used ring has what it completed. Returns how many chains are popped again. From now on the
+    /// region is kept up to date.
+    ///
+    /// # Errors
+    /// The used ring cannot be read, or the region is one of another queue size or version.
+    pub fn track(&mut self, mut region: InflightQueue) -> Result<usize, RingFault> {
+        let used = self.used_index()?;
+        let heads = region.recover(used).ok_or(RingFault::Region)?;
+        let again: VecDeque<u16> = heads.into_iter().filter(|head| *head < self.size()).collect();
+        let open = again.len();
+        // At most as many as the ring is long.
+        self.ring.set_next_avail(used.wrapping_add(open as u16));
+        self.ring.set_next_used(used);
+        self.signalled = used;
+        self.tracking = Some(Tracking {
+            region,
+            again,
+            last: None,
+        });
+        Ok(open)
+    }
+
+    /// The used ring's index as it stands in memory.
+    ///
+    /// # Errors
+    /// The used ring cannot be read.
+    pub fn used_index(&self) -> Result<u16, RingFault> {
+        let memory = self.memory.memory();
+        let index = self.ring.used_idx(&*memory, Ordering::Acquire);
+        index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
     }
 
     /// Continues where `state` left off.
@@ -197,18 +247,20 @@ impl VirtQueue {
 
     /// Puts the last popped chain back, to be popped again. Only before anything else is popped or completed.
     pub fn unpop(&mut self) {
+        if let Some(tracking) = &mut self.tracking
+            && let Some((head, again)) = tracking.last.take()
+        {
+            if again {
+                return tracking.again.push_front(head);
+            }
+            tracking.region.cancel(head);
+        }
         self.ring.go_to_previous_position();
     }
 
     /// Gives a chain back, with the number of bytes written into it.
     pub fn complete(&mut self, head: u16, written: u32) {
-        if self.faulted {
-            return;
-        }
-        let memory = self.memory.memory();
-        if self.ring.add_used(&*memory, head, written).is_err() {
-            self.fault(&RingFault::Inaccessible);
-        }
+        self.complete_all(&[(head, written)]);
     }
 
     /// Gives several chains (head, bytes written) back in one step: the driver sees all of them or none. What spans several
@@ -221,6 +273,9 @@ impl VirtQueue {
             return;
         }
         let memory = self.memory.memory();
+        if let Some(tracking) = &self.tracking {
+            chains.iter().for_each(|(head, _)| tracking.region.ending(*head));
+        }
         let mut next = self.ring.next_used();
         for &(head, written) in first {
             let element = (u64::from(written) << 32) | u64::from(head);
@@ -234,7 +289,13 @@ impl VirtQueue {
         }
         // The last one publishes the index, and with it the ones before.
         self.ring.set_next_used(next);
-        self.complete(last, written);
+        if self.ring.add_used(&*memory, last, written).is_err() {
+            return self.fault(&RingFault::Inaccessible);
+        }
+        if let Some(tracking) = &self.tracking {
+            let heads = chains.iter().map(|(head, _)| *head);
+            tracking.region.ended(heads, self.ring.next_used());
+        }
     }
 
     /// Interrupts the driver if it wants to hear of what was completed since the last call.
@@ -330,6 +391,24 @@ impl VirtQueue {
     }
 
     fn try_pop(&mut self) -> Result<Option<Chain>, RingFault> {
+        if let Some(head) = self.tracking.as_mut().and_then(|tracking| tracking.again.pop_front()) {
+            let chain = self.chain(head)?;
+            if let Some(tracking) = &mut self.tracking {
+                tracking.last = Some((head, true));
+            }
+            return Ok(Some(chain));
+        }
+        let Some(chain) = self.next_offered()? else {
+            return Ok(None);
+        };
+        if let Some(tracking) = &mut self.tracking {
+            tracking.region.begin(chain.head);
+            tracking.last = Some((chain.head, false));
+        }
+        Ok(Some(chain))
+    }
+
+    fn next_offered(&mut self) -> Result<Option<Chain>, RingFault> {
         let memory = self.memory.memory();
         let avail = self
             .ring

@@ -188,3 +188,42 @@ proptest! {
         prop_assert_eq!(queue.faulted(), driver.interrupt.needs_reset_count() > 0);
     }
 }
+
+#[test]
+fn a_killed_process_s_requests_come_again_and_once() {
+    use super::InflightQueue;
+    use std::sync::Arc;
+    let region = Arc::new(vm_memory::MmapRegion::new(InflightQueue::bytes(8)).expect("memory"));
+    let tracked = |queue: &mut crate::VirtQueue| {
+        let part = InflightQueue::new(region.clone(), 0, 8).expect("it fits");
+        queue.track(part).expect("a sound region")
+    };
+    let mut driver = FakeDriver::new(8, false);
+    let mut queue = driver.queue();
+    assert_eq!(tracked(&mut queue), 0);
+    for _ in 0..4 {
+        driver.add(&[Desc::readable(DATA, 16)]);
+    }
+    let heads: Vec<u16> = (0..3).filter_map(|_| queue.pop()).map(|c| c.head()).collect();
+    queue.complete(heads[1], 0);
+    drop(queue);
+
+    let mut queue = driver.queue();
+    assert_eq!(tracked(&mut queue), 2);
+    assert_eq!(queue.pop().map(|c| c.head()), Some(heads[0]));
+    queue.unpop();
+    let mut again: Vec<u16> = std::iter::from_fn(|| queue.pop()).map(|c| c.head()).collect();
+    assert_eq!(again[..2], [heads[0], heads[2]]);
+    // And the one that was never taken.
+    assert_eq!(again.len(), 3);
+    again.iter().for_each(|head| queue.complete(*head, 0));
+    again.insert(0, heads[1]);
+    assert_eq!(
+        std::iter::from_fn(|| driver.used())
+            .map(|(head, _)| head)
+            .collect::<Vec<_>>(),
+        again
+    );
+    drop(queue);
+    assert_eq!(tracked(&mut driver.queue()), 0);
+}
