@@ -26,6 +26,8 @@ pub enum ThreadClass {
     Vsock,
     /// Talks to the daemon of a vhost-user device.
     VhostUser,
+    /// In a daemon: accepts front ends and serves their requests, and starts the queues they describe.
+    BackEnd,
     /// Serves console, entropy and other small queues.
     Device,
 }

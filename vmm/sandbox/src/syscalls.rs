@@ -237,6 +237,18 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(SHARED))
             .chain(unix_sockets())
             .collect(),
+        ThreadClass::BackEnd => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(calls(SHARED))
+            .chain(calls(&[
+                // Disks: a queue is made ready by whoever starts it.
+                SYS_io_uring_setup,
+                SYS_io_uring_register,
+                SYS_fstat,
+                SYS_statx,
+            ]))
+            .collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

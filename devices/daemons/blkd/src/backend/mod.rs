@@ -1,0 +1,16 @@
+//! The back end of vhost-user, as a transport of virtio devices: what the PCI transport is to the VMM, this is to the daemon. The
+//! device behind it is the same.
+
+mod call;
+mod channel;
+mod dirty;
+mod fd;
+mod inflight;
+mod memory;
+mod message;
+mod ring;
+mod session;
+
+pub use channel::ChannelError;
+pub(crate) use fd::borrow;
+pub use session::{Session, SessionError, SessionStats};

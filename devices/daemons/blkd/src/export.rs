@@ -1,0 +1,226 @@
+//! One disk, and the front end that uses it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::SocketFlags;
+use thiserror::Error;
+use triarch_api::chain;
+use triarch_api::server::{ListenError, Listener};
+use triarch_block::{Disk, OpenError};
+use triarch_device_core::{RateLimit, Sandbox, ThreadClass};
+use triarch_virtio::{Block, BlockError, BlockHandle};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::ExportOptions;
+use crate::backend::{ChannelError, Session, SessionError, borrow};
+
+/// Why an export could not be made.
+#[derive(Debug, Error)]
+pub enum ExportError {
+    /// There is one of that name.
+    #[error("there is an export called {0} already")]
+    Name(String),
+    /// The disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    /// The device cannot be made.
+    #[error(transparent)]
+    Device(#[from] BlockError),
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// An event descriptor.
+    #[error("cannot make an event descriptor")]
+    Event(#[source] std::io::Error),
+}
+
+/// What an export did.
+#[derive(Debug, Default)]
+pub struct ExportCounters {
+    /// Connections that were served.
+    pub connections: AtomicU64,
+    /// Connections that were refused, since there was one.
+    pub refused: AtomicU64,
+    /// Connections that ended because of what the front end sent.
+    pub broken: AtomicU64,
+    /// Requests that an earlier process had not finished, done again.
+    pub resubmitted: AtomicU64,
+}
+
+/// A disk, the socket at which it is to be had, and who has it.
+pub struct Export {
+    options: ExportOptions,
+    listener: Listener,
+    handle: BlockHandle,
+    /// Whoever holds the lock serves it.
+    device: Mutex<Block>,
+    current: Mutex<Current>,
+    stop: EventFd,
+    counters: ExportCounters,
+    log: RateLimit,
+}
+
+#[derive(Default)]
+struct Current {
+    /// The connection that is served, to see whether its front end is still there.
+    socket: Option<OwnedFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Export {
+    /// Opens and locks the disk, and listens.
+    ///
+    /// # Errors
+    /// See [`ExportError`]; nothing stays open.
+    pub fn open(options: ExportOptions) -> Result<Arc<Self>, ExportError> {
+        let disk = Disk::open(&options.disk())?;
+        let listener = triarch_daemon::listen(&options.socket)?;
+        Self::new(options, disk, listener)
+    }
+
+    fn new(options: ExportOptions, disk: Arc<Disk>, listener: Listener) -> Result<Arc<Self>, ExportError> {
+        let device = Block::new(&options.name, disk, options.num_queues, options.queue_size)?;
+        Ok(Arc::new(Self {
+            handle: device.handle(),
+            device: Mutex::new(device),
+            current: Mutex::default(),
+            stop: EventFd::new(EFD_NONBLOCK).map_err(ExportError::Event)?,
+            counters: ExportCounters::default(),
+            log: RateLimit::default(),
+            options,
+            listener,
+        }))
+    }
+
+    /// As it was described.
+    pub fn options(&self) -> &ExportOptions {
+        &self.options
+    }
+
+    /// The socket for front ends.
+    pub fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    /// The disk, and a way to tell the guest of its size.
+    pub fn handle(&self) -> &BlockHandle {
+        &self.handle
+    }
+
+    /// What it did.
+    pub fn counters(&self) -> &ExportCounters {
+        &self.counters
+    }
+
+    /// Whether a front end is connected.
+    pub fn connected(&self) -> bool {
+        self.current().socket.is_some()
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what waits at the socket. A front end gets the disk unless another one has it.
+    pub fn accept(self: &Arc<Self>, sandbox: &Arc<dyn Sandbox>) -> std::io::Result<()> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = match rustix::net::accept_with(&self.listener, flags) {
+            Ok(socket) => socket,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let mut current = self.current();
+        if current.socket.as_ref().is_some_and(|socket| !hung_up(socket)) {
+            self.counters.refused.fetch_add(1, Relaxed);
+            self.warn(&"a front end was refused, since another one is connected");
+            return Ok(());
+        }
+        current.threads.retain(|thread| !thread.is_finished());
+        let copy = socket.try_clone()?;
+        let (export, confine) = (self.clone(), sandbox.clone());
+        let body = move || {
+            if let Err(error) = confine.enter(ThreadClass::BackEnd) {
+                tracing::error!("cannot confine a thread: {error}");
+                std::process::abort();
+            }
+            export.serve(socket, &confine);
+        };
+        let thread = sandbox.spawn(self.options.name.clone(), Box::new(body))?;
+        current.threads.push(thread);
+        current.socket = Some(copy);
+        Ok(())
+    }
+
+    /// Serves one front end to its end.
+    fn serve(&self, socket: OwnedFd, sandbox: &Arc<dyn Sandbox>) {
+        // The one before may still be finishing what was in flight.
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        self.counters.connections.fetch_add(1, Relaxed);
+        let name = &self.options.name;
+        tracing::info!(export = name, "a front end is connected");
+        let number = socket_number(&socket);
+        let mut session = Session::new(socket, &mut *device, sandbox.clone());
+        let end = session.run(borrow(&self.stop));
+        self.counters
+            .resubmitted
+            .fetch_add(session.stats().resubmitted, Relaxed);
+        drop(session);
+        let mut current = self.current();
+        if current.socket.as_ref().map(socket_number) == Some(number) {
+            current.socket = None;
+        }
+        drop(current);
+        match end {
+            SessionError::Channel(ChannelError::Closed | ChannelError::Stopped) => {
+                tracing::info!(export = name, "{end}");
+            }
+            error => {
+                self.counters.broken.fetch_add(1, Relaxed);
+                self.warn(&format_args!("the front end is disconnected: {}", chain(&error)));
+            }
+        }
+    }
+
+    /// Ends the connection once what is in flight is finished, and takes no other one.
+    pub fn stop(&self) {
+        // The counter cannot overflow.
+        let _ = self.stop.write(1);
+    }
+
+    /// Waits until nothing is served any more.
+    pub fn wait(&self) {
+        let threads = std::mem::take(&mut self.current().threads);
+        for thread in threads {
+            // One that panicked is gone as well.
+            let _ = thread.join();
+        }
+    }
+
+    fn warn(&self, message: &dyn std::fmt::Display) {
+        if let Some(held_back) = self.log.admit() {
+            tracing::warn!(export = self.options.name, held_back, "{message}");
+        }
+    }
+}
+
+/// The inode of a socket, by which its copies are known.
+fn socket_number(socket: &OwnedFd) -> u64 {
+    rustix::fs::fstat(socket).map_or(0, |stat| stat.st_ino)
+}
+
+/// Whether the other side is gone, so that its session is about to end.
+fn hung_up(socket: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec::default();
+    rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+impl AsFd for Export {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
