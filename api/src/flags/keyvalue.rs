@@ -18,12 +18,7 @@ pub struct KeyValues<'a> {
 impl<'a> KeyValues<'a> {
     /// Takes `text` apart. Keys beside `known` are errors. Keys in `elsewhere` exist in Cloud Hypervisor and not here yet: they are
     /// accepted with the value that changes nothing.
-    pub fn parse(
-        flag: &'static str,
-        text: &'a str,
-        known: &[&str],
-        elsewhere: &[&str],
-    ) -> Result<Self, FlagError> {
+    pub fn parse(flag: &'static str, text: &'a str, known: &[&str], elsewhere: &[&str]) -> Result<Self, FlagError> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
         let refuse = |problem| Err(FlagError::new(flag, problem));
         let takes = || format!("it takes {}", known.join(", "));

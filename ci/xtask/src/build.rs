@@ -10,7 +10,13 @@ use crate::stdlib::{self, Library};
 use crate::{packages, payload, tools};
 
 /// The packages whose programs are shipped or put on hosts.
-const PACKAGES: [&str; 4] = ["triarch", "triarch-client", "triarch-guest-init", "triarch-suites"];
+const PACKAGES: [&str; 5] = [
+    "triarch",
+    "triarch-blkd",
+    "triarch-client",
+    "triarch-guest-init",
+    "triarch-suites",
+];
 
 /// What to build.
 #[derive(Debug, clap::Args)]

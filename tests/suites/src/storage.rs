@@ -1,4 +1,4 @@
-//! QEMU's storage daemon, which serves disks over vhost-user.
+//! Daemons that serve disks over vhost-user: QEMU's and ours.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
@@ -12,7 +12,19 @@ use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, patient};
 use triarch_harness::vm::Vm;
 
+/// QEMU's.
 const PROGRAM: &str = "qemu-storage-daemon";
+/// Ours, which lies beside the VMM.
+const BLKD: &str = "triarch-blkd";
+
+/// Which daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Program {
+    /// qemu-storage-daemon.
+    Qemu,
+    /// triarch-blkd.
+    Blkd,
+}
 
 /// How long a daemon or a change may take on a busy machine.
 pub fn soon() -> Duration {
@@ -70,6 +82,7 @@ pub fn wait_reason(vm: &Vm, text: &str) -> Result<Value> {
 
 /// The daemon with one export.
 pub struct Daemon {
+    kind: Program,
     program: PathBuf,
     socket: PathBuf,
     /// Queues of the export, from its next start on.
@@ -79,9 +92,14 @@ pub struct Daemon {
 
 impl Daemon {
     /// One that serves on a socket in `dir`; `None` where the program is missing.
-    pub fn find(context: &Context, dir: &Path, queues: u16) -> Option<Self> {
+    pub fn find(kind: Program, context: &Context, dir: &Path, queues: u16) -> Option<Self> {
+        let program = match kind {
+            Program::Qemu => context.images.path(PROGRAM).ok()?,
+            Program::Blkd => context.triarch.with_file_name(BLKD),
+        };
         Some(Self {
-            program: context.images.path(PROGRAM).ok()?,
+            kind,
+            program,
             socket: dir.join("disk.sock"),
             queues,
             process: None,
@@ -96,6 +114,21 @@ impl Daemon {
         self.kill();
         let _ = std::fs::remove_file(&self.socket);
         let mut command = Command::new(&self.program);
+        match self.kind {
+            Program::Qemu => self.qemu(&mut command, disk),
+            Program::Blkd => self.blkd(&mut command, disk),
+        }
+        self.process = Some(Process::start(&mut command)?);
+        let deadline = Instant::now() + soon();
+        while !self.socket.exists() {
+            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
+            ensure!(Instant::now() < deadline, "the daemon does not listen{words}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn qemu(&self, command: &mut Command, disk: &Path) {
         let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
         let monitor = self.socket.with_extension("qmp");
         command
@@ -109,14 +142,14 @@ impl Daemon {
             .arg(format!(
                 "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={socket},writable=on,num-queues={queues}"
             ));
-        self.process = Some(Process::start(&mut command)?);
-        let deadline = Instant::now() + soon();
-        while !self.socket.exists() {
-            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
-            ensure!(Instant::now() < deadline, "{PROGRAM} does not listen{words}");
-            thread::sleep(Duration::from_millis(1));
-        }
-        Ok(())
+    }
+
+    fn blkd(&self, command: &mut Command, disk: &Path) {
+        let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
+        command
+            .arg("--export")
+            .arg(format!("name=served,path={disk},socket={socket},num_queues={queues}"))
+            .args(["--log-level", "debug"]);
     }
 
     /// Ends it as a crash would.

@@ -24,6 +24,8 @@ use crate::{packages, payload, schemathesis, tools};
 
 const SUITES: &str = "triarch-suites";
 const VMM: &str = "triarch";
+/// The daemons, which tests find beside the VMM.
+const BLKD: &str = "triarch-blkd";
 const CLIENT: &str = "triarch-client";
 /// The client's program, which tests find beside the VMM.
 const TRICTL: &str = "trictl";
@@ -158,7 +160,7 @@ impl Programs {
             programs(arch)?
         };
         let program = |name: &str| (name.to_owned(), 0o755, dir.join(name));
-        let mut files = vec![program(VMM), program(TRICTL), program(SUITES)];
+        let mut files = vec![program(VMM), program(BLKD), program(TRICTL), program(SUITES)];
         let payload = if arch == Arch::native() {
             self.payload.clone()
         } else {
@@ -177,7 +179,7 @@ impl Programs {
 }
 
 fn programs(arch: Arch) -> Result<PathBuf> {
-    build::programs(arch, Profile::Dev, &[VMM, CLIENT, SUITES])
+    build::programs(arch, Profile::Dev, &[VMM, BLKD, CLIENT, SUITES])
 }
 
 fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::SocketFlags;
@@ -17,6 +18,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::ExportOptions;
 use crate::backend::{ChannelError, Session, SessionError, borrow};
+
+/// How long a disk may be locked by somebody who is just ending, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PERIOD: Duration = Duration::from_millis(5);
 
 /// Why an export could not be made.
 #[derive(Debug, Error)]
@@ -77,7 +82,7 @@ impl Export {
     /// # Errors
     /// See [`ExportError`]; nothing stays open.
     pub fn open(options: ExportOptions) -> Result<Arc<Self>, ExportError> {
-        let disk = Disk::open(&options.disk())?;
+        let disk = open_disk(&options)?;
         let listener = triarch_daemon::listen(&options.socket)?;
         Self::new(options, disk, listener)
     }
@@ -203,6 +208,18 @@ impl Export {
     fn warn(&self, message: &dyn std::fmt::Display) {
         if let Some(held_back) = self.log.admit() {
             tracing::warn!(export = self.options.name, held_back, "{message}");
+        }
+    }
+}
+
+/// Opens the disk. A daemon that was killed a moment ago still holds its lock for as long as the kernel takes to end what it had submitted
+/// to io_uring, so one that is locked is tried again for a while.
+fn open_disk(options: &ExportOptions) -> Result<Arc<Disk>, OpenError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Disk::open(&options.disk()) {
+            Err(OpenError::Locked { .. }) if Instant::now() < deadline => std::thread::sleep(LOCK_PERIOD),
+            result => return result,
         }
     }
 }

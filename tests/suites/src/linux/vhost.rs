@@ -1,7 +1,7 @@
 //! Disks that a daemon serves, and what happens when it dies: with a stock Linux, whose disk driver is not ours.
 
 use super::blk::{SIZE, read_and_write};
-use crate::storage::{self, Daemon, wait_reason, wait_state};
+use crate::storage::{self, Daemon, Program, wait_reason, wait_state};
 use anyhow::{Context as _, Result, bail, ensure};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,7 +49,7 @@ fn with_guest(
 ) -> Result<Outcome> {
     // Apart from the VM's own directory: the daemon's sockets stay behind.
     let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
-    let Some(mut daemon) = Daemon::find(context, dir.path(), queues) else {
+    let Some(mut daemon) = Daemon::find(Program::Qemu, context, dir.path(), queues) else {
         return Ok(Outcome::Skipped(storage::missing()));
     };
     let image = DiskImage::with(dir.path().join("disk"), &pattern(1, size))?;

@@ -1,8 +1,8 @@
-//! Disks that a daemon serves, and what happens when it dies. The daemon is QEMU's storage daemon.
+//! Disks that a daemon serves, and what happens when it dies. The daemon is QEMU's storage daemon, or ours.
 
 use super::data::pattern;
 use super::guest::{Guest, builder, number};
-use crate::storage::{self, Daemon, soon};
+use crate::storage::{self, Daemon, Program, soon};
 use anyhow::{Context as _, Result, ensure};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,18 +11,58 @@ use triarch_harness::suite::{Context, Outcome, Test, figure, kills, patient};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
-    Test::payload("vhost::blk_reads_and_writes", blk_reads_and_writes),
-    Test::payload("vhost::blk_runs_several_queues", blk_runs_several_queues),
-    Test::payload("vhost::blk_describes_the_daemons_disk", blk_describes_the_daemons_disk),
-    Test::payload("vhost::blk_survives_resets_and_pauses", blk_survives_resets_and_pauses),
-    Test::payload("vhost::blk_grows_while_it_runs", blk_grows_while_it_runs),
+    Test::payload("vhost::blk_reads_and_writes", blk_reads_and_writes::<THEIRS>),
+    Test::payload("vhost::blk_runs_several_queues", blk_runs_several_queues::<THEIRS>),
+    Test::payload(
+        "vhost::blk_describes_the_daemons_disk",
+        blk_describes_the_daemons_disk::<THEIRS>,
+    ),
+    Test::payload(
+        "vhost::blk_survives_resets_and_pauses",
+        blk_survives_resets_and_pauses::<THEIRS>,
+    ),
+    Test::payload("vhost::blk_grows_while_it_runs", blk_grows_while_it_runs::<THEIRS>),
     Test::payload("vhost::blk_needs_a_daemon_to_start", blk_needs_a_daemon_to_start),
-    Test::payload("vhost::no_write_is_lost_with_killed_daemons", killed_daemons).within(Duration::from_secs(300)),
-    Test::payload("vhost::a_stopped_daemon_stalls_its_disk_only", stopped_daemon).within(Duration::from_secs(30)),
-    Test::payload("vhost::pauses_and_ends_without_a_daemon", pauses_without_daemon),
-    Test::payload("vhost::requests_fail_when_told_so", requests_fail).within(Duration::from_secs(20)),
-    Test::payload("vhost::another_disk_is_refused", another_disk).within(Duration::from_secs(20)),
+    Test::payload("vhost::no_write_is_lost_with_killed_daemons", killed_daemons::<THEIRS>)
+        .within(Duration::from_secs(300)),
+    Test::payload("vhost::a_stopped_daemon_stalls_its_disk_only", stopped_daemon::<THEIRS>)
+        .within(Duration::from_secs(30)),
+    Test::payload(
+        "vhost::pauses_and_ends_without_a_daemon",
+        pauses_without_daemon::<THEIRS>,
+    ),
+    Test::payload("vhost::requests_fail_when_told_so", requests_fail::<THEIRS>).within(Duration::from_secs(20)),
+    Test::payload("vhost::another_disk_is_refused", another_disk::<THEIRS>).within(Duration::from_secs(20)),
+    Test::payload("vhost::blkd::blk_reads_and_writes", blk_reads_and_writes::<OURS>),
+    Test::payload("vhost::blkd::blk_runs_several_queues", blk_runs_several_queues::<OURS>),
+    Test::payload(
+        "vhost::blkd::blk_describes_the_daemons_disk",
+        blk_describes_the_daemons_disk::<OURS>,
+    ),
+    Test::payload(
+        "vhost::blkd::blk_survives_resets_and_pauses",
+        blk_survives_resets_and_pauses::<OURS>,
+    ),
+    Test::payload(
+        "vhost::blkd::no_write_is_lost_with_killed_daemons",
+        killed_daemons::<OURS>,
+    )
+    .within(Duration::from_secs(300)),
+    Test::payload(
+        "vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
+        stopped_daemon::<OURS>,
+    )
+    .within(Duration::from_secs(30)),
+    Test::payload(
+        "vhost::blkd::pauses_and_ends_without_a_daemon",
+        pauses_without_daemon::<OURS>,
+    ),
+    Test::payload("vhost::blkd::requests_fail_when_told_so", requests_fail::<OURS>).within(Duration::from_secs(20)),
+    Test::payload("vhost::blkd::another_disk_is_refused", another_disk::<OURS>).within(Duration::from_secs(20)),
 ];
+
+const THEIRS: bool = false;
+const OURS: bool = true;
 
 const SIZE: u64 = 8 << 20;
 
@@ -37,10 +77,11 @@ struct Rig {
 
 impl Rig {
     /// `None` where the daemon is missing. `options` are further ones of the disk, beginning with a comma.
-    fn start(context: &Context, queues: u16, options: &str) -> Result<Option<Self>> {
+    fn start<const WHOSE: bool>(context: &Context, queues: u16, options: &str) -> Result<Option<Self>> {
         // Apart from the VM's own directory: the daemon's sockets stay behind.
         let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
-        let Some(mut daemon) = Daemon::find(context, dir.path(), queues) else {
+        let whose = if WHOSE == OURS { Program::Blkd } else { Program::Qemu };
+        let Some(mut daemon) = Daemon::find(whose, context, dir.path(), queues) else {
             return Ok(None);
         };
         let image = DiskImage::with(dir.path().join("disk"), &pattern(1, 0, SIZE as usize))?;
@@ -70,13 +111,13 @@ impl Rig {
 }
 
 /// Runs a test that has a daemon, or tells that there is none.
-fn with_daemon(
+fn with_daemon<const WHOSE: bool>(
     context: &Context,
     queues: u16,
     options: &str,
     test: impl FnOnce(&mut Rig) -> Result<()>,
 ) -> Result<Outcome> {
-    match Rig::start(context, queues, options)? {
+    match Rig::start::<WHOSE>(context, queues, options)? {
         None => Ok(Outcome::Skipped(storage::missing())),
         Some(mut rig) => {
             test(&mut rig).with_context(|| format!("the VMM's last words:{}", rig.guest.vm().last_words()))?;
@@ -86,8 +127,8 @@ fn with_daemon(
     }
 }
 
-fn blk_reads_and_writes(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 1, "", |rig| {
+fn blk_reads_and_writes<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 1, "", |rig| {
         rig.guest.ask("blk 0 verify 0 2048 1")?;
         for (sector, count, seed) in [(0, 1, 2), (7, 9, 3), (1000, 2048, 4), (SIZE / 512 - 1, 1, 5)] {
             rig.guest.ask(&format!("blk 0 write {sector} {count} {seed}"))?;
@@ -101,8 +142,8 @@ fn blk_reads_and_writes(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn blk_runs_several_queues(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 4, ",num_queues=4,queue_size=64", |rig| {
+fn blk_runs_several_queues<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 4, ",num_queues=4,queue_size=64", |rig| {
         for init in ["queues=4", "queues=3 size=32 indirect=0", "queues=4 event_idx=0"] {
             rig.guest.ask(&format!("blk 0 init {init}"))?;
             rig.guest.ask("blk 0 stress 800 8 12")?;
@@ -112,8 +153,8 @@ fn blk_runs_several_queues(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn blk_describes_the_daemons_disk(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 2, ",num_queues=2,queue_size=64", |rig| {
+fn blk_describes_the_daemons_disk<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 2, ",num_queues=2,queue_size=64", |rig| {
         let info = rig.guest.ask("blk 0 info")?;
         ensure!(number(&info, "sectors")? == SIZE / 512, "{info}");
         ensure!(number(&info, "queues")? == 2, "{info}");
@@ -122,8 +163,8 @@ fn blk_describes_the_daemons_disk(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn blk_survives_resets_and_pauses(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 2, ",num_queues=2", |rig| {
+fn blk_survives_resets_and_pauses<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 2, ",num_queues=2", |rig| {
         for seed in 2..5 {
             rig.guest.ask("blk 0 init queues=2")?;
             rig.guest.send(&format!("blk 0 stress 1500 32 {seed}"))?;
@@ -142,8 +183,8 @@ fn blk_survives_resets_and_pauses(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn blk_grows_while_it_runs(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 1, "", |rig| {
+fn blk_grows_while_it_runs<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 1, "", |rig| {
         rig.guest.ask("blk 0 verify 0 8 1")?;
         let grown = 2 * SIZE;
         rig.daemon.resize(grown)?;
@@ -186,9 +227,9 @@ fn blk_needs_a_daemon_to_start(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn killed_daemons(context: &Context) -> Result<Outcome> {
+fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
     let kills = kills();
-    with_daemon(context, 2, ",num_queues=2", |rig| {
+    with_daemon::<WHOSE>(context, 2, ",num_queues=2", |rig| {
         rig.guest.ask("blk 0 init queues=2")?;
         let (mut prompt, mut late) = (Vec::new(), Vec::new());
         for round in 0..kills {
@@ -224,8 +265,8 @@ fn killed_daemons(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn stopped_daemon(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 1, "", |rig| {
+fn stopped_daemon<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 1, "", |rig| {
         rig.guest.send("blk 0 soak 4000 32 5 1000")?;
         thread::sleep(Duration::from_millis(10));
         rig.daemon.signal("STOP")?;
@@ -252,8 +293,8 @@ fn stopped_daemon(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
-    let Some(mut rig) = Rig::start(context, 1, "")? else {
+fn pauses_without_daemon<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start::<WHOSE>(context, 1, "")? else {
         return Ok(Outcome::Skipped(storage::missing()));
     };
     rig.guest.send("blk 0 soak 2000 32 5 1000")?;
@@ -286,8 +327,8 @@ fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn requests_fail(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 1, ",on_disconnect=error-after=1", |rig| {
+fn requests_fail<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 1, ",on_disconnect=error-after=1", |rig| {
         rig.guest.ask("blk 0 write 0 8 2")?;
         rig.daemon.kill();
         // This one waits, then fails; the next ones fail at once.
@@ -316,8 +357,8 @@ fn requests_fail(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn another_disk(context: &Context) -> Result<Outcome> {
-    with_daemon(context, 2, ",num_queues=2", |rig| {
+fn another_disk<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
+    with_daemon::<WHOSE>(context, 2, ",num_queues=2", |rig| {
         rig.guest.ask("blk 0 write 0 8 2")?;
         let small = DiskImage::empty(rig.image.path().with_extension("small"), SIZE / 2)?;
         rig.daemon.start(small.path())?;

@@ -96,9 +96,9 @@ mod tests {
             .write_slice(&[1; 1], GuestAddress((1 << 21) + (1 << 20) - 1))
             .expect("write");
         log.collect(&memory);
-        let mut bytes = [0; 96];
+        let mut bytes = [0u8; 96];
         log.region.as_volatile_slice().copy_to(&mut bytes[..]);
-        let mut expected = [0; 96];
+        let mut expected = [0u8; 96];
         expected[0] = 3;
         expected[65] = 2;
         expected[95] = 0x80;
