@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use triarch_device_core::{Sandbox, ThreadClass};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::backend::borrow;
 use crate::{Export, ExportError, ExportOptions};
+use triarch_daemon::backend::borrow;
 
 /// How long nobody is accepted when there is no descriptor or thread left for it.
 const PAUSE: Duration = Duration::from_millis(100);

@@ -17,7 +17,7 @@ use triarch_virtio::{Block, BlockError, BlockHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::ExportOptions;
-use crate::backend::{ChannelError, Session, SessionError, borrow};
+use triarch_daemon::backend::{ChannelError, Session, SessionError, borrow};
 
 /// How long a disk may be locked by somebody who is just ending, and how often it is tried.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);

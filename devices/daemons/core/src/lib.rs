@@ -9,6 +9,7 @@
 //! 5. [`Control::start`], which serves the control socket, and the threads that do the work.
 //! 6. [`Confinement::enter`] on the main thread, which waits in [`Signals::wait`] and ends everything.
 
+pub mod backend;
 mod confine;
 mod control;
 mod logging;

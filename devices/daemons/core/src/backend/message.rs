@@ -58,6 +58,8 @@ requests! {
     SET_PROTOCOL_FEATURES = 16,
     GET_QUEUE_NUM = 17,
     SET_VRING_ENABLE = 18,
+    SEND_RARP = 19,
+    NET_SET_MTU = 20,
     SET_BACKEND_REQ_FD = 21,
     GET_CONFIG = 24,
     SET_CONFIG = 25,
@@ -99,18 +101,31 @@ pub(crate) mod feature {
 }
 
 /// Protocol features.
-pub(crate) mod protocol {
-    pub(crate) const MQ: u64 = 1 << 0;
-    pub(crate) const LOG_SHMFD: u64 = 1 << 1;
-    pub(crate) const REPLY_ACK: u64 = 1 << 3;
-    pub(crate) const BACKEND_REQ: u64 = 1 << 5;
-    pub(crate) const CONFIG: u64 = 1 << 9;
-    pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
-    pub(crate) const RESET_DEVICE: u64 = 1 << 13;
-    pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    pub(crate) const STATUS: u64 = 1 << 16;
-    /// All that are offered.
-    pub(crate) const ALL: u64 = MQ
+pub mod protocol {
+    /// Several queues.
+    pub const MQ: u64 = 1 << 0;
+    /// The log of written pages comes as a file.
+    pub const LOG_SHMFD: u64 = 1 << 1;
+    /// The network is told where a guest is now.
+    pub const RARP: u64 = 1 << 2;
+    /// Orders can be confirmed.
+    pub const REPLY_ACK: u64 = 1 << 3;
+    /// The front end says how large packets are.
+    pub const NET_MTU: u64 = 1 << 4;
+    /// The back end has requests of its own.
+    pub const BACKEND_REQ: u64 = 1 << 5;
+    /// The configuration space is the back end's.
+    pub const CONFIG: u64 = 1 << 9;
+    /// What is in flight is written down where a crash does not lose it.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
+    /// A device can be reset.
+    pub const RESET_DEVICE: u64 = 1 << 13;
+    /// Memory comes and goes in parts.
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// The back end hears of the driver's status.
+    pub const STATUS: u64 = 1 << 16;
+    /// What every device offers.
+    pub const COMMON: u64 = MQ
         | LOG_SHMFD
         | REPLY_ACK
         | BACKEND_REQ

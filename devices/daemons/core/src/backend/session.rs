@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use triarch_device_core::Sandbox;
-use triarch_virtio::{
-    ActivateError, DeviceContext, QueueLayout, QueueStateV1, RingFault, VirtQueue, VirtioDevice, VirtioInterrupt,
-};
+use triarch_virtio::{ActivateError, DeviceContext, QueueLayout, QueueStateV1, RingFault, VirtQueue, VirtioInterrupt};
 use vm_memory::GuestAddressSpace;
 use vm_memory::mmap::MmapRegionError;
 
@@ -20,6 +18,7 @@ use super::inflight::{Inflight, InflightError, Shape};
 use super::memory::{MAX_REGIONS, MemoryError, MemoryTable};
 use super::message::{self, NEED_REPLY, NO_FD, Reader, Region, Request, feature, protocol};
 use super::ring::{Addresses, Ring};
+use super::served::Served;
 
 /// Longest ring.
 const MAX_RING: u16 = 1024;
@@ -96,7 +95,7 @@ fn number(value: u64) -> Answer {
 /// A front end and the device it uses. Dropped, the device is idle again.
 pub struct Session<'a> {
     channel: Channel,
-    device: &'a mut dyn VirtioDevice,
+    device: &'a mut dyn Served,
     sandbox: Arc<dyn Sandbox>,
     calls: Arc<Calls>,
     memory: MemoryTable,
@@ -112,7 +111,7 @@ pub struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// A session on `socket`, which is connected and does not block, for `device`, which is idle.
-    pub fn new(socket: OwnedFd, device: &'a mut dyn VirtioDevice, sandbox: Arc<dyn Sandbox>) -> Self {
+    pub fn new(socket: OwnedFd, device: &'a mut dyn Served, sandbox: Arc<dyn Sandbox>) -> Self {
         let queues = device.queue_sizes().len();
         Self {
             channel: Channel::new(socket),
@@ -212,15 +211,21 @@ impl<'a> Session<'a> {
             SET_VRING_NUM | SET_VRING_ADDR | SET_VRING_BASE | SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR
             | SET_VRING_ENABLE => self.set_ring(ask)?,
             GET_VRING_BASE => return self.take_ring(&ask),
-            GET_PROTOCOL_FEATURES => return Ok(self::number(protocol::ALL)),
+            GET_PROTOCOL_FEATURES => return Ok(self::number(self.device.protocol())),
             SET_PROTOCOL_FEATURES => {
                 let wanted = ask.numbers().u64().ok_or_else(|| ask.short())?;
-                if wanted & !protocol::ALL != 0 {
+                if wanted & !self.device.protocol() != 0 {
                     return Err(ask.wrong("it wants features that were not offered"));
                 }
                 self.protocol = wanted;
             }
-            GET_QUEUE_NUM => return Ok(self::number(self.rings.len() as u64)),
+            GET_QUEUE_NUM => return Ok(self::number(self.device.queue_number())),
+            SEND_RARP => {
+                let mac = ask.payload.first_chunk().ok_or_else(|| ask.short())?;
+                self.device.announce(*mac);
+            }
+            // What is sent is limited by what the administrator said, not by what a front end says.
+            NET_SET_MTU => {}
             SET_BACKEND_REQ_FD => {
                 let socket = ask.only_fd()?;
                 self.calls.set_back_channel(socket);
@@ -247,6 +252,8 @@ impl<'a> Session<'a> {
             RESET_DEVICE => protocol::RESET_DEVICE,
             GET_MAX_MEM_SLOTS | ADD_MEM_REG | REM_MEM_REG => protocol::CONFIGURE_MEM_SLOTS,
             SET_STATUS | GET_STATUS => protocol::STATUS,
+            SEND_RARP => protocol::RARP,
+            NET_SET_MTU => protocol::NET_MTU,
             _ => return Ok(()),
         };
         if self.protocol & needed == 0 {

@@ -22,7 +22,7 @@ pub(crate) fn unblock(fd: impl AsFd) -> io::Result<()> {
 }
 
 /// The descriptor of an event.
-pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the event has it open for as long as it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

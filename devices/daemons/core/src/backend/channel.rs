@@ -28,7 +28,7 @@ pub enum ChannelError {
     #[error("the front end closed the connection")]
     Closed,
     /// It was told to end.
-    #[error("the export ends")]
+    #[error("the back end ends")]
     Stopped,
     /// The front end is silent in the middle of a message, or does not take answers.
     #[error("the front end hangs in the middle of a message")]

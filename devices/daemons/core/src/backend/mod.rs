@@ -9,8 +9,11 @@ mod inflight;
 mod memory;
 mod message;
 mod ring;
+mod served;
 mod session;
 
 pub use channel::ChannelError;
-pub(crate) use fd::borrow;
+pub use fd::borrow;
+pub use message::protocol;
+pub use served::Served;
 pub use session::{Session, SessionError, SessionStats};
