@@ -76,7 +76,8 @@ pub trait VirtioInterrupt: Send + Sync {
     fn config(&self) -> io::Result<()>;
     /// The device is broken until reset: sets DEVICE_NEEDS_RESET and raises a configuration interrupt.
     fn needs_reset(&self);
-    /// The descriptor behind [`queue`](Self::queue), when that is an event of its own.
+    /// The descriptor behind [`queue`](Self::queue), when that is an event of its own: while MSI-X is enabled and the queue has a vector.
+    /// Masks of the vector hold what it raises. [`VirtioDevice::interrupts_changed`] tells when it may be another one.
     fn queue_event(&self, index: u16) -> Option<EventFd>;
 }
 
@@ -144,6 +145,9 @@ pub trait VirtioDevice: Send {
     fn start_queue(&mut self, queue: VirtQueue) -> Result<(), ActivateError>;
     /// Finishes what is in flight and hands the queue back.
     fn stop_queue(&mut self, index: u16) -> Option<VirtQueue>;
+    /// The driver gave queues other interrupts while the device is active. Only who passed
+    /// [`queue_event`](VirtioInterrupt::queue_event) on needs to know.
+    fn interrupts_changed(&mut self) {}
     /// Forgets the driver.
     fn reset(&mut self);
 }

@@ -80,9 +80,15 @@ pub struct MockInterrupt {
     queues: Mutex<HashMap<u16, u64>>,
     config: AtomicU64,
     needs_reset: AtomicU64,
+    event: Mutex<Option<EventFd>>,
 }
 
 impl MockInterrupt {
+    /// From now on every queue has this event.
+    pub fn set_event(&self, event: Option<EventFd>) {
+        *self.event.lock().expect("lock") = event;
+    }
+
     /// Interrupts of queue `index` so far.
     pub fn queue_count(&self, index: u16) -> u64 {
         self.queues.lock().expect("lock").get(&index).copied().unwrap_or(0)
@@ -110,7 +116,8 @@ impl VirtioInterrupt for MockInterrupt {
         self.needs_reset.fetch_add(1, Ordering::SeqCst);
     }
     fn queue_event(&self, _index: u16) -> Option<EventFd> {
-        None
+        let event = self.event.lock().expect("lock");
+        event.as_ref().map(|event| event.try_clone().expect("a descriptor"))
     }
 }
 

@@ -220,6 +220,46 @@ impl VirtQueue {
         self.ring.desc_table()
     }
 
+    /// GPA of the driver area (available ring).
+    pub fn driver_area(&self) -> u64 {
+        self.ring.avail_ring()
+    }
+
+    /// GPA of the device area (used ring).
+    pub fn device_area(&self) -> u64 {
+        self.ring.used_ring()
+    }
+
+    /// How many chains the driver has offered, modulo 2^16, as the ring tells.
+    ///
+    /// # Errors
+    /// The ring is no longer in guest memory.
+    pub fn offered(&self) -> Result<u16, RingFault> {
+        let index = self.ring.avail_idx(&*self.memory.memory(), Ordering::Acquire);
+        index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
+    }
+
+    /// How many chains were completed, modulo 2^16, as the ring tells: what another process completed is counted.
+    ///
+    /// # Errors
+    /// The ring is no longer in guest memory.
+    pub fn completed(&self) -> Result<u16, RingFault> {
+        let index = self.ring.used_idx(&*self.memory.memory(), Ordering::Acquire);
+        index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
+    }
+
+    /// The event that interrupts the driver, for another process; `None` if there is none now: then [`interrupt`](Self::interrupt).
+    pub fn interrupt_event(&self) -> Option<EventFd> {
+        self.interrupt.queue_event(self.index)
+    }
+
+    /// Interrupts the driver, whether it wants to hear or not.
+    pub fn interrupt(&self) {
+        if let Err(error) = self.interrupt.queue(self.index) {
+            self.warn(&format_args!("cannot interrupt the guest: {error}"));
+        }
+    }
+
     /// Becomes readable when the driver notifies.
     pub fn kick(&self) -> &EventFd {
         &self.kick
@@ -305,11 +345,7 @@ impl VirtQueue {
         }
         match self.wants_interrupt() {
             Ok(false) => {}
-            Ok(true) => {
-                if let Err(error) = self.interrupt.queue(self.index) {
-                    self.warn(&format_args!("cannot interrupt the guest: {error}"));
-                }
-            }
+            Ok(true) => self.interrupt(),
             Err(fault) => self.fault(&fault),
         }
     }

@@ -43,7 +43,7 @@ pub(super) fn write(core: &mut Core, offset: u64, data: &[u8]) -> Result<(), Acc
         (CONFIG_VECTOR, 2) => core.interrupts.set_config_vector(value as u16),
         (STATUS, 1) => core.set_status(value as u8),
         (QUEUE_SELECT, 2) => core.queue_select = value as u16,
-        (QUEUE_VECTOR, 2) => core.interrupts.set_queue_vector(core.queue_select, value as u16),
+        (QUEUE_VECTOR, 2) => core.set_vector(core.queue_select, value as u16),
         (QUEUE_ENABLE, 2) if value == 1 => core.enable(core.queue_select),
         (QUEUE_RESET, 2) if value == 1 => core.reset_queue(core.queue_select),
         (QUEUE_ENABLE | QUEUE_RESET, 2) => {}

@@ -248,6 +248,21 @@ impl Core {
         true
     }
 
+    /// The driver sets the vector of a queue.
+    pub(super) fn set_vector(&mut self, index: u16, vector: u16) {
+        self.interrupts.set_queue_vector(index, vector);
+        if self.queues.get(usize::from(index)).is_some_and(|queue| queue.started) {
+            self.interrupts_changed();
+        }
+    }
+
+    /// The driver changed the vector of a queue that runs, or switched MSI-X on or off.
+    pub(super) fn interrupts_changed(&mut self) {
+        if self.active {
+            self.device.interrupts_changed();
+        }
+    }
+
     /// The driver resets one queue (VIRTIO_F_RING_RESET): done when this returns.
     pub(super) fn reset_queue(&mut self, index: u16) {
         let negotiated = self.driver_features & feature::RING_RESET != 0 && !self.negotiating();

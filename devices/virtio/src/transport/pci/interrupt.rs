@@ -161,6 +161,7 @@ impl VirtioInterrupt for Interrupts {
 
     fn queue_event(&self, index: u16) -> Option<EventFd> {
         match self.queue_vector(index) {
+            _ if !self.msix.enabled() => None,
             NO_VECTOR => None,
             vector => self.msix.event_fd(vector).ok(),
         }

@@ -229,7 +229,11 @@ impl PciFunction for VirtioPci {
             }
             return;
         }
+        let enabled = self.interrupts.msix.enabled();
         self.sync_msix();
+        if self.interrupts.msix.enabled() != enabled {
+            self.core().interrupts_changed();
+        }
     }
 
     fn bars(&self) -> Bars {

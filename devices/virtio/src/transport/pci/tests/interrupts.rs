@@ -45,6 +45,26 @@ fn a_queue_without_a_vector_raises_nothing() {
 }
 
 #[test]
+fn a_device_hears_of_other_interrupts() {
+    let guest = Guest::new(1);
+    let told = |guest: &Guest| guest.calls() == [Call::Interrupts];
+    guest.start();
+    assert_eq!(guest.calls(), [], "before it works there is nobody to tell");
+    guest.put(guest.common + 0x16, 2, 0);
+    guest.put(guest.common + 0x1a, 2, 0);
+    assert!(told(&guest));
+    assert!(interrupt(&guest).queue_event(0).is_some());
+    guest.set_config(guest.msix + 2, 2, 0);
+    assert!(told(&guest));
+    assert!(interrupt(&guest).queue_event(0).is_none(), "nobody would hear it");
+    guest.set_config(guest.msix + 2, 2, 0xc000);
+    assert!(told(&guest));
+    // A mask holds the event back where it is.
+    guest.set_config(guest.msix + 2, 2, 0x8000);
+    assert_eq!(guest.calls(), []);
+}
+
+#[test]
 fn without_msix_the_isr_can_be_polled() {
     let guest = Guest::new(1);
     guest.start();

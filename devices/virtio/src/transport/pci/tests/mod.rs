@@ -31,6 +31,7 @@ enum Call {
     Activate(u64),
     Start(u16),
     Stop(u16),
+    Interrupts,
     Reset,
 }
 
@@ -103,6 +104,9 @@ impl VirtioDevice for FakeDevice {
         log.calls.push(Call::Stop(index));
         let queue = log.queues.remove(&index);
         queue.filter(|_| !log.lose_queues)
+    }
+    fn interrupts_changed(&mut self) {
+        self.log().calls.push(Call::Interrupts);
     }
     fn reset(&mut self) {
         let mut log = self.log();
