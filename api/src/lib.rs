@@ -31,8 +31,8 @@ pub use config::{
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{
-    ApiError, DeviceLink, DeviceNode, DeviceTree, LinkState, RemoveDevice, Reply, Request, Resize, ResizeDisk, VmInfo,
-    chain,
+    ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request, Resize,
+    ResizeDisk, VmInfo, chain,
 };
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

@@ -170,12 +170,25 @@ pub enum LinkState {
     Failing,
 }
 
+/// Who works on the guest's rings of a device that a daemon serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum LinkPath {
+    /// The daemon.
+    Direct,
+    /// The VMM, which passes requests on to the daemon.
+    Relay,
+}
+
 /// How a device stands with the daemon that serves it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceLink {
     /// Whether it has one.
     pub state: LinkState,
+    /// How requests get to its daemon, or got to the one before.
+    pub datapath: LinkPath,
     /// Why it has none, or why it had none the last time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

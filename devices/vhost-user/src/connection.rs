@@ -123,11 +123,26 @@ impl Connection {
         Ok(())
     }
 
-    /// The answer to `request`: its payload. No answer used here brings descriptors.
+    /// The answer to `request`: its payload. It brings no descriptors.
     pub(crate) fn receive(&self, request: Request, wake: &Wake) -> Result<Vec<u8>, LinkError> {
+        self.answer(request, None, wake)
+    }
+
+    /// The answer to `request`, which may bring a descriptor.
+    pub(crate) fn receive_with(&self, request: Request, wake: &Wake) -> Result<(Vec<u8>, Option<OwnedFd>), LinkError> {
+        let mut fds = Vec::new();
+        let payload = self.answer(request, Some(&mut fds), wake)?;
+        if fds.len() > 1 {
+            let text = format!("its answer to {} has {} descriptors", request.name(), fds.len());
+            return Err(LinkError::Nonsense(text));
+        }
+        Ok((payload, fds.pop()))
+    }
+
+    fn answer(&self, request: Request, fds: Option<&mut Vec<OwnedFd>>, wake: &Wake) -> Result<Vec<u8>, LinkError> {
         let deadline = Instant::now() + self.patience;
         let mut header = [0; HEADER];
-        self.fill(&mut header, deadline, request, wake)?;
+        self.fill(&mut header, fds, deadline, request, wake)?;
         let [answered, flags, size] = message::decode(&header);
         if flags & VERSION_MASK != VERSION || flags & REPLY == 0 {
             let text = format!("its answer to {} has the flags {flags:#x}", request.name());
@@ -143,15 +158,22 @@ impl Connection {
             return Err(LinkError::Nonsense(text));
         }
         let mut payload = vec![0; size];
-        self.fill(&mut payload, deadline, request, wake)?;
+        self.fill(&mut payload, None, deadline, request, wake)?;
         Ok(payload)
     }
 
-    /// Reads exactly `buffer`.
-    fn fill(&self, buffer: &mut [u8], deadline: Instant, request: Request, wake: &Wake) -> Result<(), LinkError> {
+    /// Reads exactly `buffer`, and descriptors where they are expected.
+    fn fill(
+        &self,
+        buffer: &mut [u8],
+        mut fds: Option<&mut Vec<OwnedFd>>,
+        deadline: Instant,
+        request: Request,
+        wake: &Wake,
+    ) -> Result<(), LinkError> {
         let mut have = 0;
         while have < buffer.len() {
-            match take(self.socket.as_fd(), &mut buffer[have..])? {
+            match take(self.socket.as_fd(), &mut buffer[have..], fds.as_deref_mut())? {
                 Some(n) => have += n,
                 None => self.wait(PollFlags::IN, deadline, request.name(), wake)?,
             }
@@ -217,7 +239,7 @@ impl Connection {
 
     /// Looks at what the daemon sent without being asked: on the main socket only its end can come.
     pub(crate) fn look(&self) -> Result<(), LinkError> {
-        match take(self.socket.as_fd(), &mut [0; HEADER])? {
+        match take(self.socket.as_fd(), &mut [0; HEADER], None)? {
             Some(_) => Err(LinkError::nonsense("it sent what nobody asked for")),
             None => match &self.back {
                 Some(back) => back.serve(),
@@ -250,7 +272,7 @@ impl BackChannel {
     fn serve(&self) -> Result<(), LinkError> {
         for _ in 0..8 {
             let mut header = [0; HEADER];
-            match take(self.socket.as_fd(), &mut header)? {
+            match take(self.socket.as_fd(), &mut header, None)? {
                 None => return Ok(()),
                 Some(HEADER) => {}
                 Some(n) => return Err(LinkError::Nonsense(format!("it sent {n} bytes of a request"))),
@@ -283,8 +305,12 @@ pub(crate) fn wait_any(sockets: &[BorrowedFd<'_>], time: Duration) -> Result<(),
     }
 }
 
-/// What is there now, at most `buffer` bytes; `None` if nothing is.
-fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, LinkError> {
+/// What is there now, at most `buffer` bytes; `None` if nothing is. Descriptors go to `wanted`; without that there must be none.
+fn take(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    wanted: Option<&mut Vec<OwnedFd>>,
+) -> Result<Option<usize>, LinkError> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(buffer)];
@@ -294,10 +320,17 @@ fn take(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Link
         Err(error) => return Err(broken(error)),
     };
     // Descriptors nobody asked for are closed with the buffer, those past its end by the kernel.
-    let unwanted = control.drain().any(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next().is_some(),
-        _ => false,
-    });
+    let expected = wanted.is_some();
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            fds.extend(received);
+        }
+    }
+    let unwanted = !expected && !fds.is_empty();
+    if let Some(wanted) = wanted {
+        wanted.append(&mut fds);
+    }
     if unwanted || message.flags.contains(ReturnFlags::CTRUNC) {
         return Err(LinkError::nonsense("it sent descriptors that nobody asked for"));
     }

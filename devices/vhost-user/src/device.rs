@@ -92,6 +92,7 @@ impl VhostUser {
             status: Mutex::new(LinkStatus {
                 state: LinkState::Disconnected,
                 reason: None,
+                direct: false,
                 since: SystemTime::now(),
                 reconnects: 0,
                 resubmitted: 0,
@@ -195,6 +196,10 @@ impl VirtioDevice for VhostUser {
             return None;
         }
         self.urgent(|reply| Command::Stop(index, reply)).flatten()
+    }
+
+    fn interrupts_changed(&mut self) {
+        self.order(Command::Interrupts);
     }
 
     fn reset(&mut self) {

@@ -80,9 +80,12 @@ impl Request {
             Self::SET_BACKEND_REQ_FD => "SET_BACKEND_REQ_FD",
             Self::GET_CONFIG => "GET_CONFIG",
             Self::SET_CONFIG => "SET_CONFIG",
+            Self::GET_INFLIGHT_FD => "GET_INFLIGHT_FD",
+            Self::SET_INFLIGHT_FD => "SET_INFLIGHT_FD",
             Self::RESET_DEVICE => "RESET_DEVICE",
             Self::GET_MAX_MEM_SLOTS => "GET_MAX_MEM_SLOTS",
             Self::ADD_MEM_REG => "ADD_MEM_REG",
+            Self::REM_MEM_REG => "REM_MEM_REG",
             Self::SET_STATUS => "SET_STATUS",
         }
     }

@@ -37,9 +37,12 @@ pub(crate) enum Request {
     SET_BACKEND_REQ_FD = 21,
     GET_CONFIG = 24,
     SET_CONFIG = 25,
+    GET_INFLIGHT_FD = 31,
+    SET_INFLIGHT_FD = 32,
     RESET_DEVICE = 34,
     GET_MAX_MEM_SLOTS = 36,
     ADD_MEM_REG = 37,
+    REM_MEM_REG = 38,
     SET_STATUS = 39,
 }
 
@@ -55,10 +58,12 @@ pub(crate) mod protocol {
     pub(crate) const REPLY_ACK: u64 = 1 << 3;
     pub(crate) const BACKEND_REQ: u64 = 1 << 5;
     pub(crate) const CONFIG: u64 = 1 << 9;
+    pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub(crate) const RESET_DEVICE: u64 = 1 << 13;
     pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(crate) const STATUS: u64 = 1 << 16;
-    pub(crate) const ALL: u64 = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS;
+    pub(crate) const ALL: u64 =
+        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT_SHMFD | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS;
 }
 
 /// Descriptors in one SET_MEM_TABLE at most.
@@ -111,6 +116,13 @@ pub(crate) fn memory_table(regions: &[Region]) -> Vec<u8> {
 /// Payload of ADD_MEM_REG.
 pub(crate) fn memory_region(region: Region) -> Vec<u8> {
     [numbers(&[0]), region.encode()].concat()
+}
+
+/// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: `size` bytes from the beginning of the file.
+pub(crate) fn inflight(size: u64, queues: u16, queue_size: u16) -> Vec<u8> {
+    let mut payload = numbers(&[size, 0]);
+    payload.extend([queues.to_le_bytes(), queue_size.to_le_bytes(), [0; 2], [0; 2]].concat());
+    payload
 }
 
 /// Payload of GET_CONFIG and SET_CONFIG, for `data` at byte `offset`.

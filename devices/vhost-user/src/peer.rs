@@ -11,8 +11,8 @@ use triarch_device_core::{Sandbox, ThreadClass, Worker};
 
 use crate::connection::Wake;
 use crate::kind::{self, Kind, Offer};
-use crate::session::Session;
-use crate::{LinkError, OnDisconnect};
+use crate::session::{Session, Terms};
+use crate::{DataPath, LinkError, OnDisconnect};
 
 /// How long the start of a VM waits for a daemon.
 const START: Duration = Duration::from_secs(5);
@@ -26,6 +26,8 @@ pub struct PeerOptions {
     pub socket: PathBuf,
     /// What happens to requests while there is no daemon.
     pub on_disconnect: OnDisconnect,
+    /// Who works on the guest's rings.
+    pub data_path: DataPath,
 }
 
 /// Why no daemon could be had for a new guest.
@@ -63,11 +65,17 @@ impl Peer {
         let wake = Arc::new(Wake::new().map_err(PeerError::Thread)?);
         let (done, ended) = sync_channel(1);
         let (path, doorbell, wanted) = (options.socket.clone(), wake.clone(), kind.clone());
+        let data_path = options.data_path;
         let ask = move |answer: &mut Option<Result<Session, LinkError>>, _: &_| {
             let deadline = Instant::now() + START;
             let mut last = LinkError::Silent("the first questions");
             *answer = Some(loop {
-                let session = Session::open(&path, &*wanted, &doorbell);
+                let terms = Terms {
+                    kind: &*wanted,
+                    data_path,
+                    shown: 0,
+                };
+                let session = Session::open(&path, &terms, &doorbell);
                 match session.and_then(|s| kind::check(&*wanted, &s.offer).map(|()| s)) {
                     Err(LinkError::Interrupted) => break Err(last),
                     // Waiting makes none of these another one.
@@ -95,6 +103,15 @@ impl Peer {
             known: Mutex::new(session.offer.clone()),
             first: Mutex::new(Some(session)),
         }))
+    }
+
+    /// What the next daemon is asked for.
+    pub(crate) fn terms(&self) -> Terms<'_> {
+        Terms {
+            kind: &*self.kind,
+            data_path: self.options.data_path,
+            shown: self.features(),
+        }
     }
 
     /// Features a guest is offered.

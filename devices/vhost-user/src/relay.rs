@@ -5,11 +5,14 @@
 //! the daemon and in which order they came; when the daemon dies, exactly those are given to the next one, in that order. The rings
 //! alone would not tell: completions come in any order, and both rings forget what is older than their size.
 
+use std::os::fd::AsFd;
+
 use triarch_device_core::Event;
-use triarch_virtio::{Chain, RingFault, VirtQueue};
+use triarch_virtio::{Chain, QueueStateV1, RingFault, VirtQueue};
 use vm_memory::GuestMemoryError;
 
 use crate::LinkError;
+use crate::inflight::RecordError;
 use crate::kind::Kind;
 use crate::session::Ring;
 use crate::shadow::{Shadow, ShadowRing};
@@ -72,6 +75,33 @@ impl Relay {
             relay.keep(request);
         }
         relay
+    }
+
+    /// Takes over a queue from daemons that worked on its rings, with the heads of the requests they had no answer for, in order. If those
+    /// are not known, or its driver broke them, nobody can go on with it.
+    pub(crate) fn adopt(mut queue: VirtQueue, heads: Result<Vec<u16>, RecordError>) -> Self {
+        let heads = heads.unwrap_or_else(|error| {
+            queue.give_up(&error);
+            Vec::new()
+        });
+        let chains: Result<Vec<_>, _> = heads.iter().map(|head| queue.chain(*head)).collect();
+        let chains = chains.unwrap_or_else(|fault| {
+            queue.fault(&fault);
+            Vec::new()
+        });
+        let state = queue.state();
+        queue.restore(&QueueStateV1 {
+            next_avail: state.next_used.wrapping_add(chains.len() as u16),
+            ..state
+        });
+        let requests = chains.iter().map(|chain| Pending::of(chain, 0)).collect();
+        Self::new(queue, Some(Parked(requests)))
+    }
+
+    /// Gives the queue back, with the heads of the requests that have no answer, in order.
+    pub(crate) fn into_heads(self) -> (VirtQueue, Vec<u16>) {
+        let heads = self.in_order().iter().map(|request| request.head).collect();
+        (self.queue, heads)
     }
 
     /// Gives the queue back, with the requests that have no answer.
@@ -143,8 +173,9 @@ impl Relay {
             descriptors: self.queue.descriptors(),
             available: far.ring.available(),
             used: far.ring.used(),
-            kick: &far.kick,
-            call: &far.call,
+            base: 0,
+            kick: far.kick.as_fd(),
+            call: far.call.as_fd(),
         })
     }
 
@@ -213,19 +244,25 @@ impl Relay {
     }
 
     fn take(&mut self, ready: u16) -> Result<(), LinkError> {
-        for _ in 0..ready {
-            let Some(far) = &mut self.far else {
-                return Ok(());
-            };
-            let (head, written) = far.ring.take().map_err(inaccessible)?;
-            let request = self.pending.get_mut(head as usize).and_then(Option::take);
-            let Some(request) = request else {
-                let text = format!("it completed request {head}, which it does not have");
-                return Err(LinkError::Nonsense(text));
-            };
-            self.count -= 1;
-            self.queue.complete(request.head, written.min(request.room));
-        }
+        let mut done = Vec::with_capacity(ready.into());
+        let taken = (0..ready).try_for_each(|_| self.take_one(&mut done));
+        // All at once: a packet may span several.
+        self.queue.complete_all(&done);
+        taken
+    }
+
+    fn take_one(&mut self, done: &mut Vec<(u16, u32)>) -> Result<(), LinkError> {
+        let Some(far) = &mut self.far else {
+            return Ok(());
+        };
+        let (head, written) = far.ring.take().map_err(inaccessible)?;
+        let request = self.pending.get_mut(head as usize).and_then(Option::take);
+        let Some(request) = request else {
+            let text = format!("it completed request {head}, which it does not have");
+            return Err(LinkError::Nonsense(text));
+        };
+        self.count -= 1;
+        done.push((request.head, written.min(request.room)));
         Ok(())
     }
 

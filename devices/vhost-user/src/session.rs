@@ -4,14 +4,15 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use triarch_device_core::Event;
 use triarch_memory::GuestMemory;
+use triarch_virtio::feature;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::LinkError;
 use crate::connection::{Connection, Wake};
-use crate::kind::{Kind, Offer, RING_FEATURES};
+use crate::inflight::Inflight;
+use crate::kind::{Kind, Offer};
 use crate::message::{self, CONFIG_HEAD, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol};
+use crate::{DataPath, LinkError};
 
 /// How long a daemon may take for an answer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
@@ -26,14 +27,48 @@ pub(crate) struct Ring<'a> {
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
     pub(crate) used: u64,
-    pub(crate) kick: &'a Event,
-    pub(crate) call: &'a Event,
+    /// The first entry of the available ring to look at.
+    pub(crate) base: u16,
+    pub(crate) kick: BorrowedFd<'a>,
+    pub(crate) call: BorrowedFd<'a>,
+}
+
+/// What a daemon is asked for.
+pub(crate) struct Terms<'a> {
+    pub(crate) kind: &'a dyn Kind,
+    pub(crate) data_path: DataPath,
+    /// Features that guests were offered before; 0 if there was none.
+    pub(crate) shown: u64,
+}
+
+impl Terms<'_> {
+    /// Whether a daemon with these virtio and protocol features is to work on the guest's rings.
+    fn direct(&self, features: u64, protocol: u64) -> Result<bool, LinkError> {
+        let reason = if self.kind.needs_record() && protocol & protocol::INFLIGHT_SHMFD == 0 {
+            "it does not keep a record of requests in flight (protocol feature INFLIGHT_SHMFD), which datapath=direct needs"
+        } else if self.shown & !features & feature::EVENT_IDX != 0 {
+            "it does not offer VIRTIO_F_EVENT_IDX, which the guest was offered"
+        } else {
+            return Ok(self.data_path != DataPath::Relay);
+        };
+        match self.data_path {
+            DataPath::Direct => Err(LinkError::Unfit(reason.into())),
+            DataPath::Auto | DataPath::Relay => Ok(false),
+        }
+    }
 }
 
 /// A daemon that was asked what it offers.
 pub(crate) struct Session {
     connection: Connection,
     protocol: u64,
+    /// Features of the daemon itself.
+    features: u64,
+    /// Memory it has.
+    shared: Vec<Region>,
+    /// It can work on the guest's rings, and shall.
+    pub(crate) direct: bool,
+    /// What guests can be offered with it.
     pub(crate) offer: Offer,
     /// Bytes of the configuration space that are asked for.
     config_length: usize,
@@ -41,7 +76,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects and asks for everything there is to know before a driver comes.
-    pub(crate) fn open(path: &Path, kind: &dyn Kind, wake: &Wake) -> Result<Self, LinkError> {
+    pub(crate) fn open(path: &Path, terms: &Terms<'_>, wake: &Wake) -> Result<Self, LinkError> {
         let connection = Connection::open(path, PATIENCE)?;
         let offer = Offer {
             features: 0,
@@ -51,17 +86,31 @@ impl Session {
         let mut session = Self {
             connection,
             protocol: 0,
+            features: 0,
+            shared: Vec::new(),
+            direct: false,
             offer,
-            config_length: kind.config_length(),
+            config_length: terms.kind.config_length(),
         };
-        session.offer.features = session.ask(Request::GET_FEATURES, wake)?;
-        if session.offer.features & PROTOCOL_FEATURES != 0 {
-            let offered = session.ask(Request::GET_PROTOCOL_FEATURES, wake)?;
-            let unused = if session.config_length == 0 {
-                protocol::CONFIG
-            } else {
-                0
-            };
+        session.features = session.ask(Request::GET_FEATURES, wake)?;
+        let mut offered = 0;
+        if session.features & PROTOCOL_FEATURES != 0 {
+            offered = session.ask(Request::GET_PROTOCOL_FEATURES, wake)?;
+        }
+        session.direct = terms.direct(session.features, offered)?;
+        session.offer.features = session.features | feature::RING_RESET;
+        if !session.direct {
+            // The relay does that itself.
+            session.offer.features |= feature::EVENT_IDX;
+        }
+        if session.features & PROTOCOL_FEATURES != 0 {
+            let mut unused = 0;
+            if session.config_length == 0 {
+                unused |= protocol::CONFIG;
+            }
+            if !session.direct || !terms.kind.needs_record() {
+                unused |= protocol::INFLIGHT_SHMFD;
+            }
             let chosen = offered & protocol::ALL & !unused;
             let payload = message::numbers(&[chosen]);
             session
@@ -152,14 +201,15 @@ impl Session {
         Ok(())
     }
 
-    /// Tells what the driver agreed to, as far as it concerns the daemon: the rings it sees are the relay's.
+    /// Tells what the driver agreed to, as far as it concerns the daemon: of the relay's rings it needs to know nothing.
     pub(crate) fn set_features(&self, features: u64, wake: &Wake) -> Result<(), LinkError> {
-        let features = features & self.offer.features & !RING_FEATURES | PROTOCOL_FEATURES;
+        let relayed = if self.direct { 0 } else { feature::EVENT_IDX };
+        let features = features & self.features & !(relayed | feature::RING_RESET) | PROTOCOL_FEATURES;
         self.tell(Request::SET_FEATURES, &message::numbers(&[features]), &[], wake)
     }
 
-    /// Shares memory with the daemon.
-    pub(crate) fn share(&self, memories: &[&GuestMemory], wake: &Wake) -> Result<(), LinkError> {
+    /// Tells the daemon which memory it has from now on. What it was told before and is there no more is taken from it.
+    pub(crate) fn share(&mut self, memories: &[&GuestMemory], wake: &Wake) -> Result<(), LinkError> {
         let mut regions = Vec::new();
         let mut files: Vec<BorrowedFd<'_>> = Vec::new();
         for region in memories.iter().flat_map(|memory| memory.iter()) {
@@ -174,13 +224,16 @@ impl Session {
             files.push(backing.file().as_fd());
         }
         let count = regions.len();
+        let before = std::mem::take(&mut self.shared);
         if !self.has(protocol::CONFIGURE_MEM_SLOTS) {
             if count > MAX_REGIONS {
                 return Err(LinkError::Unfit(format!(
                     "the memory has {count} parts, it takes {MAX_REGIONS}"
                 )));
             }
-            return self.tell(Request::SET_MEM_TABLE, &message::memory_table(&regions), &files, wake);
+            self.tell(Request::SET_MEM_TABLE, &message::memory_table(&regions), &files, wake)?;
+            self.shared = regions;
+            return Ok(());
         }
         let slots = self.ask(Request::GET_MAX_MEM_SLOTS, wake)?;
         if slots < count as u64 {
@@ -188,13 +241,17 @@ impl Session {
                 "the memory has {count} parts, it takes {slots}"
             )));
         }
-        for (region, file) in regions.into_iter().zip(files) {
-            self.tell(Request::ADD_MEM_REG, &message::memory_region(region), &[file], wake)?;
+        for region in before.iter().filter(|region| !regions.contains(region)) {
+            self.tell(Request::REM_MEM_REG, &message::memory_region(*region), &[], wake)?;
         }
+        for (region, file) in regions.iter().zip(files).filter(|(region, _)| !before.contains(region)) {
+            self.tell(Request::ADD_MEM_REG, &message::memory_region(*region), &[file], wake)?;
+        }
+        self.shared = regions;
         Ok(())
     }
 
-    /// Hands a ring to the daemon, from its first entry on.
+    /// Hands a ring to the daemon.
     pub(crate) fn start(&self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
         let Ring { index, size, .. } = *ring;
         let number = |n: u32| message::ring_state(index, n);
@@ -202,24 +259,48 @@ impl Session {
         let which = message::numbers(&[u64::from(index)]);
         self.tell(Request::SET_VRING_NUM, &number(size.into()), &[], wake)?;
         self.tell(Request::SET_VRING_ADDR, &addresses, &[], wake)?;
-        self.tell(Request::SET_VRING_BASE, &number(0), &[], wake)?;
-        self.tell(Request::SET_VRING_CALL, &which, &[ring.call.as_fd()], wake)?;
-        self.tell(Request::SET_VRING_KICK, &which, &[ring.kick.as_fd()], wake)?;
+        self.tell(Request::SET_VRING_BASE, &number(ring.base.into()), &[], wake)?;
+        self.set_call(index, ring.call, wake)?;
+        self.tell(Request::SET_VRING_KICK, &which, &[ring.kick], wake)?;
         self.tell(Request::SET_VRING_ENABLE, &number(1), &[], wake)
     }
 
-    /// Takes a ring back.
-    pub(crate) fn stop(&self, index: u16, wake: &Wake) -> Result<(), LinkError> {
+    /// Gives a ring another event for completions.
+    pub(crate) fn set_call(&self, index: u16, call: BorrowedFd<'_>, wake: &Wake) -> Result<(), LinkError> {
+        let which = message::numbers(&[u64::from(index)]);
+        self.tell(Request::SET_VRING_CALL, &which, &[call], wake)
+    }
+
+    /// Takes a ring back. Returns how many entries of its available ring the daemon has taken, modulo 2^16.
+    pub(crate) fn stop(&self, index: u16, wake: &Wake) -> Result<u16, LinkError> {
         let request = Request::GET_VRING_BASE;
         self.connection
             .send(request, 0, &message::ring_state(index, 0), &[], wake)?;
         let answer = self.connection.receive(request, wake)?;
-        if answer.len() != 8 || answer[..4] != u32::from(index).to_le_bytes() {
-            return Err(LinkError::nonsense(
+        match *answer.as_slice() {
+            [a, b, c, d, low, high, ..] if answer.len() == 8 && [a, b, c, d] == u32::from(index).to_le_bytes() => {
+                Ok(u16::from_le_bytes([low, high]))
+            }
+            _ => Err(LinkError::nonsense(
                 "its answer to GET_VRING_BASE is about no such ring",
-            ));
+            )),
         }
-        Ok(())
+    }
+
+    /// Asks for a record of requests in flight, for queues of at most these sizes.
+    pub(crate) fn new_record(&self, sizes: &[u16], wake: &Wake) -> Result<Inflight, LinkError> {
+        let (queues, queue_size) = (sizes.len() as u16, sizes.iter().copied().max().unwrap_or(0));
+        let request = Request::GET_INFLIGHT_FD;
+        let question = Inflight::question(queues, queue_size);
+        self.connection.send(request, 0, &question, &[], wake)?;
+        let (answer, file) = self.connection.receive_with(request, wake)?;
+        let file = file.ok_or_else(|| LinkError::nonsense("its record of requests in flight has no memory"))?;
+        Inflight::adopt(&answer, file, queues, queue_size)
+    }
+
+    /// Hands a record of requests in flight to the daemon, before any ring.
+    pub(crate) fn set_record(&self, record: &Inflight, wake: &Wake) -> Result<(), LinkError> {
+        self.tell(Request::SET_INFLIGHT_FD, &record.payload(), &[record.file()], wake)
     }
 
     /// The driver works, or does no longer.

@@ -12,6 +12,18 @@ pub enum OnDisconnect {
     ErrorAfter(std::time::Duration),
 }
 
+/// Who works on the guest's rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DataPath {
+    /// The daemon if it can, otherwise the VMM.
+    #[default]
+    Auto,
+    /// The daemon, and no daemon that cannot.
+    Direct,
+    /// The VMM, which passes requests on.
+    Relay,
+}
+
 /// How a device stands with its daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LinkState {
@@ -30,6 +42,8 @@ pub struct LinkStatus {
     pub state: LinkState,
     /// Why there is none, or why there was none the last time.
     pub reason: Option<String>,
+    /// Whether the daemon works on the guest's rings, or did.
+    pub direct: bool,
     /// When `state` began.
     pub since: SystemTime,
     /// How often another connection was made after the first one.

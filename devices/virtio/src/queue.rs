@@ -386,6 +386,15 @@ impl VirtQueue {
         self.interrupt.needs_reset();
     }
 
+    /// Marks the device as broken for a reason that is not its driver's doing. The queue stays empty until the driver resets the device.
+    pub fn give_up(&mut self, reason: &dyn std::fmt::Display) {
+        self.faulted = true;
+        self.warn(&format_args!(
+            "the queue cannot go on, the device needs a reset: {reason}"
+        ));
+        self.interrupt.needs_reset();
+    }
+
     /// Whether the driver broke the queue.
     pub fn faulted(&self) -> bool {
         self.faulted

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{DeviceLink, DiskConfig, LinkState};
+use triarch_api::{DeviceLink, DiskConfig, LinkPath, LinkState};
 use triarch_device_core::Sandbox;
-use triarch_vhost_user::{self as vhost, DaemonBlock, Kind, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser};
+use triarch_vhost_user::{
+    self as vhost, DaemonBlock, DataPath, Kind, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser,
+};
 
 use crate::build::Report;
 use crate::{GuestEvent, MachineError};
@@ -28,6 +30,7 @@ fn open(
 ) -> Result<Arc<Peer>, MachineError> {
     let options = PeerOptions {
         socket: socket.map(Path::to_owned).unwrap_or_default(),
+        data_path: DataPath::Auto,
         on_disconnect: match on_disconnect {
             triarch_api::OnDisconnect::Stall => OnDisconnect::Stall,
             triarch_api::OnDisconnect::ErrorAfter(seconds) => {
@@ -70,6 +73,11 @@ pub(crate) fn link(status: LinkStatus) -> DeviceLink {
             vhost::LinkState::Connected => LinkState::Connected,
             vhost::LinkState::Disconnected => LinkState::Disconnected,
             vhost::LinkState::Failing => LinkState::Failing,
+        },
+        datapath: if status.direct {
+            LinkPath::Direct
+        } else {
+            LinkPath::Relay
         },
         reason: status.reason,
         since: since.as_secs(),

@@ -108,8 +108,15 @@ const METRICS: &[i64] = &[SYS_pread64];
 /// Sending lines to a daemon, also to the one that took the place of the first. Files are open before.
 const REPORT: &[i64] = &[SYS_connect, SYS_sendto];
 
-/// What a daemon is given: rings in memory that both have, and a socket for its requests.
-const SHARED: &[i64] = &[SYS_ftruncate, SYS_memfd_create, SYS_socketpair, SYS_sysinfo];
+/// What a daemon is given: rings in memory that both have, a file where it notes what it has, and a socket for its requests.
+const SHARED: &[i64] = &[
+    SYS_ftruncate,
+    SYS_memfd_create,
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_socketpair,
+    SYS_sysinfo,
+];
 
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use triarch_api::server::Identity;
 use triarch_api::{
-    ConsoleConfig, ConsoleMode, DeviceLink, DeviceTree, DiskConfig, LinkState, NetConfig, VmConfig, VmInfo,
+    ConsoleConfig, ConsoleMode, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, NetConfig, VmConfig, VmInfo,
 };
 
 use crate::table::{Side, Table};
@@ -149,7 +149,8 @@ fn daemons(links: &BTreeMap<String, DeviceLink>) -> Table {
     ]);
     for (id, link) in links {
         let state = match link.state {
-            LinkState::Connected => "connected",
+            LinkState::Connected if link.datapath == LinkPath::Direct => "connected, direct",
+            LinkState::Connected => "connected, relay",
             LinkState::Disconnected => "gone, requests wait",
             LinkState::Failing => "gone, requests fail",
         };

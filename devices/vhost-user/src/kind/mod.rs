@@ -10,13 +10,13 @@ use triarch_virtio::{Chain, DeviceId, feature};
 use crate::LinkError;
 use crate::message::PROTOCOL_FEATURES;
 
-/// Features of the rings that the relay has itself, whatever the daemon can.
-pub(crate) const RING_FEATURES: u64 = feature::EVENT_IDX | feature::RING_RESET;
+/// Features of the rings.
+const RING_FEATURES: u64 = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::RING_RESET;
 
 /// What a daemon said of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// Its virtio features.
+    /// Its virtio features; of those of rings, the ones that the device has with it.
     pub features: u64,
     /// How many queues it serves at most; for network interfaces pairs of queues.
     pub queues: u64,
@@ -73,6 +73,12 @@ pub trait Kind: Send + Sync {
     /// Whether a driver that agreed to `features` may write `data` to byte `at` of the configuration space.
     fn writable(&self, features: u64, at: usize, data: &[u8]) -> bool;
 
+    /// Whether a daemon that works on the guest's rings must keep a record of the requests it has. Where it need not, the used ring tells:
+    /// daemons complete requests in the order in which they came, and one that is lost or done twice is no harm.
+    fn needs_record(&self) -> bool {
+        true
+    }
+
     /// Answers a request of queue `queue` in the daemon's place, when there is none for too long: the number of bytes written. `None` if
     /// it is no request that waits for an answer: it is kept.
     fn refuse(&self, queue: u16, request: &Chain, memory: &GuestMemory) -> Option<u32>;
@@ -111,6 +117,5 @@ pub(crate) fn continues(kind: &dyn Kind, known: &Offer, now: &Offer) -> Result<(
 
 /// All features a guest is offered.
 pub(crate) fn features(kind: &dyn Kind, offer: &Offer) -> u64 {
-    let passed = offer.features & feature::INDIRECT_DESC;
-    kind.features(offer) | passed | feature::VERSION_1 | RING_FEATURES
+    kind.features(offer) | offer.features & RING_FEATURES | feature::VERSION_1
 }

@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,10 +18,13 @@ use triarch_virtio::{block_feature, feature};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::message::{self, HEADER, NEED_REPLY, PROTOCOL_FEATURES, REPLY, Request, protocol};
-use crate::{DaemonBlock, Kind, OnDisconnect, PeerOptions};
+use crate::{DaemonBlock, DataPath, Kind, OnDisconnect, PeerOptions};
 
 /// Bytes of its disk.
 pub const SIZE: u64 = 1 << 20;
+
+/// Bytes of its record of requests in flight.
+pub const RECORD: u64 = 1088;
 
 /// A message with its descriptors.
 pub struct Received {
@@ -45,6 +49,16 @@ pub struct Conversation {
     pub call: Option<OwnedFd>,
     pub back: Option<OwnedFd>,
     pub enabled: bool,
+    /// Where it was told to begin.
+    pub base: u16,
+    /// How many requests it says it has taken when asked for the ring back.
+    pub taken: u16,
+    /// The record of requests in flight.
+    pub record: Option<File>,
+    /// How often it was given an event for completions.
+    pub calls: usize,
+    /// What the driver agreed to.
+    pub features: u64,
 }
 
 /// What to do instead of the usual answer: `true` when it was done.
@@ -83,6 +97,7 @@ impl FakeDaemon {
         PeerOptions {
             socket: self.path.clone(),
             on_disconnect: OnDisconnect::Stall,
+            data_path: DataPath::Auto,
         }
     }
 }
@@ -116,6 +131,11 @@ impl Conversation {
             call: None,
             back: None,
             enabled: false,
+            base: 0,
+            taken: 0,
+            record: None,
+            calls: 0,
+            features: 0,
         }
     }
 
@@ -162,10 +182,14 @@ impl Conversation {
     /// Sends bytes with descriptors.
     pub fn send_with(&mut self, bytes: &[u8], count: usize) {
         let file = File::open("/dev/null").expect("/dev/null");
-        let fds = vec![file.as_fd(); count];
+        self.send_fds(bytes, &vec![file.as_fd(); count]);
+    }
+
+    /// Sends bytes with these descriptors.
+    pub fn send_fds(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         let parts = [IoSlice::new(bytes)];
         let _ = rustix::net::sendmsg(&self.stream, &parts, &mut control, SendFlags::NOSIGNAL);
     }
@@ -189,7 +213,7 @@ impl Conversation {
             return self.reply(request, &message::numbers(&[features]));
         }
         if is(Request::GET_PROTOCOL_FEATURES) {
-            let offered = protocol::ALL & !protocol::CONFIGURE_MEM_SLOTS;
+            let offered = protocol::ALL & !(protocol::CONFIGURE_MEM_SLOTS | protocol::INFLIGHT_SHMFD);
             return self.reply(request, &message::numbers(&[offered]));
         }
         if is(Request::GET_QUEUE_NUM) {
@@ -202,9 +226,21 @@ impl Conversation {
         }
         if is(Request::GET_VRING_BASE) {
             self.enabled = false;
-            return self.reply(request, &message::ring_state(0, 0));
+            return self.reply(request, &message::ring_state(0, self.taken.into()));
         }
-        if is(Request::SET_MEM_TABLE) {
+        if is(Request::GET_INFLIGHT_FD) {
+            let file = rustix::fs::memfd_create(c"record", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+            rustix::fs::ftruncate(&file, RECORD).expect("size");
+            let answer = message::encode(request, REPLY, &message::inflight(RECORD, 1, 64));
+            return self.send_fds(&answer, &[file.as_fd()]);
+        }
+        if is(Request::SET_FEATURES) {
+            self.features = number(0);
+        } else if is(Request::SET_INFLIGHT_FD) {
+            self.record = fds.into_iter().next().map(File::from);
+        } else if is(Request::SET_VRING_BASE) {
+            self.base = u16::from_le_bytes([payload[4], payload[5]]);
+        } else if is(Request::SET_MEM_TABLE) {
             self.files = fds.into_iter().map(File::from).collect();
             let regions = (0..self.files.len()).map(|i| {
                 let at = |field: usize| number(8 + 32 * i + 8 * field);
@@ -220,6 +256,7 @@ impl Conversation {
             self.kick = fds.into_iter().next();
         } else if is(Request::SET_VRING_CALL) {
             self.call = fds.into_iter().next();
+            self.calls += 1;
         } else if is(Request::SET_BACKEND_REQ_FD) {
             self.back = fds.into_iter().next();
         } else if is(Request::SET_VRING_ENABLE) {
@@ -258,6 +295,52 @@ impl Conversation {
         let at = GuestAddress(self.addresses[1] + 2);
         self.memory().store(n, at, Ordering::Release).expect("index");
         rustix::io::write(self.call.as_ref().expect("call"), &1u64.to_ne_bytes()).expect("call");
+    }
+
+    /// Says that it can keep a record, and with that work on the guest's rings, whatever else it offers.
+    pub fn offer_record(&mut self, received: &Received) -> bool {
+        let Received { request, .. } = *received;
+        if request == Request::GET_FEATURES as u32 {
+            let rings = feature::INDIRECT_DESC | feature::EVENT_IDX;
+            let features = PROTOCOL_FEATURES | feature::VERSION_1 | rings | block_feature::FLUSH;
+            self.reply(request, &message::numbers(&[features]));
+        } else if request == Request::GET_PROTOCOL_FEATURES as u32 {
+            let offered = protocol::ALL & !protocol::CONFIGURE_MEM_SLOTS;
+            self.reply(request, &message::numbers(&[offered]));
+        } else {
+            return false;
+        }
+        true
+    }
+
+    /// Notes in the record that it has a request, the `counter`th.
+    pub fn note(&self, head: u16, counter: u64) {
+        let at = 16 + 16 * u64::from(head);
+        let record = self.record.as_ref().expect("a record");
+        record.write_all_at(&1u16.to_le_bytes(), 8).expect("version");
+        record.write_all_at(&64u16.to_le_bytes(), 10).expect("entries");
+        record.write_all_at(&[1], at).expect("entry");
+        record.write_all_at(&counter.to_le_bytes(), at + 8).expect("entry");
+    }
+
+    /// Strikes it out, when `used` requests are done.
+    pub fn strike(&self, head: u16, used: u16) {
+        let record = self.record.as_ref().expect("a record");
+        record.write_all_at(&[0], 16 + 16 * u64::from(head)).expect("entry");
+        record.write_all_at(&used.to_le_bytes(), 14).expect("index");
+    }
+
+    /// The requests that the record tells of, and their counters, by heads.
+    pub fn noted(&self) -> Vec<(u16, u64)> {
+        let mut bytes = vec![0; RECORD as usize];
+        let record = self.record.as_ref().expect("a record");
+        record.read_exact_at(&mut bytes, 0).expect("record");
+        let entry = |head: u16| &bytes[16 + 16 * usize::from(head)..][..16];
+        let counter = |head| u64::from_le_bytes(entry(head)[8..].try_into().expect("8 bytes"));
+        (0..64)
+            .filter(|head| entry(*head)[0] != 0)
+            .map(|head| (head, counter(head)))
+            .collect()
     }
 
     /// Waits up to five seconds for the `n`th request.

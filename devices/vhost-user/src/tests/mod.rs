@@ -1,5 +1,6 @@
 //! Against a daemon that does what a test wants, well or badly.
 
+mod direct;
 mod fake;
 mod handshake;
 mod rings;

@@ -1,4 +1,6 @@
-//! The thread of a device: it connects, relays, and connects again.
+//! The thread of a device: it connects, hands the queues over, relays where it must, and connects again.
+
+mod lanes;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,13 +14,14 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::lanes::{Lane, Pause};
 use crate::device::Shared;
-use crate::relay::{Parked, Relay};
+use crate::inflight::Inflight;
 use crate::session::{Session, beyond};
 use crate::shadow::Shadow;
 use crate::{LinkError, LinkState, OnDisconnect};
 
-/// How long until the next try: from this, doubled each time, to that.
+/// How long until the next try: none at first, for a daemon that hands over to another; then this, doubled each time, up to that.
 const FIRST_DELAY: Duration = Duration::from_millis(50);
 const LAST_DELAY: Duration = Duration::from_secs(2);
 /// A connection that lasted this long was a good one.
@@ -34,6 +37,8 @@ pub(crate) enum Command {
     Start(Box<VirtQueue>),
     /// It stops. Urgent.
     Stop(u16, SyncSender<Option<VirtQueue>>),
+    /// The driver chose other interrupts.
+    Interrupts,
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
 }
@@ -52,13 +57,21 @@ enum Link {
         since: Instant,
         /// It has answered a request.
         useful: bool,
-        /// Rings for the daemon, once it knows the guest's memory.
-        shadow: Option<Shadow>,
+        /// How requests get there, once the daemon knows the guest's memory.
+        way: Option<Way>,
     },
     Down {
         since: Instant,
         next: Instant,
     },
+}
+
+/// How requests get to the daemon.
+enum Way {
+    /// It works on the guest's rings.
+    Direct,
+    /// It works on these.
+    Relay(Shadow),
 }
 
 /// The state of the thread.
@@ -67,15 +80,18 @@ pub(crate) struct Engine {
     commands: Receiver<Command>,
     epoll: Epoll,
     link: Link,
-    delay: Duration,
+    /// Tries in vain since the last good connection.
+    tries: u32,
     /// Why the last try failed, as it was told.
     told: Option<String>,
     connected_before: bool,
     context: Option<Box<DeviceContext>>,
     /// The daemon does not know yet that the driver is there.
     announce: bool,
-    relays: Vec<Option<Relay>>,
-    parked: Vec<Option<Parked>>,
+    lanes: Vec<Option<Lane>>,
+    paused: Vec<Option<Pause>>,
+    /// What daemons note of the requests they have, as long as there is this driver.
+    record: Option<Inflight>,
     failing: bool,
     log: RateLimit,
 }
@@ -89,13 +105,14 @@ impl Engine {
             commands,
             epoll: Epoll::new()?,
             link: Link::Down { since: now, next: now },
-            delay: FIRST_DELAY,
+            tries: 0,
             told: None,
             connected_before: false,
             context: None,
             announce: false,
-            relays: (0..queues).map(|_| None).collect(),
-            parked: (0..queues).map(|_| None).collect(),
+            lanes: (0..queues).map(|_| None).collect(),
+            paused: (0..queues).map(|_| None).collect(),
+            record: None,
             failing: false,
             log: RateLimit::default(),
         })
@@ -161,11 +178,16 @@ impl Engine {
                 // Whoever asked waits for it.
                 let _ = reply.send(queue);
             }
+            Command::Interrupts => {
+                let done = self.redirect();
+                self.check(done);
+            }
             Command::Reset(reply) => {
                 self.shared.wake.taken();
                 self.context = None;
                 self.announce = false;
-                self.parked.iter_mut().for_each(|parked| *parked = None);
+                self.paused.iter_mut().for_each(|pause| *pause = None);
+                self.record = None;
                 if let Link::Up { session, .. } = &self.link {
                     let done = session.set_status(false, &self.shared.wake);
                     self.check(done);
@@ -184,107 +206,30 @@ impl Engine {
 
     /// Tells the daemon of driver and memory, if it does not know them yet.
     fn introduce(&mut self) -> Result<(), LinkError> {
-        let (Some(context), Link::Up { session, shadow, .. }) = (&self.context, &mut self.link) else {
+        let (Some(context), Link::Up { session, way, .. }) = (&self.context, &mut self.link) else {
             return Ok(());
         };
-        let wake = &self.shared.wake;
+        let (kind, wake) = (&self.shared.peer.kind, &self.shared.wake);
         session.set_features(context.features, wake)?;
-        if shadow.is_none() {
+        if way.is_none() {
             let memory = context.memory.memory();
-            let rings = Shadow::new(beyond(&memory), self.shared.peer.kind.queue_sizes())?;
-            session.share(&[&*memory, rings.memory()], wake)?;
-            *shadow = Some(rings);
+            *way = Some(if session.direct {
+                session.share(&[&*memory], wake)?;
+                Way::Direct
+            } else {
+                let rings = Shadow::new(beyond(&memory), kind.queue_sizes())?;
+                session.share(&[&*memory, rings.memory()], wake)?;
+                Way::Relay(rings)
+            });
+        }
+        if session.direct && kind.needs_record() {
+            let record = match &mut self.record {
+                Some(record) => record,
+                none => none.insert(session.new_record(kind.queue_sizes(), wake)?),
+            };
+            session.set_record(record, wake)?;
         }
         Ok(())
-    }
-
-    /// Hands queue `index` to the daemon, with what is open.
-    fn hand_over(&mut self, index: usize) -> Result<(), LinkError> {
-        let Link::Up {
-            session,
-            shadow: Some(shadow),
-            ..
-        } = &self.link
-        else {
-            return Ok(());
-        };
-        let Some(relay) = self.relays.get_mut(index).and_then(Option::as_mut) else {
-            return Ok(());
-        };
-        relay.connect(shadow)?;
-        if let Some(ring) = relay.ring() {
-            session.start(&ring, &self.shared.wake)?;
-            let event = EpollEvent::new(EventSet::IN, CALL | index as u64);
-            let watched = self.epoll.ctl(ControlOperation::Add, ring.call.as_raw_fd(), event);
-            watched.map_err(LinkError::host("a watch on a ring"))?;
-        }
-        if relay.open() > 0 {
-            let open = u64::from(relay.open());
-            self.shared
-                .status
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .resubmitted += open;
-        }
-        relay.nudge();
-        relay.forward()
-    }
-
-    fn start(&mut self, queue: VirtQueue) {
-        let index = usize::from(queue.index());
-        let Some(slot) = self.relays.get_mut(index) else {
-            return;
-        };
-        let parked = self.parked.get_mut(index).and_then(Option::take);
-        let relay = slot.insert(Relay::new(queue, parked));
-        let kick = relay.queue().kick().as_raw_fd();
-        if let Err(error) = self.watch(kick, KICK | index as u64) {
-            tracing::error!(device = %self.shared.id, %error, "cannot wait for the driver, the queue stands still");
-        }
-        let done = self.hand_over(index);
-        self.check(done);
-        // The notification of what is there already may have been taken before.
-        self.kicked(index);
-    }
-
-    /// Takes a queue back, if possible with nothing open.
-    fn stop(&mut self, index: usize) -> Option<VirtQueue> {
-        let done = self.drain(index);
-        self.check(done);
-        let mut relay = self.relays.get_mut(index)?.take()?;
-        self.unwatch(relay.queue().kick().as_raw_fd());
-        if let Some(call) = relay.call() {
-            self.unwatch(call.as_raw_fd());
-        }
-        relay.disconnect();
-        let (queue, parked) = relay.into_parts();
-        self.parked[index] = Some(parked);
-        Some(queue)
-    }
-
-    /// Waits until the daemon has answered all of a queue's requests, and takes the ring from it.
-    fn drain(&mut self, index: usize) -> Result<(), LinkError> {
-        let Link::Up { session, .. } = &self.link else {
-            return Ok(());
-        };
-        let relay = self.relays.get_mut(index).and_then(Option::as_mut);
-        let Some(relay) = relay.filter(|relay| relay.call().is_some()) else {
-            return Ok(());
-        };
-        let deadline = Instant::now() + DRAIN;
-        relay.collect()?;
-        while relay.open() > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(LinkError::Silent("the requests it had"));
-            }
-            let mut fds: Vec<_> = session.sockets().collect();
-            fds.extend(relay.call().map(std::os::fd::AsFd::as_fd));
-            crate::connection::wait_any(&fds, left)?;
-            session.look()?;
-            relay.collect()?;
-        }
-        session.stop(index as u16, &self.shared.wake)
     }
 
     /// What follows from orders and from writes of the driver to the configuration space.
@@ -340,7 +285,7 @@ impl Engine {
         let peer = &shared.peer;
         let session = match peer.take_first() {
             Some(session) => session,
-            None => Session::open(&peer.options.socket, &*peer.kind, &shared.wake)?,
+            None => Session::open(&peer.options.socket, &peer.terms(), &shared.wake)?,
         };
         peer.continues(&session.offer)?;
         let down = std::mem::replace(
@@ -349,7 +294,7 @@ impl Engine {
                 session: Box::new(session),
                 since: Instant::now(),
                 useful: false,
-                shadow: None,
+                way: None,
             },
         );
         if let Err(error) = self.settle() {
@@ -379,7 +324,7 @@ impl Engine {
         }
         self.announce = self.context.is_some();
         self.introduce()?;
-        (0..self.relays.len()).try_for_each(|index| self.hand_over(index))
+        (0..self.lanes.len()).try_for_each(|index| self.hand_over(index))
     }
 
     /// The daemon's configuration space may be another one. The guest hears of it when it is.
@@ -417,50 +362,6 @@ impl Engine {
         }
     }
 
-    /// The driver notified.
-    fn kicked(&mut self, index: usize) {
-        let failing = self.failing;
-        let Some(relay) = self.relays.get_mut(index).and_then(Option::as_mut) else {
-            return;
-        };
-        let _ = relay.queue().kick().read();
-        if failing {
-            return relay.fail(&*self.shared.peer.kind);
-        }
-        let done = relay.forward();
-        self.check(done);
-    }
-
-    /// The daemon completed something.
-    fn called(&mut self, index: usize) {
-        let Some(relay) = self.relays.get_mut(index).and_then(Option::as_mut) else {
-            return;
-        };
-        match relay.collect() {
-            Ok(count) => {
-                if let Link::Up { useful, .. } = &mut self.link {
-                    *useful |= count > 0;
-                }
-            }
-            Err(error) => self.lost(&error),
-        }
-    }
-
-    /// Takes everything back from the daemon.
-    fn leave(&mut self) {
-        for relay in self.relays.iter_mut().flatten() {
-            let call = relay.call().map(AsRawFd::as_raw_fd);
-            if let Some(fd) = call {
-                // As `unwatch`.
-                let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
-            }
-            relay.disconnect();
-        }
-        if let Link::Up { session, .. } = &self.link {
-            session.sockets().for_each(|socket| self.unwatch(socket.as_raw_fd()));
-        }
-    }
-
     /// The connection ended, or could not be made.
     fn lost(&mut self, error: &LinkError) {
         self.leave();
@@ -470,7 +371,7 @@ impl Engine {
             Link::Up { since, useful, .. } => {
                 // One that dies again and again before it does anything is not tried all the time.
                 if useful || since.elapsed() >= PROVEN {
-                    self.delay = FIRST_DELAY;
+                    self.tries = 0;
                 }
                 (now, true)
             }
@@ -478,10 +379,10 @@ impl Engine {
         };
         self.link = Link::Down {
             since,
-            next: now + self.delay,
+            next: now + delay(self.tries),
         };
         if !interrupted {
-            self.delay = (self.delay * 2).min(LAST_DELAY);
+            self.tries = self.tries.saturating_add(1);
         }
         let reason = error.to_string();
         let news = was_up || self.told.as_ref() != Some(&reason);
@@ -508,8 +409,7 @@ impl Engine {
             "no daemon came back in {seconds} s, its requests fail until one does"
         ));
         self.publish(LinkState::Failing, self.told.clone(), false);
-        let kind = &*self.shared.peer.kind;
-        self.relays.iter_mut().flatten().for_each(|relay| relay.fail(kind));
+        self.fail();
     }
 
     fn publish(&self, state: LinkState, reason: Option<String>, again: bool) {
@@ -522,6 +422,9 @@ impl Engine {
             if reason.is_some() {
                 status.reason = reason;
             }
+            if let Link::Up { session, .. } = &self.link {
+                status.direct = session.direct;
+            }
             status.reconnects += u64::from(again);
             status.clone()
         };
@@ -532,5 +435,13 @@ impl Engine {
         if let Some(held_back) = self.log.admit() {
             tracing::warn!(device = %self.shared.id, held_back, "{message}");
         }
+    }
+}
+
+/// How long until the next try after `tries` in vain.
+fn delay(tries: u32) -> Duration {
+    match tries {
+        0 => Duration::ZERO,
+        tries => FIRST_DELAY.saturating_mul(1 << (tries - 1).min(16)).min(LAST_DELAY),
     }
 }
