@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
+use std::iter;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -13,32 +14,65 @@ use triarch_guest_init::modules;
 
 use crate::arch::Arch;
 use crate::cache::{self, Recipe};
+use crate::packages;
 use crate::root::{self, Root};
 
 /// Changes whenever this file makes something else from the same packages.
-const SCRIPT: &str = "1";
+const SCRIPT: &str = "2";
 /// Entries of the dynamic section (System V gABI, chapter 5): a library that is needed, by the offset of its name.
 const DT_NEEDED: u64 = 1;
 
 /// A daemon of Debian's.
-struct Daemon {
+pub struct Daemon {
     /// What tests call it.
-    name: &'static str,
-    /// The package, and its suite where that is not the newest one.
+    pub name: &'static str,
+    /// Its package, and the suite where that is not the newest one.
     package: &'static str,
+    /// What else it is made of; without any, all that its package depends on.
+    others: &'static [&'static str],
     /// The program in it.
     program: &'static str,
+    /// Libraries that it loads without naming them, below the directory of libraries.
+    plugins: &'static [&'static str],
+    /// What is in the names of tests that start it.
+    tests: &'static str,
 }
 
 /// What serves disks over vhost-user.
 const STORAGE: Daemon = Daemon {
     name: "qemu-storage-daemon",
     package: "qemu-utils",
+    others: &[],
     program: "usr/bin/qemu-storage-daemon",
+    plugins: &[],
+    tests: "vhost::",
+};
+
+/// What serves file systems.
+const FILES: Daemon = Daemon {
+    name: "virtiofsd",
+    package: "virtiofsd/trixie",
+    others: &[],
+    program: "usr/libexec/virtiofsd",
+    plugins: &[],
+    tests: "vhost_fs::",
+};
+
+/// What forwards packets from one guest to another. Its package depends on all of DPDK's headers: what has the libraries is enough.
+const SWITCH: Daemon = Daemon {
+    name: "dpdk-testpmd",
+    package: "dpdk-dev/trixie",
+    others: &["librte-net-vhost25", "librte-mempool-ring25"],
+    program: "usr/bin/dpdk-testpmd",
+    plugins: &[
+        "dpdk/pmds-25.0/librte_net_vhost.so.25",
+        "dpdk/pmds-25.0/librte_mempool_ring.so.25",
+    ],
+    tests: "vhost_net::",
 };
 
 /// All of them.
-const ALL: [Daemon; 1] = [STORAGE];
+const ALL: [&Daemon; 3] = [&STORAGE, &FILES, &SWITCH];
 
 /// QEMU's storage daemon and the tools beside it, with all of their packages.
 ///
@@ -48,43 +82,41 @@ pub fn root() -> Result<Root> {
     Root::get("root-daemons", &[STORAGE.package])
 }
 
-/// Puts a script for each daemon into `dir`, where tests on this machine find it.
-///
-/// # Errors
-/// A package cannot be downloaded or unpacked.
-pub fn provide(dir: &Path) -> Result<()> {
-    for daemon in &ALL {
-        let made = daemon.get(Arch::native())?;
-        fs::copy(made.join(daemon.name), dir.join(daemon.name))?;
-        let parts = daemon.parts();
-        symlink(made.join(&parts), dir.join(&parts))?;
-    }
-    Ok(())
-}
-
-/// What makes the daemons run on a host of `arch`: name, permission bits, source.
-///
-/// # Errors
-/// As [`provide`].
-pub fn files(arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
-    let mut files = Vec::new();
-    for daemon in &ALL {
-        let made = daemon.get(arch)?;
-        files.push((daemon.name.to_owned(), 0o755, made.join(daemon.name)));
-        let parts = daemon.parts();
-        for item in fs::read_dir(made.join(&parts))? {
-            let path = item?.path();
-            let file = path
-                .file_name()
-                .and_then(|n| n.to_str())
-                .context("a name is not UTF-8")?;
-            files.push((format!("{parts}/{file}"), 0o755, path));
-        }
-    }
-    Ok(files)
+/// The daemons that some of `tests` start.
+pub fn of_tests(tests: &[&String]) -> impl Iterator<Item = &'static Daemon> {
+    let is_for = |daemon: &&Daemon| tests.iter().any(|name| name.contains(daemon.tests));
+    ALL.into_iter().filter(is_for)
 }
 
 impl Daemon {
+    /// Puts a script into `dir`, where tests on this machine find it.
+    ///
+    /// # Errors
+    /// A package cannot be downloaded or unpacked.
+    pub fn provide(&self, dir: &Path) -> Result<()> {
+        let made = self.get(Arch::native())?;
+        fs::copy(made.join(self.name), dir.join(self.name))?;
+        let parts = self.parts();
+        Ok(symlink(made.join(&parts), dir.join(&parts))?)
+    }
+
+    /// What makes it run on a host of `arch`: name, permission bits, source.
+    ///
+    /// # Errors
+    /// As [`Daemon::provide`].
+    pub fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
+        let made = self.get(arch)?;
+        let mut files = vec![(self.name.to_owned(), 0o755, made.join(self.name))];
+        let parts = self.parts();
+        for item in fs::read_dir(made.join(&parts))? {
+            let path = item?.path();
+            let file = path.file_name().and_then(|n| n.to_str());
+            let file = file.context("a name is not UTF-8")?;
+            files.push((format!("{parts}/{file}"), 0o755, path));
+        }
+        Ok(files)
+    }
+
     /// The directory with its program and libraries, beside its script.
     fn parts(&self) -> String {
         format!("{}.d", self.name)
@@ -96,19 +128,56 @@ impl Daemon {
             .with("script", SCRIPT)
             .with("suite", root::SUITE)
             .with("package", self.package)
-            .with("program", self.program);
+            .with("others", &self.others.join(" "))
+            .with("program", self.program)
+            .with("plugins", &self.plugins.join(" "));
         cache::ensure(&recipe, |dir| self.make(arch, dir))
+    }
+
+    fn unpack(&self, arch: Arch, dir: &Path) -> Result<()> {
+        if self.others.is_empty() {
+            return root::unpack_into(arch, dir, &[self.package]);
+        }
+        let (name, suite) = self.package.split_once('/').unwrap_or((self.package, root::SUITE));
+        let (alone, libraries) = packages::with_apt(arch, |apt| {
+            let alone = apt.download_of(name, suite)?;
+            // The next download empties the directory.
+            let kept = dir.join("package");
+            fs::copy(&alone, &kept)?;
+            let versions = apt.versions(name)?;
+            let version = alone.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let version = version.split('_').nth(1).unwrap_or_default().replace("%3a", ":");
+            let record = versions.iter().find(|(v, _)| *v == version);
+            let record = record.with_context(|| format!("no record of {name} {version}"))?;
+            Ok((
+                kept,
+                libraries(packages::field(&record.1, "Depends").unwrap_or_default()),
+            ))
+        })?;
+        let names: Vec<&str> = self
+            .others
+            .iter()
+            .copied()
+            .chain(libraries.iter().map(String::as_str))
+            .collect();
+        root::unpack_into(arch, dir, &names)?;
+        packages::unpack(&alone, dir)
     }
 
     fn make(&self, arch: Arch, dir: &Path) -> Result<()> {
         let scratch = tempfile::tempdir_in(cache::base()?)?;
-        root::unpack_into(arch, scratch.path(), &[self.package])?;
+        self.unpack(arch, scratch.path())?;
         fs::copy(scratch.path().join("packages.txt"), dir.join("packages.txt"))?;
         let parts = dir.join(self.parts());
         fs::create_dir(&parts)?;
         let loader = Path::new(arch.loader()).file_name().and_then(|n| n.to_str());
         let loader = loader.context("the loader has no name")?;
-        for (name, source) in closure(scratch.path(), arch, self.program)? {
+        let plugins = self
+            .plugins
+            .iter()
+            .map(|plugin| format!("{}/{plugin}", arch.libraries()));
+        let names: Vec<String> = iter::once(self.program.to_owned()).chain(plugins).collect();
+        for (name, source) in closure(scratch.path(), arch, &names)? {
             let place = parts.join(name);
             fs::copy(&source, &place).with_context(|| format!("cannot copy {}", source.display()))?;
         }
@@ -124,10 +193,10 @@ impl Daemon {
     }
 }
 
-/// The program, its loader and all libraries that they name, by the name under which they are looked for.
-fn closure(root: &Path, arch: Arch, program: &str) -> Result<BTreeMap<String, PathBuf>> {
+/// These files, their loader and all libraries that they name, by the name under which they are looked for.
+fn closure(root: &Path, arch: Arch, files: &[String]) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
-    let mut pending = vec![root.join(program)];
+    let mut pending: Vec<PathBuf> = files.iter().map(|file| root.join(file)).collect();
     while let Some(path) = pending.pop() {
         let name = path.file_name().and_then(|n| n.to_str());
         let name = name.context("a library's name is not UTF-8")?.to_owned();
@@ -150,6 +219,14 @@ fn closure(root: &Path, arch: Arch, program: &str) -> Result<BTreeMap<String, Pa
         .to_owned();
     found.entry(name).or_insert(loader);
     Ok(found)
+}
+
+/// The packages with libraries in a list of dependencies (Debian policy, section 7.1): those whose names begin as libraries' do, and which
+/// are not for compiling.
+fn libraries(depends: &str) -> Vec<String> {
+    let names = depends.split(',').filter_map(|item| item.split_whitespace().next());
+    let is_library = |name: &&str| name.starts_with("lib") && !name.ends_with("-dev");
+    names.filter(is_library).map(str::to_owned).collect()
 }
 
 /// The libraries that an ELF file names; none for one that is linked statically.
@@ -184,10 +261,18 @@ mod tests {
     }
 
     #[test]
+    fn libraries_are_told_from_what_compilers_need() {
+        let depends = "libdpdk-dev (>= 24.11), python3, ibverbs-providers (>= 23~), libc6 (>= 2.38), librte-acl25";
+        assert_eq!(libraries(depends), ["libc6", "librte-acl25"]);
+    }
+
+    #[test]
     fn a_missing_library_is_named() {
         let root = tempfile::tempdir().unwrap();
         fs::copy(std::env::current_exe().unwrap(), root.path().join("program")).unwrap();
-        let error = closure(root.path(), Arch::native(), "program").unwrap_err().to_string();
+        let error = closure(root.path(), Arch::native(), &["program".to_owned()])
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains(".so") && error.contains("none of the packages"),
             "{error}"

@@ -104,7 +104,11 @@ pub fn unpack_into(arch: Arch, dir: &Path, names: &[&str]) -> Result<()> {
         std::os::unix::fs::symlink(format!("usr/{sub}"), dir.join(sub))?;
     }
     packages::with_apt(arch, |apt| {
-        let files = tools::step(&format!("downloading {}", names.join(", ")), || {
+        let what = match names {
+            [first, rest @ ..] if rest.len() > 4 => format!("{first} and {} more", rest.len()),
+            _ => names.join(", "),
+        };
+        let files = tools::step(&format!("downloading {what}"), || {
             apt.download_with_dependencies(SUITE, names)
         })?;
         tools::step(&format!("unpacking {} packages", files.len()), || {

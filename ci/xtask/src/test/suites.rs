@@ -38,8 +38,6 @@ const PATIENCE: &str = "12";
 const FRAMEWORK: &str = "framework::";
 /// What the names of tests with the payload guest begin with on the nested level.
 const PAYLOAD_TESTS: &str = "payload::";
-/// What is in the names of tests that start daemons of others.
-const DAEMON_TESTS: &str = "vhost::";
 /// Enough for a guest with memory on both sides of the 32-bit hole; what nobody touches costs nothing.
 const HOST_MIB: u32 = 4096;
 
@@ -71,9 +69,11 @@ impl Programs {
         if pending.names.is_empty() {
             return Ok(());
         }
-        if let Err(error) = daemons::provide(images.path()) {
-            // Tests that want one are skipped.
-            tally.show(&format!("no daemons to test with: {error:#}\n"));
+        for daemon in daemons::of_tests(&pending.names.iter().collect::<Vec<_>>()) {
+            if let Err(error) = daemon.provide(images.path()) {
+                // Tests that want it are skipped.
+                tally.show(&format!("there is no {}: {error:#}\n", daemon.name));
+            }
         }
         packages::require(&packages::PAYLOAD_TESTS)?;
         let mut command = Command::new(self.dir.join(SUITES));
@@ -122,14 +122,12 @@ impl Programs {
             Pending::new(&place.to_string(), "nested", linux),
         ];
         let mut files = self.files(place.kind.arch())?;
-        if pending
-            .iter()
-            .any(|level| level.names.iter().any(|name| name.contains(DAEMON_TESTS)))
-        {
-            match daemons::files(place.kind.arch()) {
+        let tests: Vec<&String> = pending.iter().flat_map(|level| &level.names).collect();
+        for daemon in daemons::of_tests(&tests) {
+            match daemon.files(place.kind.arch()) {
                 Ok(more) => files.extend(more),
-                // Tests that want one are skipped.
-                Err(error) => tally.show(&format!("no daemons to test with: {error:#}\n")),
+                // Tests that want it are skipped.
+                Err(error) => tally.show(&format!("there is no {}: {error:#}\n", daemon.name)),
             }
         }
         let options = Options {

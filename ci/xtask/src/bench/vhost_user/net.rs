@@ -10,10 +10,10 @@ use tempfile::TempDir;
 use triarch_harness::net::enter_namespace;
 use triarch_harness::process::Process;
 
+use super::Args;
 use super::cpu::Cpu;
 use super::guest::{Guest, number};
 use super::setup::{Front, Programs};
-use super::Args;
 use crate::tools;
 
 /// Entries of each queue, and receive buffers.
