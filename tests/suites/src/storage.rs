@@ -26,6 +26,16 @@ pub enum Program {
     Blkd,
 }
 
+impl Program {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => PROGRAM,
+            Self::Blkd => BLKD,
+        }
+    }
+}
+
 /// How long a daemon or a change may take on a busy machine.
 pub fn soon() -> Duration {
     patient(Duration::from_secs(5))

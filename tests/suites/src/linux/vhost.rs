@@ -13,15 +13,44 @@ use triarch_harness::linux::{LinuxBuilder, LinuxVm};
 use triarch_harness::suite::{Context, Outcome, Test, figure, kills};
 
 pub const TESTS: &[Test] = &[
-    Test::nested("vhost::data_matches_on_linux_6_1", |c| data_matches(c, Kernel::V6_1)),
-    Test::nested("vhost::data_matches_on_linux_6_12", |c| data_matches(c, Kernel::V6_12)),
-    Test::nested("vhost::no_write_is_lost_with_killed_daemons", killed_daemons).within(Duration::from_secs(1800)),
-    Test::nested("vhost::a_stopped_daemon_stalls_its_disk_only", stopped_daemon),
-    Test::nested("vhost::pauses_without_a_daemon", pauses_without_daemon),
+    Test::nested("vhost::data_matches_on_linux_6_1", |c| {
+        data_matches(c, Program::Qemu, Kernel::V6_1)
+    }),
+    Test::nested("vhost::data_matches_on_linux_6_12", |c| {
+        data_matches(c, Program::Qemu, Kernel::V6_12)
+    }),
+    Test::nested("vhost::no_write_is_lost_with_killed_daemons", |c| {
+        killed_daemons(c, Program::Qemu)
+    })
+    .within(LONG),
+    Test::nested("vhost::a_stopped_daemon_stalls_its_disk_only", |c| {
+        stopped_daemon(c, Program::Qemu)
+    }),
+    Test::nested("vhost::pauses_without_a_daemon", |c| {
+        pauses_without_daemon(c, Program::Qemu)
+    }),
     Test::nested("vhost::grows_and_refuses_another_disk", another_disk),
-    Test::nested("vhost::requests_fail_when_told_so", requests_fail),
+    Test::nested("vhost::requests_fail_when_told_so", |c| requests_fail(c, Program::Qemu)),
+    Test::nested("vhost::blkd::data_matches", |c| {
+        data_matches(c, Program::Blkd, Kernel::V6_12)
+    }),
+    Test::nested("vhost::blkd::no_write_is_lost_with_killed_daemons", |c| {
+        killed_daemons(c, Program::Blkd)
+    })
+    .within(LONG),
+    Test::nested("vhost::blkd::a_stopped_daemon_stalls_its_disk_only", |c| {
+        stopped_daemon(c, Program::Blkd)
+    }),
+    Test::nested("vhost::blkd::pauses_without_a_daemon", |c| {
+        pauses_without_daemon(c, Program::Blkd)
+    }),
+    Test::nested("vhost::blkd::requests_fail_when_told_so", |c| {
+        requests_fail(c, Program::Blkd)
+    }),
 ];
 
+/// Enough for a hundred kills.
+const LONG: Duration = Duration::from_secs(1800);
 /// Where the guest keeps what a soak has written how often.
 const TABLE: &str = "/tmp/soak.table";
 /// Requests in flight in a soak, and blocks that it works on.
@@ -41,7 +70,7 @@ struct Rig {
 /// are further ones of the disk, beginning with a comma.
 fn with_guest(
     context: &Context,
-    kernel: Kernel,
+    (whose, kernel): (Program, Kernel),
     queues: u16,
     size: usize,
     options: &str,
@@ -49,7 +78,7 @@ fn with_guest(
 ) -> Result<Outcome> {
     // Apart from the VM's own directory: the daemon's sockets stay behind.
     let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
-    let Some(mut daemon) = Daemon::find(Program::Qemu, context, dir.path(), queues) else {
+    let Some(mut daemon) = Daemon::find(whose, context, dir.path(), queues) else {
         return Ok(Outcome::Skipped(storage::missing()));
     };
     let image = DiskImage::with(dir.path().join("disk"), &pattern(1, size))?;
@@ -120,103 +149,125 @@ impl<'a> Load<'a> {
     }
 }
 
-fn data_matches(context: &Context, kernel: Kernel) -> Result<Outcome> {
-    with_guest(context, kernel, 1, SIZE, "", |rig| {
+fn data_matches(context: &Context, whose: Program, kernel: Kernel) -> Result<Outcome> {
+    with_guest(context, (whose, kernel), 1, SIZE, "", |rig| {
         read_and_write(&rig.guest, |offset, len| rig.image.read(offset, len))
     })
 }
 
-fn killed_daemons(context: &Context) -> Result<Outcome> {
+fn killed_daemons(context: &Context, whose: Program) -> Result<Outcome> {
     let kills = kills();
-    with_guest(context, Kernel::V6_12, 2, BLOCKS as usize * soak::BLOCK, "", |rig| {
-        let (mut prompt, mut late) = (Vec::new(), Vec::new());
-        let mut quiet = Duration::ZERO;
-        for round in 0..kills {
-            // One round in which nothing happens tells what the machine itself costs.
-            if round == 0 {
-                quiet = Load::start(&rig.guest, Duration::from_secs(1), kills)?.end()?;
+    with_guest(
+        context,
+        (whose, Kernel::V6_12),
+        2,
+        BLOCKS as usize * soak::BLOCK,
+        "",
+        |rig| {
+            let (mut prompt, mut late) = (Vec::new(), Vec::new());
+            let mut quiet = Duration::ZERO;
+            for round in 0..kills {
+                // One round in which nothing happens tells what the machine itself costs.
+                if round == 0 {
+                    quiet = Load::start(&rig.guest, Duration::from_secs(1), kills)?.end()?;
+                }
+                let load = Load::start(&rig.guest, Duration::from_secs(1), round)?;
+                // Somewhere under load.
+                thread::sleep(Duration::from_micros(50_000 + round * 179_424_673 % 900_000));
+                rig.daemon.kill();
+                let is_late = round % 4 == 0;
+                if is_late {
+                    // Long enough for several tries.
+                    thread::sleep(Duration::from_millis(200));
+                }
+                rig.daemon.start(rig.image.path())?;
+                let stall = load.end().with_context(|| format!("round {round}"))?.as_millis();
+                if is_late { &mut late } else { &mut prompt }.push(stall);
             }
-            let load = Load::start(&rig.guest, Duration::from_secs(1), round)?;
-            // Somewhere under load.
-            thread::sleep(Duration::from_micros(50_000 + round * 179_424_673 % 900_000));
-            rig.daemon.kill();
-            let is_late = round % 4 == 0;
-            if is_late {
-                // Long enough for several tries.
-                thread::sleep(Duration::from_millis(200));
-            }
-            rig.daemon.start(rig.image.path())?;
-            let stall = load.end().with_context(|| format!("round {round}"))?.as_millis();
-            if is_late { &mut late } else { &mut prompt }.push(stall);
-        }
-        rig.compare()?;
-        let link = wait_state(rig.guest.vm(), "Connected")?;
-        ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
-        let again = link["resubmitted"].as_u64().unwrap_or(0);
-        ensure!(again > 0, "nothing was in flight in any round");
-        prompt.sort_unstable();
-        let [median, longest] =
-            [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
-        let latest = late.iter().max().copied().unwrap_or(0);
-        figure(&format!(
-            "{kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), {longest} ms \
+            rig.compare()?;
+            let link = wait_state(rig.guest.vm(), "Connected")?;
+            ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
+            let again = link["resubmitted"].as_u64().unwrap_or(0);
+            ensure!(again > 0, "nothing was in flight in any round");
+            prompt.sort_unstable();
+            let [median, longest] =
+                [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
+            let latest = late.iter().max().copied().unwrap_or(0);
+            figure(&format!(
+                "{}: {kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), {longest} ms \
              (longest), {latest} ms (longest) when the daemon came back 200 ms later; {} ms without a kill",
-            quiet.as_millis()
-        ))
-    })
+                whose.name(),
+                quiet.as_millis()
+            ))
+        },
+    )
 }
 
-fn stopped_daemon(context: &Context) -> Result<Outcome> {
-    with_guest(context, Kernel::V6_1, 1, BLOCKS as usize * soak::BLOCK, "", |rig| {
-        let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
-        thread::sleep(Duration::from_millis(300));
-        rig.daemon.signal("STOP")?;
-        let stopped = Instant::now();
-        // All else goes on: the API, and programs in the guest that leave the disk alone.
-        while stopped.elapsed() < Duration::from_secs(10) {
-            let asked = Instant::now();
-            storage::link(rig.guest.vm())?;
-            rig.guest.shell("echo still here")?;
-            ensure!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-            thread::sleep(Duration::from_millis(500));
-        }
-        rig.daemon.signal("CONT")?;
-        let stall = load.end()?;
-        ensure!(
-            stall > Duration::from_secs(8),
-            "the disk went on for {stall:?} without a daemon"
-        );
-        rig.compare()?;
-        // Nobody gave the daemon up.
-        let link = storage::link(rig.guest.vm())?;
-        ensure!(link["state"] == "Connected" && link["reconnects"] == 0, "{link}");
-        Ok(())
-    })
+fn stopped_daemon(context: &Context, whose: Program) -> Result<Outcome> {
+    with_guest(
+        context,
+        (whose, Kernel::V6_1),
+        1,
+        BLOCKS as usize * soak::BLOCK,
+        "",
+        |rig| {
+            let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
+            thread::sleep(Duration::from_millis(300));
+            rig.daemon.signal("STOP")?;
+            let stopped = Instant::now();
+            // All else goes on: the API, and programs in the guest that leave the disk alone.
+            while stopped.elapsed() < Duration::from_secs(10) {
+                let asked = Instant::now();
+                storage::link(rig.guest.vm())?;
+                rig.guest.shell("echo still here")?;
+                ensure!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+                thread::sleep(Duration::from_millis(500));
+            }
+            rig.daemon.signal("CONT")?;
+            let stall = load.end()?;
+            ensure!(
+                stall > Duration::from_secs(8),
+                "the disk went on for {stall:?} without a daemon"
+            );
+            rig.compare()?;
+            // Nobody gave the daemon up.
+            let link = storage::link(rig.guest.vm())?;
+            ensure!(link["state"] == "Connected" && link["reconnects"] == 0, "{link}");
+            Ok(())
+        },
+    )
 }
 
-fn pauses_without_daemon(context: &Context) -> Result<Outcome> {
-    with_guest(context, Kernel::V6_1, 1, BLOCKS as usize * soak::BLOCK, "", |rig| {
-        let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
-        thread::sleep(Duration::from_millis(300));
-        rig.daemon.kill();
-        wait_state(rig.guest.vm(), "Disconnected")?;
-        for _ in 0..3 {
+fn pauses_without_daemon(context: &Context, whose: Program) -> Result<Outcome> {
+    with_guest(
+        context,
+        (whose, Kernel::V6_1),
+        1,
+        BLOCKS as usize * soak::BLOCK,
+        "",
+        |rig| {
+            let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
+            thread::sleep(Duration::from_millis(300));
+            rig.daemon.kill();
+            wait_state(rig.guest.vm(), "Disconnected")?;
+            for _ in 0..3 {
+                rig.guest.vm().pause()?;
+                rig.guest.vm().resume()?;
+                rig.guest.shell("true")?;
+            }
+            // What was in flight outlives the pauses; a daemon may come back during one.
             rig.guest.vm().pause()?;
+            rig.daemon.start(rig.image.path())?;
+            wait_state(rig.guest.vm(), "Connected")?;
             rig.guest.vm().resume()?;
-            rig.guest.shell("true")?;
-        }
-        // What was in flight outlives the pauses; a daemon may come back during one.
-        rig.guest.vm().pause()?;
-        rig.daemon.start(rig.image.path())?;
-        wait_state(rig.guest.vm(), "Connected")?;
-        rig.guest.vm().resume()?;
-        load.end()?;
-        rig.compare()
-    })
+            load.end()?;
+            rig.compare()
+        },
+    )
 }
 
 fn another_disk(context: &Context) -> Result<Outcome> {
-    with_guest(context, Kernel::V6_1, 2, SIZE, "", |rig| {
+    with_guest(context, (Program::Qemu, Kernel::V6_1), 2, SIZE, "", |rig| {
         let grown = 2 * SIZE as u64;
         rig.daemon.resize(grown)?;
         let wanted = grown / 512;
@@ -252,32 +303,39 @@ fn another_disk(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn requests_fail(context: &Context) -> Result<Outcome> {
-    with_guest(context, Kernel::V6_1, 1, SIZE, ",on_disconnect=error-after=1", |rig| {
-        let write = "dd if=/dev/zero of=/dev/vda bs=4k count=1 seek=3 oflag=direct";
-        rig.guest.shell(write)?;
-        rig.daemon.kill();
-        // This one waits, then fails; the next one fails at once.
-        for _ in 0..2 {
-            let failed = rig.guest.shell(write);
+fn requests_fail(context: &Context, whose: Program) -> Result<Outcome> {
+    with_guest(
+        context,
+        (whose, Kernel::V6_1),
+        1,
+        SIZE,
+        ",on_disconnect=error-after=1",
+        |rig| {
+            let write = "dd if=/dev/zero of=/dev/vda bs=4k count=1 seek=3 oflag=direct";
+            rig.guest.shell(write)?;
+            rig.daemon.kill();
+            // This one waits, then fails; the next one fails at once.
+            for _ in 0..2 {
+                let failed = rig.guest.shell(write);
+                ensure!(
+                    failed
+                        .as_ref()
+                        .is_err_and(|error| format!("{error:#}").contains("Input/output error")),
+                    "{failed:?}"
+                );
+            }
+            wait_state(rig.guest.vm(), "Failing")?;
+            rig.restart()?;
+            wait_state(rig.guest.vm(), "Connected")?;
+            rig.guest.shell(write)?;
+            let mut expected = pattern(1, SIZE);
+            expected[3 * 4096..4 * 4096].fill(0);
+            rig.guest.shell("dd if=/dev/vda of=/tmp/all bs=64k iflag=direct")?;
             ensure!(
-                failed
-                    .as_ref()
-                    .is_err_and(|error| format!("{error:#}").contains("Input/output error")),
-                "{failed:?}"
+                rig.guest.agent().get("/tmp/all")? == expected,
+                "the guest reads something else"
             );
-        }
-        wait_state(rig.guest.vm(), "Failing")?;
-        rig.restart()?;
-        wait_state(rig.guest.vm(), "Connected")?;
-        rig.guest.shell(write)?;
-        let mut expected = pattern(1, SIZE);
-        expected[3 * 4096..4 * 4096].fill(0);
-        rig.guest.shell("dd if=/dev/vda of=/tmp/all bs=64k iflag=direct")?;
-        ensure!(
-            rig.guest.agent().get("/tmp/all")? == expected,
-            "the guest reads something else"
-        );
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }

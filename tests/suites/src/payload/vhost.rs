@@ -258,9 +258,11 @@ fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
         let [median, longest] =
             [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
         let latest = late.iter().max().copied().unwrap_or(0);
+        let whose = if WHOSE == OURS { Program::Blkd } else { Program::Qemu };
         figure(&format!(
-            "{kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
-             {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later"
+            "{}: {kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
+             {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later",
+            whose.name()
         ))
     })
 }
