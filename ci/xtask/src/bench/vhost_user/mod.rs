@@ -140,6 +140,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (image, _made) = image(args)?;
     let programs = Programs {
         triarch: build::program(Arch::native(), args.profile, "triarch", "triarch")?,
+        blkd: build::program(Arch::native(), args.profile, "triarch-blkd", "triarch-blkd")?,
         kernel: payload::build(Arch::native())?,
         rig: Rig::get(Arch::native())?,
         daemons: daemons::root()?,

@@ -16,6 +16,8 @@ pub fn disks(setups: &[Setup], works: &[Work], samples: &Samples, rests: &[Rest]
             text += &table::format(&compare(works, samples, ours, theirs, back));
         }
     }
+    text += &format!("\n{} in place of {}\n\n", Back::Blkd, Back::StorageDaemon);
+    text += &table::format(&daemons(setups, works, samples));
     text += "\nAt rest: memory beside guest RAM, CPU time in a second\n\n";
     text + &table::format(&at_rest(setups, rests))
 }
@@ -62,6 +64,29 @@ fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: 
         ];
         if served {
             line.push(pair(|s| s.daemon));
+        }
+        lines.push(line);
+    }
+    lines
+}
+
+/// How many times what QEMU's daemon does this project's does, under each VMM.
+fn daemons(setups: &[Setup], works: &[Work], samples: &Samples) -> Vec<Vec<String>> {
+    let fronts = [Front::Triarch, Front::Qemu];
+    let at = |front, back| setups.iter().position(|s| (s.front, s.back) == (front, back));
+    let mut lines = vec![vec![String::new()]];
+    for front in fronts {
+        lines[0].extend([format!("under {front}"), "(of each round)".to_owned()]);
+    }
+    for (work, samples) in works.iter().zip(samples) {
+        let mut line = vec![work.name()];
+        for front in fronts {
+            if let (Some(ours), Some(theirs)) = (at(front, Back::Blkd), at(front, Back::StorageDaemon)) {
+                let rounds = samples[ours].iter().zip(&samples[theirs]);
+                line.extend(spread(
+                    &rounds.map(|(ours, theirs)| ours.rate / theirs.rate).collect::<Vec<_>>(),
+                ));
+            }
         }
         lines.push(line);
     }

@@ -35,11 +35,13 @@ pub enum Back {
     Own,
     /// QEMU's daemon, over vhost-user.
     StorageDaemon,
+    /// This project's daemon, over vhost-user.
+    Blkd,
 }
 
 impl Back {
     /// All there are.
-    pub const ALL: [Self; 2] = [Self::Own, Self::StorageDaemon];
+    pub const ALL: [Self; 3] = [Self::Own, Self::StorageDaemon, Self::Blkd];
 }
 
 impl fmt::Display for Front {
@@ -56,6 +58,7 @@ impl fmt::Display for Back {
         f.write_str(match self {
             Self::Own => "a disk of the VMM's own",
             Self::StorageDaemon => "qemu-storage-daemon",
+            Self::Blkd => "triarch-blkd",
         })
     }
 }
@@ -64,6 +67,8 @@ impl fmt::Display for Back {
 pub struct Programs {
     /// The VMM of this project.
     pub triarch: PathBuf,
+    /// The daemon for disks of this project.
+    pub blkd: PathBuf,
     /// The bare-metal guest.
     pub kernel: PathBuf,
     /// QEMU.
@@ -102,6 +107,7 @@ impl Setup {
         let daemon = match back {
             Back::Own => None,
             Back::StorageDaemon => Some(programs.storage_daemon(&disk)),
+            Back::Blkd => Some(programs.blkd(&disk)),
         };
         let mut daemon = daemon.map(|mut command| Process::start(&mut command)).transpose()?;
         if let Some(daemon) = &mut daemon {
@@ -145,6 +151,17 @@ impl Programs {
         let export = format!(
             "type=vhost-user-blk,id=export,node-name=disk,iothread=io,num-queues={QUEUES},writable=off,addr.type=unix,addr.path={socket}"
         );
+        command.args(["--export", &export]);
+        command
+    }
+
+    fn blkd(&self, socket: &Path) -> Command {
+        let (image, direct) = (self.image.display(), on(self.direct));
+        let export = format!(
+            "name=disk,path={image},socket={},readonly=on,direct={direct},num_queues={QUEUES}",
+            socket.display()
+        );
+        let mut command = Command::new(&self.blkd);
         command.args(["--export", &export]);
         command
     }
