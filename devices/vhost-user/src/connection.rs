@@ -21,6 +21,9 @@ use triarch_device_core::Event;
 use crate::LinkError;
 use crate::message::{self, HEADER, MAX_PAYLOAD, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK};
 
+/// How long a daemon may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Descriptors taken from one message; more than any message of the protocol has.
 const MAX_FDS: usize = 8;
 
@@ -72,13 +75,11 @@ impl Wake {
 pub(crate) struct Connection {
     socket: OwnedFd,
     back: Option<BackChannel>,
-    /// How long an answer may take.
-    patience: Duration,
 }
 
 impl Connection {
     /// Connects to the socket at `path`, without waiting: who does not take connections at once is not there.
-    pub(crate) fn open(path: &Path, patience: Duration) -> Result<Self, LinkError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, LinkError> {
         let failed = |error: Errno| LinkError::Connect {
             path: path.to_owned(),
             source: error.into(),
@@ -87,11 +88,16 @@ impl Connection {
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;
         let address = SocketAddrUnix::new(path).map_err(failed)?;
         rustix::net::connect(&socket, &address).map_err(failed)?;
-        Ok(Self {
-            socket,
-            back: None,
-            patience,
-        })
+        Ok(Self { socket, back: None })
+    }
+
+    /// Takes the connection of a daemon that waits at `door`, which is at `path`.
+    pub(crate) fn accept(door: BorrowedFd<'_>, path: &Path) -> Result<Self, LinkError> {
+        match rustix::net::accept_with(door, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => Ok(Self { socket, back: None }),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Err(LinkError::Nobody(path.to_owned())),
+            Err(error) => Err(broken(error)),
+        }
     }
 
     /// Sends a request; `fds` go with it.
@@ -103,7 +109,7 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         wake: &Wake,
     ) -> Result<(), LinkError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + PATIENCE;
         let bytes = message::encode(request as u32, flags, payload);
         let mut sent = 0;
         while sent < bytes.len() {
@@ -140,7 +146,7 @@ impl Connection {
     }
 
     fn answer(&self, request: Request, fds: Option<&mut Vec<OwnedFd>>, wake: &Wake) -> Result<Vec<u8>, LinkError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + PATIENCE;
         let mut header = [0; HEADER];
         self.fill(&mut header, fds, deadline, request, wake)?;
         let [answered, flags, size] = message::decode(&header);

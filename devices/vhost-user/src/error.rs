@@ -18,6 +18,9 @@ pub enum LinkError {
         /// Cause.
         source: io::Error,
     },
+    /// Nobody connected.
+    #[error("no daemon has connected to {0}")]
+    Nobody(PathBuf),
     /// The daemon closed the connection, or died.
     #[error("the daemon closed the connection")]
     Closed,

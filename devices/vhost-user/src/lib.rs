@@ -25,6 +25,7 @@
 mod connection;
 mod device;
 mod direct;
+mod endpoint;
 mod engine;
 mod error;
 mod inflight;
@@ -41,6 +42,7 @@ mod status;
 mod tests;
 
 pub use device::{VhostUser, VhostUserHandle};
+pub use endpoint::{Door, Endpoint};
 pub use error::LinkError;
 pub use kind::{DaemonBlock, Kind, Offer};
 pub use peer::{Peer, PeerError, PeerOptions};

@@ -1,6 +1,5 @@
 //! A daemon as the configuration of a VM names it. It outlives the guest's resets, and what guests were told of it stays true.
 
-use std::path::PathBuf;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -12,18 +11,16 @@ use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use crate::connection::Wake;
 use crate::kind::{self, Kind, Offer};
 use crate::session::{Session, Terms};
-use crate::{DataPath, LinkError, OnDisconnect};
+use crate::{DataPath, Endpoint, LinkError, OnDisconnect};
 
-/// How long the start of a VM waits for a daemon.
-const START: Duration = Duration::from_secs(5);
 /// How long until the next try, at the start.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// Where a daemon is, and what happens without it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct PeerOptions {
-    /// The daemon's socket.
-    pub socket: PathBuf,
+    /// Where it is met.
+    pub endpoint: Endpoint,
     /// What happens to requests while there is no daemon.
     pub on_disconnect: OnDisconnect,
     /// Who works on the guest's rings.
@@ -52,7 +49,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Asks the daemon what it offers; waits up to five seconds for one that is just starting. `id` names the device.
+    /// Asks the daemon what it offers; waits some seconds for one that is just starting. `id` names the device.
     ///
     /// # Errors
     /// There is none, or it is not one that can serve a device of this kind.
@@ -64,10 +61,10 @@ impl Peer {
     ) -> Result<Arc<Self>, PeerError> {
         let wake = Arc::new(Wake::new().map_err(PeerError::Thread)?);
         let (done, ended) = sync_channel(1);
-        let (path, doorbell, wanted) = (options.socket.clone(), wake.clone(), kind.clone());
-        let data_path = options.data_path;
+        let (endpoint, doorbell, wanted) = (options.endpoint.clone(), wake.clone(), kind.clone());
+        let (data_path, patience) = (options.data_path, endpoint.patience());
         let ask = move |answer: &mut Option<Result<Session, LinkError>>, _: &_| {
-            let deadline = Instant::now() + START;
+            let deadline = Instant::now() + patience;
             let mut last = LinkError::Silent("the first questions");
             *answer = Some(loop {
                 let terms = Terms {
@@ -75,7 +72,8 @@ impl Peer {
                     data_path,
                     shown: 0,
                 };
-                let session = Session::open(&path, &terms, &doorbell);
+                let connection = endpoint.connect();
+                let session = connection.and_then(|connection| Session::open(connection, &terms, &doorbell));
                 match session.and_then(|s| kind::check(&*wanted, &s.offer).map(|()| s)) {
                     Err(LinkError::Interrupted) => break Err(last),
                     // Waiting makes none of these another one.
@@ -90,7 +88,7 @@ impl Peer {
         };
         let name = format!("{id}_vu");
         let worker = Worker::spawn(&name, ThreadClass::VhostUser, sandbox, None, ask).map_err(PeerError::Thread)?;
-        if ended.recv_timeout(START + 2 * RETRY).is_err() {
+        if ended.recv_timeout(patience + 2 * RETRY).is_err() {
             // A daemon that takes connections and does not answer.
             wake.hurry();
             wake.ring();
@@ -127,6 +125,11 @@ impl Peer {
     /// What guests know of it.
     pub(crate) fn known(&self) -> MutexGuard<'_, Offer> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether nobody took the connection yet that it was asked on.
+    pub(crate) fn has_first(&self) -> bool {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// The connection it was asked on, once.

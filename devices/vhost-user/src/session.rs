@@ -1,8 +1,6 @@
 //! One connection to a daemon, from the first question to running rings.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
-use std::time::Duration;
 
 use triarch_memory::GuestMemory;
 use triarch_virtio::feature;
@@ -13,9 +11,6 @@ use crate::inflight::Inflight;
 use crate::kind::{Kind, Offer};
 use crate::message::{self, CONFIG_HEAD, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol};
 use crate::{DataPath, LinkError};
-
-/// How long a daemon may take for an answer.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// device_status of a driver that works (virtio 1.2, 2.1).
 const STATUS_READY: u64 = 1 | 2 | 4 | 8;
@@ -75,9 +70,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Connects and asks for everything there is to know before a driver comes.
-    pub(crate) fn open(path: &Path, terms: &Terms<'_>, wake: &Wake) -> Result<Self, LinkError> {
-        let connection = Connection::open(path, PATIENCE)?;
+    /// Asks for everything there is to know before a driver comes.
+    pub(crate) fn open(connection: Connection, terms: &Terms<'_>, wake: &Wake) -> Result<Self, LinkError> {
         let offer = Offer {
             features: 0,
             queues: 1,

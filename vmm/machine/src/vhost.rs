@@ -29,7 +29,7 @@ fn open(
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let options = PeerOptions {
-        socket: socket.map(Path::to_owned).unwrap_or_default(),
+        endpoint: socket.map(Path::to_owned).unwrap_or_default().into(),
         data_path: DataPath::Auto,
         on_disconnect: match on_disconnect {
             triarch_api::OnDisconnect::Stall => OnDisconnect::Stall,

@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::lanes::{Lane, Pause};
+use crate::connection::Connection;
 use crate::device::Shared;
 use crate::inflight::Inflight;
 use crate::session::{Session, beyond};
@@ -49,6 +50,7 @@ const STOP: u64 = 2 << 32;
 const SOCKET: u64 = 3 << 32;
 const KICK: u64 = 4 << 32;
 const CALL: u64 = 5 << 32;
+const DOOR: u64 = 6 << 32;
 
 /// The way to the daemon.
 enum Link {
@@ -80,6 +82,8 @@ pub(crate) struct Engine {
     commands: Receiver<Command>,
     epoll: Epoll,
     link: Link,
+    /// A daemon that connected and was not asked yet.
+    waiting: Option<Connection>,
     /// Tries in vain since the last good connection.
     tries: u32,
     /// Why the last try failed, as it was told.
@@ -105,6 +109,7 @@ impl Engine {
             commands,
             epoll: Epoll::new()?,
             link: Link::Down { since: now, next: now },
+            waiting: None,
             tries: 0,
             told: None,
             connected_before: false,
@@ -124,6 +129,11 @@ impl Engine {
         let watched = self.watch(shared.wake.event().as_raw_fd(), WAKE);
         if let Err(error) = watched.and_then(|()| self.watch(stop.as_raw_fd(), STOP)) {
             return tracing::error!(device = %shared.id, %error, "cannot wait for work, the device stands still");
+        }
+        if let Some(door) = shared.peer.options.endpoint.door()
+            && let Err(error) = self.watch(door.as_raw_fd(), DOOR)
+        {
+            return tracing::error!(device = %shared.id, %error, "cannot wait for daemons, the device stands still");
         }
         let mut events = [EpollEvent::default(); 32];
         loop {
@@ -145,6 +155,7 @@ impl Engine {
                     STOP => return,
                     WAKE => shared.wake.clear(),
                     SOCKET => self.listen(),
+                    DOOR => self.opened(),
                     KICK => self.kicked(index),
                     _ => self.called(index),
                 }
@@ -257,7 +268,7 @@ impl Engine {
         let Link::Down { next, .. } = self.link else {
             return -1;
         };
-        if Instant::now() >= next && !self.shared.wake.is_urgent() {
+        if self.has_somebody() && Instant::now() >= next && !self.shared.wake.is_urgent() {
             let done = self.connect();
             self.check(done);
         }
@@ -265,27 +276,53 @@ impl Engine {
             return 0;
         };
         let now = Instant::now();
-        let mut until = next;
+        let mut until = self.has_somebody().then_some(next);
         if let OnDisconnect::ErrorAfter(time) = self.shared.peer.options.on_disconnect
             && !self.failing
         {
             if now >= since + time {
                 self.give_up(time);
             } else {
-                until = until.min(since + time);
+                until = Some(until.map_or(since + time, |until| until.min(since + time)));
             }
         }
+        let Some(until) = until else {
+            return -1;
+        };
         let left = until.saturating_duration_since(now).as_millis();
         // Rounded up, not to look in vain.
         i32::try_from(left).map_or(i32::MAX, |ms| ms + 1)
     }
 
+    /// Whether there may be a daemon to ask.
+    fn has_somebody(&self) -> bool {
+        self.waiting.is_some() || self.shared.peer.options.endpoint.door().is_none() || self.shared.peer.has_first()
+    }
+
+    /// A daemon connected. It is asked when it is time; while there is one already, it is sent away.
+    fn opened(&mut self) {
+        // The one before may just have ended.
+        self.listen();
+        match self.shared.peer.options.endpoint.connect() {
+            Ok(connection) if self.waiting.is_none() && matches!(self.link, Link::Down { .. }) => {
+                self.waiting = Some(connection);
+            }
+            Ok(_) => self.warn(&"another daemon connected and was sent away: the device has one"),
+            Err(LinkError::Nobody(_)) => {}
+            Err(error) => self.warn(&error),
+        }
+    }
+
     fn connect(&mut self) -> Result<(), LinkError> {
         let shared = self.shared.clone();
         let peer = &shared.peer;
-        let session = match peer.take_first() {
-            Some(session) => session,
-            None => Session::open(&peer.options.socket, &peer.terms(), &shared.wake)?,
+        let session = match (peer.take_first(), self.waiting.take()) {
+            (Some(session), waiting) => {
+                self.waiting = waiting;
+                session
+            }
+            (None, Some(connection)) => Session::open(connection, &peer.terms(), &shared.wake)?,
+            (None, None) => Session::open(peer.options.endpoint.connect()?, &peer.terms(), &shared.wake)?,
         };
         peer.continues(&session.offer)?;
         let down = std::mem::replace(

@@ -95,7 +95,7 @@ impl FakeDaemon {
 
     pub fn options(&self) -> PeerOptions {
         PeerOptions {
-            socket: self.path.clone(),
+            endpoint: self.path.clone().into(),
             on_disconnect: OnDisconnect::Stall,
             data_path: DataPath::Auto,
         }
@@ -352,5 +352,46 @@ impl Conversation {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         panic!("{} requests came, not {n}", self.offered());
+    }
+}
+
+/// A daemon that connects to `path` again and again, until it is dropped. Each message goes to `twist` first.
+pub struct Visitor {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Visitor {
+    pub fn start(path: PathBuf, twist: impl Fn(&mut Conversation, &Received) -> bool + Send + Sync + 'static) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let ends = stop.clone();
+        let thread = std::thread::spawn(move || {
+            for number in 0.. {
+                // Nobody listens, or listens any more.
+                while !ends.load(Ordering::SeqCst) {
+                    if let Ok(stream) = UnixStream::connect(&path) {
+                        Conversation::new(stream, number).serve(&twist);
+                        break;
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                if ends.load(Ordering::SeqCst) {
+                    break;
+                }
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Visitor {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the daemon panicked");
+        }
     }
 }

@@ -4,3 +4,4 @@ mod direct;
 mod fake;
 mod handshake;
 mod rings;
+mod server;
