@@ -14,6 +14,7 @@ use crate::metrics::DiskMetrics;
 use crate::queue::IoQueue;
 use crate::sync::SyncQueue;
 use crate::sys;
+use crate::throttle::{Limits, Throttle, ThrottledQueue};
 use crate::uring::UringQueue;
 
 /// Most operations one queue can have in flight.
@@ -48,6 +49,8 @@ pub struct DiskOptions {
     /// Serial number, 1 to [`SERIAL_LEN`] printable ASCII characters. Without one the disk gets a
     /// number made from the file's identity, the same every time it is opened on this host.
     pub serial: Option<String>,
+    /// How much it may do. Limits can be changed later only if there are some here, be they empty ones.
+    pub limits: Option<Limits>,
 }
 
 impl DiskOptions {
@@ -59,6 +62,7 @@ impl DiskOptions {
             direct: false,
             backend: Backend::Auto,
             serial: None,
+            limits: None,
         }
     }
 }
@@ -79,6 +83,7 @@ pub struct Disk {
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_durable_writes: AtomicBool,
+    throttle: Option<Arc<Throttle>>,
     metrics: Arc<DiskMetrics>,
 }
 
@@ -146,6 +151,7 @@ impl Disk {
             no_punch: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
             no_durable_writes: AtomicBool::new(false),
+            throttle: options.limits.as_ref().map(Throttle::new),
             metrics: Arc::default(),
             file,
         });
@@ -165,6 +171,15 @@ impl Disk {
     /// # Errors
     /// [`QueueError`]: no file descriptors left, or io_uring was asked for by name and has stopped working.
     pub fn queue(self: &Arc<Self>, number: u16, depth: usize) -> Result<Box<dyn IoQueue>, QueueError> {
+        let queue = self.engine(number, depth)?;
+        Ok(match &self.throttle {
+            Some(throttle) => Box::new(ThrottledQueue::new(queue, throttle.clone()).map_err(QueueError::EventFd)?),
+            None => queue,
+        })
+    }
+
+    /// A queue without limits.
+    fn engine(self: &Arc<Self>, number: u16, depth: usize) -> Result<Box<dyn IoQueue>, QueueError> {
         let depth = depth.clamp(1, MAX_DEPTH);
         let counters = self.metrics.queue(number);
         let uring = match self.backend {
@@ -192,6 +207,31 @@ impl Disk {
             }
         }
         Ok(Box::new(SyncQueue::new(Arc::clone(self), counters, depth)?))
+    }
+
+    /// The limits on what it may do; `None` if it was opened without.
+    pub fn limits(&self) -> Option<Limits> {
+        self.throttle.as_ref().map(|throttle| throttle.limits())
+    }
+
+    /// Changes the limits, also for operations that wait already. A disk that was opened without limits keeps having none.
+    pub fn set_limits(&self, limits: &Limits) {
+        if let Some(throttle) = &self.throttle {
+            throttle.set(limits);
+        }
+    }
+
+    /// Operations that had to wait for the limits so far.
+    pub fn held_back(&self) -> u64 {
+        self.throttle.as_ref().map_or(0, |throttle| throttle.held())
+    }
+
+    /// Another handle of the file, with the same lock.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn share_file(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 
     /// Size in bytes as last read from the file, a multiple of the logical block size.

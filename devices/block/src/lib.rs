@@ -30,6 +30,7 @@ mod metrics;
 mod queue;
 mod sync;
 mod sys;
+mod throttle;
 mod uring;
 
 pub use buffer::IoBuf;
@@ -38,3 +39,4 @@ pub use error::{GrowError, OpenError, QueueError};
 pub use geometry::Geometry;
 pub use metrics::{DiskCounters, DiskMetrics, OpCounters};
 pub use queue::{Full, IoQueue, OnCompletion, Op};
+pub use throttle::{Limits, Rate};

@@ -96,6 +96,11 @@ pub trait IoQueue: Send {
     /// Readable when [`IoQueue::completions`] has something to do. Level-triggered.
     fn completion_fd(&self) -> BorrowedFd<'_>;
 
+    /// Readable when operations that waited for the disk's limits may go: [`IoQueue::completions`] lets them. `None` if none ever wait.
+    fn alarm_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Operations submitted whose completions were not handed out yet.
     fn in_flight(&self) -> usize;
 

@@ -173,3 +173,26 @@ pub(crate) fn event_file() -> io::Result<File> {
     // SAFETY: a new descriptor that nothing else owns.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
+
+/// A new timerfd that does not block, as a file; it is off.
+pub(crate) fn alarm_file() -> io::Result<File> {
+    // SAFETY: no memory is involved.
+    let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK | libc::TFD_CLOEXEC) };
+    check(fd)?;
+    // SAFETY: a new descriptor that nothing else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Makes an [`alarm_file`] readable in `nanos` nanoseconds, which are not zero.
+pub(crate) fn set_alarm(alarm: &File, nanos: u64) {
+    let seconds = libc::time_t::try_from(nanos / 1_000_000_000).unwrap_or(libc::time_t::MAX);
+    let value = libc::itimerspec {
+        it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+        it_value: libc::timespec {
+            tv_sec: seconds,
+            tv_nsec: (nanos % 1_000_000_000) as libc::c_long,
+        },
+    };
+    // SAFETY: the value lives; the old one is not asked for. Such a value is not refused.
+    unsafe { libc::timerfd_settime(alarm.as_raw_fd(), 0, &value, std::ptr::null_mut()) };
+}

@@ -82,6 +82,9 @@ impl QueueWorker {
         let readable = |what| EpollEvent::new(EventSet::IN, what);
         epoll.ctl(ControlOperation::Add, queue.kick().as_raw_fd(), readable(KICK))?;
         epoll.ctl(ControlOperation::Add, io.completion_fd().as_raw_fd(), readable(DONE))?;
+        if let Some(alarm) = io.alarm_fd() {
+            epoll.ctl(ControlOperation::Add, alarm.as_raw_fd(), readable(DONE))?;
+        }
         let depth = io.depth();
         let lane = Lane {
             queue,
@@ -142,7 +145,7 @@ impl QueueWorker {
 
     /// Waits for something to do, or only looks if `busy`. Returns what is readable.
     fn wait(&mut self, busy: bool) -> io::Result<u64> {
-        let mut events = [EpollEvent::default(); 3];
+        let mut events = [EpollEvent::default(); 4];
         let count = match self.epoll.wait(if busy { 0 } else { -1 }, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             result => result?,
