@@ -14,7 +14,7 @@ mod tests;
 pub use counters::counters;
 pub use families::{Source, render};
 pub use requests::Requests;
-pub use text::CONTENT_TYPE;
+pub use text::{CONTENT_TYPE, Family, Kind, Samples, Value};
 
 /// What was counted, read at about one time. All durations are nanoseconds. What there is no VM for is empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -10,9 +10,12 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What samples of a family mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// It only grows.
     Counter,
+    /// It goes up and down.
     Gauge,
+    /// How often values below some bounds were seen.
     Histogram,
 }
 
@@ -28,17 +31,21 @@ impl Kind {
 
 /// The description of a family of samples.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Family {
-    pub(super) name: &'static str,
-    pub(super) kind: Kind,
-    pub(super) labels: &'static [&'static str],
+pub struct Family {
+    /// Its name.
+    pub name: &'static str,
+    /// What its samples mean.
+    pub kind: Kind,
+    /// Names of the labels each sample has.
+    pub labels: &'static [&'static str],
     /// One line, without a backslash.
-    pub(super) help: &'static str,
+    pub help: &'static str,
 }
 
 /// A sample's value.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Value {
+pub enum Value {
+    /// A number.
     Number(u64),
     /// Nanoseconds, shown as seconds.
     Time(u64),
@@ -61,14 +68,15 @@ impl Display for Value {
 }
 
 /// Writes the samples of one family. Its head comes with the first of them.
-pub(super) struct Samples<'a> {
+pub struct Samples<'a> {
     output: &'a mut String,
     family: Family,
     begun: bool,
 }
 
 impl<'a> Samples<'a> {
-    pub(super) fn new(output: &'a mut String, family: Family) -> Self {
+    /// Appends samples of `family` to `output`.
+    pub fn new(output: &'a mut String, family: Family) -> Self {
         Self {
             output,
             family,
@@ -77,13 +85,13 @@ impl<'a> Samples<'a> {
     }
 
     /// Adds a sample of a counter or gauge with these values of the family's labels.
-    pub(super) fn add(&mut self, labels: &[&dyn Display], value: Value) {
+    pub fn add(&mut self, labels: &[&dyn Display], value: Value) {
         self.begin();
         self.line("", labels, None, value);
     }
 
     /// Adds a histogram, unless nothing was counted.
-    pub(super) fn histogram(&mut self, labels: &[&dyn Display], latencies: &Latencies) {
+    pub fn histogram(&mut self, labels: &[&dyn Display], latencies: &Latencies) {
         let count = latencies.count();
         if count == 0 {
             return;

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -54,6 +56,30 @@ pub enum ListenError {
 pub struct Listener {
     socket: OwnedFd,
     path: Option<Place>,
+    /// Its path stays when it is gone.
+    left: Arc<AtomicBool>,
+}
+
+/// What another process needs to listen in this one's place.
+#[derive(Debug)]
+pub struct Passage {
+    /// The same socket once more.
+    pub socket: OwnedFd,
+    /// The path it was made at, if this process made it.
+    pub path: Option<PathBuf>,
+    left: Arc<AtomicBool>,
+}
+
+impl Passage {
+    /// The other process listens, and removes the path when it ends: this one will not.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    /// It is this process that removes the path in the end, after all.
+    pub fn own(&self) {
+        self.left.store(false, Ordering::Relaxed);
+    }
 }
 
 /// A path, and which file we made there.
@@ -89,6 +115,7 @@ impl Listener {
                 device: file.dev(),
                 inode: file.ino(),
             }),
+            left: Arc::default(),
         };
         if file.mode() & 0o777 != 0o600 {
             let mode = fs::Permissions::from_mode(0o600);
@@ -113,7 +140,40 @@ impl Listener {
         flags
             .and_then(|flags| rustix::fs::fcntl_setfl(&socket, flags | OFlags::NONBLOCK))
             .map_err(|e| ListenError::Inherit { fd, source: e.into() })?;
-        Ok(Self { socket, path: None })
+        Ok(Self {
+            socket,
+            path: None,
+            left: Arc::default(),
+        })
+    }
+
+    /// For another process, which is to listen in this one's place.
+    ///
+    /// # Errors
+    /// There is no descriptor left.
+    pub fn passage(&self) -> io::Result<Passage> {
+        Ok(Passage {
+            socket: self.socket.try_clone()?,
+            path: self.path.as_ref().map(|place| place.path.clone()),
+            left: self.left.clone(),
+        })
+    }
+
+    /// Takes a socket over that another process listened on, at `path` if it is to be removed in the end.
+    pub fn adopt(socket: OwnedFd, path: Option<PathBuf>) -> Self {
+        let place = path.and_then(|path| {
+            let file = fs::symlink_metadata(&path).ok()?;
+            Some(Place {
+                path,
+                device: file.dev(),
+                inode: file.ino(),
+            })
+        });
+        Self {
+            socket,
+            path: place,
+            left: Arc::default(),
+        }
     }
 }
 
@@ -126,6 +186,9 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         let Some(place) = &self.path else { return };
+        if self.left.load(Ordering::Relaxed) {
+            return;
+        }
         // Somebody may have put another one there meanwhile.
         let ours =
             fs::symlink_metadata(&place.path).is_ok_and(|file| (file.dev(), file.ino()) == (place.device, place.inode));

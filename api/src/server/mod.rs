@@ -43,7 +43,7 @@ use later::Mailbox;
 pub(crate) use http::ascii;
 pub use http::{Method, Response};
 pub use later::{Later, Stopper, StreamWaker};
-pub use listener::{ListenError, Listener};
+pub use listener::{ListenError, Listener, Passage};
 pub use route::{Action, ROUTES, Route};
 pub use router::{Identity, Router};
 pub use sys::inherited;

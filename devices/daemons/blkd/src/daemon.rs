@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
+use triarch_api::server::Passage;
 use triarch_device_core::{Sandbox, ThreadClass};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -20,6 +21,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 struct State {
     exports: BTreeMap<String, Arc<Export>>,
+    /// The control socket, for the process that goes on in this one's place.
+    control: Option<Arc<Passage>>,
     ended: bool,
 }
 
@@ -37,6 +40,7 @@ impl Daemon {
         Ok(Arc::new(Self {
             state: Mutex::new(State {
                 exports: BTreeMap::new(),
+                control: None,
                 ended: false,
             }),
             changed: EventFd::new(EFD_NONBLOCK)?,
@@ -61,12 +65,51 @@ impl Daemon {
         if self.state().exports.contains_key(&options.name) {
             return Err(ExportError::Name(options.name));
         }
-        let export = Export::open(options)?;
-        let name = export.options().name.clone();
-        // Who asks twice at once is stopped by the lock on the disk.
-        self.state().exports.insert(name, export);
-        self.tell();
+        self.put(Export::open(options)?);
         Ok(())
+    }
+
+    /// Adds an export that was taken over.
+    pub fn put(&self, export: Arc<Export>) {
+        self.state().exports.insert(export.name().to_owned(), export);
+        self.tell();
+    }
+
+    /// The control socket is this one.
+    pub fn set_control(&self, passage: Passage) {
+        self.state().control = Some(Arc::new(passage));
+    }
+
+    pub(crate) fn control(&self) -> Option<Arc<Passage>> {
+        self.state().control.clone()
+    }
+
+    /// Ends all connections once what is in flight is finished; front ends wait at the sockets.
+    pub(crate) fn pause(&self) {
+        let exports = self.exports();
+        exports.iter().for_each(|export| export.stop());
+        self.tell();
+        exports.iter().for_each(|export| export.wait());
+    }
+
+    /// Goes on after a [`pause`](Self::pause).
+    pub(crate) fn resume(&self) {
+        self.exports().iter().for_each(|export| export.resume());
+        self.tell();
+    }
+
+    /// The sockets belong to another process now.
+    pub(crate) fn leave(&self) {
+        for passage in self
+            .exports()
+            .iter()
+            .filter_map(|export| export.listener().passage().ok())
+        {
+            passage.leave();
+        }
+        if let Some(control) = self.control() {
+            control.leave();
+        }
     }
 
     /// Every export, by name.
@@ -120,7 +163,8 @@ impl Daemon {
                     return;
                 }
                 let _ = self.changed.read();
-                state.exports.values().cloned().collect::<Vec<_>>()
+                let running = state.exports.values().filter(|export| !export.stopped());
+                running.cloned().collect::<Vec<_>>()
             };
             let mut fds: Vec<_> = exports
                 .iter()
@@ -139,7 +183,7 @@ impl Daemon {
                     continue;
                 }
                 if let Err(error) = export.accept(&self.sandbox) {
-                    tracing::warn!(export = export.options().name, "cannot accept a front end: {error}");
+                    tracing::warn!(export = export.name(), "cannot accept a front end: {error}");
                     std::thread::sleep(PAUSE);
                 }
             }

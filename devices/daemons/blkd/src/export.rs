@@ -1,5 +1,6 @@
 //! One disk, and the front end that uses it.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +17,7 @@ use triarch_device_core::{RateLimit, Sandbox, ThreadClass};
 use triarch_virtio::{Block, BlockError, BlockHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::ExportOptions;
+use crate::{ExportOptions, LimitOptions, OptionsError};
 use triarch_daemon::backend::{ChannelError, Session, SessionError, borrow};
 
 /// How long a disk may be locked by somebody who is just ending, and how often it is tried.
@@ -59,6 +60,8 @@ pub struct ExportCounters {
 /// A disk, the socket at which it is to be had, and who has it.
 pub struct Export {
     options: ExportOptions,
+    /// As they are now.
+    limits: Mutex<LimitOptions>,
     listener: Listener,
     handle: BlockHandle,
     /// Whoever holds the lock serves it.
@@ -73,6 +76,8 @@ pub struct Export {
 struct Current {
     /// The connection that is served, to see whether its front end is still there.
     socket: Option<OwnedFd>,
+    /// Front ends wait at the socket.
+    stopped: bool,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -87,6 +92,15 @@ impl Export {
         Self::new(options, disk, listener)
     }
 
+    /// An export of what another process had open and locked.
+    ///
+    /// # Errors
+    /// See [`ExportError`].
+    pub(crate) fn adopt(options: ExportOptions, file: File, listener: Listener) -> Result<Arc<Self>, ExportError> {
+        let disk = Disk::from_file(file, &options.disk())?;
+        Self::new(options, disk, listener)
+    }
+
     fn new(options: ExportOptions, disk: Arc<Disk>, listener: Listener) -> Result<Arc<Self>, ExportError> {
         let device = Block::new(&options.name, disk, options.num_queues, options.queue_size)?;
         Ok(Arc::new(Self {
@@ -96,14 +110,34 @@ impl Export {
             stop: EventFd::new(EFD_NONBLOCK).map_err(ExportError::Event)?,
             counters: ExportCounters::default(),
             log: RateLimit::default(),
+            limits: Mutex::new(options.limits),
             options,
             listener,
         }))
     }
 
-    /// As it was described.
-    pub fn options(&self) -> &ExportOptions {
-        &self.options
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    /// As it would be described now.
+    pub fn options(&self) -> ExportOptions {
+        ExportOptions {
+            limits: *self.limits.lock().unwrap_or_else(PoisonError::into_inner),
+            ..self.options.clone()
+        }
+    }
+
+    /// Changes how much it may do, at once.
+    ///
+    /// # Errors
+    /// The limits make no sense; the old ones stay.
+    pub fn set_limits(&self, limits: LimitOptions) -> Result<(), OptionsError> {
+        let mut now = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        self.handle.disk().set_limits(&limits.limits()?);
+        *now = limits;
+        Ok(())
     }
 
     /// The socket for front ends.
@@ -132,13 +166,16 @@ impl Export {
 
     /// Takes what waits at the socket. A front end gets the disk unless another one has it.
     pub fn accept(self: &Arc<Self>, sandbox: &Arc<dyn Sandbox>) -> std::io::Result<()> {
+        let mut current = self.current();
+        if current.stopped {
+            return Ok(());
+        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => socket,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let mut current = self.current();
         if current.socket.as_ref().is_some_and(|socket| !hung_up(socket)) {
             self.counters.refused.fetch_add(1, Relaxed);
             self.warn(&"a front end was refused, since another one is connected");
@@ -190,10 +227,22 @@ impl Export {
         }
     }
 
-    /// Ends the connection once what is in flight is finished, and takes no other one.
+    /// Ends the connection once what is in flight is finished, and takes no other one: front ends wait at the socket.
     pub fn stop(&self) {
+        self.current().stopped = true;
         // The counter cannot overflow.
         let _ = self.stop.write(1);
+    }
+
+    /// Takes connections again after a [`stop`](Self::stop).
+    pub(crate) fn resume(&self) {
+        self.current().stopped = false;
+        let _ = self.stop.read();
+    }
+
+    /// Whether it was stopped.
+    pub(crate) fn stopped(&self) -> bool {
+        self.current().stopped
     }
 
     /// Waits until nothing is served any more.
