@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+use triarch_harness::api::Api;
 use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, patient};
 use triarch_harness::vm::Vm;
@@ -159,7 +160,39 @@ impl Daemon {
         command
             .arg("--export")
             .arg(format!("name=served,path={disk},socket={socket},num_queues={queues}"))
-            .args(["--log-level", "debug"]);
+            .args(["--log-level", "debug"])
+            .arg("--control-socket")
+            .arg(self.control_socket());
+    }
+
+    fn control_socket(&self) -> PathBuf {
+        self.socket.with_extension("ctl")
+    }
+
+    /// The control socket of our daemon.
+    pub fn control(&self) -> Api {
+        Api::new(self.control_socket())
+    }
+
+    /// Lets another process of our daemon go on in this one's place; the old one has to end by itself.
+    ///
+    /// # Errors
+    /// The new one does not start, or the old one does not end.
+    pub fn hand_over(&mut self) -> Result<()> {
+        let mut old = self.process.take().context("no daemon runs")?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(["--log-level", "debug", "--take-over"])
+            .arg(self.control_socket());
+        self.process = Some(Process::start(&mut command)?);
+        let status = old.wait(soon())?;
+        let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
+        ensure!(
+            status.success(),
+            "the old daemon: {status}{}; the new one{words}",
+            old.last_words()
+        );
+        Ok(())
     }
 
     /// Ends it as a crash would.
@@ -185,6 +218,10 @@ impl Daemon {
     /// # Errors
     /// The daemon does not do it.
     pub fn resize(&self, size: u64) -> Result<()> {
+        if self.kind == Program::Blkd {
+            let body = format!(r#"{{"name":"served","size":{size}}}"#);
+            return self.control().put("export.resize", Some(&body)).map(drop);
+        }
         self.command(&format!(
             r#"{{"execute":"block_resize","arguments":{{"node-name":"d0","size":{size}}}}}"#
         ))

@@ -83,6 +83,7 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd,
             Backend::Auto
         },
         serial: config.serial.clone(),
+        limits: None,
     };
     let disk = Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))?;
     Ok(DiskEnd::File(disk))

@@ -39,6 +39,10 @@ pub const TESTS: &[Test] = &[
         "vhost::blkd::blk_describes_the_daemons_disk",
         blk_describes_the_daemons_disk::<OURS>,
     ),
+    Test::payload("vhost::blkd::blk_grows_while_it_runs", blk_grows_while_it_runs::<OURS>),
+    Test::payload("vhost::blkd::limits_change_while_it_runs", limits_change).within(Duration::from_secs(30)),
+    Test::payload("vhost::blkd::another_process_goes_on", hand_over).within(Duration::from_secs(60)),
+    Test::payload("vhost::blkd::one_vm_has_a_disk", one_vm_has_a_disk).within(Duration::from_secs(20)),
     Test::payload(
         "vhost::blkd::blk_survives_resets_and_pauses",
         blk_survives_resets_and_pauses::<OURS>,
@@ -371,6 +375,104 @@ fn another_disk<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
         // The right one is welcome.
         rig.daemon.queues = 2;
         rig.restart()?;
+        rig.wait_link("Connected")?;
+        rig.guest.ask("blk 0 verify 0 8 2")?;
+        Ok(())
+    })
+}
+
+/// Limits are kept under load, and another one counts at once.
+fn limits_change(context: &Context) -> Result<Outcome> {
+    with_daemon::<OURS>(context, 2, ",num_queues=2", |rig| {
+        let control = rig.daemon.control();
+        let limit = |limits: &str| {
+            control.put(
+                "export.limit",
+                Some(&format!(r#"{{"name":"served","limits":{limits}}}"#)),
+            )
+        };
+        rig.guest.ask("blk 0 init queues=2")?;
+        limit(r#"{"iops":500,"iops_burst":1}"#)?;
+        let asked = Instant::now();
+        rig.guest.ask("blk 0 stress 500 16 3")?;
+        let took = asked.elapsed();
+        // Each block is written and read.
+        ensure!(
+            took >= Duration::from_millis(1990),
+            "1000 requests at 500 a second took {took:?}"
+        );
+        ensure!(
+            took < patient(Duration::from_millis(2600)),
+            "1000 requests at 500 a second took {took:?}"
+        );
+        // What waits under a limit that would take minutes goes on without it.
+        limit(r#"{"iops":1,"bw":4096}"#)?;
+        rig.guest.send("blk 0 stress 500 16 4")?;
+        thread::sleep(Duration::from_millis(300));
+        limit("{}")?;
+        let asked = Instant::now();
+        rig.guest.answer()?;
+        ensure!(asked.elapsed() < soon(), "{:?}", asked.elapsed());
+        ensure!(limit(r#"{"iops":0}"#).is_err() && limit(r#"{"bw_burst":5}"#).is_err());
+        let metrics = control.request("GET", "/metrics", None)?.body;
+        let held = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(r#"triarch_blkd_held_back_total{export="served"} "#));
+        ensure!(
+            held.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n > 900)),
+            "{metrics}"
+        );
+        Ok(())
+    })
+}
+
+/// A new process takes the place of the old one, under load, again and again.
+fn hand_over(context: &Context) -> Result<Outcome> {
+    with_daemon::<OURS>(context, 2, ",num_queues=2", |rig| {
+        rig.guest.ask("blk 0 init queues=2")?;
+        let mut stalls = Vec::new();
+        for round in 0..10 {
+            rig.guest.send(&format!("blk 0 soak 3000 48 {round} 1000"))?;
+            thread::sleep(Duration::from_millis(5 + round * 3));
+            rig.daemon.hand_over()?;
+            let answer = rig.guest.answer().with_context(|| format!("round {round}"))?;
+            stalls.push(number(&answer, "stall_us")? / 1000);
+        }
+        stalls.sort_unstable();
+        let info = rig.daemon.control().request("GET", "blkd.info", None)?.body;
+        let info: serde_json::Value = serde_json::from_str(&info)?;
+        ensure!(info["exports"][0]["connected"] == true, "{info}");
+        figure(&format!(
+            "10 hand-overs under load; without an answer for {} ms (median), {} ms (longest)",
+            stalls[5], stalls[9]
+        ))?;
+        Ok(())
+    })
+}
+
+/// Neither another front end nor another process gets a disk that is in use.
+fn one_vm_has_a_disk(context: &Context) -> Result<Outcome> {
+    with_daemon::<OURS>(context, 1, "", |rig| {
+        rig.guest.ask("blk 0 write 0 8 2")?;
+        let other = builder(context)?.flag("--disk", rig.daemon.flag(""));
+        let ended = other.start()?.expect_end(1)?;
+        ensure!(ended.stderr.contains("served"), "{}", ended.stderr);
+        rig.guest.ask("blk 0 verify 0 8 2")?;
+        let control = rig.daemon.control();
+        let again = format!(
+            r#"{{"name":"again","path":"{}","socket":"{}"}}"#,
+            rig.image.path().display(),
+            rig.image.path().with_extension("again").display()
+        );
+        let refused = control.put("export.add", Some(&again));
+        ensure!(refused.is_err_and(|error| format!("{error:#}").contains("in use")));
+        // With the export gone, another one has the disk.
+        control.put("export.remove", Some(r#"{"name":"served"}"#))?;
+        rig.wait_link("Disconnected")?;
+        control.put(
+            "export.add",
+            Some(&again.replace("again", "served").replace("disk.served", "disk.sock")),
+        )?;
         rig.wait_link("Connected")?;
         rig.guest.ask("blk 0 verify 0 8 2")?;
         Ok(())
