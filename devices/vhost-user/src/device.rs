@@ -10,7 +10,7 @@ use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDe
 
 use crate::connection::Wake;
 use crate::engine::{Command, Engine};
-use crate::{LinkState, LinkStatus, Offer, Peer, PeerError};
+use crate::{LinkError, LinkState, LinkStatus, Offer, PageLog, Peer, PeerError};
 
 /// Called when a device's standing with its daemon changed. It must not wait.
 pub type Notify = Arc<dyn Fn(&LinkStatus) + Send + Sync>;
@@ -130,6 +130,23 @@ impl VhostUser {
         self.shared.wake.hurry();
         self.order(command(reply));
         answer.recv().ok()
+    }
+}
+
+impl VhostUser {
+    /// Has daemons log which pages of the guest they write, from now on until [`stop_log`](Self::stop_log) or until the driver resets the
+    /// device; also one that comes in place of this. `None` if there is no driver: nobody writes anything, then. What the VMM itself
+    /// writes, also where requests pass through the relay, is marked in guest memory's own bitmap.
+    ///
+    /// # Errors
+    /// The daemon cannot, or there is no memory for the log.
+    pub fn start_log(&mut self) -> Result<Option<Arc<PageLog>>, LinkError> {
+        self.urgent(|reply| Command::Log(true, reply)).unwrap_or(Ok(None))
+    }
+
+    /// Has daemons log nothing any more.
+    pub fn stop_log(&mut self) {
+        self.urgent(|reply| Command::Log(false, reply));
     }
 }
 

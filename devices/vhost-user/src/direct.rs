@@ -76,17 +76,24 @@ impl Direct {
         // What one before did not want to be notified of, this one may. The kick that follows covers what came meanwhile.
         self.queue.arm();
         let call = self.make_call()?;
-        let far = self.far.insert(Far { call, begun: used });
-        Ok(Some(Ring {
+        self.far = Some(Far { call, begun: used });
+        Ok(self.ring())
+    }
+
+    /// The ring that a daemon has.
+    pub(crate) fn ring(&self) -> Option<Ring<'_>> {
+        let far = self.far.as_ref()?;
+        Some(Ring {
             index: self.queue.index(),
             size: self.queue.size(),
             descriptors: self.queue.descriptors(),
             available: self.queue.driver_area(),
             used: self.queue.device_area(),
-            base: used,
+            logged: true,
+            base: far.begun,
             kick: borrow(self.queue.kick()),
             call: far.call.descriptor(),
-        }))
+        })
     }
 
     /// Index of the used ring, which cannot be further behind the available ring's than the queue is long.

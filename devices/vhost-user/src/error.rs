@@ -70,6 +70,7 @@ impl Request {
             Self::SET_FEATURES => "SET_FEATURES",
             Self::SET_OWNER => "SET_OWNER",
             Self::SET_MEM_TABLE => "SET_MEM_TABLE",
+            Self::SET_LOG_BASE => "SET_LOG_BASE",
             Self::SET_VRING_NUM => "SET_VRING_NUM",
             Self::SET_VRING_ADDR => "SET_VRING_ADDR",
             Self::SET_VRING_BASE => "SET_VRING_BASE",

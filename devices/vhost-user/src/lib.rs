@@ -31,6 +31,7 @@ mod error;
 mod inflight;
 mod kind;
 mod message;
+mod pages;
 mod peer;
 #[allow(unsafe_code)] // descriptors of others' events
 mod raw;
@@ -45,5 +46,6 @@ pub use device::{VhostUser, VhostUserHandle};
 pub use endpoint::{Door, Endpoint};
 pub use error::LinkError;
 pub use kind::{DaemonBlock, Kind, Offer};
+pub use pages::{LOG_PAGE, PageLog};
 pub use peer::{Peer, PeerError, PeerOptions};
 pub use status::{DataPath, LinkState, LinkStatus, OnDisconnect};

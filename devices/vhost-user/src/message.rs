@@ -24,6 +24,7 @@ pub(crate) enum Request {
     SET_FEATURES = 2,
     SET_OWNER = 3,
     SET_MEM_TABLE = 5,
+    SET_LOG_BASE = 6,
     SET_VRING_NUM = 8,
     SET_VRING_ADDR = 9,
     SET_VRING_BASE = 10,
@@ -52,9 +53,13 @@ pub(crate) const CONFIG_CHANGE: u32 = 2;
 /// Feature bit with which a daemon says that it has protocol features.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// Feature bit with which a daemon says that it can log which pages it writes, and is told to.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
+
 /// Protocol features that are used here.
 pub(crate) mod protocol {
     pub(crate) const MQ: u64 = 1 << 0;
+    pub(crate) const LOG_SHMFD: u64 = 1 << 1;
     pub(crate) const REPLY_ACK: u64 = 1 << 3;
     pub(crate) const BACKEND_REQ: u64 = 1 << 5;
     pub(crate) const CONFIG: u64 = 1 << 9;
@@ -62,8 +67,15 @@ pub(crate) mod protocol {
     pub(crate) const RESET_DEVICE: u64 = 1 << 13;
     pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(crate) const STATUS: u64 = 1 << 16;
-    pub(crate) const ALL: u64 =
-        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT_SHMFD | RESET_DEVICE | CONFIGURE_MEM_SLOTS | STATUS;
+    pub(crate) const ALL: u64 = MQ
+        | LOG_SHMFD
+        | REPLY_ACK
+        | BACKEND_REQ
+        | CONFIG
+        | INFLIGHT_SHMFD
+        | RESET_DEVICE
+        | CONFIGURE_MEM_SLOTS
+        | STATUS;
 }
 
 /// Descriptors in one SET_MEM_TABLE at most.
@@ -101,9 +113,11 @@ pub(crate) fn ring_state(index: u16, number: u32) -> Vec<u8> {
         .collect()
 }
 
-/// Payload of SET_VRING_ADDR, with no log.
-pub(crate) fn ring_addresses(index: u16, descriptors: u64, used: u64, available: u64) -> Vec<u8> {
-    [ring_state(index, 0), numbers(&[descriptors, used, available, 0])].concat()
+/// Payload of SET_VRING_ADDR; with `log` the daemon logs what it writes into the used ring.
+pub(crate) fn ring_addresses(index: u16, descriptors: u64, used: u64, available: u64, log: bool) -> Vec<u8> {
+    let at = if log { used } else { 0 };
+    let addresses = numbers(&[descriptors, used, available, at]);
+    [ring_state(index, log.into()), addresses].concat()
 }
 
 /// Payload of SET_MEM_TABLE.

@@ -173,6 +173,7 @@ impl Relay {
             descriptors: self.queue.descriptors(),
             available: far.ring.available(),
             used: far.ring.used(),
+            logged: false,
             base: 0,
             kick: far.kick.as_fd(),
             call: far.call.as_fd(),

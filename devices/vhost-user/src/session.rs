@@ -9,8 +9,10 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::connection::{Connection, Wake};
 use crate::inflight::Inflight;
 use crate::kind::{Kind, Offer};
-use crate::message::{self, CONFIG_HEAD, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol};
-use crate::{DataPath, LinkError};
+use crate::message::{
+    self, CONFIG_HEAD, LOG_ALL, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol,
+};
+use crate::{DataPath, LinkError, PageLog};
 
 /// device_status of a driver that works (virtio 1.2, 2.1).
 const STATUS_READY: u64 = 1 | 2 | 4 | 8;
@@ -22,6 +24,8 @@ pub(crate) struct Ring<'a> {
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
     pub(crate) used: u64,
+    /// It is in guest memory, where writes are logged if any are.
+    pub(crate) logged: bool,
     /// The first entry of the available ring to look at.
     pub(crate) base: u16,
     pub(crate) kick: BorrowedFd<'a>,
@@ -61,6 +65,8 @@ pub(crate) struct Session {
     features: u64,
     /// Memory it has.
     shared: Vec<Region>,
+    /// It logs which pages it writes.
+    logging: bool,
     /// It can work on the guest's rings, and shall.
     pub(crate) direct: bool,
     /// What guests can be offered with it.
@@ -82,6 +88,7 @@ impl Session {
             protocol: 0,
             features: 0,
             shared: Vec::new(),
+            logging: false,
             direct: false,
             offer,
             config_length: terms.kind.config_length(),
@@ -198,7 +205,10 @@ impl Session {
     /// Tells what the driver agreed to, as far as it concerns the daemon: of the relay's rings it needs to know nothing.
     pub(crate) fn set_features(&self, features: u64, wake: &Wake) -> Result<(), LinkError> {
         let relayed = if self.direct { 0 } else { feature::EVENT_IDX };
-        let features = features & self.features & !(relayed | feature::RING_RESET) | PROTOCOL_FEATURES;
+        let mut features = features & self.features & !(relayed | feature::RING_RESET) | PROTOCOL_FEATURES;
+        if self.logging {
+            features |= LOG_ALL;
+        }
         self.tell(Request::SET_FEATURES, &message::numbers(&[features]), &[], wake)
     }
 
@@ -249,14 +259,39 @@ impl Session {
     pub(crate) fn start(&self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
         let Ring { index, size, .. } = *ring;
         let number = |n: u32| message::ring_state(index, n);
-        let addresses = message::ring_addresses(index, ring.descriptors, ring.used, ring.available);
         let which = message::numbers(&[u64::from(index)]);
         self.tell(Request::SET_VRING_NUM, &number(size.into()), &[], wake)?;
-        self.tell(Request::SET_VRING_ADDR, &addresses, &[], wake)?;
+        self.set_addresses(ring, wake)?;
         self.tell(Request::SET_VRING_BASE, &number(ring.base.into()), &[], wake)?;
         self.set_call(index, ring.call, wake)?;
         self.tell(Request::SET_VRING_KICK, &which, &[ring.kick], wake)?;
         self.tell(Request::SET_VRING_ENABLE, &number(1), &[], wake)
+    }
+
+    /// Tells where a ring is, and whether writes to it are logged.
+    pub(crate) fn set_addresses(&self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
+        let log = self.logging && ring.logged;
+        let addresses = message::ring_addresses(ring.index, ring.descriptors, ring.used, ring.available, log);
+        self.tell(Request::SET_VRING_ADDR, &addresses, &[], wake)
+    }
+
+    /// Has the daemon log the pages it writes from now on, or no longer. [`set_features`](Self::set_features) and
+    /// [`set_addresses`](Self::set_addresses) of all rings make it so.
+    pub(crate) fn set_log(&mut self, log: Option<&PageLog>, wake: &Wake) -> Result<(), LinkError> {
+        self.logging = false;
+        let Some(log) = log else { return Ok(()) };
+        if !self.has(protocol::LOG_SHMFD) || self.features & LOG_ALL == 0 {
+            return Err(LinkError::Unfit(
+                "it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs".into(),
+            ));
+        }
+        let files: Vec<_> = log.file().into_iter().collect();
+        let request = Request::SET_LOG_BASE;
+        self.connection.send(request, 0, &log.payload(), &files, wake)?;
+        // Daemons differ in what they put into their answer.
+        self.connection.receive(request, wake)?;
+        self.logging = true;
+        Ok(())
     }
 
     /// Gives a ring another event for completions.

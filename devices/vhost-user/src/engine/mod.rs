@@ -20,7 +20,7 @@ use crate::device::Shared;
 use crate::inflight::Inflight;
 use crate::session::{Session, beyond};
 use crate::shadow::Shadow;
-use crate::{LinkError, LinkState, OnDisconnect};
+use crate::{LinkError, LinkState, OnDisconnect, PageLog};
 
 /// How long until the next try: none at first, for a daemon that hands over to another; then this, doubled each time, up to that.
 const FIRST_DELAY: Duration = Duration::from_millis(50);
@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Stop(u16, SyncSender<Option<VirtQueue>>),
     /// The driver chose other interrupts.
     Interrupts,
+    /// Pages that the daemon writes are logged from now on, or no longer.
+    Log(bool, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
 }
@@ -96,6 +98,8 @@ pub(crate) struct Engine {
     paused: Vec<Option<Pause>>,
     /// What daemons note of the requests they have, as long as there is this driver.
     record: Option<Inflight>,
+    /// Where daemons log the pages they write.
+    pages: Option<Arc<PageLog>>,
     failing: bool,
     log: RateLimit,
 }
@@ -118,6 +122,7 @@ impl Engine {
             lanes: (0..queues).map(|_| None).collect(),
             paused: (0..queues).map(|_| None).collect(),
             record: None,
+            pages: None,
             failing: false,
             log: RateLimit::default(),
         })
@@ -193,12 +198,18 @@ impl Engine {
                 let done = self.redirect();
                 self.check(done);
             }
+            Command::Log(on, reply) => {
+                self.shared.wake.taken();
+                let done = self.log_pages(on);
+                let _ = reply.send(done);
+            }
             Command::Reset(reply) => {
                 self.shared.wake.taken();
                 self.context = None;
                 self.announce = false;
                 self.paused.iter_mut().for_each(|pause| *pause = None);
                 self.record = None;
+                self.pages = None;
                 if let Link::Up { session, .. } = &self.link {
                     let done = session.set_status(false, &self.shared.wake);
                     self.check(done);
@@ -206,6 +217,43 @@ impl Engine {
                 let _ = reply.send(());
             }
         }
+    }
+
+    /// Has the daemon log which pages it writes, also the one after it, or no longer. Fails when there is one and it cannot.
+    fn log_pages(&mut self, on: bool) -> Result<Option<Arc<PageLog>>, LinkError> {
+        self.pages = match &self.context {
+            Some(context) if on => Some(Arc::new(PageLog::new(&context.memory.memory())?)),
+            _ => None,
+        };
+        match self.announce_log() {
+            Err(error @ LinkError::Unfit(_)) => {
+                self.pages = None;
+                return Err(error);
+            }
+            // The next daemon logs from its beginning.
+            done => self.check(done),
+        }
+        Ok(self.pages.clone())
+    }
+
+    fn announce_log(&mut self) -> Result<(), LinkError> {
+        let (Some(context), Link::Up { session, way, .. }) = (&self.context, &mut self.link) else {
+            return Ok(());
+        };
+        if way.is_none() {
+            return Ok(());
+        }
+        let wake = &self.shared.wake;
+        session.set_log(self.pages.as_deref(), wake)?;
+        session.set_features(context.features, wake)?;
+        for lane in self.lanes.iter().flatten() {
+            if let Lane::Direct(direct) = lane
+                && let Some(ring) = direct.ring()
+            {
+                session.set_addresses(&ring, wake)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives the connection up if something on it failed.
@@ -221,6 +269,7 @@ impl Engine {
             return Ok(());
         };
         let (kind, wake) = (&self.shared.peer.kind, &self.shared.wake);
+        session.set_log(self.pages.as_deref(), wake)?;
         session.set_features(context.features, wake)?;
         if way.is_none() {
             let memory = context.memory.memory();

@@ -15,19 +15,19 @@ use super::fake::{Conversation, FakeDaemon, RECORD, Received, disk};
 use crate::message::{self, REPLY, Request};
 use crate::{DataPath, LinkState, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser, VhostUserHandle};
 
-struct Rig {
+pub struct Rig {
     driver: FakeDriver,
-    device: VhostUser,
-    handle: VhostUserHandle,
+    pub device: VhostUser,
+    pub handle: VhostUserHandle,
     _daemon: FakeDaemon,
     _dir: tempfile::TempDir,
 }
 
 /// What is done to a message, before the usual answer.
-type Twist = dyn Fn(&mut Conversation, &Received) -> bool + Send + Sync;
+pub type Twist = dyn Fn(&mut Conversation, &Received) -> bool + Send + Sync;
 
 impl Rig {
-    fn with(twist: Box<Twist>, edit: impl Fn(&mut PeerOptions)) -> Self {
+    pub fn with(twist: Box<Twist>, edit: impl Fn(&mut PeerOptions)) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let daemon = FakeDaemon::start(dir.path(), move |talk, received| twist(talk, received));
         let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
@@ -59,7 +59,7 @@ impl Rig {
         head
     }
 
-    fn wait(&self, wanted: impl Fn(&LinkStatus) -> bool) -> LinkStatus {
+    pub fn wait(&self, wanted: impl Fn(&LinkStatus) -> bool) -> LinkStatus {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             let status = self.handle.status();
@@ -73,7 +73,7 @@ impl Rig {
 }
 
 /// A daemon that keeps a record.
-fn direct(enabled: impl Fn(&mut Conversation) + Send + Sync + 'static) -> Box<Twist> {
+pub fn direct(enabled: impl Fn(&mut Conversation) + Send + Sync + 'static) -> Box<Twist> {
     Box::new(move |talk, received| talk.offer_record(received) || is_enabled(talk, received, &enabled))
 }
 

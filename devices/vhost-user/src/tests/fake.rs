@@ -17,7 +17,7 @@ use rustix::net::{
 use triarch_virtio::{block_feature, feature};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use crate::message::{self, HEADER, NEED_REPLY, PROTOCOL_FEATURES, REPLY, Request, protocol};
+use crate::message::{self, HEADER, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, REPLY, Request, protocol};
 use crate::{DaemonBlock, DataPath, Kind, OnDisconnect, PeerOptions};
 
 /// Bytes of its disk.
@@ -59,6 +59,8 @@ pub struct Conversation {
     pub calls: usize,
     /// What the driver agreed to.
     pub features: u64,
+    /// Where it logs the pages it writes.
+    pub log: Option<File>,
 }
 
 /// What to do instead of the usual answer: `true` when it was done.
@@ -136,6 +138,7 @@ impl Conversation {
             record: None,
             calls: 0,
             features: 0,
+            log: None,
         }
     }
 
@@ -234,6 +237,10 @@ impl Conversation {
             let answer = message::encode(request, REPLY, &message::inflight(RECORD, 1, 64));
             return self.send_fds(&answer, &[file.as_fd()]);
         }
+        if is(Request::SET_LOG_BASE) {
+            self.log = fds.into_iter().next().map(File::from);
+            return self.reply(request, &[]);
+        }
         if is(Request::SET_FEATURES) {
             self.features = number(0);
         } else if is(Request::SET_INFLIGHT_FD) {
@@ -301,7 +308,7 @@ impl Conversation {
     pub fn offer_record(&mut self, received: &Received) -> bool {
         let Received { request, .. } = *received;
         if request == Request::GET_FEATURES as u32 {
-            let rings = feature::INDIRECT_DESC | feature::EVENT_IDX;
+            let rings = feature::INDIRECT_DESC | feature::EVENT_IDX | LOG_ALL;
             let features = PROTOCOL_FEATURES | feature::VERSION_1 | rings | block_feature::FLUSH;
             self.reply(request, &message::numbers(&[features]));
         } else if request == Request::GET_PROTOCOL_FEATURES as u32 {

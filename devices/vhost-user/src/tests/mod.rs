@@ -3,5 +3,6 @@
 mod direct;
 mod fake;
 mod handshake;
+mod log;
 mod rings;
 mod server;

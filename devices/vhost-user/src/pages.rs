@@ -1,0 +1,74 @@
+//! Which pages of the guest daemons have written, for migration (protocol feature LOG_SHMFD).
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use triarch_memory::{GuestMemory, RamOptions, allocate};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
+
+use crate::LinkError;
+use crate::message;
+
+/// Bytes of guest memory that a bit stands for.
+pub const LOG_PAGE: u64 = 4096;
+/// A page of the host, which the log is a whole number of.
+const HOST_PAGE: u64 = 4096;
+
+/// A bit for each page of guest memory. Daemons set them, in memory they share with the VMM and cannot cut short.
+pub struct PageLog {
+    memory: GuestMemory,
+    size: u64,
+}
+
+impl PageLog {
+    /// A log of all of `guest`, nothing marked.
+    pub(crate) fn new(guest: &GuestMemory) -> Result<Self, LinkError> {
+        let last = guest.iter().map(|region| region.last_addr().0).max().unwrap_or(0);
+        let size = (last / LOG_PAGE / 8 + 1).next_multiple_of(HOST_PAGE);
+        let options = RamOptions {
+            shared: true,
+            thp: false,
+            ..RamOptions::default()
+        };
+        let memory = allocate(&[(GuestAddress(0), size)], &options);
+        let memory = memory.map_err(|error| LinkError::Host {
+            what: "a log of written pages",
+            source: std::io::Error::other(error),
+        })?;
+        Ok(Self { memory, size })
+    }
+
+    /// Calls `each` with the number of every page (GPA divided by [`LOG_PAGE`]) that was written since the last call, in order.
+    pub fn take(&self, mut each: impl FnMut(u64)) {
+        let Some(region) = self.memory.iter().next() else {
+            return;
+        };
+        for word in 0..self.size / 8 {
+            let at = MemoryRegionAddress(8 * word);
+            let Ok(slice) = region.get_slice(at, 8) else { return };
+            let Ok(bits) = slice.get_atomic_ref::<AtomicU64>(0) else {
+                return;
+            };
+            // Reading first: most words are zero, and their pages need not come into being.
+            if bits.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = u64::from_le(bits.swap(0, Ordering::AcqRel));
+            while bits != 0 {
+                each(64 * word + u64::from(bits.trailing_zeros()));
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// Payload of SET_LOG_BASE.
+    pub(crate) fn payload(&self) -> Vec<u8> {
+        message::numbers(&[self.size, 0])
+    }
+
+    /// The file that goes with it.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        let region = self.memory.iter().next()?;
+        region.file_offset().map(|backing| backing.file().as_fd())
+    }
+}
