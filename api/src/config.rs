@@ -277,6 +277,9 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// Do not use io_uring even where the host has it.
     pub disable_io_uring: bool,
+    /// What serves its file.
+    #[serde(skip_serializing_if = "DiskBackend::is_vmm")]
+    pub backend: DiskBackend,
     /// A daemon serves it over vhost-user, instead of a file.
     pub vhost_user: bool,
     /// Unix socket the daemon listens on.
@@ -302,10 +305,49 @@ impl Default for DiskConfig {
             queue_size: 128,
             serial: None,
             disable_io_uring: false,
+            backend: DiskBackend::Vmm,
             vhost_user: false,
             vhost_socket: None,
             on_disconnect: OnDisconnect::Stall,
             id: None,
+        }
+    }
+}
+
+impl DiskConfig {
+    /// Whether another process serves it, which has to map the guest's memory.
+    pub fn has_daemon(&self) -> bool {
+        self.vhost_user || !self.backend.is_vmm()
+    }
+}
+
+/// What serves the file of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBackend {
+    /// The VMM itself.
+    #[default]
+    Vmm,
+    /// A `triarch-blkd` that the VMM starts, and ends with the VM.
+    Blkd,
+}
+
+impl DiskBackend {
+    /// Whether it is the VMM itself.
+    pub fn is_vmm(&self) -> bool {
+        *self == Self::Vmm
+    }
+}
+
+impl FromStr for DiskBackend {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "vmm" => Ok(Self::Vmm),
+            "blkd" => Ok(Self::Blkd),
+            _ => Err("vmm or blkd"),
         }
     }
 }

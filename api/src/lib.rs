@@ -25,8 +25,9 @@ mod validate;
 
 pub use answer::{Answer, Handler};
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
-    MacAddress, MemoryConfig, NetConfig, OnDisconnect, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
+    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskBackend, DiskConfig, HugePageSize,
+    ImageType, MacAddress, MemoryConfig, NetConfig, OnDisconnect, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    VsockConfig,
 };
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};

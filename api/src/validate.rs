@@ -60,7 +60,12 @@ impl VmConfig {
 
     /// Whether other processes must be able to map its memory: they serve devices.
     pub fn needs_shared_memory(&self) -> bool {
-        self.disks.iter().flatten().any(|disk| disk.vhost_user)
+        self.disks.iter().flatten().any(DiskConfig::has_daemon)
+    }
+
+    /// Whether the VMM has to start daemons for it.
+    pub fn needs_daemons(&self) -> bool {
+        self.disks.iter().flatten().any(|disk| !disk.backend.is_vmm())
     }
 
     /// Checks every value; the first error is returned.
@@ -233,9 +238,19 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
     if disk.vhost_user {
         return validate_vhost_disk(&field, disk);
     }
-    if disk.vhost_socket.is_some() || !disk.on_disconnect.is_stall() {
+    if disk.vhost_socket.is_some() {
         return Err(ConfigError::Conflict(format!(
-            "{field}.vhost_socket and {field}.on_disconnect need {field}.vhost_user switched on"
+            "{field}.vhost_socket needs {field}.vhost_user switched on"
+        )));
+    }
+    if !disk.on_disconnect.is_stall() && !disk.has_daemon() {
+        return Err(ConfigError::Conflict(format!(
+            "{field}.on_disconnect needs a daemon; give {field}.vhost_user or {field}.backend"
+        )));
+    }
+    if disk.serial.is_some() && disk.has_daemon() {
+        return Err(ConfigError::Conflict(format!(
+            "{field}.serial cannot be had with {field}.backend=blkd; leave it out"
         )));
     }
     if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
@@ -261,6 +276,7 @@ fn validate_vhost_disk(field: &str, disk: &DiskConfig) -> Result<(), ConfigError
         )));
     }
     for (name, given) in [
+        ("backend", !disk.backend.is_vmm()),
         ("path", disk.path.is_some()),
         ("serial", disk.serial.is_some()),
         ("direct", disk.direct),

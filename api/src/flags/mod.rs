@@ -119,6 +119,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "serial",
         "image_type",
         "io_uring",
+        "backend",
         "vhost_user",
         "vhost_socket",
         "on_disconnect",
@@ -133,6 +134,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.queue_size, kv.number("queue_size")?);
     config.serial = kv.text("serial").map(str::to_owned);
     config.disable_io_uring = kv.switch("io_uring")? == Some(false);
+    set(&mut config.backend, kv.get("backend")?);
     set(&mut config.vhost_user, kv.switch("vhost_user")?);
     config.vhost_socket = kv.text("vhost_socket").map(PathBuf::from);
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);

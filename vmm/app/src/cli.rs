@@ -50,7 +50,7 @@ struct Args {
     /// size=SIZE[,shared=on][,hugepages=on[,hugepage_size=SIZE]][,prefault=on][,thp=off][,mergeable=on] (default size=512M)
     #[arg(long, value_name = "MEMORY")]
     memory: Option<String>,
-    /// path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,io_uring=off][,id=ID]
+    /// path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,io_uring=off][,backend=blkd][,id=ID]
     #[arg(long, value_name = "DISK", num_args = 1.., action = ArgAction::Append)]
     disk: Vec<String>,
     /// [tap=NAME|fd=[N,...]][,mac=MAC][,ip=IP,mask=MASK][,mtu=N][,num_queues=N][,queue_size=N][,id=ID]
@@ -77,6 +77,9 @@ struct Args {
     /// API socket: PATH, path=PATH or fd=N
     #[arg(long, value_name = "SOCKET")]
     api_socket: Option<String>,
+    /// Lets requests ask for devices with backend=blkd, whose daemon the VMM starts; flags and files may in any case
+    #[arg(long)]
+    daemons: bool,
     /// Events, one JSON object a line: path=FILE or fd=N
     #[arg(long, value_name = "EVENTS")]
     event_monitor: Option<String>,
@@ -163,6 +166,8 @@ pub(crate) struct Cli {
     pub(crate) vm: Option<Described>,
     /// Where the API listens, if anywhere.
     pub(crate) api_socket: Option<ApiSocket>,
+    /// Whether the VMM may start daemons.
+    pub(crate) daemons: bool,
     /// Where events go, if anywhere.
     pub(crate) event_monitor: Option<Target>,
     /// Where audit lines go, if anywhere.
@@ -224,6 +229,7 @@ impl Cli {
                 .unwrap_or_default(),
             verbosity: args.verbosity,
         };
+        let asked = args.daemons;
         let booted = args.kernel.is_some() || args.firmware.is_some();
         let vm = match (&args.config, describes(&args)) {
             (Some(path), Some(flag)) => anyhow::bail!(
@@ -248,7 +254,9 @@ impl Cli {
             ),
             (None, None) => None,
         };
+        let needed = vm.as_ref().is_some_and(|vm: &Described| vm.config.needs_daemons());
         Ok(Self {
+            daemons: asked || needed,
             vm,
             api_socket,
             event_monitor,

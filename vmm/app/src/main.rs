@@ -5,6 +5,7 @@ mod audit;
 mod cli;
 mod compat;
 mod config_file;
+mod daemons;
 mod exit;
 mod heap;
 mod launcher;
@@ -29,10 +30,14 @@ use triarch_sandbox::Seccomp;
 use api::Api;
 use audit::Audit;
 use cli::{AuditLog, Cli, Described};
+use daemons::Nursery;
 use exit::Exit;
 use launcher::Launcher;
 
 fn main() -> ExitCode {
+    if daemons::is_nursery() {
+        return daemons::run();
+    }
     heap::one_arena();
     limits::raise_descriptors();
     let exit = match Cli::from_args().and_then(run) {
@@ -49,6 +54,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     let log = logging::start(&cli.log)?;
+    let nursery = cli.daemons.then(Nursery::start).transpose()?.map(Arc::new);
     // Before there is another thread.
     let signals =
         triarch_machine::hold_signals(cli.log.file.is_some() || matches!(cli.audit_log, Some(AuditLog::File(_))))?;
@@ -62,7 +68,10 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         None => None,
     };
     let launcher = Launcher::new(log, audit.as_ref().and_then(Audit::reopener));
-    let controller = Controller::new(sandbox.clone(), &signals, Box::new(launcher))?;
+    let mut controller = Controller::new(sandbox.clone(), &signals, Box::new(launcher))?;
+    if let Some(nursery) = nursery {
+        controller.set_daemons(nursery);
+    }
     let inbox = controller.inbox();
     let monitor = match &cli.event_monitor {
         Some(target) => Some(monitor::start(target, inbox.events(), &sandbox)?),

@@ -1,49 +1,23 @@
-//! Telling a service manager how the process does (sd_notify(3)).
-//!
-//! The protocol is one datagram a message. No crate is used for it because a manager that does not read must not make the VMM wait,
-//! and because names of sockets have to be looked up anew: a manager that restarts makes another one.
+//! What the service manager is told of the VM.
 
-use std::ffi::OsStr;
-use std::io;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 use triarch_api::Phase;
+use triarch_device_core::ServiceManager;
 
 /// The way to the service manager.
 pub(crate) struct Notify {
-    socket: UnixDatagram,
-    address: SocketAddr,
+    manager: ServiceManager,
     watchdog: Option<Duration>,
 }
 
 impl Notify {
-    /// The manager the environment tells of, if any. One that cannot be understood is worth a warning, but no reason not to run.
+    /// The manager the environment tells of, if any.
     pub(crate) fn from_env() -> Option<Self> {
-        let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty())?;
-        let open = || -> io::Result<_> {
-            let address = address(&name)?;
-            let socket = UnixDatagram::unbound()?;
-            socket.set_nonblocking(true)?;
-            Ok((socket, address))
-        };
-        match open() {
-            Ok((socket, address)) => {
-                let [usec, pid] = ["WATCHDOG_USEC", "WATCHDOG_PID"].map(|name| std::env::var(name).ok());
-                let watchdog = watchdog(usec.as_deref(), pid.as_deref(), std::process::id());
-                Some(Self {
-                    socket,
-                    address,
-                    watchdog,
-                })
-            }
-            Err(error) => {
-                tracing::warn!("NOTIFY_SOCKET={}: {error}", name.display());
-                None
-            }
-        }
+        let manager = ServiceManager::from_env()?;
+        let [usec, pid] = ["WATCHDOG_USEC", "WATCHDOG_PID"].map(|name| std::env::var(name).ok());
+        let watchdog = watchdog(usec.as_deref(), pid.as_deref(), std::process::id());
+        Some(Self { manager, watchdog })
     }
 
     /// How often [`alive`](Self::alive) is due.
@@ -53,36 +27,22 @@ impl Notify {
 
     /// The start is over.
     pub(crate) fn ready(&self, phase: Phase) {
-        self.send(&format!("READY=1\n{}", status(phase)));
+        self.manager.send(&format!("READY=1\n{}", status(phase)));
     }
 
     /// The guest is in another phase.
     pub(crate) fn phase(&self, phase: Phase) {
-        self.send(status(phase));
+        self.manager.send(status(phase));
     }
 
     /// The process is about to end.
     pub(crate) fn stopping(&self) {
-        self.send("STOPPING=1\nSTATUS=Ending");
+        self.manager.send("STOPPING=1\nSTATUS=Ending");
     }
 
     /// The process does its work.
     pub(crate) fn alive(&self) {
-        self.send("WATCHDOG=1");
-    }
-
-    fn send(&self, message: &str) {
-        if let Err(error) = self.socket.send_to_addr(message.as_bytes(), &self.address) {
-            tracing::debug!("cannot notify the service manager: {error}");
-        }
-    }
-}
-
-fn address(name: &OsStr) -> io::Result<SocketAddr> {
-    match name.as_bytes() {
-        [b'/', ..] => SocketAddr::from_pathname(name),
-        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
-        _ => Err(io::Error::other("it is neither a path nor an abstract name like @name")),
+        self.manager.send("WATCHDOG=1");
     }
 }
 
@@ -108,17 +68,6 @@ fn status(phase: Phase) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn both_kinds_of_names_are_understood() {
-        let path = address(OsStr::new("/run/notify")).expect("a path");
-        assert_eq!(path.as_pathname(), Some(std::path::Path::new("/run/notify")));
-        let hidden = address(OsStr::new("@/org/x")).expect("an abstract name");
-        assert_eq!(hidden.as_abstract_name(), Some(&b"/org/x"[..]));
-        for bad in ["vsock:2:1", "notify", &format!("/{}", "a".repeat(200))] {
-            address(OsStr::new(bad)).expect_err(bad);
-        }
-    }
 
     #[test]
     fn the_watchdog_is_fed_twice_a_period_and_only_if_it_is_ours() {

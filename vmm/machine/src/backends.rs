@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_api::{DiskConfig, ImageType, NetConfig, VmConfig};
+use triarch_api::{DiskBackend, DiskConfig, ImageType, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
 use triarch_vhost_user::Peer;
 use triarch_virtio::net::NetCounters;
 
-use crate::MachineError;
+use crate::daemons::{Daemons, Started, start_disk};
+use crate::{MachineError, vhost};
 
 /// One of each for every device of the configuration, in its order.
 pub(crate) struct Backends {
@@ -25,6 +26,8 @@ pub(crate) struct Backends {
     pub(crate) taps: Vec<Arc<Tap>>,
     /// What went through each of the taps.
     pub(crate) net_counters: Vec<NetCounters>,
+    /// Daemons of our own, which end after everything above has let go of them.
+    _daemons: Vec<Started>,
 }
 
 /// What serves a disk.
@@ -42,10 +45,21 @@ impl Backends {
     pub(crate) fn open(
         config: &VmConfig,
         handed: &HandedTaps,
+        daemons: Option<&Arc<dyn Daemons>>,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<Self, MachineError> {
+        let mut started = Vec::new();
         let disks = config.disks.iter().flatten();
-        let disks: Result<_, _> = disks.map(|disk| open_disk(disk, sandbox)).collect();
+        let disks: Result<_, _> = disks
+            .map(|disk| match disk.backend {
+                DiskBackend::Vmm => open_disk(disk, sandbox),
+                DiskBackend::Blkd => {
+                    let (daemon, socket) = start_disk(disk, daemons)?;
+                    started.push(daemon);
+                    vhost::open_disk(disk, Some(&socket), sandbox).map(DiskEnd::Daemon)
+                }
+            })
+            .collect();
         let nets = config.net.iter().flatten();
         let taps: Result<_, _> = nets
             .map(|net| match net.id.as_ref().and_then(|id| handed.get(id)) {
@@ -59,13 +73,14 @@ impl Backends {
             disks: disks?,
             net_counters: taps.iter().map(counters).collect(),
             taps,
+            _daemons: started,
         })
     }
 }
 
 fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd, MachineError> {
     if config.vhost_user {
-        return crate::vhost::open_disk(config, sandbox).map(DiskEnd::Daemon);
+        return vhost::open_disk(config, config.vhost_socket.as_deref(), sandbox).map(DiskEnd::Daemon);
     }
     if let (ImageType::Unknown, Some(path)) = (config.image_type, &config.path)
         && let Some(format) = foreign_format(path)

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::backends::{Backends, HandedTaps};
 use crate::build::{Machine, Reports};
 use crate::consoles::Consoles;
+use crate::daemons::Daemons;
 use crate::inbox::Outbox;
 use crate::progress::Progress;
 use crate::signals::{Signal, Signals, told_to_end};
@@ -53,6 +54,8 @@ pub struct Controller {
     events: EventManager<Subscriber>,
     sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
+    /// Starts daemons for devices, if somebody may.
+    daemons: Option<Arc<dyn Daemons>>,
     /// The VMM ends with the terminal the guest is on.
     hang_up_ends: bool,
     kvm: Kvm,
@@ -105,6 +108,7 @@ impl Controller {
             events,
             sandbox,
             supervisor,
+            daemons: None,
             hang_up_ends,
             kvm,
             phase: Phase::Absent,
@@ -118,6 +122,11 @@ impl Controller {
             generation: 0,
             outcome: None,
         })
+    }
+
+    /// Lets devices be served by daemons that `daemons` starts. Without it they have to be there.
+    pub fn set_daemons(&mut self, daemons: Arc<dyn Daemons>) {
+        self.daemons = Some(daemons);
     }
 
     /// The way to this controller.
@@ -182,7 +191,7 @@ impl Controller {
         progress.note("disks and networks");
         let backends = match self.backends.take() {
             Some(backends) => backends,
-            None => Backends::open(config, &self.taps, &self.sandbox)?,
+            None => Backends::open(config, &self.taps, self.daemons.as_ref(), &self.sandbox)?,
         };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());

@@ -42,7 +42,7 @@ impl Controller {
         let Some(disk) = disks.find(|disk| disk.id.as_deref() == Some(&*target.id)) else {
             return Err(no_device(&target.id, "disk"));
         };
-        if disk.vhost_user {
+        if disk.has_daemon() {
             return Err(ApiError::BadRequest(format!(
                 "a daemon serves the disk '{}'; resize it there, and the guest hears of it",
                 target.id

@@ -9,6 +9,7 @@ mod backends;
 mod build;
 mod consoles;
 mod control;
+mod daemons;
 mod devices;
 mod edit;
 mod error;
@@ -23,6 +24,7 @@ mod vhost;
 
 pub use build::Machine;
 pub use control::{Controller, Outcome};
+pub use daemons::{DaemonError, DaemonOrder, Daemons};
 pub use error::MachineError;
 pub use inbox::{GuestEvent, Inbox, Message};
 pub use signals::{ENDED_AT_ONCE, HeldSignals, hold_signals, told_to_end};

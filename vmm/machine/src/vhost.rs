@@ -14,10 +14,13 @@ use triarch_vhost_user::{
 use crate::build::Report;
 use crate::{GuestEvent, MachineError};
 
-/// Finds the daemon of a disk.
-pub(crate) fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
+/// Finds the daemon of a disk at `socket`.
+pub(crate) fn open_disk(
+    config: &DiskConfig,
+    socket: Option<&Path>,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
-    let socket = config.vhost_socket.as_deref();
     open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
 }
 
