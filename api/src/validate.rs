@@ -248,11 +248,6 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
             "{field}.on_disconnect needs a daemon; give {field}.vhost_user or {field}.backend"
         )));
     }
-    if disk.serial.is_some() && disk.has_daemon() {
-        return Err(ConfigError::Conflict(format!(
-            "{field}.serial cannot be had with {field}.backend=blkd; leave it out"
-        )));
-    }
     if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
         return Err(ConfigError::Missing(format!(
             "{field}.path is missing; give a file or a block device"

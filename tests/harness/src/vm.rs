@@ -56,6 +56,13 @@ impl VmBuilder {
         self
     }
 
+    /// Adds a flag that has no value.
+    #[must_use]
+    pub fn switch(mut self, name: &str) -> Self {
+        self.flags.push((name.into(), Vec::new()));
+        self
+    }
+
     /// Sets a flag's value, instead of those that it may have.
     #[must_use]
     pub fn set(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {

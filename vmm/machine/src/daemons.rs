@@ -81,6 +81,9 @@ pub(crate) fn start_disk(
 fn export(id: &str, path: &str, config: &DiskConfig) -> String {
     let mut text = format!(r#"name="{id}",path="{path}",socket=fd=3"#);
     text += &format!(",num_queues={},queue_size={}", config.num_queues, config.queue_size);
+    if let Some(serial) = &config.serial {
+        text += &format!(r#",serial="{serial}""#);
+    }
     for (key, given) in [
         (",readonly=on", config.readonly),
         (",direct=on", config.direct),
@@ -109,12 +112,13 @@ mod tests {
             direct: true,
             disable_io_uring: true,
             num_queues: 4,
+            serial: Some("s".into()),
             ..DiskConfig::default()
         };
         let told = export("x", "/a,b=c", &other);
         assert!(told.starts_with(r#"name="x",path="/a,b=c",socket"#), "{told}");
         assert!(
-            told.ends_with("num_queues=4,queue_size=128,readonly=on,direct=on,io_uring=off"),
+            told.ends_with(r#"num_queues=4,queue_size=128,serial="s",readonly=on,direct=on,io_uring=off"#),
             "{told}"
         );
     }

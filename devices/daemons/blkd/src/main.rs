@@ -11,7 +11,7 @@ use clap::Parser;
 use triarch_api::server::Listener;
 use triarch_blkd::{ControlService, Daemon, End, ExportOptions, Taken, obey};
 use triarch_daemon::{Confinement, Control, LogOptions, SeccompMode, Signals, drop_privileges};
-use triarch_device_core::{Sandbox, ThreadClass};
+use triarch_device_core::{Sandbox, ServiceManager, ThreadClass};
 
 /// Serves disks to virtual machines over vhost-user.
 #[derive(Debug, Parser)]
@@ -80,6 +80,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     };
     let waiting = sandbox.spawn("signals".to_owned(), Box::new(wait));
     waiting.context("cannot start a thread")?;
+    if let Some(manager) = ServiceManager::from_env() {
+        manager.send("READY=1");
+    }
     confinement.enter()?;
     let how = ended.recv().context("nobody is left to end the process")?;
     daemon.end();

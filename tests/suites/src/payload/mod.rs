@@ -18,6 +18,7 @@ mod log;
 mod memory;
 mod metrics;
 mod net;
+mod nursery;
 mod openapi;
 mod pause;
 mod pci;
@@ -47,6 +48,7 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         vsock::TESTS,
         vhost::TESTS,
+        nursery::TESTS,
         rings::TESTS,
         pause::TESTS,
         ends::TESTS,

@@ -3,8 +3,10 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -18,7 +20,7 @@ use super::ward::Ward;
 pub(crate) fn run() -> ExitCode {
     close_inherited();
     let stdin = io::stdin();
-    let socket = std::os::fd::AsFd::as_fd(&stdin);
+    let socket = stdin.as_fd();
     match Nursery::new() {
         Ok(mut nursery) => {
             nursery.serve(socket);
@@ -61,7 +63,10 @@ impl Nursery {
             .map(PathBuf::from)
             .find(|place| place.is_dir())
             .unwrap_or_else(std::env::temp_dir);
-        let dir = tempfile::Builder::new().prefix("triarch-").tempdir_in(place)?;
+        let dir = tempfile::Builder::new()
+            .prefix("triarch-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(place)?;
         Ok(Self {
             dir,
             wards: BTreeMap::new(),
