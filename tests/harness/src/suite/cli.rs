@@ -64,8 +64,10 @@ impl Options {
 /// Runs what the command line asks for; fails if a test failed, or if none ran.
 pub fn main(tests: &[Test]) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [INSIDE, name, dir] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        return match tests.iter().find(|t| t.name == name) {
+    if let [INSIDE, level, name, dir] = arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        // A test of the other level may have the same name.
+        let is_it = |t: &&Test| t.name == name && t.level.to_string() == level;
+        return match tests.iter().find(is_it) {
             Some(test) => inside(test, Path::new(dir)),
             None => ExitCode::FAILURE,
         };

@@ -39,7 +39,12 @@ fn around(test: &Test) -> Result<Verdict> {
     let dir = tempfile::Builder::new().prefix("triarch-test-").tempdir()?;
     let program = std::env::current_exe().context("this program's path is unknown")?;
     let mut command = Command::new(program);
-    command.arg(INSIDE).arg(test.name).arg(dir.path()).process_group(0);
+    command
+        .arg(INSIDE)
+        .arg(test.level.to_string())
+        .arg(test.name)
+        .arg(dir.path());
+    command.process_group(0);
     let mut process = Process::start(&mut command)?;
     let ended = process.wait(test.limit());
     let group = process.pid();

@@ -6,6 +6,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -15,7 +16,9 @@ use rustix::net::{
     SendFlags,
 };
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
+use super::fd;
 use super::message::{self, HEADER, MAX_FDS, MAX_PAYLOAD, REPLY, VERSION, VERSION_MASK};
 
 /// How long the rest of a message may take, and an answer to be taken.
@@ -33,6 +36,9 @@ pub enum ChannelError {
     /// The front end is silent in the middle of a message, or does not take answers.
     #[error("the front end hangs in the middle of a message")]
     Hangs,
+    /// Memory it shared is not there any more.
+    #[error("the front end took memory away that it shared")]
+    Lost,
     /// What it sends is no message of the protocol.
     #[error("{0}")]
     Nonsense(String),
@@ -53,12 +59,14 @@ pub(crate) struct Message {
 /// The socket of a front end.
 pub(crate) struct Channel {
     socket: OwnedFd,
+    /// Readable when memory of the front end is gone.
+    lost: Option<Arc<EventFd>>,
 }
 
 impl Channel {
-    /// Takes over a connected, non-blocking socket.
-    pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket }
+    /// Takes over a connected, non-blocking socket. A readable `lost` ends the connection.
+    pub(crate) fn new(socket: OwnedFd, lost: Option<Arc<EventFd>>) -> Self {
+        Self { socket, lost }
     }
 
     /// The next message; `None` when none began within `time`. A readable `stop` ends the wait, and the connection.
@@ -183,9 +191,11 @@ impl Channel {
         loop {
             let left = end.map(|end| end.saturating_duration_since(Instant::now()));
             let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+            let lost = self.lost.as_deref().map_or(stop, fd::borrow);
             let mut fds = [
                 PollFd::new(&self.socket, events),
                 PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(lost, PollFlags::IN),
             ];
             match rustix::event::poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
@@ -194,6 +204,9 @@ impl Channel {
             }
             if !fds[1].revents().is_empty() {
                 return Err(ChannelError::Stopped);
+            }
+            if !fds[2].revents().is_empty() {
+                return Err(ChannelError::Lost);
             }
             if !fds[0].revents().is_empty() {
                 return Ok(true);

@@ -11,8 +11,10 @@ use triarch_memory::{GuestMemory, GuestMemoryHandle, GuestRegion};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::dirty;
+use super::guard::{self, Guard};
 use super::message::Region;
 
 /// Regions there may be at once.
@@ -46,6 +48,9 @@ pub enum MemoryError {
     /// It could not be mapped.
     #[error("cannot map a memory region")]
     Map(#[source] MmapRegionError),
+    /// It could not be watched.
+    #[error("cannot watch a memory region")]
+    Watch(#[source] io::Error),
     /// Regions overlap.
     #[error("the memory regions overlap")]
     Overlap(#[source] vm_memory::GuestRegionCollectionError),
@@ -55,6 +60,8 @@ pub enum MemoryError {
 #[derive(Clone)]
 struct Mapped {
     region: Region,
+    /// Where the file might be cut short.
+    _guard: Option<Arc<Guard>>,
     memory: Arc<GuestRegion>,
 }
 
@@ -62,13 +69,17 @@ struct Mapped {
 pub(crate) struct MemoryTable {
     mapped: Vec<Mapped>,
     handle: GuestMemoryHandle,
+    /// Readable when a region is gone.
+    lost: Option<Arc<EventFd>>,
 }
 
 impl MemoryTable {
-    pub(crate) fn new() -> Self {
+    /// None yet. When the front end takes away what it shared, `lost` becomes readable.
+    pub(crate) fn new(lost: Option<Arc<EventFd>>) -> Self {
         Self {
             mapped: Vec::new(),
             handle: GuestMemoryHandle::new(GuestMemory::new()),
+            lost,
         }
     }
 
@@ -79,14 +90,17 @@ impl MemoryTable {
 
     /// Replaces all of it.
     pub(crate) fn set(&mut self, regions: Vec<(Region, OwnedFd)>) -> Result<(), MemoryError> {
-        let regions: Result<Vec<_>, _> = regions.into_iter().map(|(region, fd)| map(region, fd)).collect();
+        let regions: Result<Vec<_>, _> = regions
+            .into_iter()
+            .map(|(region, fd)| map(region, fd, self.lost.as_ref()))
+            .collect();
         self.publish(regions?)
     }
 
     /// Adds a region.
     pub(crate) fn add(&mut self, region: Region, fd: OwnedFd) -> Result<(), MemoryError> {
         let mut all = self.mapped.clone();
-        all.push(map(region, fd)?);
+        all.push(map(region, fd, self.lost.as_ref())?);
         self.publish(all)
     }
 
@@ -137,7 +151,7 @@ fn wrong(region: &Region, what: &'static str) -> MemoryError {
     }
 }
 
-fn map(region: Region, fd: OwnedFd) -> Result<Mapped, MemoryError> {
+fn map(region: Region, fd: OwnedFd, lost: Option<&Arc<EventFd>>) -> Result<Mapped, MemoryError> {
     let Region {
         gpa,
         size,
@@ -163,6 +177,7 @@ fn map(region: Region, fd: OwnedFd) -> Result<Mapped, MemoryError> {
         return bad("reaches past the end of its file");
     }
     let bytes = size as usize;
+    let sealed = guard::is_sealed(&file);
     let bitmap = AtomicBitmap::new(bytes, LOG_PAGE);
     let mapping: MmapRegion<AtomicBitmap> = MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -170,10 +185,18 @@ fn map(region: Region, fd: OwnedFd) -> Result<Mapped, MemoryError> {
         .with_file_offset(FileOffset::new(file, offset))
         .build()
         .map_err(MemoryError::Map)?;
+    let guard = match sealed {
+        true => None,
+        false => {
+            let guard = Guard::new(mapping.as_ptr() as usize, bytes, lost);
+            Some(Arc::new(guard.map_err(MemoryError::Watch)?))
+        }
+    };
     let memory = GuestRegion::new(mapping, GuestAddress(gpa));
     let memory = memory.ok_or_else(|| wrong(&region, "reaches past the end of the address space"))?;
     Ok(Mapped {
         region,
+        _guard: guard,
         memory: Arc::new(memory),
     })
 }

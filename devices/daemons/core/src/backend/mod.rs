@@ -5,6 +5,7 @@ mod call;
 mod channel;
 mod dirty;
 mod fd;
+mod guard;
 mod inflight;
 mod memory;
 mod message;

@@ -8,11 +8,11 @@ use thiserror::Error;
 use triarch_device_core::Sandbox;
 use triarch_virtio::{ActivateError, DeviceContext, QueueLayout, QueueStateV1, RingFault, VirtQueue, VirtioInterrupt};
 use vm_memory::GuestAddressSpace;
-use vm_memory::mmap::MmapRegionError;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::call::Calls;
 use super::channel::{Channel, ChannelError, Message};
-use super::dirty::{self, DirtyLog};
+use super::dirty::{self, DirtyLog, LogError};
 use super::fd;
 use super::inflight::{Inflight, InflightError, Shape};
 use super::memory::{MAX_REGIONS, MemoryError, MemoryTable};
@@ -46,7 +46,7 @@ pub enum SessionError {
     Memory(#[from] MemoryError),
     /// The log.
     #[error("cannot map the log of written pages")]
-    Log(#[source] MmapRegionError),
+    Log(#[source] LogError),
     /// The inflight region.
     #[error(transparent)]
     Inflight(#[from] InflightError),
@@ -106,6 +106,8 @@ pub struct Session<'a> {
     status: u8,
     inflight: Option<Inflight>,
     log: Option<DirtyLog>,
+    /// Readable when what the front end shared is gone.
+    lost: Option<Arc<EventFd>>,
     stats: SessionStats,
 }
 
@@ -113,12 +115,15 @@ impl<'a> Session<'a> {
     /// A session on `socket`, which is connected and does not block, for `device`, which is idle.
     pub fn new(socket: OwnedFd, device: &'a mut dyn Served, sandbox: Arc<dyn Sandbox>) -> Self {
         let queues = device.queue_sizes().len();
+        // Without one, only memory is taken that nobody can take away.
+        let lost = EventFd::new(EFD_NONBLOCK).ok().map(Arc::new);
         Self {
-            channel: Channel::new(socket),
+            channel: Channel::new(socket, lost.clone()),
             device,
             sandbox,
             calls: Arc::new(Calls::new(queues)),
-            memory: MemoryTable::new(),
+            memory: MemoryTable::new(lost.clone()),
+            lost,
             rings: (0..queues).map(|_| Ring::default()).collect(),
             features: 0,
             protocol: 0,
@@ -326,11 +331,10 @@ impl<'a> Session<'a> {
         let (Some(bytes), Some(offset)) = (bytes, offset) else {
             return Err(ask.short());
         };
-        let too_short = ask.wrong("the file is shorter than the log");
-        let log = DirtyLog::map(ask.only_fd()?, bytes, offset).map_err(SessionError::Log)?;
+        let log = DirtyLog::map(ask.only_fd()?, bytes, offset, self.lost.as_ref()).map_err(SessionError::Log)?;
         // What belongs into the old one is not lost with it.
         self.collect();
-        self.log = Some(log.ok_or(too_short)?);
+        self.log = Some(log);
         Ok(number(0))
     }
 
@@ -609,7 +613,7 @@ impl Ask<'_> {
     }
 
     /// The event descriptor of a ring, or none if it says so.
-    fn event(&mut self, none: u64) -> Result<Option<vmm_sys_util::eventfd::EventFd>, SessionError> {
+    fn event(&mut self, none: u64) -> Result<Option<EventFd>, SessionError> {
         match (self.fds.pop(), none != 0) {
             (None, true) => Ok(None),
             (Some(found), false) if self.fds.is_empty() => {
