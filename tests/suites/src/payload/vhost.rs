@@ -392,17 +392,17 @@ fn limits_change(context: &Context) -> Result<Outcome> {
             )
         };
         rig.guest.ask("blk 0 init queues=2")?;
-        limit(r#"{"iops":500,"iops_burst":1}"#)?;
+        limit(r#"{"iops":500,"iops_burst":10}"#)?;
         let asked = Instant::now();
         rig.guest.ask("blk 0 stress 500 16 3")?;
         let took = asked.elapsed();
         // Each block is written and read.
         ensure!(
-            took >= Duration::from_millis(1990),
+            took >= Duration::from_millis(1975),
             "1000 requests at 500 a second took {took:?}"
         );
         ensure!(
-            took < patient(Duration::from_millis(2600)),
+            took < patient(Duration::from_secs(5)),
             "1000 requests at 500 a second took {took:?}"
         );
         // What waits under a limit that would take minutes goes on without it.
