@@ -71,6 +71,12 @@ fn parameters(request: &Request) -> Option<Value> {
         Request::AddNet(net, fds) => {
             json!({ "id": net.id.as_deref().map(cut), "tap": net.tap.as_deref().map(cut), "descriptors": fds.len() })
         }
+        Request::AddFs(fs) => {
+            json!({ "id": fs.id.as_deref().map(cut), "tag": cut(&fs.tag), "socket": path(&fs.socket) })
+        }
+        Request::AddGenericVhostUser(device) => json!({
+            "id": device.id.as_deref().map(cut), "device_type": device.device_type, "socket": path(&device.socket),
+        }),
         Request::AddVsock(vsock) => json!({ "cid": vsock.cid, "socket": path(&vsock.socket) }),
         Request::RemoveDevice(device) => json!({ "id": cut(&device.id) }),
         _ => return None,

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
+
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -26,6 +28,12 @@ pub struct VmConfig {
     /// Network interfaces, in the order of their slots.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
+    /// File systems that daemons share with the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Other devices that daemons serve.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// Entropy source.
     pub rng: RngConfig,
     /// Serial port.
@@ -52,8 +60,25 @@ fn file_or_daemon() -> serde_json::Value {
     ])
 }
 
+/// What a network interface has to have.
 #[cfg(feature = "openapi")]
-fn powers_of_two(from: u16, to: u16) -> Vec<u16> {
+fn tap_or_daemon() -> serde_json::Value {
+    let text = serde_json::json!({ "type": "string", "minLength": 1 });
+    let nothing = serde_json::json!({ "type": "null" });
+    serde_json::json!([
+        { "properties": {
+            "vhost_user": { "const": false }, "vhost_socket": nothing,
+            "vhost_mode": { "const": "Client" }, "on_disconnect": { "const": "stall" },
+        } },
+        { "required": ["vhost_user", "vhost_socket"], "properties": {
+            "vhost_user": { "const": true }, "vhost_socket": text, "vhost_mode": { "const": "Client" },
+            "tap": nothing, "ip": nothing, "mask": nothing, "host_mac": nothing, "fds": nothing,
+        } },
+    ])
+}
+
+#[cfg(feature = "openapi")]
+pub(crate) fn powers_of_two(from: u16, to: u16) -> Vec<u16> {
     (0..16)
         .map(|bit| 1 << bit)
         .filter(|size| (from..=to).contains(size))
@@ -178,75 +203,6 @@ pub enum ImageType {
     Raw,
     /// The client does not say: `Raw`, if the image does not look like another format.
     Unknown,
-}
-
-/// What a device does whose daemon is gone; written `stall` or `error-after=SECONDS`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum OnDisconnect {
-    /// Its requests wait until a daemon is back.
-    #[default]
-    Stall,
-    /// They wait for so many seconds, then they fail until a daemon is back.
-    ErrorAfter(u32),
-}
-
-impl OnDisconnect {
-    /// Whether it is the default.
-    pub fn is_stall(&self) -> bool {
-        *self == Self::Stall
-    }
-}
-
-impl fmt::Display for OnDisconnect {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Stall => f.write_str("stall"),
-            Self::ErrorAfter(seconds) => write!(f, "error-after={seconds}"),
-        }
-    }
-}
-
-impl FromStr for OnDisconnect {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "stall" {
-            return Ok(Self::Stall);
-        }
-        let seconds = text.strip_prefix("error-after=").and_then(|n| n.parse().ok());
-        let failed = || format!("'{text}' says not what to do without a daemon; write stall or error-after=SECONDS");
-        seconds.map(Self::ErrorAfter).ok_or_else(failed)
-    }
-}
-
-#[cfg(feature = "openapi")]
-impl schemars::JsonSchema for OnDisconnect {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "OnDisconnect".into()
-    }
-
-    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
-        schemars::json_schema!({
-            "type": "string",
-            "description": "What a device does whose daemon is gone.",
-            "pattern": "^(stall|error-after=[0-9]+)$",
-        })
-    }
-}
-
-impl TryFrom<String> for OnDisconnect {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<OnDisconnect> for String {
-    fn from(policy: OnDisconnect) -> Self {
-        policy.to_string()
-    }
 }
 
 /// A disk.
@@ -415,6 +371,7 @@ impl From<MacAddress> for String {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "openapi", schemars(extend("anyOf" = tap_or_daemon())))]
 pub struct NetConfig {
     /// Name of the tap interface; made, and named by the kernel, when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -444,6 +401,17 @@ pub struct NetConfig {
     /// Descriptors of an open tap interface, inherited from whoever started the VMM, one a queue pair.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
+    /// A daemon serves it over vhost-user, instead of a tap.
+    pub vhost_user: bool,
+    /// Unix socket of the daemon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+    /// Which side makes the connection.
+    #[serde(skip_serializing_if = "VhostMode::is_client")]
+    pub vhost_mode: VhostMode,
+    /// What happens while there is no daemon: packets wait, or after a time the link goes down.
+    #[serde(skip_serializing_if = "OnDisconnect::is_stall")]
+    pub on_disconnect: OnDisconnect,
     /// Offer TCP segmentation offload to the guest.
     pub offload_tso: bool,
     /// Offer UDP fragmentation and segmentation offload to the guest.
@@ -468,6 +436,10 @@ impl Default for NetConfig {
             num_queues: 2,
             queue_size: 256,
             fds: None,
+            vhost_user: false,
+            vhost_socket: None,
+            vhost_mode: VhostMode::Client,
+            on_disconnect: OnDisconnect::Stall,
             offload_tso: true,
             offload_ufo: true,
             offload_csum: true,

@@ -3,7 +3,10 @@
 //! Unit tests call them with a fixed sequence of inputs, `cargo xtask fuzz` with those that libFuzzer finds.
 
 use crate::server::fuzzing as server;
-use crate::{DiskConfig, NetConfig, RemoveDevice, Resize, ResizeDisk, VmConfig, VsockConfig, flags, read_object};
+use crate::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RemoveDevice, Resize, ResizeDisk, VmConfig, VsockConfig,
+    flags, read_object,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -21,7 +24,7 @@ pub fn http(data: &[u8]) {
 /// A body; the first byte tells of which type. What is understood is written and understood again, the same.
 pub fn bodies(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    match kind % 7 {
+    match kind % 9 {
         0 => {
             if let Some(config) = body_of::<VmConfig>(body) {
                 let _ = config.validate();
@@ -32,6 +35,8 @@ pub fn bodies(data: &[u8]) {
         3 => drop(body_of::<VsockConfig>(body)),
         4 => drop(body_of::<Resize>(body)),
         5 => drop(body_of::<ResizeDisk>(body)),
+        6 => drop(body_of::<FsConfig>(body)),
+        7 => drop(body_of::<GenericVhostUserConfig>(body)),
         _ => drop(body_of::<RemoveDevice>(body)),
     }
 }
@@ -53,7 +58,7 @@ fn body_of<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(body: 
 pub fn flags(data: &[u8]) {
     let Some((kind, text)) = data.split_first() else { return };
     let Ok(text) = str::from_utf8(text) else { return };
-    let refused = match kind % 9 {
+    let refused = match kind % 11 {
         0 => flags::cpus(text).err(),
         1 => flags::memory(text).err(),
         2 => flags::disk(text).err(),
@@ -62,6 +67,8 @@ pub fn flags(data: &[u8]) {
         5 => flags::vsock(text).err(),
         6 => flags::console("--serial", text).err(),
         7 => flags::debug_console(text).err(),
+        8 => flags::fs(text).err(),
+        9 => flags::generic_vhost_user(text).err(),
         _ => flags::platform(text).err(),
     };
     if let Some(error) = refused {

@@ -18,6 +18,7 @@ pub mod openapi;
 mod operation;
 mod reader;
 mod request;
+mod served;
 pub mod server;
 mod size;
 mod strict;
@@ -26,8 +27,7 @@ mod validate;
 pub use answer::{Answer, Handler};
 pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskBackend, DiskConfig, HugePageSize,
-    ImageType, MacAddress, MemoryConfig, NetConfig, OnDisconnect, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
-    VsockConfig,
+    ImageType, MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
@@ -35,5 +35,6 @@ pub use request::{
     ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request, Resize,
     ResizeDisk, VmInfo, chain,
 };
+pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};
 pub use validate::ConfigError;

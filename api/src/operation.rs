@@ -70,6 +70,10 @@ pub enum Operation {
     AddDisk,
     /// `vm.add-net`.
     AddNet,
+    /// `vm.add-fs`.
+    AddFs,
+    /// `vm.add-generic-vhost-user`.
+    AddGenericVhostUser,
     /// `vm.add-vsock`.
     AddVsock,
     /// `vm.remove-device`.
@@ -80,7 +84,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -96,6 +100,8 @@ impl Operation {
         Self::ResizeDisk,
         Self::AddDisk,
         Self::AddNet,
+        Self::AddFs,
+        Self::AddGenericVhostUser,
         Self::AddVsock,
         Self::RemoveDevice,
         Self::VmmShutdown,
@@ -119,6 +125,8 @@ impl Operation {
             Self::ResizeDisk => "vm.resize-disk",
             Self::AddDisk => "vm.add-disk",
             Self::AddNet => "vm.add-net",
+            Self::AddFs => "vm.add-fs",
+            Self::AddGenericVhostUser => "vm.add-generic-vhost-user",
             Self::AddVsock => "vm.add-vsock",
             Self::RemoveDevice => "vm.remove-device",
             Self::VmmShutdown => "vmm.shutdown",
@@ -132,7 +140,12 @@ impl Operation {
             Self::Create => &[Absent],
             Self::Info | Self::Counters | Self::Delete | Self::Resize => &[Created, Running, Paused, Shutdown],
             Self::Boot => &[Created, Shutdown],
-            Self::AddDisk | Self::AddNet | Self::AddVsock | Self::RemoveDevice => &[Created, Shutdown],
+            Self::AddDisk
+            | Self::AddNet
+            | Self::AddFs
+            | Self::AddGenericVhostUser
+            | Self::AddVsock
+            | Self::RemoveDevice => &[Created, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume => &[Paused],
             Self::Shutdown | Self::Reboot | Self::ResizeDisk => &[Running, Paused],

@@ -14,8 +14,6 @@ const MISSED: &[&str] = &[
     // Devices.
     "balloon",
     "devices",
-    "fs",
-    "generic_vhost_user",
     "ivshmem",
     "pmem",
     "pvpanic",

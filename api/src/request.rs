@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{DiskConfig, NetConfig, Operation, Phase, VmConfig, VsockConfig};
+use crate::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, VmConfig, VsockConfig};
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
 #[derive(Debug)]
@@ -37,6 +37,10 @@ pub enum Request {
     AddDisk(Box<DiskConfig>),
     /// One more network interface; the descriptors are its tap, opened by the client, one a queue pair.
     AddNet(Box<NetConfig>, Vec<OwnedFd>),
+    /// A file system that a daemon shares.
+    AddFs(FsConfig),
+    /// Any device that a daemon serves.
+    AddGenericVhostUser(GenericVhostUserConfig),
     /// Sockets between guest and host.
     AddVsock(VsockConfig),
     /// Take a device away.
@@ -62,6 +66,8 @@ impl Request {
             Self::ResizeDisk(_) => Operation::ResizeDisk,
             Self::AddDisk(_) => Operation::AddDisk,
             Self::AddNet(..) => Operation::AddNet,
+            Self::AddFs(_) => Operation::AddFs,
+            Self::AddGenericVhostUser(_) => Operation::AddGenericVhostUser,
             Self::AddVsock(_) => Operation::AddVsock,
             Self::RemoveDevice(_) => Operation::RemoveDevice,
             Self::VmmShutdown => Operation::VmmShutdown,

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use thiserror::Error;
 
-use crate::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, DiskConfig, NetConfig, VmConfig};
+use crate::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, DiskConfig, NetConfig, VmConfig, served};
 
 /// Why a configuration cannot be used: names the field, its value and the fix.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -34,14 +34,14 @@ const MAX_VCPUS: u32 = 254;
 /// Queues a disk or pair-wise a network interface can have.
 const MAX_QUEUES: u16 = 256;
 /// Ring sizes of network interfaces: what virtio allows.
-const NET_QUEUE_SIZES: RangeInclusive<u16> = 2..=32768;
+pub(crate) const NET_QUEUE_SIZES: RangeInclusive<u16> = 2..=32768;
 /// Ring sizes of disks: a request has three descriptors at least, and the host takes 1024 buffers at once.
-const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
+pub(crate) const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
 /// Ids of devices that every VM has.
 const RESERVED_IDS: [&str; 2] = ["_rng", "_console"];
 
-fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
+pub(crate) fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
     ConfigError::Range {
         field: field.into(),
         value: value.to_string(),
@@ -54,13 +54,11 @@ impl VmConfig {
     pub fn ids(&self) -> impl Iterator<Item = &str> {
         let disks = self.disks.iter().flatten().filter_map(|d| d.id.as_deref());
         let nets = self.net.iter().flatten().filter_map(|n| n.id.as_deref());
+        let fs = self.fs.iter().flatten().filter_map(|f| f.id.as_deref());
+        let others = self.generic_vhost_user.iter().flatten();
+        let others = others.filter_map(|device| device.id.as_deref());
         let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
-        disks.chain(nets).chain(vsock)
-    }
-
-    /// Whether other processes must be able to map its memory: they serve devices.
-    pub fn needs_shared_memory(&self) -> bool {
-        self.disks.iter().flatten().any(DiskConfig::has_daemon)
+        disks.chain(nets).chain(fs).chain(others).chain(vsock)
     }
 
     /// Whether the VMM has to start daemons for it.
@@ -82,6 +80,7 @@ impl VmConfig {
         for (i, net) in self.net.iter().flatten().enumerate() {
             validate_net(i, net)?;
         }
+        self.validate_served()?;
         self.validate_consoles()?;
         if let Some(vsock) = &self.vsock {
             if !(3..u64::from(u32::MAX)).contains(&vsock.cid) {
@@ -160,13 +159,6 @@ impl VmConfig {
                     path.display()
                 )));
             }
-            let same = before.iter().find(|d| d.vhost_socket == disk.vhost_socket);
-            if let (Some(_), Some(socket)) = (same, &disk.vhost_socket) {
-                return Err(ConfigError::Conflict(format!(
-                    "disks[{i}].vhost_socket is {}, which another disk has; give each its own",
-                    socket.display()
-                )));
-            }
             before.push(disk);
         }
         Ok(())
@@ -218,7 +210,12 @@ impl VmConfig {
     }
 }
 
-fn validate_queues(field: &str, queues: u16, size: u16, sizes: &RangeInclusive<u16>) -> Result<(), ConfigError> {
+pub(crate) fn validate_queues(
+    field: &str,
+    queues: u16,
+    size: u16,
+    sizes: &RangeInclusive<u16>,
+) -> Result<(), ConfigError> {
     if !(1..=MAX_QUEUES).contains(&queues) {
         return Err(range(
             format!("{field}.num_queues"),
@@ -236,7 +233,7 @@ fn validate_queues(field: &str, queues: u16, size: u16, sizes: &RangeInclusive<u
 fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
     let field = format!("disks[{index}]");
     if disk.vhost_user {
-        return validate_vhost_disk(&field, disk);
+        return served::validate_disk(&field, disk);
     }
     if disk.vhost_socket.is_some() {
         return Err(ConfigError::Conflict(format!(
@@ -263,31 +260,9 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
     validate_queues(&field, disk.num_queues, disk.queue_size, &DISK_QUEUE_SIZES)
 }
 
-/// What its daemon decides is not for the VMM to set.
-fn validate_vhost_disk(field: &str, disk: &DiskConfig) -> Result<(), ConfigError> {
-    if disk.vhost_socket.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
-        return Err(ConfigError::Missing(format!(
-            "{field}.vhost_socket is missing; give the socket its daemon listens on"
-        )));
-    }
-    for (name, given) in [
-        ("backend", !disk.backend.is_vmm()),
-        ("path", disk.path.is_some()),
-        ("serial", disk.serial.is_some()),
-        ("direct", disk.direct),
-        ("disable_io_uring", disk.disable_io_uring),
-    ] {
-        if given {
-            return Err(ConfigError::Conflict(format!(
-                "{field}.{name} cannot be had with {field}.vhost_user; it is set where the daemon is started"
-            )));
-        }
-    }
-    validate_queues(field, disk.num_queues, disk.queue_size, &DISK_QUEUE_SIZES)
-}
-
 fn validate_net(index: usize, net: &NetConfig) -> Result<(), ConfigError> {
     let field = format!("net[{index}]");
+    served::validate_net(&field, net)?;
     validate_queues(&field, net.num_queues, net.queue_size, &NET_QUEUE_SIZES)?;
     if !net.num_queues.is_multiple_of(2) {
         return Err(range(
@@ -471,7 +446,7 @@ mod tests {
         assert!(
             refusal(|c| c.disks = Some(vec![served(|d| d.path = Some("x".into()))])).contains("disks[0].path cannot")
         );
-        assert!(refusal(|c| c.disks = Some(vec![served(|_| ()), served(|_| ())])).contains("which another disk has"));
+        assert!(refusal(|c| c.disks = Some(vec![served(|_| ()), served(|_| ())])).contains("which another device has"));
         assert!(refusal(|c| c.disks = Some(vec![served(|d| d.vhost_user = false)])).contains("vhost_user switched on"));
         let both = refusal(|c| {
             c.serial.mode = ConsoleMode::Tty;

@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use triarch_api::server::{Action, Identity, Method, ROUTES};
-use triarch_api::{DiskConfig, NetConfig, Operation, RemoveDevice, Resize, ResizeDisk, VmConfig, VmInfo, VsockConfig};
+use triarch_api::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, RemoveDevice, Resize, ResizeDisk, VmConfig,
+    VmInfo, VsockConfig,
+};
 
 use crate::connection::{Connection, Deadline, Head, MAX_FDS};
 use crate::error::Broken;
@@ -251,6 +254,22 @@ impl Client {
     /// As [`call`](Self::call).
     pub fn add_net(&mut self, net: &NetConfig, fds: &[BorrowedFd<'_>]) -> Result<Response, Error> {
         self.put(Operation::AddNet, net, fds)
+    }
+
+    /// Adds a file system that a daemon shares.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn add_fs(&mut self, fs: &FsConfig) -> Result<Response, Error> {
+        self.put(Operation::AddFs, fs, &[])
+    }
+
+    /// Adds a device of any type that a daemon serves.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn add_generic_vhost_user(&mut self, device: &GenericVhostUserConfig) -> Result<Response, Error> {
+        self.put(Operation::AddGenericVhostUser, device, &[])
     }
 
     /// Adds a vsock.

@@ -1,6 +1,7 @@
 //! Each device flag of the command line as configuration: the dialect that people write.
 
 mod keyvalue;
+mod served;
 
 use std::path::PathBuf;
 
@@ -12,6 +13,7 @@ use crate::{
 };
 
 pub use keyvalue::KeyValues;
+pub use served::{fs, generic_vhost_user};
 
 /// What is wrong with a flag's value, and what to write instead.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -122,6 +124,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "backend",
         "vhost_user",
         "vhost_socket",
+        "socket",
         "on_disconnect",
         "id",
     ];
@@ -136,7 +139,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     config.disable_io_uring = kv.switch("io_uring")? == Some(false);
     set(&mut config.backend, kv.get("backend")?);
     set(&mut config.vhost_user, kv.switch("vhost_user")?);
-    config.vhost_socket = kv.text("vhost_socket").map(PathBuf::from);
+    config.vhost_socket = served::socket(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
@@ -166,9 +169,14 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
         "offload_tso",
         "offload_ufo",
         "offload_csum",
+        "vhost_user",
+        "vhost_socket",
+        "socket",
+        "vhost_mode",
+        "on_disconnect",
         "id",
     ];
-    let kv = KeyValues::parse("--net", text, &known, &["iommu", "vhost_user", "pci_segment"])?;
+    let kv = KeyValues::parse("--net", text, &known, &["iommu", "pci_segment"])?;
     config.tap = kv.text("tap").map(str::to_owned);
     config.ip = kv.get("ip")?;
     config.mask = kv.get("mask")?;
@@ -191,6 +199,10 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     set(&mut config.offload_tso, kv.switch("offload_tso")?);
     set(&mut config.offload_ufo, kv.switch("offload_ufo")?);
     set(&mut config.offload_csum, kv.switch("offload_csum")?);
+    set(&mut config.vhost_user, kv.switch("vhost_user")?);
+    config.vhost_socket = served::socket(&kv)?;
+    config.vhost_mode = served::mode(&kv)?;
+    set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     config.id = kv.text("id").map(str::to_owned);
     Ok(config)
 }

@@ -22,6 +22,10 @@ pub(super) fn of_body(route: &str) -> Value {
             },
             "tap": { "summary": "A tap interface by name", "value": { "tap": "tap0" } },
         }),
+        "vm.add-fs" => one(json!({ "tag": "shared", "socket": "/run/vm/fs.sock", "id": "shared" })),
+        "vm.add-generic-vhost-user" => {
+            one(json!({ "device_type": 25, "socket": "/run/vm/sound.sock", "queue_sizes": [64, 64, 64, 64] }))
+        }
         "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
         "vm.remove-device" => one(json!({ "id": "data" })),
         _ => json!({}),

@@ -8,7 +8,10 @@ use serde_json::{Map, Value, json};
 use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
-use crate::{DiskConfig, NetConfig, Operation, Phase, RemoveDevice, Resize, ResizeDisk, VmConfig, VmInfo, VsockConfig};
+use crate::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice, Resize, ResizeDisk,
+    VmConfig, VmInfo, VsockConfig,
+};
 
 /// Something that happened.
 #[derive(JsonSchema)]
@@ -222,6 +225,8 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         Operation::ResizeDisk => Some(reference::<ResizeDisk>(generator)),
         Operation::AddDisk => Some(reference::<DiskConfig>(generator)),
         Operation::AddNet => Some(reference::<NetConfig>(generator)),
+        Operation::AddFs => Some(reference::<FsConfig>(generator)),
+        Operation::AddGenericVhostUser => Some(reference::<GenericVhostUserConfig>(generator)),
         Operation::AddVsock => Some(reference::<VsockConfig>(generator)),
         Operation::RemoveDevice => Some(reference::<RemoveDevice>(generator)),
         Operation::Info

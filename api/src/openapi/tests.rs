@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::server::{Action, Method};
 use crate::{
-    DiskConfig, NetConfig, Operation, PayloadConfig, RemoveDevice, Resize, ResizeDisk, VmConfig, VsockConfig,
-    read_object,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig, RemoveDevice, Resize,
+    ResizeDisk, VmConfig, VsockConfig, read_object,
 };
 
 /// Checks values against a schema of the document.
@@ -112,6 +112,10 @@ fn accepts(operation: Operation, body: &Value) -> Result<(), String> {
         Operation::Create => read::<VmConfig>(body)?.validate().map_err(|e| e.to_string()),
         Operation::AddDisk => read::<DiskConfig>(body).and_then(|disk| valid(|c| c.disks = Some(vec![disk]))),
         Operation::AddNet => read::<NetConfig>(body).and_then(|net| valid(|c| c.net = Some(vec![net]))),
+        Operation::AddFs => read::<FsConfig>(body).and_then(|fs| valid(|c| c.fs = Some(vec![fs]))),
+        Operation::AddGenericVhostUser => {
+            read::<GenericVhostUserConfig>(body).and_then(|device| valid(|c| c.generic_vhost_user = Some(vec![device])))
+        }
         Operation::AddVsock => read::<VsockConfig>(body).and_then(|vsock| valid(|c| c.vsock = Some(vsock))),
         Operation::Resize => read::<Resize>(body).and_then(|target| {
             valid(|c| {
@@ -167,6 +171,8 @@ fn everything() -> Value {
         "net": [{ "mac": "02:00:00:00:00:01" }],
         "rng": { "src": "/dev/urandom" },
         "serial": { "mode": "Null" }, "console": { "mode": "Off" }, "debug_console": { "mode": "Off" },
+        "fs": [{ "tag": "shared", "socket": "fs.sock" }],
+        "generic_vhost_user": [{ "device_type": 25, "socket": "sound.sock", "queue_sizes": [64] }],
         "vsock": { "cid": 3, "socket": "vm.sock" },
         "platform": { "uuid": "0e2f2a5e-5d3a-4ce5-8d22-5c6a1a1f8b1e" },
     })
@@ -226,6 +232,9 @@ fn numbers_have_the_limits_that_the_server_has() {
         "/memory/size",
         "/disks/0/queue_size",
         "/net/0/mtu",
+        "/fs/0/num_queues",
+        "/generic_vhost_user/0/device_type",
+        "/generic_vhost_user/0/queue_sizes/0",
         "/vsock/cid",
     ] {
         assert!(names.contains(&name), "{names:?}");
@@ -284,6 +293,23 @@ fn texts_have_the_limits_that_the_server_has() {
         ("/net/0/mac", json!("02:00:00:00:00")),
         ("/net/0/mac", json!("0e:FF:00:00:00:aa")),
         ("/net/0/tap", json!(7)),
+        ("/net/0", json!({ "vhost_user": true, "vhost_socket": "s" })),
+        ("/net/0", json!({ "vhost_user": true, "vhost_socket": "s", "tap": "t" })),
+        (
+            "/net/0",
+            json!({ "vhost_user": true, "vhost_socket": "s", "vhost_mode": "Server" }),
+        ),
+        ("/net/0", json!({ "vhost_user": true })),
+        ("/net/0", json!({ "vhost_socket": "s" })),
+        ("/net/0", json!({ "on_disconnect": "error-after=3" })),
+        ("/fs/0/tag", json!("")),
+        ("/fs/0/tag", json!("t".repeat(36))),
+        ("/fs/0/tag", json!("t".repeat(37))),
+        ("/fs/0/socket", json!("")),
+        ("/fs/0/on_disconnect", json!("error-after=3")),
+        ("/fs/0", json!({ "socket": "s" })),
+        ("/generic_vhost_user/0/queue_sizes", json!([])),
+        ("/generic_vhost_user/0/queue_sizes", json!([64, 65])),
         ("/rng/src", json!("")),
         ("/vsock/socket", json!("")),
         ("/serial/mode", json!("Loud")),

@@ -90,9 +90,12 @@ mod tests {
     #[test]
     fn what_the_guest_would_miss_is_refused() {
         for (body, name) in [
-            (r#"{"fs": [{"tag": "a"}]}"#, "fs"),
+            (r#"{"pmem": [{"file": "a"}]}"#, "pmem"),
             (r#"{"balloon": {"size": 0, "free_page_reporting": true}}"#, "balloon"),
-            (r#"{"net": [{"tap":"t"}, {"vhost_user": true}]}"#, "net.vhost_user"),
+            (
+                r#"{"vsock": {"cid": 3, "socket": "s", "vhost_user": true}}"#,
+                "vsock.vhost_user",
+            ),
             (r#"{"net": [{"iommu": true}]}"#, "net.iommu"),
             (r#"{"memory": {"zones": [{"id": "a"}]}}"#, "memory.zones"),
             (r#"{"platform": {"iommu_segments": [1]}}"#, "platform.iommu_segments"),

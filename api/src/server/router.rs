@@ -108,6 +108,8 @@ impl Router {
                 net.fds = None;
                 Request::AddNet(net, std::mem::take(&mut call.fds))
             }
+            Operation::AddFs => Request::AddFs(reader.read(name, body)?),
+            Operation::AddGenericVhostUser => Request::AddGenericVhostUser(reader.read(name, body)?),
             Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
             Operation::VmmShutdown => Request::VmmShutdown,

@@ -109,6 +109,8 @@ impl Handler for FakeVm {
             Request::Resize(_)
             | Request::ResizeDisk(_)
             | Request::AddDisk(_)
+            | Request::AddFs(_)
+            | Request::AddGenericVhostUser(_)
             | Request::AddVsock(_)
             | Request::RemoveDevice(_) => {}
         }

@@ -63,7 +63,7 @@ fn routes_without_their_device_say_so() {
     let (server, vm) = Running::api(Limits::default());
     vm.create(VmConfig::default());
     let mut client = server.connect();
-    for name in "resize-zone add-device add-fs add-generic-vhost-user add-pmem add-vdpa add-user-device snapshot restore coredump \
+    for name in "resize-zone add-device add-pmem add-vdpa add-user-device snapshot restore coredump \
                  send-migration receive-migration"
         .split_whitespace()
     {
@@ -99,7 +99,7 @@ fn wrong_paths_methods_and_bodies_are_told_apart() {
     assert_eq!(client.put("vm.create", "").status, 400);
     assert_eq!(client.put("vm.create", "{}").status, 400);
     assert_eq!(client.put("vm.create", r#"{"memory": {"size": "big"}}"#).status, 400);
-    assert_eq!(client.put("vm.create", r#"{"fs": [{}]}"#).status, 501);
+    assert_eq!(client.put("vm.create", r#"{"pmem": [{}]}"#).status, 501);
     // After all that the connection still serves.
     assert_eq!(client.get("vmm.ping").status, 200);
 }

@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
 use crate::engine::{Command, Engine};
-use crate::{LinkError, LinkState, LinkStatus, Offer, PageLog, Peer, PeerError};
+use crate::{Kind, LinkError, LinkState, LinkStatus, Offer, Own, PageLog, Peer, PeerError};
+
+/// How long a driver that reads or writes the configuration space waits for the daemon.
+const ACCESS: Duration = Duration::from_secs(1);
 
 /// Called when a device's standing with its daemon changed. It must not wait.
 pub type Notify = Arc<dyn Fn(&LinkStatus) + Send + Sync>;
@@ -70,8 +73,12 @@ impl VhostUserHandle {
 pub struct VhostUser {
     shared: Arc<Shared>,
     features: u64,
-    negotiated: Option<u64>,
+    sizes: Vec<u16>,
+    context: Option<DeviceContext>,
+    /// Queues that the daemon serves, and whether they run.
     running: Vec<bool>,
+    /// The queue that is served here, while it runs.
+    own: Option<Own>,
     commands: Sender<Command>,
     worker: Option<Worker<Engine>>,
 }
@@ -84,6 +91,8 @@ impl VhostUser {
     pub fn new(id: &str, peer: Arc<Peer>, sandbox: &Arc<dyn Sandbox>, notify: Notify) -> Result<Self, PeerError> {
         let features = peer.features();
         let queues = peer.kind.queue_sizes().len();
+        let mut sizes = peer.kind.queue_sizes().to_vec();
+        sizes.extend(peer.kind.own_queue_size());
         let shared = Arc::new(Shared {
             id: id.into(),
             wake: Wake::new().map_err(PeerError::Thread)?,
@@ -106,8 +115,10 @@ impl VhostUser {
         Ok(Self {
             shared,
             features,
-            negotiated: None,
+            sizes,
+            context: None,
             running: vec![false; queues],
+            own: None,
             commands,
             worker: Some(worker.map_err(PeerError::Thread)?),
         })
@@ -116,6 +127,24 @@ impl VhostUser {
     /// A handle that outlives the device's move into its transport.
     pub fn handle(&self) -> VhostUserHandle {
         VhostUserHandle(self.shared.clone())
+    }
+
+    fn kind(&self) -> &dyn Kind {
+        &*self.shared.peer.kind
+    }
+
+    /// Reads the configuration space where only the daemon knows it. Without one, or one that answers late, it reads as zero.
+    fn ask_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let Ok(at) = u32::try_from(offset) else {
+            return;
+        };
+        let (reply, answer) = sync_channel(1);
+        self.order(Command::Read(at, data.len(), reply));
+        let bytes = answer.recv_timeout(ACCESS).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(bytes) {
+            *to = from;
+        }
     }
 
     /// Leaves an order. It is lost only when the thread has ended, and then nothing works any more.
@@ -156,7 +185,7 @@ impl VirtioDevice for VhostUser {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        self.shared.peer.kind.queue_sizes()
+        &self.sizes
     }
 
     fn features(&self) -> u64 {
@@ -164,24 +193,37 @@ impl VirtioDevice for VhostUser {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
+        if self.kind().asks() {
+            return self.ask_config(offset, data);
+        }
         let known = self.shared.peer.known().clone();
         read_config_bytes(&self.shared.config(&known), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let (features, at) = (self.negotiated.unwrap_or(0), usize::try_from(offset));
-        if let Ok(at) = at
-            && self.shared.peer.kind.writable(features, at, data)
-        {
-            self.shared.write(at, data);
+        let features = self.context.as_ref().map_or(0, |context| context.features);
+        let Ok(at) = usize::try_from(offset) else {
+            return;
+        };
+        if !self.kind().writable(features, at, data) {
+            return;
         }
+        if !self.kind().asks() {
+            return self.shared.write(at, data);
+        }
+        let (reply, answer) = sync_channel(1);
+        // Places that are written are below 4 GiB.
+        self.order(Command::Write(at as u32, data.to_vec(), reply));
+        // A daemon that is slower is not waited for; it gets it all the same.
+        let _ = answer.recv_timeout(ACCESS);
     }
 
     fn activate(&mut self, context: DeviceContext) -> Result<(), ActivateError> {
-        if self.negotiated.is_some() {
+        if self.context.is_some() {
             return Err(ActivateError::Driver("the device is active already"));
         }
-        self.negotiated = Some(context.features);
+        self.context = Some(context.clone());
+        self.kind().attach(&context, self.shared.wake.event());
         let peer = &self.shared.peer;
         let first = peer.kind.first_write(&peer.known(), context.features);
         if let Some((at, bytes)) = first {
@@ -192,8 +234,17 @@ impl VirtioDevice for VhostUser {
     }
 
     fn start_queue(&mut self, queue: VirtQueue) -> Result<(), ActivateError> {
-        if self.negotiated.is_none() {
+        let Some(context) = &self.context else {
             return Err(ActivateError::Driver("a queue of a device that is not active"));
+        };
+        if self.kind().own_queue(context.features) == Some(queue.index()) {
+            if self.own.is_some() {
+                return Err(ActivateError::Driver("a queue that runs already"));
+            }
+            let served = self.kind().serve(&self.shared.id, queue, &context.sandbox);
+            let what = "the thread of a queue";
+            self.own = Some(served.map_err(|source| ActivateError::Host { what, source })?);
+            return Ok(());
         }
         match self.running.get_mut(usize::from(queue.index())) {
             Some(running @ false) => *running = true,
@@ -208,6 +259,10 @@ impl VirtioDevice for VhostUser {
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<VirtQueue> {
+        let features = self.context.as_ref()?.features;
+        if self.kind().own_queue(features) == Some(index) {
+            return self.own.take()?();
+        }
         let running = self.running.get_mut(usize::from(index))?;
         if !std::mem::replace(running, false) {
             return None;
@@ -220,8 +275,10 @@ impl VirtioDevice for VhostUser {
     }
 
     fn reset(&mut self) {
-        if self.negotiated.take().is_some() {
+        self.own.take().map(|stop| stop());
+        if self.context.take().is_some() {
             self.urgent(Command::Reset);
+            self.kind().detach();
         }
         self.shared.written().clear();
     }
@@ -229,6 +286,8 @@ impl VirtioDevice for VhostUser {
 
 impl Drop for VhostUser {
     fn drop(&mut self) {
+        self.own.take().map(|stop| stop());
+        self.kind().detach();
         self.shared.wake.hurry();
         self.shared.wake.ring();
         if let Some(worker) = self.worker.take() {

@@ -81,6 +81,8 @@ impl Request {
             Self::SET_PROTOCOL_FEATURES => "SET_PROTOCOL_FEATURES",
             Self::GET_QUEUE_NUM => "GET_QUEUE_NUM",
             Self::SET_VRING_ENABLE => "SET_VRING_ENABLE",
+            Self::SEND_RARP => "SEND_RARP",
+            Self::NET_SET_MTU => "NET_SET_MTU",
             Self::SET_BACKEND_REQ_FD => "SET_BACKEND_REQ_FD",
             Self::GET_CONFIG => "GET_CONFIG",
             Self::SET_CONFIG => "SET_CONFIG",

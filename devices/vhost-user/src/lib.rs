@@ -45,7 +45,7 @@ mod tests;
 pub use device::{VhostUser, VhostUserHandle};
 pub use endpoint::{Door, Endpoint};
 pub use error::LinkError;
-pub use kind::{DaemonBlock, Kind, Offer};
+pub use kind::{DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, Done, Kind, NetOptions, Offer, Own, Setting};
 pub use pages::{LOG_PAGE, PageLog};
 pub use peer::{Peer, PeerError, PeerOptions};
 pub use status::{DataPath, LinkState, LinkStatus, OnDisconnect};

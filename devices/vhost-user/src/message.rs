@@ -35,6 +35,8 @@ pub(crate) enum Request {
     SET_PROTOCOL_FEATURES = 16,
     GET_QUEUE_NUM = 17,
     SET_VRING_ENABLE = 18,
+    SEND_RARP = 19,
+    NET_SET_MTU = 20,
     SET_BACKEND_REQ_FD = 21,
     GET_CONFIG = 24,
     SET_CONFIG = 25,
@@ -60,13 +62,16 @@ pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) mod protocol {
     pub(crate) const MQ: u64 = 1 << 0;
     pub(crate) const LOG_SHMFD: u64 = 1 << 1;
+    pub(crate) const RARP: u64 = 1 << 2;
     pub(crate) const REPLY_ACK: u64 = 1 << 3;
+    pub(crate) const NET_MTU: u64 = 1 << 4;
     pub(crate) const BACKEND_REQ: u64 = 1 << 5;
     pub(crate) const CONFIG: u64 = 1 << 9;
     pub(crate) const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub(crate) const RESET_DEVICE: u64 = 1 << 13;
     pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(crate) const STATUS: u64 = 1 << 16;
+    /// Those that are of use to all devices.
     pub(crate) const ALL: u64 = MQ
         | LOG_SHMFD
         | REPLY_ACK

@@ -95,6 +95,7 @@ impl Peer {
         }
         let gone = || Err(LinkError::Silent("the first questions"));
         let session = worker.stop().flatten().unwrap_or_else(gone).map_err(PeerError::Link)?;
+        kind.adopt(&session.offer);
         Ok(Arc::new(Self {
             options,
             kind,

@@ -6,6 +6,7 @@
 //! alone would not tell: completions come in any order, and both rings forget what is older than their size.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use triarch_device_core::Event;
 use triarch_virtio::{Chain, QueueStateV1, RingFault, VirtQueue};
@@ -13,7 +14,7 @@ use vm_memory::GuestMemoryError;
 
 use crate::LinkError;
 use crate::inflight::RecordError;
-use crate::kind::Kind;
+use crate::kind::{Done, Kind};
 use crate::session::Ring;
 use crate::shadow::{Shadow, ShadowRing};
 
@@ -23,8 +24,12 @@ struct Pending {
     head: u16,
     /// Counts requests as they came.
     number: u64,
+    /// Bytes a daemon can read.
+    readable: u32,
     /// Bytes a daemon can have written.
     room: u32,
+    /// Where those begin (GPA), if there are any.
+    at: u64,
 }
 
 impl Pending {
@@ -32,7 +37,9 @@ impl Pending {
         Self {
             head: chain.head(),
             number,
+            readable: chain.readable_len(),
             room: chain.writable_len(),
+            at: chain.writable().first().map_or(0, |segment| segment.addr.0),
         }
     }
 }
@@ -55,11 +62,12 @@ pub(crate) struct Relay {
     count: u16,
     next: u64,
     far: Option<Far>,
+    kind: Arc<dyn Kind>,
 }
 
 impl Relay {
     /// Takes over a queue. `parked` are the requests that had no answer when the same queue was stopped.
-    pub(crate) fn new(queue: VirtQueue, parked: Option<Parked>) -> Self {
+    pub(crate) fn new(kind: Arc<dyn Kind>, queue: VirtQueue, parked: Option<Parked>) -> Self {
         let state = queue.state();
         let open = state.next_avail.wrapping_sub(state.next_used);
         let mut relay = Self {
@@ -68,6 +76,7 @@ impl Relay {
             count: 0,
             next: 0,
             far: None,
+            kind,
         };
         // A queue that was reset meanwhile begins anew, without anything open.
         let parked = parked.filter(|Parked(list)| list.len() == usize::from(open));
@@ -79,7 +88,7 @@ impl Relay {
 
     /// Takes over a queue from daemons that worked on its rings, with the heads of the requests they had no answer for, in order. If those
     /// are not known, or its driver broke them, nobody can go on with it.
-    pub(crate) fn adopt(mut queue: VirtQueue, heads: Result<Vec<u16>, RecordError>) -> Self {
+    pub(crate) fn adopt(kind: Arc<dyn Kind>, mut queue: VirtQueue, heads: Result<Vec<u16>, RecordError>) -> Self {
         let heads = heads.unwrap_or_else(|error| {
             queue.give_up(&error);
             Vec::new()
@@ -95,7 +104,7 @@ impl Relay {
             ..state
         });
         let requests = chains.iter().map(|chain| Pending::of(chain, 0)).collect();
-        Self::new(queue, Some(Parked(requests)))
+        Self::new(kind, queue, Some(Parked(requests)))
     }
 
     /// Gives the queue back, with the heads of the requests that have no answer, in order.
@@ -263,14 +272,24 @@ impl Relay {
             return Err(LinkError::Nonsense(text));
         };
         self.count -= 1;
-        done.push((request.head, written.min(request.room)));
+        let written = written.min(request.room);
+        let seen = Done {
+            readable: request.readable,
+            writable: request.at,
+            written,
+        };
+        self.kind.done(self.queue.index(), &seen, &self.queue.memory());
+        done.push((request.head, written));
         Ok(())
     }
 
     /// Answers what there is in the daemon's place, as its kind fails requests. A driver that goes on and on is served again later.
-    pub(crate) fn fail(&mut self, kind: &dyn Kind) {
+    pub(crate) fn fail(&mut self) {
+        if !self.kind.answers(self.queue.index()) {
+            return;
+        }
         for request in self.in_order() {
-            self.refuse(kind, request);
+            self.refuse(request);
         }
         self.queue.disarm();
         let mut left = self.queue.size();
@@ -279,7 +298,7 @@ impl Relay {
                 Some(chain) => {
                     let request = Pending::of(&chain, 0);
                     if self.keep(request) {
-                        self.refuse(kind, request);
+                        self.refuse(request);
                     }
                     left -= 1;
                 }
@@ -295,15 +314,12 @@ impl Relay {
         self.queue.signal();
     }
 
-    fn refuse(&mut self, kind: &dyn Kind, request: Pending) {
+    fn refuse(&mut self, request: Pending) {
         let memory = self.queue.memory();
         // A chain that its driver broke meanwhile has nobody to hear of it.
         let written = match self.queue.chain(request.head) {
-            Ok(chain) => kind.refuse(self.queue.index(), &chain, &memory),
-            Err(_) => Some(0),
-        };
-        let Some(written) = written else {
-            return;
+            Ok(chain) => self.kind.refuse(self.queue.index(), &chain, &memory),
+            Err(_) => 0,
         };
         if let Some(slot) = self.pending.get_mut(usize::from(request.head)) {
             *slot = None;

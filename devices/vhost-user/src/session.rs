@@ -8,7 +8,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::connection::{Connection, Wake};
 use crate::inflight::Inflight;
-use crate::kind::{Kind, Offer};
+use crate::kind::{Kind, Offer, Setting};
 use crate::message::{
     self, CONFIG_HEAD, LOG_ALL, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol,
 };
@@ -73,6 +73,8 @@ pub(crate) struct Session {
     pub(crate) offer: Offer,
     /// Bytes of the configuration space that are asked for.
     config_length: usize,
+    /// Of the rings it has: whether it was told to work on them.
+    enabled: Vec<Option<bool>>,
 }
 
 impl Session {
@@ -92,6 +94,7 @@ impl Session {
             direct: false,
             offer,
             config_length: terms.kind.config_length(),
+            enabled: vec![None; terms.kind.queue_sizes().len()],
         };
         session.features = session.ask(Request::GET_FEATURES, wake)?;
         let mut offered = 0;
@@ -106,13 +109,13 @@ impl Session {
         }
         if session.features & PROTOCOL_FEATURES != 0 {
             let mut unused = 0;
-            if session.config_length == 0 {
+            if session.config_length == 0 && !terms.kind.asks() {
                 unused |= protocol::CONFIG;
             }
             if !session.direct || !terms.kind.needs_record() {
                 unused |= protocol::INFLIGHT_SHMFD;
             }
-            let chosen = offered & protocol::ALL & !unused;
+            let chosen = offered & (protocol::ALL | terms.kind.protocol()) & !unused;
             let payload = message::numbers(&[chosen]);
             session
                 .connection
@@ -124,7 +127,7 @@ impl Session {
             session.offer.queues = session.ask(Request::GET_QUEUE_NUM, wake)?;
         }
         if session.has(protocol::CONFIG) {
-            session.offer.config = session.read_config(wake)?;
+            session.refresh(wake)?;
             if session.has(protocol::BACKEND_REQ) {
                 let theirs = session.connection.open_back_channel()?;
                 session.tell(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()], wake)?;
@@ -167,15 +170,21 @@ impl Session {
         }
     }
 
-    /// Reads the configuration space.
-    fn read_config(&self, wake: &Wake) -> Result<Vec<u8>, LinkError> {
-        let question = message::config(0, &vec![0; self.config_length]);
+    /// Reads `length` bytes at `at` of the configuration space; none if the daemon has none there.
+    pub(crate) fn read_config(&self, at: u32, length: usize, wake: &Wake) -> Result<Vec<u8>, LinkError> {
+        if !self.has(protocol::CONFIG) || length == 0 {
+            return Ok(Vec::new());
+        }
+        let question = message::config(at, &vec![0; length]);
         self.connection.send(Request::GET_CONFIG, 0, &question, &[], wake)?;
         let mut answer = self.connection.receive(Request::GET_CONFIG, wake)?;
+        if answer.is_empty() {
+            // So daemons say that they cannot.
+            return Ok(answer);
+        }
         if answer.len() != question.len() || answer[..CONFIG_HEAD] != question[..CONFIG_HEAD] {
             return Err(LinkError::Nonsense(format!(
-                "asked for {} bytes of its configuration space it answered {} bytes",
-                self.config_length,
+                "asked for {length} bytes of its configuration space it answered {} bytes",
                 answer.len().saturating_sub(CONFIG_HEAD)
             )));
         }
@@ -184,10 +193,16 @@ impl Session {
 
     /// Reads the configuration space again.
     pub(crate) fn refresh(&mut self, wake: &Wake) -> Result<(), LinkError> {
-        if self.has(protocol::CONFIG) {
-            self.offer.config = self.read_config(wake)?;
-        }
+        self.offer.config = self.read_config(0, self.config_length, wake)?;
         Ok(())
+    }
+
+    /// Writes `data` at `at` of the configuration space, if the daemon has one.
+    pub(crate) fn set_config(&self, at: u32, data: &[u8], wake: &Wake) -> Result<(), LinkError> {
+        match self.has(protocol::CONFIG) {
+            true => self.tell(Request::SET_CONFIG, &message::config(at, data), &[], wake),
+            false => Ok(()),
+        }
     }
 
     /// Writes `byte` at `at` of the configuration space, if it is another one there.
@@ -195,7 +210,7 @@ impl Session {
         if self.offer.config.get(at).is_none_or(|now| *now == byte) {
             return Ok(());
         }
-        self.tell(Request::SET_CONFIG, &message::config(at as u32, &[byte]), &[], wake)?;
+        self.set_config(at as u32, &[byte], wake)?;
         if let Some(now) = self.offer.config.get_mut(at) {
             *now = byte;
         }
@@ -255,8 +270,25 @@ impl Session {
         Ok(())
     }
 
-    /// Hands a ring to the daemon.
-    pub(crate) fn start(&self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
+    /// Tells the daemon these numbers, as far as it understands them.
+    pub(crate) fn set(&self, settings: Vec<Setting>, wake: &Wake) -> Result<(), LinkError> {
+        let understood = settings.into_iter().filter(|setting| self.has(setting.needs));
+        let mut told = understood.map(|s| self.tell(s.request, &message::numbers(&[s.value]), &[], wake));
+        told.try_for_each(|done| done)
+    }
+
+    /// Lets the daemon work on ring `index`, or not.
+    pub(crate) fn enable(&mut self, index: u16, on: bool, wake: &Wake) -> Result<(), LinkError> {
+        match self.enabled.get_mut(usize::from(index)) {
+            Some(Some(now)) if *now != on => *now = on,
+            _ => return Ok(()),
+        }
+        let state = message::ring_state(index, on.into());
+        self.tell(Request::SET_VRING_ENABLE, &state, &[], wake)
+    }
+
+    /// Hands a ring to the daemon. It works on it once that is enabled.
+    pub(crate) fn start(&mut self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
         let Ring { index, size, .. } = *ring;
         let number = |n: u32| message::ring_state(index, n);
         let which = message::numbers(&[u64::from(index)]);
@@ -265,7 +297,10 @@ impl Session {
         self.tell(Request::SET_VRING_BASE, &number(ring.base.into()), &[], wake)?;
         self.set_call(index, ring.call, wake)?;
         self.tell(Request::SET_VRING_KICK, &which, &[ring.kick], wake)?;
-        self.tell(Request::SET_VRING_ENABLE, &number(1), &[], wake)
+        if let Some(enabled) = self.enabled.get_mut(usize::from(index)) {
+            *enabled = Some(false);
+        }
+        Ok(())
     }
 
     /// Tells where a ring is, and whether writes to it are logged.
@@ -301,7 +336,10 @@ impl Session {
     }
 
     /// Takes a ring back. Returns how many entries of its available ring the daemon has taken, modulo 2^16.
-    pub(crate) fn stop(&self, index: u16, wake: &Wake) -> Result<u16, LinkError> {
+    pub(crate) fn stop(&mut self, index: u16, wake: &Wake) -> Result<u16, LinkError> {
+        if let Some(enabled) = self.enabled.get_mut(usize::from(index)) {
+            *enabled = None;
+        }
         let request = Request::GET_VRING_BASE;
         self.connection
             .send(request, 0, &message::ring_state(index, 0), &[], wake)?;

@@ -52,6 +52,21 @@ pub enum DeviceId {
 }
 
 impl DeviceId {
+    /// The type with this number.
+    pub const fn from_number(number: u16) -> Self {
+        match number {
+            1 => Self::Net,
+            2 => Self::Block,
+            3 => Self::Console,
+            4 => Self::Rng,
+            5 => Self::Balloon,
+            19 => Self::Vsock,
+            24 => Self::Mem,
+            26 => Self::Fs,
+            other => Self::Other(other),
+        }
+    }
+
     /// The type's number.
     pub const fn number(self) -> u16 {
         match self {

@@ -56,6 +56,12 @@ struct Args {
     /// [tap=NAME|fd=[N,...]][,mac=MAC][,ip=IP,mask=MASK][,mtu=N][,num_queues=N][,queue_size=N][,id=ID]
     #[arg(long, value_name = "NET", num_args = 1.., action = ArgAction::Append)]
     net: Vec<String>,
+    /// tag=NAME,socket=PATH[,num_queues=N][,queue_size=N][,on_disconnect=error-after=SECONDS][,id=ID]
+    #[arg(long, value_name = "FS", num_args = 1.., action = ArgAction::Append)]
+    fs: Vec<String>,
+    /// device_type=TYPE,socket=PATH,queue_sizes=[N,...][,id=ID]
+    #[arg(long, value_name = "DEVICE", num_args = 1.., action = ArgAction::Append)]
+    generic_vhost_user: Vec<String>,
     /// cid=N,socket=PATH
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<String>,
@@ -321,6 +327,8 @@ fn describes(args: &Args) -> Option<&'static str> {
         ("--memory", args.memory.is_some()),
         ("--disk", !args.disk.is_empty()),
         ("--net", !args.net.is_empty()),
+        ("--fs", !args.fs.is_empty()),
+        ("--generic-vhost-user", !args.generic_vhost_user.is_empty()),
         ("--vsock", args.vsock.is_some()),
         ("--rng", args.rng.is_some()),
         ("--serial", args.serial.is_some()),
@@ -368,10 +376,6 @@ fn audit_log(text: &str) -> anyhow::Result<AuditLog> {
 }
 
 fn config(args: Args) -> anyhow::Result<VmConfig> {
-    let list = |items: Vec<_>| if items.is_empty() { None } else { Some(items) };
-    let disks: Result<Vec<_>, _> = args.disk.iter().map(|d| flags::disk(d)).collect();
-    let nets: Result<Vec<_>, _> = args.net.iter().map(|n| flags::net(n)).collect();
-    let net = nets?;
     let serial = match &args.serial {
         Some(text) => flags::console("--serial", text)?,
         None => ConsoleConfig::default(),
@@ -385,8 +389,10 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
             initramfs: args.initramfs,
             firmware: args.firmware,
         }),
-        disks: list(disks?),
-        net: if net.is_empty() { None } else { Some(net) },
+        disks: list(&args.disk, flags::disk)?,
+        net: list(&args.net, flags::net)?,
+        fs: list(&args.fs, flags::fs)?,
+        generic_vhost_user: list(&args.generic_vhost_user, flags::generic_vhost_user)?,
         rng: parsed(&args.rng, flags::rng)?.unwrap_or_else(RngConfig::default),
         console: console(args.console.as_deref(), &serial)?,
         serial,
@@ -394,6 +400,12 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
         vsock: parsed(&args.vsock, flags::vsock)?,
         platform: parsed(&args.platform, flags::platform)?,
     })
+}
+
+/// A flag that can be given several times.
+fn list<T>(texts: &[String], parse: fn(&str) -> Result<T, FlagError>) -> Result<Option<Vec<T>>, FlagError> {
+    let items: Vec<T> = texts.iter().map(|text| parse(text)).collect::<Result<_, _>>()?;
+    Ok(Some(items).filter(|items| !items.is_empty()))
 }
 
 fn parsed<T>(text: &Option<String>, parse: fn(&str) -> Result<T, FlagError>) -> Result<Option<T>, FlagError> {
@@ -485,8 +497,8 @@ mod tests {
     fn unknown_flags_are_told_from_lacking_ones() {
         assert!(error(&["--kernel", "k", "--bogus"]).contains("unexpected argument '--bogus'"));
         assert!(error(&["--kernel", "k", "--watchdog", "--bogus"]).contains("'--watchdog'"));
-        let text = error(&["--kernel", "k", "--fs", "tag=a,socket=b"]);
-        assert_eq!(text, "--fs is not supported by this version; leave it out");
+        let text = error(&["--kernel", "k", "--pmem", "file=a"]);
+        assert_eq!(text, "--pmem is not supported by this version; leave it out");
         let cli = parse(&["--balloon", "size=0", "--kernel", "k", "--disk", "path=d"]).expect("nothing asked for");
         assert_eq!(cli.vm.expect("a VM").config.disks.expect("disks").len(), 1);
     }

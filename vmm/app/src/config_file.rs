@@ -68,8 +68,8 @@ mod tests {
             error(b"{\n,")
         );
         assert!(error(b"{\n,").contains("line 2"));
-        let text = error(br#"{"fs": [{"tag": "a"}]}"#);
-        assert_eq!(text, "vm.json: this version does not support fs; leave it out");
+        let text = error(br#"{"pmem": [{"file": "a"}]}"#);
+        assert_eq!(text, "vm.json: this version does not support pmem; leave it out");
         assert!(error(&vec![b' '; LONGEST as usize + 1]).contains("more than 524288 bytes"));
         let text = format!("{:#}", read(Path::new("/nonexistent/vm.json")).expect_err("no file"));
         assert!(

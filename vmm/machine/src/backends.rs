@@ -23,9 +23,13 @@ use crate::{MachineError, vhost};
 /// One of each for every device of the configuration, in its order.
 pub(crate) struct Backends {
     pub(crate) disks: Vec<DiskEnd>,
-    pub(crate) taps: Vec<Arc<Tap>>,
-    /// What went through each of the taps.
+    pub(crate) nets: Vec<NetEnd>,
+    /// What went through each of the interfaces.
     pub(crate) net_counters: Vec<NetCounters>,
+    /// The daemons of file systems.
+    pub(crate) fs: Vec<Arc<Peer>>,
+    /// Those of other devices.
+    pub(crate) generic: Vec<Arc<Peer>>,
     /// Daemons of our own, which end after everything above has let go of them.
     _daemons: Vec<Started>,
 }
@@ -34,6 +38,14 @@ pub(crate) struct Backends {
 pub(crate) enum DiskEnd {
     /// This process, from a file or block device.
     File(Arc<Disk>),
+    /// A daemon.
+    Daemon(Arc<Peer>),
+}
+
+/// What serves a network interface.
+pub(crate) enum NetEnd {
+    /// This process, from a tap.
+    Tap(Arc<Tap>),
     /// A daemon.
     Daemon(Arc<Peer>),
 }
@@ -60,19 +72,23 @@ impl Backends {
                 }
             })
             .collect();
-        let nets = config.net.iter().flatten();
-        let taps: Result<_, _> = nets
-            .map(|net| match net.id.as_ref().and_then(|id| handed.get(id)) {
-                Some(tap) => Ok(tap.clone()),
-                None => open_tap(net),
-            })
-            .collect();
-        let taps: Vec<Arc<Tap>> = taps?;
-        let counters = |tap: &Arc<Tap>| NetCounters::new(tap.queues().len());
+        let mut nets = Vec::new();
+        let mut net_counters = Vec::new();
+        for net in config.net.iter().flatten() {
+            let handed = net.id.as_ref().and_then(|id| handed.get(id));
+            let (end, counters) = open_net(net, handed, sandbox)?;
+            nets.push(end);
+            net_counters.push(counters);
+        }
+        let fs = config.fs.iter().flatten().map(|fs| vhost::open_fs(fs, sandbox));
+        let others = config.generic_vhost_user.iter().flatten();
+        let generic = others.map(|device| vhost::open_generic(device, sandbox));
         Ok(Self {
             disks: disks?,
-            net_counters: taps.iter().map(counters).collect(),
-            taps,
+            nets,
+            net_counters,
+            fs: fs.collect::<Result<_, _>>()?,
+            generic: generic.collect::<Result<_, _>>()?,
             _daemons: started,
         })
     }
@@ -146,6 +162,24 @@ fn foreign_format(path: &Path) -> Option<&'static str> {
     let footer = file.metadata().ok()?.len().checked_sub(512)?;
     file.read_exact_at(&mut end, footer).ok()?;
     (end == *b"conectix").then_some("VHD")
+}
+
+fn open_net(
+    config: &NetConfig,
+    handed: Option<&Arc<Tap>>,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<(NetEnd, NetCounters), MachineError> {
+    if config.vhost_user {
+        let counters = NetCounters::new(usize::from(config.num_queues / 2));
+        let peer = vhost::open_net(config, counters.clone(), sandbox)?;
+        return Ok((NetEnd::Daemon(peer), counters));
+    }
+    let tap = match handed {
+        Some(tap) => tap.clone(),
+        None => open_tap(config)?,
+    };
+    let counters = NetCounters::new(tap.queues().len());
+    Ok((NetEnd::Tap(tap), counters))
 }
 
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {

@@ -321,6 +321,8 @@ impl Controller {
             Request::ResizeDisk(target) => self.resize_disk(&target)?,
             Request::AddDisk(disk) => self.add_disk(*disk)?,
             Request::AddNet(net, fds) => self.add_net(*net, fds)?,
+            Request::AddFs(fs) => self.add_fs(fs)?,
+            Request::AddGenericVhostUser(device) => self.add_generic(device)?,
             Request::AddVsock(vsock) => self.add_vsock(vsock)?,
             Request::RemoveDevice(device) => self.remove_device(&device.id)?,
             Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),

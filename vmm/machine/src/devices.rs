@@ -12,7 +12,7 @@ use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_memory::GuestMemoryHandle;
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
-use triarch_vhost_user::VhostUserHandle;
+use triarch_vhost_user::{Peer, VhostUserHandle};
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
@@ -20,7 +20,7 @@ use triarch_virtio::{
     VirtioRng,
 };
 
-use crate::backends::{Backends, DiskEnd};
+use crate::backends::{Backends, DiskEnd, NetEnd};
 use crate::build::Report;
 use crate::consoles::Consoles;
 use crate::metrics::DeviceMeters;
@@ -76,11 +76,20 @@ impl Devices {
         for (disk, end) in config.disks.iter().flatten().zip(&backends.disks) {
             devices.add_disk(progress, total, disk, end)?;
         }
-        let taps = backends.taps.iter().zip(&backends.net_counters);
-        for (net, (tap, counters)) in config.net.iter().flatten().zip(taps) {
-            devices.add(progress, total, &net.id, |id| network(id, net, tap, counters))?;
+        let ends = backends.nets.iter().zip(&backends.net_counters);
+        for (net, (end, counters)) in config.net.iter().flatten().zip(ends) {
+            match end {
+                NetEnd::Tap(tap) => devices.add(progress, total, &net.id, |id| network(id, net, tap, counters))?,
+                NetEnd::Daemon(peer) => devices.add_served(progress, total, &net.id, peer)?,
+            }
             let id = net.id.clone().unwrap_or_default();
             devices.nics.push((id, counters.clone()));
+        }
+        for (fs, peer) in config.fs.iter().flatten().zip(&backends.fs) {
+            devices.add_served(progress, total, &fs.id, peer)?;
+        }
+        for (device, peer) in config.generic_vhost_user.iter().flatten().zip(&backends.generic) {
+            devices.add_served(progress, total, &device.id, peer)?;
         }
         devices.add(progress, total, &Some("_rng".into()), |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
@@ -112,23 +121,37 @@ impl Devices {
         end: &DiskEnd,
     ) -> Result<(), MachineError> {
         let (queues, size) = (disk.num_queues, disk.queue_size);
-        let (mut file, mut daemon) = (None, None);
+        let backend = match end {
+            DiskEnd::File(backend) => backend.clone(),
+            DiskEnd::Daemon(peer) => return self.add_served(progress, total, &disk.id, peer),
+        };
+        let mut handle = None;
+        self.add(progress, total, &disk.id, |id| {
+            let device = Block::new(id, backend, queues, size)?;
+            handle = Some((id.to_owned(), device.handle()));
+            Ok(Box::new(device))
+        })?;
+        self.disks.extend(handle);
+        Ok(())
+    }
+
+    /// Adds the device that the daemon `peer` serves.
+    fn add_served(
+        &mut self,
+        progress: Progress<'_>,
+        total: usize,
+        id: &Option<String>,
+        peer: &Arc<Peer>,
+    ) -> Result<(), MachineError> {
         let host = &self.host;
         let (sandbox, report, events) = (host.sandbox.clone(), host.report.clone(), host.events.clone());
-        self.add(progress, total, &disk.id, |id| match end {
-            DiskEnd::File(backend) => {
-                let device = Block::new(id, backend.clone(), queues, size)?;
-                file = Some((id.to_owned(), device.handle()));
-                Ok(Box::new(device))
-            }
-            DiskEnd::Daemon(peer) => {
-                let device = vhost::device(id, peer, &sandbox, &report, &events)?;
-                daemon = Some((id.to_owned(), device.handle()));
-                Ok(Box::new(device))
-            }
+        let mut handle = None;
+        self.add(progress, total, id, |id| {
+            let device = vhost::device(id, peer, &sandbox, &report, &events)?;
+            handle = Some((id.to_owned(), device.handle()));
+            Ok(Box::new(device))
         })?;
-        self.disks.extend(file);
-        self.daemons.extend(daemon);
+        self.daemons.extend(handle);
         Ok(())
     }
 
@@ -231,9 +254,10 @@ impl Devices {
 
 /// How many devices there will be.
 fn count(config: &VmConfig, consoles: &Consoles) -> usize {
-    let lists = config.disks.iter().flatten().count() + config.net.iter().flatten().count();
+    let own = config.disks.iter().flatten().count() + config.net.iter().flatten().count();
+    let served = config.fs.iter().flatten().count() + config.generic_vhost_user.iter().flatten().count();
     // The entropy device is always there.
-    lists + 1 + usize::from(consoles.console.is_some()) + usize::from(config.vsock.is_some())
+    own + served + 1 + usize::from(consoles.console.is_some()) + usize::from(config.vsock.is_some())
 }
 
 /// Makes what happens to the device called `id` an event.
@@ -255,13 +279,18 @@ fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>, counters: &NetCounters)
         mac: config.mac.map(|m| m.0).unwrap_or_default(),
         mtu: config.mtu,
         queue_size: config.queue_size,
-        offloads: OffloadGroups {
-            csum: config.offload_csum,
-            tso: config.offload_tso,
-            ufo: config.offload_ufo,
-        },
+        offloads: offloads(config),
     };
     Ok(Box::new(Net::counting(options, tap.clone(), counters.clone())?))
+}
+
+/// The offloads that an interface may have.
+pub(crate) fn offloads(config: &NetConfig) -> OffloadGroups {
+    OffloadGroups {
+        csum: config.offload_csum,
+        tso: config.offload_tso,
+        ufo: config.offload_ufo,
+    }
 }
 
 fn rng(id: &str, config: &RngConfig) -> Made<Box<dyn VirtioDevice>> {

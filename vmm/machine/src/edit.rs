@@ -3,7 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use triarch_api::{ApiError, DiskConfig, NetConfig, Resize, ResizeDisk, VmConfig, VsockConfig};
+use triarch_api::{
+    ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Resize, ResizeDisk, VmConfig, VsockConfig,
+};
 use triarch_net::Tap;
 
 use crate::backends::handed_tap;
@@ -82,6 +84,22 @@ impl Controller {
         Ok(())
     }
 
+    /// `vm.add-fs`.
+    pub(crate) fn add_fs(&mut self, fs: FsConfig) -> Result<(), ApiError> {
+        self.change(|config| {
+            config.fs.get_or_insert_default().push(fs);
+            Ok(())
+        })
+    }
+
+    /// `vm.add-generic-vhost-user`.
+    pub(crate) fn add_generic(&mut self, device: GenericVhostUserConfig) -> Result<(), ApiError> {
+        self.change(|config| {
+            config.generic_vhost_user.get_or_insert_default().push(device);
+            Ok(())
+        })
+    }
+
     /// `vm.add-vsock`.
     pub(crate) fn add_vsock(&mut self, vsock: VsockConfig) -> Result<(), ApiError> {
         self.change(|config| match config.vsock {
@@ -105,6 +123,12 @@ impl Controller {
             }
             if let Some(nets) = &mut config.net {
                 nets.retain(|net| other(&net.id));
+            }
+            if let Some(list) = &mut config.fs {
+                list.retain(|fs| other(&fs.id));
+            }
+            if let Some(list) = &mut config.generic_vhost_user {
+                list.retain(|device| other(&device.id));
             }
             config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
             match config.ids().count() == before {
@@ -132,6 +156,12 @@ impl Controller {
 
 /// The tap of a new network interface, which a client opened.
 fn check_tap(net: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, ApiError> {
+    if net.vhost_user {
+        return Err(ApiError::BadRequest(
+            "descriptors of a tap came with the request, and a daemon serves the interface; give one of them"
+                .to_owned(),
+        ));
+    }
     let (count, pairs) = (fds.len(), usize::from(net.num_queues / 2));
     if count != pairs {
         return Err(ApiError::BadRequest(format!(

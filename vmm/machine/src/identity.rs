@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 
 use triarch_api::{MacAddress, VmConfig};
 
@@ -27,9 +27,16 @@ pub(crate) fn complete(config: &mut VmConfig) -> Result<(), MachineError> {
     }
     for net in config.net.iter_mut().flatten() {
         name(&mut net.id, "net");
-        if net.mac.is_none() {
-            net.mac = Some(random_mac().map_err(MachineError::host("read /dev/urandom for a MAC address"))?);
+        // A daemon may know the address better.
+        if net.mac.is_none() && !net.vhost_user {
+            net.mac = Some(random_mac()?);
         }
+    }
+    for fs in config.fs.iter_mut().flatten() {
+        name(&mut fs.id, "fs");
+    }
+    for device in config.generic_vhost_user.iter_mut().flatten() {
+        name(&mut device.id, "generic_vhost_user");
     }
     if let Some(vsock) = &mut config.vsock {
         name(&mut vsock.id, "vsock");
@@ -37,9 +44,11 @@ pub(crate) fn complete(config: &mut VmConfig) -> Result<(), MachineError> {
     Ok(())
 }
 
-fn random_mac() -> io::Result<MacAddress> {
+/// An address for an interface that has none.
+pub(crate) fn random_mac() -> Result<MacAddress, MachineError> {
     let mut bytes = [0; 6];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(MachineError::host("read /dev/urandom for a MAC address"))?;
     bytes[0] = bytes[0] & 0xfc | LOCAL_UNICAST;
     Ok(MacAddress(bytes))
 }

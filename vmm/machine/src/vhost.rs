@@ -5,13 +5,17 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{DeviceLink, DiskConfig, LinkPath, LinkState};
+use triarch_api::{DeviceLink, DiskConfig, FsConfig, GenericVhostUserConfig, LinkPath, LinkState, NetConfig};
 use triarch_device_core::Sandbox;
 use triarch_vhost_user::{
-    self as vhost, DaemonBlock, DataPath, Kind, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser,
+    self as vhost, DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, DataPath, Kind, LinkStatus, NetOptions,
+    OnDisconnect, Peer, PeerOptions, VhostUser,
 };
+use triarch_virtio::net::NetCounters;
 
 use crate::build::Report;
+use crate::devices::offloads;
+use crate::identity::random_mac;
 use crate::{GuestEvent, MachineError};
 
 /// Finds the daemon of a disk at `socket`.
@@ -22,6 +26,45 @@ pub(crate) fn open_disk(
 ) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
     open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+}
+
+/// Finds the daemon of an interface, whose packets are counted in `counters`.
+pub(crate) fn open_net(
+    config: &NetConfig,
+    counters: NetCounters,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
+    let options = NetOptions {
+        pairs: config.num_queues / 2,
+        queue_size: config.queue_size,
+        mac: config.mac.map(|mac| mac.0),
+        fallback_mac: random_mac()?.0,
+        mtu: config.mtu,
+        offloads: offloads(config),
+    };
+    let kind = DaemonNet::new(options, counters);
+    let socket = config.vhost_socket.as_deref();
+    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+}
+
+/// Finds the daemon of a file system.
+pub(crate) fn open_fs(config: &FsConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
+    let kind = DaemonFs::new(&config.tag, config.num_queues, config.queue_size);
+    let socket = Some(config.socket.as_path());
+    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+}
+
+/// Finds the daemon of any other device.
+pub(crate) fn open_generic(
+    config: &GenericVhostUserConfig,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
+    // A valid one is below 64.
+    let id = u16::try_from(config.device_type).unwrap_or(u16::MAX);
+    let kind = DaemonGeneric::new(id, config.queue_sizes.clone());
+    let socket = Some(config.socket.as_path());
+    let stall = triarch_api::OnDisconnect::Stall;
+    open(&config.id, Arc::new(kind), socket, stall, sandbox)
 }
 
 fn open(

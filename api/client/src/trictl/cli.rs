@@ -84,6 +84,16 @@ pub(crate) enum Command {
     },
     /// Add a network interface
     AddNet(AddNet),
+    /// Add a file system that a daemon shares
+    AddFs {
+        /// tag=NAME,socket=PATH[,num_queues=N][,id=ID]..., as of the VMM's --fs
+        fs: String,
+    },
+    /// Add a device of any type that a daemon serves
+    AddGenericVhostUser {
+        /// device_type=TYPE,socket=PATH,queue_sizes=[N,...][,id=ID], as of the VMM's --generic-vhost-user
+        device: String,
+    },
     /// Add sockets between guest and host
     AddVsock {
         /// cid=N,socket=PATH[,id=ID], as of the VMM's --vsock

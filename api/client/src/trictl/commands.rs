@@ -55,6 +55,11 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         }
         Command::AddDisk { disk } => session.put_json(Operation::AddDisk, &value("add-disk", flags::disk(&disk))?),
         Command::AddNet(net) => session.add_net(net),
+        Command::AddFs { fs } => session.put_json(Operation::AddFs, &value("add-fs", flags::fs(&fs))?),
+        Command::AddGenericVhostUser { device } => {
+            let device = value("add-generic-vhost-user", flags::generic_vhost_user(&device))?;
+            session.put_json(Operation::AddGenericVhostUser, &device)
+        }
         Command::AddVsock { vsock } => {
             session.put_json(Operation::AddVsock, &value("add-vsock", flags::vsock(&vsock))?)
         }

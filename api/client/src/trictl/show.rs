@@ -129,6 +129,14 @@ fn devices(config: &VmConfig, tree: &DeviceTree) -> Table {
     for net in config.net.iter().flatten() {
         add(&net.id, "net", net_details(net));
     }
+    for fs in config.fs.iter().flatten() {
+        let queues = queues(fs.num_queues, fs.queue_size);
+        add(&fs.id, "fs", format!("tag {}, {}, {queues}", fs.tag, shown(&fs.socket)));
+    }
+    for device in config.generic_vhost_user.iter().flatten() {
+        let details = format!("type {}, {}", device.device_type, shown(&device.socket));
+        add(&device.id, "vhost-user", details);
+    }
     if let Some(vsock) = &config.vsock {
         add(
             &vsock.id,
@@ -174,7 +182,12 @@ fn disk_details(disk: &DiskConfig) -> String {
 }
 
 fn net_details(net: &NetConfig) -> String {
-    let mut parts = vec![net.tap.clone().unwrap_or_else(|| "tap of the client".to_owned())];
+    let place = match (&net.tap, &net.vhost_socket) {
+        (Some(tap), _) => tap.clone(),
+        (None, Some(socket)) => format!("daemon at {}", shown(socket)),
+        (None, None) => "tap of the client".to_owned(),
+    };
+    let mut parts = vec![place];
     parts.extend(net.mac.map(|mac| mac.to_string()));
     parts.extend(net.mtu.map(|mtu| format!("MTU {mtu}")));
     parts.push(queues(net.num_queues, net.queue_size));

@@ -75,13 +75,18 @@ impl Engine {
                 noted.map_err(record_failed)?;
             }
         }
-        let (Some(Lane::Direct(direct)), Link::Up { session, .. }) = (&mut self.lanes[index], &self.link) else {
+        let (Some(Lane::Direct(direct)), Link::Up { session, .. }) = (&mut self.lanes[index], &mut self.link) else {
             return Ok(());
         };
         let Some(ring) = direct.lend()? else {
             return Ok(());
         };
         session.start(&ring, &self.shared.wake)?;
+        session.enable(
+            index as u16,
+            self.shared.peer.kind.enabled(index as u16),
+            &self.shared.wake,
+        )?;
         direct.nudge();
         let own = direct.own_call().map(AsRawFd::as_raw_fd);
         self.watch_call(own, index)?;
@@ -96,7 +101,7 @@ impl Engine {
             session,
             way: Some(Way::Relay(shadow)),
             ..
-        } = &self.link
+        } = &mut self.link
         else {
             return Ok(());
         };
@@ -106,8 +111,15 @@ impl Engine {
         relay.connect(shadow)?;
         if let Some(ring) = relay.ring() {
             session.start(&ring, &self.shared.wake)?;
+            session.enable(
+                index as u16,
+                self.shared.peer.kind.enabled(index as u16),
+                &self.shared.wake,
+            )?;
         }
-        let (call, open) = (relay.call().map(AsRawFd::as_raw_fd), relay.open());
+        let answers = self.shared.peer.kind.answers(index as u16);
+        let open = if answers { relay.open() } else { 0 };
+        let call = relay.call().map(AsRawFd::as_raw_fd);
         self.watch_call(call, index)?;
         self.resubmitted(open.into());
         match self.lanes.get_mut(index) {
@@ -150,7 +162,7 @@ impl Engine {
             Some(record) => record.read(queue.index(), queue.size(), state.next_used),
             None => Ok(Vec::new()),
         };
-        let relay = Relay::adopt(queue, heads);
+        let relay = Relay::adopt(self.shared.peer.kind.clone(), queue, heads);
         *slot = Some(Lane::Relay(relay));
         self.watch_kick(index);
     }
@@ -170,12 +182,13 @@ impl Engine {
         let Some(slot) = self.lanes.get_mut(index) else {
             return;
         };
+        let kind = self.shared.peer.kind.clone();
         // A queue that was reset meanwhile begins anew.
         let same = |state: &QueueStateV1| *state == queue.state() && (state.next_avail, state.next_used) != (0, 0);
         *slot = Some(match pause {
             Some(Pause::Record(state)) if same(&state) => Lane::Direct(Direct::new(queue)),
-            Some(Pause::Requests(parked)) => Lane::Relay(Relay::new(queue, Some(parked))),
-            _ => Lane::Relay(Relay::new(queue, None)),
+            Some(Pause::Requests(parked)) => Lane::Relay(Relay::new(kind, queue, Some(parked))),
+            _ => Lane::Relay(Relay::new(kind, queue, None)),
         });
         if matches!(slot, Some(Lane::Relay(_))) {
             self.watch_kick(index);
@@ -237,7 +250,8 @@ impl Engine {
 
     /// Takes the rings of a queue from the daemon; how many requests it had taken in all.
     fn recall(&mut self, index: usize) -> Result<Option<u16>, LinkError> {
-        let (Some(Some(Lane::Direct(direct))), Link::Up { session, .. }) = (self.lanes.get(index), &self.link) else {
+        let (Some(Some(Lane::Direct(direct))), Link::Up { session, .. }) = (self.lanes.get(index), &mut self.link)
+        else {
             return Ok(None);
         };
         if !direct.is_lent() {
@@ -248,7 +262,7 @@ impl Engine {
 
     /// Waits until the daemon has answered all requests of a queue that are passed on to it, and takes the ring from it.
     fn drain(&mut self, index: usize) -> Result<(), LinkError> {
-        let Link::Up { session, .. } = &self.link else {
+        let Link::Up { session, .. } = &mut self.link else {
             return Ok(());
         };
         let Some(Some(Lane::Relay(relay))) = self.lanes.get_mut(index) else {
@@ -259,7 +273,7 @@ impl Engine {
         }
         let deadline = Instant::now() + DRAIN;
         relay.collect()?;
-        while relay.open() > 0 {
+        while relay.open() > 0 && self.shared.peer.kind.answers(index as u16) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(LinkError::Silent("the requests it had"));
@@ -281,7 +295,7 @@ impl Engine {
         };
         let _ = relay.queue().kick().read();
         if failing {
-            return relay.fail(&*self.shared.peer.kind);
+            return relay.fail();
         }
         let done = relay.forward();
         self.check(done);
@@ -307,10 +321,9 @@ impl Engine {
     /// Answers all requests in the daemon's place.
     pub(super) fn fail(&mut self) {
         (0..self.lanes.len()).for_each(|index| self.bring_home(index));
-        let kind = &*self.shared.peer.kind;
         for lane in self.lanes.iter_mut().flatten() {
             if let Lane::Relay(relay) = lane {
-                relay.fail(kind);
+                relay.fail();
             }
         }
     }

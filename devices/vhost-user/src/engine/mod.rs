@@ -44,6 +44,10 @@ pub(crate) enum Command {
     Log(bool, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
+    /// The driver reads so many bytes at this place of the configuration space.
+    Read(u32, usize, SyncSender<Vec<u8>>),
+    /// It writes there.
+    Write(u32, Vec<u8>, SyncSender<()>),
 }
 
 /// What an event is about, in the upper half of its number; the lower one has a queue's index.
@@ -188,6 +192,22 @@ impl Engine {
                 self.check(done);
             }
             Command::Start(queue) => self.start(*queue),
+            Command::Read(at, length, reply) => {
+                let read = |session: &Session| session.read_config(at, length, &self.shared.wake);
+                let (bytes, done) = match self.session().map_or(Ok(Vec::new()), read) {
+                    Ok(bytes) => (bytes, Ok(())),
+                    Err(error) => (Vec::new(), Err(error)),
+                };
+                // Whoever asked may have gone on without it.
+                let _ = reply.send(bytes);
+                self.check(done);
+            }
+            Command::Write(at, data, reply) => {
+                let write = |session: &Session| session.set_config(at, &data, &self.shared.wake);
+                let done = self.session().map_or(Ok(()), write);
+                let _ = reply.send(());
+                self.check(done);
+            }
             Command::Stop(index, reply) => {
                 self.shared.wake.taken();
                 let queue = self.stop(usize::from(index));
@@ -256,6 +276,14 @@ impl Engine {
         Ok(())
     }
 
+    /// The connection, if there is one.
+    fn session(&self) -> Option<&Session> {
+        match &self.link {
+            Link::Up { session, .. } => Some(session),
+            Link::Down { .. } => None,
+        }
+    }
+
     /// Gives the connection up if something on it failed.
     fn check(&mut self, done: Result<(), LinkError>) {
         if let Err(error) = done {
@@ -271,6 +299,7 @@ impl Engine {
         let (kind, wake) = (&self.shared.peer.kind, &self.shared.wake);
         session.set_log(self.pages.as_deref(), wake)?;
         session.set_features(context.features, wake)?;
+        session.set(kind.settings(context.features), wake)?;
         if way.is_none() {
             let memory = context.memory.memory();
             *way = Some(if session.direct {
@@ -302,6 +331,11 @@ impl Engine {
         let mut done = written
             .into_iter()
             .try_for_each(|(at, byte)| session.write_config(at, byte, wake));
+        let kind = &self.shared.peer.kind;
+        let running = (0u16..).zip(&self.lanes).filter(|(_, lane)| lane.is_some());
+        for (index, _) in running {
+            done = done.and_then(|()| session.enable(index, kind.enabled(index), wake));
+        }
         if std::mem::take(&mut self.announce) {
             done = done.and_then(|()| session.set_status(true, wake));
         }
@@ -394,6 +428,11 @@ impl Engine {
         let again = std::mem::replace(&mut self.connected_before, true);
         if again {
             tracing::info!(device = %shared.id, "the daemon is back");
+            if self.context.is_some()
+                && let Some(session) = self.session()
+            {
+                session.set(peer.kind.returned(), &shared.wake)?;
+            }
         }
         self.publish(LinkState::Connected, None, again);
         self.changed();
@@ -426,7 +465,7 @@ impl Engine {
             return self.check(done);
         }
         let known = peer.known().clone();
-        let differs = self.shared.config(&session.offer) != self.shared.config(&known);
+        let differs = peer.kind.asks() || self.shared.config(&session.offer) != self.shared.config(&known);
         peer.known().config.clone_from(&session.offer.config);
         if differs && let Some(context) = &self.context {
             tracing::info!(device = %self.shared.id, "the daemon changed the {}", peer.kind.noun());
@@ -514,6 +553,7 @@ impl Engine {
             status.reconnects += u64::from(again);
             status.clone()
         };
+        self.shared.peer.kind.link(state);
         (self.shared.notify)(&now);
     }
 

@@ -145,17 +145,17 @@ impl Kind for DaemonBlock {
         at == WRITEBACK && matches!(data, [0 | 1]) && features & block_feature::CONFIG_WCE != 0
     }
 
-    fn refuse(&self, _queue: u16, request: &Chain, memory: &GuestMemory) -> Option<u32> {
+    fn refuse(&self, _queue: u16, request: &Chain, memory: &GuestMemory) -> u32 {
         let Some(before) = request.writable_len().checked_sub(1) else {
             // A request without room for a status has none to be told.
-            return Some(0);
+            return 0;
         };
         let mut end = request.writer(memory);
         // The queue checked that it is guest memory.
         let _ = end.take_segments(before);
         let _ = end.write_all(&[IO_ERROR]);
         // Only what was written without a gap counts (2.7.8.2).
-        Some(u32::from(before == 0))
+        u32::from(before == 0)
     }
 }
 

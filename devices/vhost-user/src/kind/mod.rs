@@ -2,13 +2,23 @@
 //! connections, rings and what happens without a daemon are the same for all.
 
 mod block;
+mod fs;
+mod generic;
+mod net;
+
+use std::io;
+use std::sync::Arc;
 
 pub use block::DaemonBlock;
+pub use fs::DaemonFs;
+pub use generic::DaemonGeneric;
+pub use net::{DaemonNet, NetOptions};
+use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
-use triarch_virtio::{Chain, DeviceId, feature};
+use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue, feature};
 
-use crate::LinkError;
-use crate::message::PROTOCOL_FEATURES;
+use crate::message::{PROTOCOL_FEATURES, Request};
+use crate::{LinkError, LinkState};
 
 /// Features of the rings.
 const RING_FEATURES: u64 = feature::INDIRECT_DESC | feature::EVENT_IDX | feature::RING_RESET;
@@ -32,6 +42,29 @@ impl Offer {
     }
 }
 
+/// A number that a daemon is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// The protocol feature that it must have for that.
+    pub(crate) needs: u64,
+    pub(crate) request: Request,
+    pub(crate) value: u64,
+}
+
+/// A request that a daemon completed.
+#[derive(Debug, Clone, Copy)]
+pub struct Done {
+    /// Bytes that the driver gave.
+    pub readable: u32,
+    /// Where the first byte is that could be written (GPA); 0 if there is none.
+    pub writable: u64,
+    /// Bytes that the daemon says it wrote, no more than it could.
+    pub written: u32,
+}
+
+/// A queue that the VMM serves itself: ends that, and gives the queue back.
+pub type Own = Box<dyn FnOnce() -> Option<VirtQueue> + Send>;
+
 /// A kind of device, and what the configuration of the VM asks of this one.
 ///
 /// Sentences that say why a daemon cannot be taken begin with "it", the daemon, or "its".
@@ -50,7 +83,12 @@ pub trait Kind: Send + Sync {
         self.queue_sizes().len() as u64
     }
 
-    /// How many bytes of its configuration space the daemon is asked for; 0 if the guest sees nothing of it.
+    /// Protocol features that are of use to it beside those that all devices have.
+    fn protocol(&self) -> u64 {
+        0
+    }
+
+    /// How many bytes of its configuration space a daemon is asked for beforehand; 0 for none.
     fn config_length(&self) -> usize;
 
     /// Whether such a device can be made of what a daemon offers; if not, why.
@@ -68,10 +106,68 @@ pub trait Kind: Send + Sync {
 
     /// What is written into the daemon's configuration space for a driver that agreed to `features`, before it writes to it itself: bytes
     /// and where they begin.
-    fn first_write(&self, known: &Offer, features: u64) -> Option<(usize, Vec<u8>)>;
+    fn first_write(&self, _known: &Offer, _features: u64) -> Option<(usize, Vec<u8>)> {
+        None
+    }
 
     /// Whether a driver that agreed to `features` may write `data` to byte `at` of the configuration space.
-    fn writable(&self, features: u64, at: usize, data: &[u8]) -> bool;
+    fn writable(&self, _features: u64, _at: usize, _data: &[u8]) -> bool {
+        false
+    }
+
+    /// Whether each access of the driver to the configuration space goes to the daemon, as nobody else knows what it means.
+    fn asks(&self) -> bool {
+        false
+    }
+
+    /// The device's first daemon offers this, and was taken.
+    fn adopt(&self, _offer: &Offer) {}
+
+    /// A driver came. Whoever has something new for a daemon rings `wake`.
+    fn attach(&self, _context: &DeviceContext, _wake: &Event) {}
+
+    /// The driver is gone.
+    fn detach(&self) {}
+
+    /// How the device stands with its daemon now.
+    fn link(&self, _state: LinkState) {}
+
+    /// Whether the daemon works on queue `queue`. It has its ring all the same.
+    fn enabled(&self, _queue: u16) -> bool {
+        true
+    }
+
+    /// What each daemon is told once the driver has agreed to `features`.
+    fn settings(&self, _features: u64) -> Vec<Setting> {
+        Vec::new()
+    }
+
+    /// A daemon took over from another one while a driver was there: what it is told beside that.
+    fn returned(&self) -> Vec<Setting> {
+        Vec::new()
+    }
+
+    /// Which queue the VMM serves itself for a driver that agreed to `features`. It comes behind those that the daemon serves; drivers may
+    /// know of fewer of these.
+    fn own_queue(&self, _features: u64) -> Option<u16> {
+        None
+    }
+
+    /// Descriptors of that queue.
+    fn own_queue_size(&self) -> Option<u16> {
+        None
+    }
+
+    /// Serves it, for the device called `id`.
+    fn serve(&self, _id: &str, _queue: VirtQueue, _sandbox: &Arc<dyn Sandbox>) -> io::Result<Own> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether requests of queue `queue` are answered by and by. If not, they are buffers that wait for what the daemon has to say: nobody
+    /// waits for them, and they never fail.
+    fn answers(&self, _queue: u16) -> bool {
+        true
+    }
 
     /// Whether a daemon that works on the guest's rings must keep a record of the requests it has. Where it need not, the used ring tells:
     /// daemons complete requests in the order in which they came, and one that is lost or done twice is no harm.
@@ -79,9 +175,11 @@ pub trait Kind: Send + Sync {
         true
     }
 
-    /// Answers a request of queue `queue` in the daemon's place, when there is none for too long: the number of bytes written. `None` if
-    /// it is no request that waits for an answer: it is kept.
-    fn refuse(&self, queue: u16, request: &Chain, memory: &GuestMemory) -> Option<u32>;
+    /// Answers a request of queue `queue` in the daemon's place, when there is none for too long: the number of bytes written.
+    fn refuse(&self, queue: u16, request: &Chain, memory: &GuestMemory) -> u32;
+
+    /// Takes note of a request of queue `queue` that a daemon completed.
+    fn done(&self, _queue: u16, _request: &Done, _memory: &GuestMemory) {}
 }
 
 /// Whether a device of this kind can be made of what a daemon offers; if not, why.

@@ -9,7 +9,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::features as f;
-use super::shared::{Shared, Status};
+use super::port::{NetPort, Status};
 use crate::{Chain, ChainReader, RingFault, VirtQueue};
 
 const OK: u8 = 0;
@@ -21,7 +21,7 @@ const VLAN_IDS: u16 = 4096;
 pub(super) struct Control {
     pub(super) name: String,
     pub(super) queue: VirtQueue,
-    pub(super) shared: Arc<Shared>,
+    pub(super) port: Arc<NetPort>,
 }
 
 impl Control {
@@ -91,7 +91,7 @@ impl Control {
     /// Does what the command says; `None` when it is malformed, was not negotiated or the host refuses.
     fn execute(&self, command: &mut ChainReader<'_>) -> Option<()> {
         let [class, code] = take(command)?;
-        let mut status = self.shared.status();
+        let mut status = self.port.status();
         let features = status.driver.as_ref()?.features;
         let has = |feature: u64| (features & feature != 0).then_some(());
         match (class, code) {
@@ -121,8 +121,8 @@ impl Control {
             (4, 0) => {
                 has(f::MQ)?;
                 let pairs = u16::from_le_bytes(take(command)?);
-                (1..=self.shared.pairs()).contains(&pairs).then_some(())?;
-                self.shared.use_pairs(pairs).ok()?;
+                (1..=self.port.pairs()).contains(&pairs).then_some(())?;
+                self.port.use_pairs(pairs).ok()?;
                 status.state.pairs = pairs;
                 Some(())
             }
@@ -130,7 +130,7 @@ impl Control {
                 has(f::CTRL_GUEST_OFFLOADS)?;
                 let offloads = u64::from_le_bytes(take(command)?);
                 (offloads & !f::guest_offloads(features) == 0).then_some(())?;
-                self.shared.use_offloads(offloads).ok()?;
+                self.port.use_offloads(offloads).ok()?;
                 status.state.offloads = offloads;
                 Some(())
             }

@@ -61,6 +61,17 @@ impl NetCounters {
         self.0.get(number)
     }
 
+    /// Counts what somebody else moved: packets and bytes of their frames, to the guest or from it, by one queue pair. One thread at a
+    /// time may count for a direction of a pair.
+    pub fn passed(&self, pair: usize, to_guest: bool, packets: u64, bytes: u64) {
+        let Some(pair) = self.pair(pair) else {
+            return;
+        };
+        let direction = if to_guest { &pair.rx } else { &pair.tx };
+        direction.packets.add(packets);
+        direction.bytes.add(bytes);
+    }
+
     /// What each pair counted.
     pub fn read(&self) -> Vec<NetStats> {
         let read = |pair: &Arc<Padded<PairCounters>>| NetStats {

@@ -2,35 +2,77 @@
 
 use triarch_net::Offloads;
 
-pub(super) const CSUM: u64 = 1 << 0;
-pub(super) const GUEST_CSUM: u64 = 1 << 1;
-pub(super) const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
-pub(super) const MTU: u64 = 1 << 3;
-pub(super) const MAC: u64 = 1 << 5;
-pub(super) const GUEST_TSO4: u64 = 1 << 7;
-pub(super) const GUEST_TSO6: u64 = 1 << 8;
-pub(super) const GUEST_ECN: u64 = 1 << 9;
-pub(super) const GUEST_UFO: u64 = 1 << 10;
-pub(super) const HOST_TSO4: u64 = 1 << 11;
-pub(super) const HOST_TSO6: u64 = 1 << 12;
-pub(super) const HOST_ECN: u64 = 1 << 13;
-pub(super) const HOST_UFO: u64 = 1 << 14;
-pub(super) const MRG_RXBUF: u64 = 1 << 15;
-pub(super) const STATUS: u64 = 1 << 16;
-pub(super) const CTRL_VQ: u64 = 1 << 17;
-pub(super) const CTRL_RX: u64 = 1 << 18;
-pub(super) const CTRL_VLAN: u64 = 1 << 19;
-pub(super) const CTRL_RX_EXTRA: u64 = 1 << 20;
-pub(super) const GUEST_ANNOUNCE: u64 = 1 << 21;
-pub(super) const MQ: u64 = 1 << 22;
-pub(super) const CTRL_MAC_ADDR: u64 = 1 << 23;
-pub(super) const GUEST_USO4: u64 = 1 << 54;
-pub(super) const GUEST_USO6: u64 = 1 << 55;
-pub(super) const HOST_USO: u64 = 1 << 56;
+/// The driver may leave checksums of packets it sends to the device.
+pub const CSUM: u64 = 1 << 0;
+/// The device may leave checksums of packets it gives to the driver.
+pub const GUEST_CSUM: u64 = 1 << 1;
+/// The driver can switch offloads towards it.
+pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+/// The device tells the largest packet.
+pub const MTU: u64 = 1 << 3;
+/// The device tells an address.
+pub const MAC: u64 = 1 << 5;
+/// The driver takes large TCP segments over IPv4.
+pub const GUEST_TSO4: u64 = 1 << 7;
+/// The driver takes large TCP segments over IPv6.
+pub const GUEST_TSO6: u64 = 1 << 8;
+/// The driver takes those with ECN.
+pub const GUEST_ECN: u64 = 1 << 9;
+/// The driver takes large UDP datagrams.
+pub const GUEST_UFO: u64 = 1 << 10;
+/// The device takes large TCP segments over IPv4.
+pub const HOST_TSO4: u64 = 1 << 11;
+/// The device takes large TCP segments over IPv6.
+pub const HOST_TSO6: u64 = 1 << 12;
+/// The device takes those with ECN.
+pub const HOST_ECN: u64 = 1 << 13;
+/// The device takes large UDP datagrams.
+pub const HOST_UFO: u64 = 1 << 14;
+/// A packet may fill several buffers of the driver.
+pub const MRG_RXBUF: u64 = 1 << 15;
+/// The device tells whether the link is up.
+pub const STATUS: u64 = 1 << 16;
+/// There is a control queue.
+pub const CTRL_VQ: u64 = 1 << 17;
+/// The driver can choose which packets it gets.
+pub const CTRL_RX: u64 = 1 << 18;
+/// The driver can choose VLANs.
+pub const CTRL_VLAN: u64 = 1 << 19;
+/// The driver can choose in more ways.
+pub const CTRL_RX_EXTRA: u64 = 1 << 20;
+/// The driver can announce its addresses when asked.
+pub const GUEST_ANNOUNCE: u64 = 1 << 21;
+/// There are several queue pairs.
+pub const MQ: u64 = 1 << 22;
+/// The driver can set the address.
+pub const CTRL_MAC_ADDR: u64 = 1 << 23;
+/// The driver takes UDP datagrams to be segmented over IPv4.
+pub const GUEST_USO4: u64 = 1 << 54;
+/// The driver takes UDP datagrams to be segmented over IPv6.
+pub const GUEST_USO6: u64 = 1 << 55;
+/// The device takes UDP datagrams to be segmented.
+pub const HOST_USO: u64 = 1 << 56;
 
+/// What needs nothing of whoever moves the packets.
+pub(super) const OURS: u64 =
+    MAC | STATUS | CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA | CTRL_MAC_ADDR | GUEST_ANNOUNCE;
+/// What whoever moves the packets must be able to do.
+pub const MOVER: u64 = CSUM
+    | GUEST_CSUM
+    | GUEST_TSO4
+    | GUEST_TSO6
+    | GUEST_ECN
+    | GUEST_UFO
+    | HOST_TSO4
+    | HOST_TSO6
+    | HOST_ECN
+    | HOST_UFO
+    | MRG_RXBUF
+    | GUEST_USO4
+    | GUEST_USO6
+    | HOST_USO;
 /// What every network device here offers.
-pub(super) const BASE: u64 =
-    MAC | MRG_RXBUF | STATUS | CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA | CTRL_MAC_ADDR | GUEST_ANNOUNCE;
+pub(super) const BASE: u64 = OURS | MRG_RXBUF;
 
 /// The features that are offloads towards the guest, with what the host calls them. Their bits name them in the control command
 /// too (virtio 1.2, 5.1.6.5.6.1).
@@ -64,6 +106,23 @@ pub struct OffloadGroups {
     pub tso: bool,
     /// Large UDP datagrams: fragmentation and segmentation.
     pub ufo: bool,
+}
+
+impl OffloadGroups {
+    /// The features that must not be offered because of a group that is switched off.
+    pub fn withheld(self) -> u64 {
+        let mut features = 0;
+        if !self.csum {
+            features |= MOVER & !MRG_RXBUF;
+        }
+        if !self.tso {
+            features |= GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
+        }
+        if !self.ufo {
+            features |= GUEST_UFO | HOST_UFO | GUEST_USO4 | GUEST_USO6 | HOST_USO;
+        }
+        features
+    }
 }
 
 impl Default for OffloadGroups {

@@ -6,9 +6,9 @@
 
 mod control;
 mod counters;
-mod features;
+pub mod features;
+mod port;
 mod rx;
-mod shared;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -22,19 +22,15 @@ use thiserror::Error;
 use triarch_device_core::Worker;
 use triarch_net::PacketBackend;
 
-use self::control::Control;
 pub use self::counters::{DirectionStats, NetCounters, NetStats};
 use self::features as f;
 pub use self::features::OffloadGroups;
+pub use self::port::{NetControl, NetHandle, NetPort, NetSide, NetStateV1, RxModeV1};
 use self::rx::Rx;
-use self::shared::{Driver, Shared, initial};
-pub use self::shared::{NetHandle, NetStateV1, RxModeV1};
 use self::tx::Tx;
 use self::worker::Pair;
 use crate::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, feature, read_config_bytes};
 
-/// Size of the control queue: drivers send one command at a time.
-const CONTROL_QUEUE_SIZE: u16 = 64;
 /// The smallest MTU a device may offer (virtio 1.2, 5.1.4.1).
 const MIN_MTU: u16 = 68;
 
@@ -72,11 +68,13 @@ pub struct Net {
     options: NetOptions,
     features: u64,
     queue_sizes: Vec<u16>,
-    shared: Arc<Shared>,
+    backend: Arc<dyn PacketBackend>,
+    port: Arc<NetPort>,
+    counters: NetCounters,
     context: Option<DeviceContext>,
     restored: Option<NetStateV1>,
     pairs: Vec<Option<Worker<Pair>>>,
-    control: Option<Worker<Control>>,
+    control: Option<NetControl>,
 }
 
 impl Net {
@@ -89,7 +87,7 @@ impl Net {
     pub fn counting(
         options: NetOptions,
         backend: Arc<dyn PacketBackend>,
-        counters: NetCounters,
+        mut counters: NetCounters,
     ) -> Result<Self, NetOptionsError> {
         let size = options.queue_size;
         if !size.is_power_of_two() || !(2..=32768).contains(&size) {
@@ -117,11 +115,17 @@ impl Net {
             features |= f::MQ;
         }
         let mut queue_sizes = vec![size; 2 * pairs];
-        queue_sizes.push(CONTROL_QUEUE_SIZE);
+        queue_sizes.push(NetPort::CONTROL_QUEUE_SIZE);
+        counters.extend_to(pairs);
+        let side = Box::new(Packets(backend.clone()));
+        // A tap has at most 256 queues.
+        let port = NetPort::new(side, options.mac, pairs as u16, mtu.unwrap_or(0));
         Ok(Self {
             features,
             queue_sizes,
-            shared: Arc::new(Shared::new(backend, counters, options.mac, mtu.unwrap_or(0))),
+            backend,
+            port: Arc::new(port),
+            counters,
             options,
             context: None,
             restored: None,
@@ -132,18 +136,16 @@ impl Net {
 
     /// A way to the device for when its transport has it.
     pub fn handle(&self) -> NetHandle {
-        NetHandle(self.shared.clone())
+        NetHandle {
+            port: self.port.clone(),
+            counters: self.counters.clone(),
+        }
     }
 
     /// Makes the next activation continue from `state` instead of from a device that was reset.
     pub fn restore(&mut self, state: NetStateV1) {
-        self.shared.status().state = state.clone();
+        self.port.status().state = state.clone();
         self.restored = Some(state);
-    }
-
-    /// Which queue the control queue is depends on whether the driver knows of the pairs in between (virtio 1.2, 5.1.2).
-    fn control_index(&self, features: u64) -> usize {
-        if features & f::MQ != 0 { 2 * self.pairs.len() } else { 2 }
     }
 
     fn start_pair_queue(&mut self, queue: VirtQueue, context: &DeviceContext) -> Result<(), ActivateError> {
@@ -151,8 +153,8 @@ impl Net {
         let number = index / 2;
         let (Some(worker), Some(host), Some(counters)) = (
             self.pairs.get_mut(number),
-            self.shared.backend.queues().get(number),
-            self.shared.counters.pair(number),
+            self.backend.queues().get(number),
+            self.counters.pair(number),
         ) else {
             return Err(ActivateError::Driver("it starts a queue the device does not have"));
         };
@@ -199,18 +201,40 @@ impl Net {
     /// Brings the host's side in line with the driver.
     fn apply(&mut self, features: u64) -> io::Result<()> {
         let offered = f::guest_offloads(features);
-        let most = if features & f::MQ != 0 { self.shared.pairs() } else { 1 };
+        let most = if features & f::MQ != 0 { self.port.pairs() } else { 1 };
         let (pairs, offloads) = match self.restored.take() {
             // What was saved elsewhere is not trusted to fit.
             Some(state) => (state.pairs.clamp(1, most), state.offloads & offered),
             None => (1, offered),
         };
-        self.shared.use_offloads(offloads)?;
-        self.shared.use_pairs(pairs)?;
-        let mut status = self.shared.status();
+        self.port.use_offloads(offloads)?;
+        self.port.use_pairs(pairs)?;
+        let mut status = self.port.status();
         status.state.pairs = pairs;
         status.state.offloads = offloads;
         Ok(())
+    }
+}
+
+/// What moves packets, as far as the driver steers it.
+struct Packets(Arc<dyn PacketBackend>);
+
+impl NetSide for Packets {
+    fn use_pairs(&self, pairs: u16) -> io::Result<()> {
+        let pairs = usize::from(pairs);
+        let all = 0..self.0.queues().len();
+        // Those coming into use first, so that there is one at any time.
+        for index in all.clone().filter(|i| *i < pairs) {
+            self.0.set_queue_active(index, true)?;
+        }
+        for index in all.filter(|i| *i >= pairs) {
+            self.0.set_queue_active(index, false)?;
+        }
+        Ok(())
+    }
+
+    fn use_offloads(&self, offloads: u64) -> io::Result<()> {
+        self.0.set_offloads(f::to_host(offloads))
     }
 }
 
@@ -239,7 +263,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.shared.config(), offset, data);
+        read_config_bytes(&self.port.config(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
@@ -254,10 +278,7 @@ impl VirtioDevice for Net {
             what: "the host's network interface",
             source,
         })?;
-        self.shared.status().driver = Some(Driver {
-            features: context.features,
-            interrupt: context.interrupt.clone(),
-        });
+        self.port.attach(context.features, context.interrupt.clone());
         self.context = Some(context);
         Ok(())
     }
@@ -266,42 +287,34 @@ impl VirtioDevice for Net {
         let Some(context) = self.context.clone() else {
             return Err(ActivateError::Driver("a queue starts before the device is active"));
         };
-        if usize::from(queue.index()) != self.control_index(context.features) {
+        if queue.index() != self.port.control_queue(context.features) {
             return self.start_pair_queue(queue, &context);
         }
         if self.control.is_some() {
             return Err(ActivateError::Driver("the control queue runs already"));
         }
-        let control = Control {
-            name: format!("{}_ctrl", self.options.id),
-            queue,
-            shared: self.shared.clone(),
-        };
-        self.control = Some(control.spawn(&context.sandbox).map_err(no_thread)?);
+        let name = format!("{}_ctrl", self.options.id);
+        let control = self.port.serve(name, queue, &context.sandbox);
+        self.control = Some(control.map_err(no_thread)?);
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<VirtQueue> {
         let features = self.context.as_ref()?.features;
-        if usize::from(index) == self.control_index(features) {
-            return self.control.take()?.stop().map(|control| control.queue);
+        if index == self.port.control_queue(features) {
+            return self.control.take()?.stop();
         }
         self.stop_pair_queue(usize::from(index))
     }
 
     fn reset(&mut self) {
-        self.control.take().map(Worker::stop);
+        self.control.take().map(NetControl::stop);
         for worker in &mut self.pairs {
             worker.take().map(Worker::stop);
         }
         self.context = None;
         self.restored = None;
-        let mut status = self.shared.status();
-        let link_up = status.state.link_up;
-        status.driver = None;
-        status.state = initial(self.options.mac);
-        // The cable stays where it was.
-        status.state.link_up = link_up;
+        self.port.detach(self.options.mac);
     }
 }
 

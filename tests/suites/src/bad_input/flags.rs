@@ -87,7 +87,7 @@ fn configuration_files(context: &Context) -> Result<Outcome> {
         (WRONG, r#"{"serial": {"mode": "Loud"}}"#, [": serial.mode: ", "Loud"]),
         (
             WRONG,
-            r#"{"fs": [{"tag": "a"}]}"#,
+            r#"{"pmem": [{"file": "a"}]}"#,
             ["does not support fs", "leave it out"],
         ),
         (WRONG, "{}", ["nothing to boot", "kernel"]),
