@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
 use thiserror::Error;
@@ -23,6 +24,8 @@ pub enum ControlError {
 pub struct Control {
     stopper: Stopper,
     thread: Option<JoinHandle<()>>,
+    /// The server comes back here: removing its socket takes more than its thread may do.
+    ended: Receiver<Server>,
 }
 
 impl Control {
@@ -35,6 +38,7 @@ impl Control {
         let mut server = Server::new(listener, service, Limits::default())?;
         let stopper = server.stopper();
         let confine = sandbox.clone();
+        let (give_back, ended) = sync_channel(1);
         let body = move || {
             if let Err(error) = confine.enter(ThreadClass::Http) {
                 tracing::error!("cannot confine the thread of the control socket: {error}");
@@ -43,6 +47,8 @@ impl Control {
             if let Err(error) = server.run() {
                 tracing::error!("the control socket is not served any more: {error}");
             }
+            // Nobody waits when the process ends without dropping this.
+            let _ = give_back.send(server);
         };
         let thread = sandbox
             .spawn("control".to_owned(), Box::new(body))
@@ -50,6 +56,7 @@ impl Control {
         Ok(Self {
             stopper,
             thread: Some(thread),
+            ended,
         })
     }
 }
@@ -57,6 +64,7 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.stopper.stop();
+        drop(self.ended.recv());
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
