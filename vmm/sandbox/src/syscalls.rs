@@ -245,6 +245,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(unix_sockets())
             .collect(),
         ThreadClass::BackEnd => base
+            .chain(unix_sockets())
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))
             .chain(calls(SHARED))

@@ -126,11 +126,6 @@ impl Served for PortDevice {
         protocol::COMMON | protocol::RARP | protocol::NET_MTU
     }
 
-    /// In pairs, as front ends of network devices count.
-    fn queue_number(&self) -> u64 {
-        self.sizes.len() as u64 / 2
-    }
-
     fn announce(&mut self, mac: [u8; 6]) {
         let valid = mac[0] & 1 == 0 && mac != [0; 6];
         self.tell(valid.then_some(mac));

@@ -1,7 +1,7 @@
 //! A vhost-user socket, and the thread that serves its front ends, one after the other.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -115,7 +115,7 @@ impl Server {
             self.counters.connections.fetch_add(1, Relaxed);
             self.say(&"a front end is connected");
             let mut session = Session::new(socket, &mut self.device, self.sandbox.clone());
-            let end = session.run(rustix::fd::AsFd::as_fd(&self.stop));
+            let end = session.run(self.stop.as_fd());
             drop(session);
             match end {
                 SessionError::Channel(ChannelError::Stopped) => return,

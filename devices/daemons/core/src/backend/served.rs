@@ -11,11 +11,6 @@ pub trait Served: VirtioDevice {
         protocol::COMMON
     }
 
-    /// The answer to GET_QUEUE_NUM: how many queues there are at most, in the unit that front ends of such devices count in.
-    fn queue_number(&self) -> u64 {
-        self.queue_sizes().len() as u64
-    }
-
     /// The guest with this hardware address is here now; the network should learn of it ([`protocol::RARP`]).
     fn announce(&mut self, _mac: [u8; 6]) {}
 }

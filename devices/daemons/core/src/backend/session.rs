@@ -224,7 +224,8 @@ impl<'a> Session<'a> {
                 }
                 self.protocol = wanted;
             }
-            GET_QUEUE_NUM => return Ok(self::number(self.device.queue_number())),
+            // Of network devices, some front ends take it for a number of pairs, and then refuse less than they need, not more.
+            GET_QUEUE_NUM => return Ok(self::number(self.rings.len() as u64)),
             SEND_RARP => {
                 let mac = ask.payload.first_chunk().ok_or_else(|| ask.short())?;
                 self.device.announce(*mac);

@@ -36,12 +36,15 @@ impl PlaneHandle {
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, MAILBOX);
         plane.epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), event)?;
         let confine = sandbox.clone();
+        // A descriptor that its last owner closes says nothing any more, not even what was said before.
+        let open = wake.clone();
         let body = move || {
             if let Err(error) = confine.enter(ThreadClass::Net) {
                 tracing::error!("cannot confine the switch: {error}");
                 std::process::abort();
             }
             run(&mut plane, &inbox);
+            drop(open);
         };
         let thread = sandbox.spawn("switch".to_owned(), Box::new(body))?;
         Ok((Self { errands, wake }, thread))
