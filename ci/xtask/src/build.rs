@@ -10,11 +10,12 @@ use crate::stdlib::{self, Library};
 use crate::{packages, payload, tools};
 
 /// The packages whose programs are shipped or put on hosts.
-const PACKAGES: [&str; 5] = [
+const PACKAGES: [&str; 6] = [
     "triarch",
     "triarch-blkd",
     "triarch-client",
     "triarch-guest-init",
+    "triarch-netd",
     "triarch-suites",
 ];
 
