@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
+use crate::{DataPath, FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -244,6 +244,9 @@ pub struct DiskConfig {
     /// What happens to requests while there is no daemon.
     #[serde(skip_serializing_if = "OnDisconnect::is_stall")]
     pub on_disconnect: OnDisconnect,
+    /// Who works on the guest's rings.
+    #[serde(skip_serializing_if = "DataPath::is_auto")]
+    pub datapath: DataPath,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -265,6 +268,7 @@ impl Default for DiskConfig {
             vhost_user: false,
             vhost_socket: None,
             on_disconnect: OnDisconnect::Stall,
+            datapath: DataPath::Auto,
             id: None,
         }
     }

@@ -7,6 +7,7 @@
 mod answer;
 pub mod audit;
 mod config;
+mod datapath;
 pub mod events;
 pub mod flags;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -29,6 +30,7 @@ pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskBackend, DiskConfig, HugePageSize,
     ImageType, MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
+pub use datapath::DataPath;
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{

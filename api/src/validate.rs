@@ -240,9 +240,9 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
             "{field}.vhost_socket needs {field}.vhost_user switched on"
         )));
     }
-    if !disk.on_disconnect.is_stall() && !disk.has_daemon() {
+    if !(disk.on_disconnect.is_stall() && disk.datapath.is_auto()) && !disk.has_daemon() {
         return Err(ConfigError::Conflict(format!(
-            "{field}.on_disconnect needs a daemon; give {field}.vhost_user or {field}.backend"
+            "{field}.on_disconnect and {field}.datapath need a daemon; give {field}.vhost_user or {field}.backend"
         )));
     }
     if disk.path.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {

@@ -126,6 +126,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "vhost_socket",
         "socket",
         "on_disconnect",
+        "datapath",
         "id",
     ];
     let elsewhere = ["iommu", "pci_segment", "sparse", "lock_granularity", "backing_files"];
@@ -141,6 +142,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.vhost_user, kv.switch("vhost_user")?);
     config.vhost_socket = served::socket(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
+    set(&mut config.datapath, kv.get("datapath")?);
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
@@ -324,6 +326,9 @@ mod tests {
         assert!(text(console("--serial", "ttyS0").expect_err("refused")).contains("file=PATH"));
         assert!(text(vsock("cid=3").expect_err("refused")).contains("socket=PATH"));
         assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));
+        let direct = disk("vhost_user=on,vhost_socket=s,datapath=direct").expect("disk");
+        assert_eq!(direct.datapath, crate::DataPath::Direct);
+        assert!(text(disk("datapath=fast").expect_err("refused")).contains("auto, direct or relay"));
         assert!(text(disk("on_disconnect=wait").expect_err("refused")).contains("error-after=SECONDS"));
         assert!(text(disk("path=x,image_type=qcow2").expect_err("refused")).contains("raw"));
     }

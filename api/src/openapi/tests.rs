@@ -282,6 +282,14 @@ fn texts_have_the_limits_that_the_server_has() {
             "/disks/0",
             json!({ "vhost_user": true, "vhost_socket": "s", "on_disconnect": "wait" }),
         ),
+        (
+            "/disks/0",
+            json!({ "vhost_user": true, "vhost_socket": "s", "datapath": "relay" }),
+        ),
+        (
+            "/disks/0",
+            json!({ "vhost_user": true, "vhost_socket": "s", "datapath": "Relay" }),
+        ),
         ("/disks/0", json!({ "vhost_user": true })),
         ("/disks/0", json!({})),
         ("/disks/0/id", json!("")),

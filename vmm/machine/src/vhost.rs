@@ -25,7 +25,15 @@ pub(crate) fn open_disk(
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
-    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+    let options = PeerOptions {
+        data_path: match config.datapath {
+            triarch_api::DataPath::Auto => DataPath::Auto,
+            triarch_api::DataPath::Direct => DataPath::Direct,
+            triarch_api::DataPath::Relay => DataPath::Relay,
+        },
+        ..peer(socket, config.on_disconnect)
+    };
+    open(&config.id, Arc::new(kind), options, sandbox)
 }
 
 /// Finds the daemon of an interface, whose packets are counted in `counters`.
@@ -43,15 +51,15 @@ pub(crate) fn open_net(
         offloads: offloads(config),
     };
     let kind = DaemonNet::new(options, counters);
-    let socket = config.vhost_socket.as_deref();
-    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+    let options = peer(config.vhost_socket.as_deref(), config.on_disconnect);
+    open(&config.id, Arc::new(kind), options, sandbox)
 }
 
 /// Finds the daemon of a file system.
 pub(crate) fn open_fs(config: &FsConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonFs::new(&config.tag, config.num_queues, config.queue_size);
-    let socket = Some(config.socket.as_path());
-    open(&config.id, Arc::new(kind), socket, config.on_disconnect, sandbox)
+    let options = peer(Some(&config.socket), config.on_disconnect);
+    open(&config.id, Arc::new(kind), options, sandbox)
 }
 
 /// Finds the daemon of any other device.
@@ -62,19 +70,12 @@ pub(crate) fn open_generic(
     // A valid one is below 64.
     let id = u16::try_from(config.device_type).unwrap_or(u16::MAX);
     let kind = DaemonGeneric::new(id, config.queue_sizes.clone());
-    let socket = Some(config.socket.as_path());
-    let stall = triarch_api::OnDisconnect::Stall;
-    open(&config.id, Arc::new(kind), socket, stall, sandbox)
+    let options = peer(Some(&config.socket), triarch_api::OnDisconnect::Stall);
+    open(&config.id, Arc::new(kind), options, sandbox)
 }
 
-fn open(
-    id: &Option<String>,
-    kind: Arc<dyn Kind>,
-    socket: Option<&Path>,
-    on_disconnect: triarch_api::OnDisconnect,
-    sandbox: &Arc<dyn Sandbox>,
-) -> Result<Arc<Peer>, MachineError> {
-    let options = PeerOptions {
+fn peer(socket: Option<&Path>, on_disconnect: triarch_api::OnDisconnect) -> PeerOptions {
+    PeerOptions {
         endpoint: socket.map(Path::to_owned).unwrap_or_default().into(),
         data_path: DataPath::Auto,
         on_disconnect: match on_disconnect {
@@ -83,7 +84,15 @@ fn open(
                 OnDisconnect::ErrorAfter(Duration::from_secs(seconds.into()))
             }
         },
-    };
+    }
+}
+
+fn open(
+    id: &Option<String>,
+    kind: Arc<dyn Kind>,
+    options: PeerOptions,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
     let name = id.as_deref().unwrap_or_default();
     Peer::open(name, options, kind, sandbox).map_err(|error| MachineError::device(id, error))
 }

@@ -40,6 +40,7 @@ pub const TESTS: &[Test] = &[
         blk_describes_the_daemons_disk::<OURS>,
     ),
     Test::payload("vhost::blkd::blk_grows_while_it_runs", blk_grows_while_it_runs::<OURS>),
+    Test::payload("vhost::blkd::the_data_path_can_be_chosen", data_path).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::limits_change_while_it_runs", limits_change).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::another_process_goes_on", hand_over).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::one_vm_has_a_disk", one_vm_has_a_disk).within(Duration::from_secs(20)),
@@ -269,6 +270,44 @@ fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
             whose.name()
         ))
     })
+}
+
+fn data_path(context: &Context) -> Result<Outcome> {
+    for (option, way) in [
+        ("", "direct"),
+        (",datapath=direct", "direct"),
+        (",datapath=relay", "relay"),
+    ] {
+        let outcome = with_daemon::<OURS>(context, 2, &format!(",num_queues=2{option}"), |rig| {
+            ensure!(rig.link()?["datapath"] == way, "{option}: {}", rig.link()?);
+            rig.guest.ask("blk 0 init queues=2")?;
+            for round in 0..4 {
+                rig.guest.send(&format!("blk 0 soak 2000 48 {round} 1000"))?;
+                thread::sleep(Duration::from_millis(5));
+                rig.daemon.kill();
+                rig.restart()?;
+                rig.guest.answer().with_context(|| format!("{option}: round {round}"))?;
+            }
+            let link = rig.wait_link("Connected")?;
+            ensure!(link["datapath"] == way, "{option}: {link}");
+            ensure!(link["resubmitted"].as_u64() > Some(0), "nothing was in flight: {link}");
+            Ok(())
+        })?;
+        if !matches!(outcome, Outcome::Passed) {
+            return Ok(outcome);
+        }
+    }
+    // QEMU's keeps no record, so it cannot be had that way.
+    let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
+    let Some(mut daemon) = Daemon::find(Program::Qemu, context, dir.path(), 1) else {
+        return Ok(Outcome::Skipped(storage::missing()));
+    };
+    let image = DiskImage::with(dir.path().join("disk"), &pattern(1, 0, SIZE as usize))?;
+    daemon.start(image.path())?;
+    let vm = builder(context)?.flag("--disk", daemon.flag(",datapath=direct"));
+    let ended = vm.start()?.expect_end(1)?;
+    ensure!(ended.stderr.contains("INFLIGHT_SHMFD"), "{}", ended.stderr);
+    Ok(Outcome::Passed)
 }
 
 fn stopped_daemon<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
