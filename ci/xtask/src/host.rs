@@ -96,6 +96,8 @@ pub struct Options {
     pub files: Vec<(String, u32, PathBuf)>,
     /// Whether its /dev/hvc0 is our terminal.
     pub terminal: bool,
+    /// Socket of a daemon that serves an emulated host a disk, /dev/vda, over vhost-user.
+    pub vhost_disk: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -107,6 +109,7 @@ impl Default for Options {
             kernel: Version::V6_1,
             files: Vec::new(),
             terminal: false,
+            vhost_disk: None,
         }
     }
 }
@@ -214,6 +217,7 @@ impl Host {
             cmdline: &format!("console={console} quiet panic=-1 triarch.agent=port:{PORT}"),
             port: PORT,
             terminal: options.terminal,
+            vhost_disk: options.vhost_disk.as_deref(),
             name: &format!("host-{kind}"),
         };
         let (mut qemu, stream) = Qemu::start(&parts.rig, &hardware)?;

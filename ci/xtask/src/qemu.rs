@@ -15,6 +15,8 @@ use crate::{cache, tools};
 
 /// The emulator's file descriptor of the agent's channel.
 const AGENT_FD: &str = "3";
+/// Queues of a disk that a daemon serves.
+pub const DISK_QUEUES: u32 = 2;
 /// How long the logs of a failure stay.
 const KEEP_LOGS: Duration = Duration::from_secs(24 * 3600);
 /// Lines of each log that a failure shows.
@@ -44,6 +46,8 @@ pub struct Hardware<'a> {
     pub port: &'a str,
     /// Whether /dev/hvc0 is this process's terminal.
     pub terminal: bool,
+    /// Socket of a daemon that serves it a disk over vhost-user.
+    pub vhost_disk: Option<&'a Path>,
     /// Starts the log files' names.
     pub name: &'a str,
 }
@@ -211,6 +215,16 @@ fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
     ];
     for (flag, value) in pairs {
         command.arg(flag).arg(value);
+    }
+    if let Some(socket) = hardware.vhost_disk {
+        let memory = format!("memory-backend-memfd,id=ram,size={}M,share=on", hardware.memory_mib);
+        let socket = file(socket).replace(',', ",,");
+        command.args(["-object", &memory, "-machine", "memory-backend=ram"]);
+        command.args(["-chardev", &format!("socket,id=disk,path={socket},reconnect-ms=20")]);
+        command.args([
+            "-device",
+            &format!("vhost-user-blk-pci,chardev=disk,num-queues={DISK_QUEUES}"),
+        ]);
     }
     if hardware.terminal {
         command.args(["-chardev", "stdio,id=terminal,signal=off"]);

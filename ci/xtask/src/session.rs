@@ -73,6 +73,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         kernel: args.kernel,
         files,
         terminal: shell && args.kind != Kind::Native,
+        vhost_disk: None,
     };
     let host = Host::start(args.kind, &options)?;
     if shell {

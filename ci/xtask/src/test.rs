@@ -1,5 +1,6 @@
 //! `cargo xtask test`: every test there is, on every level and host, counted together.
 
+mod front_end;
 mod place;
 mod suites;
 mod tally;
@@ -111,6 +112,7 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
         tally.guard("payload", |tally| programs.payload(&args.name, tally));
     }
     if args.wants(Level::Nested) {
+        front_end::run(&args.name, &programs, tally);
         for place in args.places() {
             tally.guard(&place.to_string(), |tally| programs.nested(&place, &args.name, tally));
         }

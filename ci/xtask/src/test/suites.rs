@@ -58,6 +58,11 @@ impl Programs {
         Ok(Self { dir, payload })
     }
 
+    /// Our storage daemon.
+    pub fn blkd(&self) -> PathBuf {
+        self.dir.join(BLKD)
+    }
+
     /// Runs the payload level on this machine.
     ///
     /// # Errors
