@@ -29,6 +29,7 @@ mod sandbox;
 mod smp;
 mod trictl;
 mod vhost;
+mod vhost_net;
 mod vsock;
 
 use triarch_harness::suite::Test;
@@ -48,6 +49,7 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         vsock::TESTS,
         vhost::TESTS,
+        vhost_net::TESTS,
         nursery::TESTS,
         rings::TESTS,
         pause::TESTS,

@@ -1,0 +1,273 @@
+//! Network interfaces whose packets a daemon moves: one guest with two of them, and a switch between the two.
+
+use super::guest::{Guest, builder, field, number};
+use crate::storage::{soon, wait_link, wait_state};
+use anyhow::{Result, ensure};
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::process::Process;
+use triarch_harness::suite::{Context, Outcome, Test};
+
+/// This module's tests.
+pub const TESTS: &[Test] = &[
+    Test::payload("vhost_net::testpmd_moves_frames", |c| moves_frames(c, Program::Testpmd)).within(LONG),
+    Test::payload("vhost_net::netd_moves_frames", |c| moves_frames(c, Program::Netd)).within(LONG),
+    Test::payload("vhost_net::testpmd_serves_several_pairs", |c| {
+        several_pairs(c, Program::Testpmd)
+    })
+    .within(LONG),
+    Test::payload("vhost_net::testpmd_may_die", |c| may_die(c, Program::Testpmd)).within(LONG),
+    Test::payload("vhost_net::netd_may_die", |c| may_die(c, Program::Netd)).within(LONG),
+    Test::payload("vhost_net::the_link_goes_down_when_told_so", |c| {
+        link_down(c, Program::Testpmd)
+    })
+    .within(LONG),
+];
+
+const LONG: Duration = Duration::from_secs(90);
+const TESTPMD: &str = "dpdk-testpmd";
+const NETD: &str = "triarch-netd";
+const MAC: &str = "52:54:00:00:0a:01";
+
+/// Which switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Program {
+    Testpmd,
+    Netd,
+}
+
+/// A switch with two ports.
+struct Switch {
+    kind: Program,
+    program: PathBuf,
+    sockets: [PathBuf; 2],
+    pairs: u16,
+    process: Option<Process>,
+}
+
+impl Switch {
+    fn start(&mut self) -> Result<()> {
+        self.process = None;
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
+        let mut command = Command::new(&self.program);
+        match self.kind {
+            Program::Testpmd => self.testpmd(&mut command),
+            Program::Netd => self.netd(&mut command),
+        }
+        self.process = Some(Process::start(&mut command)?);
+        let deadline = Instant::now() + 2 * soon();
+        while !self.sockets.iter().all(|socket| socket.exists()) {
+            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
+            ensure!(Instant::now() < deadline, "the switch does not listen{words}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Without huge pages, PCI or files of its own; its two threads share a CPU.
+    fn testpmd(&self, command: &mut Command) {
+        command.args([
+            "--lcores",
+            "0@0,1@0",
+            "--no-pci",
+            "--no-huge",
+            "--no-shconf",
+            "--no-telemetry",
+        ]);
+        command.args(["-m", "256"]);
+        for plugin in ["librte_mempool_ring.so.25", "librte_net_vhost.so.25"] {
+            command.arg("-d").arg(self.program.with_extension("d").join(plugin));
+        }
+        let pairs = self.pairs;
+        for (n, socket) in self.sockets.iter().enumerate() {
+            let port = format!("net_vhost{n},iface={},queues={pairs}", socket.display());
+            command.arg("--vdev").arg(port);
+        }
+        command.args(["--", "--forward-mode=io", "--auto-start", "--total-num-mbufs=4096"]);
+        command.arg(format!("--rxq={pairs}")).arg(format!("--txq={pairs}"));
+        // Without a terminal it ends at once unless it has something to print now and then.
+        command.arg("--stats-period=60");
+    }
+
+    fn netd(&self, command: &mut Command) {
+        for (n, socket) in self.sockets.iter().enumerate() {
+            let port = format!("name=port{n},socket={}", socket.display());
+            command.arg("--port").arg(port);
+        }
+    }
+}
+
+/// A guest with two interfaces that a switch connects.
+struct Rig {
+    guest: Guest,
+    switch: Switch,
+    // Last: what is in it outlives the rest.
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    /// `None` where the switch is missing. `options` are further ones of both interfaces, beginning with a comma.
+    fn start(context: &Context, kind: Program, pairs: u16, options: &str) -> Result<Option<Self>> {
+        let program = match kind {
+            Program::Testpmd => context.images.path(TESTPMD).ok(),
+            Program::Netd => Some(context.triarch.with_file_name(NETD)).filter(|path| path.exists()),
+        };
+        let Some(program) = program else { return Ok(None) };
+        let dir = tempfile::Builder::new().prefix("switch").tempdir_in(&context.dir)?;
+        let mut switch = Switch {
+            kind,
+            program,
+            sockets: ["one.sock", "two.sock"].map(|name| dir.path().join(name)),
+            pairs,
+            process: None,
+        };
+        switch.start()?;
+        let mut vm = builder(context)?.api();
+        for (n, id) in ["served", "other"].into_iter().enumerate() {
+            let (socket, queues) = (switch.sockets[n].display(), 2 * pairs);
+            let mac = if n == 0 { format!(",mac={MAC}") } else { String::new() };
+            let flag = format!("vhost_user=on,socket={socket},num_queues={queues},id={id}{mac}{options}");
+            vm = vm.flag("--net", flag);
+        }
+        Ok(Some(Self {
+            guest: Guest::start(vm)?,
+            switch,
+            _dir: dir,
+        }))
+    }
+
+    /// Frames from interface `from` must reach the other one.
+    fn cross(&mut self, from: usize, seed: u64, options: &str) -> Result<()> {
+        let to = 1 - from;
+        self.guest.ask(&format!("net {from} send 400 {seed} 20{options}"))?;
+        self.guest.ask(&format!("net {to} expect 400 {seed} 20 5000"))?;
+        Ok(())
+    }
+
+    /// Frames go through as soon as the switch has both of its ports.
+    fn settle(&mut self) -> Result<()> {
+        wait_state(self.guest.vm(), "Connected")?;
+        let deadline = Instant::now() + 2 * soon();
+        for seed in 0.. {
+            // What came before belongs to nobody.
+            let nothing = |answer: &str| answer.contains("did not come");
+            while !nothing(&format!("{:?}", self.guest.ask("net 1 expect 64 999999 1 50"))) {
+                ensure!(Instant::now() < deadline, "frames come and come");
+            }
+            self.guest.ask(&format!("net 0 send 64 {seed} 1"))?;
+            let came = self.guest.ask(&format!("net 1 expect 64 {seed} 1 300"));
+            if came.is_ok() {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{came:?}");
+        }
+        Ok(())
+    }
+}
+
+fn skipped() -> Result<Outcome> {
+    Ok(Outcome::Skipped("the switch is missing".into()))
+}
+
+fn moves_frames(context: &Context, kind: Program) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, kind, 1, ",mtu=1400")? else {
+        return skipped();
+    };
+    for nic in 0..2 {
+        rig.guest.ask(&format!("net {nic} init"))?;
+    }
+    let info = rig.guest.ask("net 0 info")?;
+    ensure!(field(&info, "mac")? == MAC && number(&info, "mtu")? == 1400, "{info}");
+    ensure!(number(&info, "link")? & 1 == 1, "{info}");
+    // The control queue is the VMM's.
+    rig.guest.ask("net 0 promisc 1")?;
+    ensure!(rig.guest.ask("net 0 mac 52:54:00:00:0a:07")?.contains("0a:07"));
+    rig.settle()?;
+    for seed in [1000, 2000, 3000] {
+        rig.cross(0, seed, "")?;
+        rig.cross(1, seed + 500, "")?;
+    }
+    // A driver that comes again.
+    for nic in 0..2 {
+        rig.guest
+            .ask(&format!("net {nic} init event_idx=0 indirect=0 size=64"))?;
+    }
+    rig.settle()?;
+    rig.cross(1, 4000, "")?;
+    // A guest that stands still in between.
+    rig.guest.vm().api()?.put("vm.pause", None)?;
+    rig.guest.vm().api()?.put("vm.resume", None)?;
+    rig.cross(0, 5000, "")?;
+    rig.guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn several_pairs(context: &Context, kind: Program) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, kind, 2, "")? else {
+        return skipped();
+    };
+    for nic in 0..2 {
+        let answer = rig.guest.ask(&format!("net {nic} init queues=2"))?;
+        ensure!(number(&answer, "pairs")? == 2, "{answer}");
+    }
+    rig.settle()?;
+    rig.cross(0, 1000, "")?;
+    rig.cross(0, 2000, " pair=1")?;
+    rig.cross(1, 3000, " pair=1")?;
+    // One pair of two: the switch must not use the other.
+    for nic in 0..2 {
+        rig.guest.ask(&format!("net {nic} init queues=1"))?;
+    }
+    rig.settle()?;
+    rig.cross(1, 4000, "")?;
+    rig.guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, kind, 1, "")? else {
+        return skipped();
+    };
+    rig.settle()?;
+    for round in 0..5u64 {
+        rig.cross(0, 1000 * (round + 1), "")?;
+        // It dies while frames flow; the link stays up.
+        rig.guest.send("net 0 send 400 7 200")?;
+        thread::sleep(Duration::from_millis(round));
+        rig.switch.process = None;
+        wait_link(rig.guest.vm(), "without a daemon", |link| {
+            link["state"] == "Disconnected"
+        })?;
+        rig.switch.start()?;
+        rig.guest.answer()?;
+        let link = wait_state(rig.guest.vm(), "Connected")?;
+        ensure!(link["reconnects"].as_u64() == Some(round + 1), "{link}");
+        ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
+        rig.settle()?;
+    }
+    rig.cross(1, 9000, "")?;
+    rig.guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn link_down(context: &Context, kind: Program) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, kind, 1, ",on_disconnect=error-after=1")? else {
+        return skipped();
+    };
+    rig.settle()?;
+    rig.switch.process = None;
+    wait_state(rig.guest.vm(), "Failing")?;
+    ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 0);
+    // Nobody waits for frames that go nowhere.
+    rig.guest.ask("net 0 send 100 1 300")?;
+    rig.switch.start()?;
+    rig.settle()?;
+    ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
+    rig.cross(0, 1000, "")?;
+    rig.guest.power_off()?;
+    Ok(Outcome::Passed)
+}
