@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DataPath, FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
+use crate::{BalloonConfig, DataPath, FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -45,6 +45,9 @@ pub struct VmConfig {
     /// Sockets between guest and host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Memory that the guest lends to the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Identity of the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,

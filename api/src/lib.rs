@@ -6,6 +6,7 @@
 
 mod answer;
 pub mod audit;
+mod balloon;
 mod config;
 mod datapath;
 pub mod events;
@@ -26,6 +27,7 @@ mod strict;
 mod validate;
 
 pub use answer::{Answer, Handler};
+pub use balloon::BalloonConfig;
 pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskBackend, DiskConfig, HugePageSize,
     ImageType, MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,

@@ -12,7 +12,6 @@ use crate::strict::Strict;
 /// Names of fields that mean something the guest would miss, wherever they stand, unless their value is nothing: null, false, 0 or empty.
 const MISSED: &[&str] = &[
     // Devices.
-    "balloon",
     "devices",
     "ivshmem",
     "pmem",

@@ -58,7 +58,8 @@ impl VmConfig {
         let others = self.generic_vhost_user.iter().flatten();
         let others = others.filter_map(|device| device.id.as_deref());
         let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
-        disks.chain(nets).chain(fs).chain(others).chain(vsock)
+        let balloon = self.balloon.iter().filter_map(|b| b.id.as_deref());
+        disks.chain(nets).chain(fs).chain(others).chain(vsock).chain(balloon)
     }
 
     /// Whether the VMM has to start daemons for it.
@@ -94,6 +95,9 @@ impl VmConfig {
         }
         if self.rng.src.as_os_str().is_empty() {
             return Err(ConfigError::Missing("rng.src is empty; give /dev/urandom".into()));
+        }
+        if let Some(balloon) = &self.balloon {
+            balloon.validate(self.memory.size)?;
         }
         self.validate_ids()
     }
@@ -468,6 +472,14 @@ mod tests {
         assert!(refusal(|c| c.net = net(|n| n.fds = Some(vec![-1]))).contains("fds is -1"));
         assert!(refusal(|c| c.debug_console.mode = ConsoleMode::Pty).contains("debug_console.mode is a pty"));
         assert!(refusal(|c| c.rng.src = "".into()).contains("/dev/urandom"));
+        let balloon = |size| {
+            Some(crate::BalloonConfig {
+                size,
+                ..Default::default()
+            })
+        };
+        assert!(refusal(|c| c.balloon = balloon(100)).contains("balloon.size is 100 bytes"));
+        assert!(refusal(|c| c.balloon = balloon(c.memory.size + 4096)).contains("at most what the guest has"));
     }
 
     const MAC_MULTICAST: crate::MacAddress = crate::MacAddress([1, 0, 0, 0, 0, 1]);

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use triarch_api::Phase;
 use triarch_api::metrics::{
-    CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics, MemoryMetrics, Metrics,
-    NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics, Requests, Source, VcpuMetrics, VsockMetrics, render,
+    BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics, MemoryMetrics,
+    Metrics, NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics, Requests, Source, VcpuMetrics, VsockMetrics,
+    render,
 };
 
 /// Prints each family as `TYPE NAME SAMPLES`, and the value of one disk's label.
@@ -58,6 +59,7 @@ fn everything() -> Metrics {
             }),
             exits: vec![("port_read", 9)],
         }],
+        balloon: Some(BalloonMetrics::default()),
         memory: Some(MemoryMetrics {
             size: 1 << 40,
             resident: Some(1 << 39),

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::{
-    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, ImageType, MemoryConfig,
-    NetConfig, PlatformConfig, RngConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, ImageType,
+    MemoryConfig, NetConfig, PlatformConfig, RngConfig, VsockConfig,
 };
 
 pub use keyvalue::KeyValues;
@@ -234,6 +234,18 @@ pub fn vsock(text: &str) -> Result<VsockConfig, FlagError> {
     })
 }
 
+/// `--balloon size=SIZE,deflate_on_oom=on,free_page_reporting=on`
+pub fn balloon(text: &str) -> Result<BalloonConfig, FlagError> {
+    let known = ["size", "deflate_on_oom", "free_page_reporting", "id"];
+    let kv = KeyValues::parse("--balloon", text, &known, &["statistics", "pci_segment"])?;
+    Ok(BalloonConfig {
+        size: kv.size("size")?.unwrap_or(0),
+        deflate_on_oom: kv.switch("deflate_on_oom")?.unwrap_or(false),
+        free_page_reporting: kv.switch("free_page_reporting")?.unwrap_or(false),
+        id: kv.text("id").map(str::to_owned),
+    })
+}
+
 /// `--serial tty|pty|null|off|file=PATH|socket=PATH`, and the same for `--console`.
 pub fn console(flag: &'static str, text: &str) -> Result<ConsoleConfig, FlagError> {
     let mode = |mode| {
@@ -312,6 +324,11 @@ mod tests {
         let served = disk("vhost_user=on,vhost_socket=s,on_disconnect=error-after=30").expect("disk");
         assert_eq!(served.on_disconnect, crate::OnDisconnect::ErrorAfter(30));
         assert!(served.vhost_user && served.vhost_socket == Some("s".into()));
+        let b = balloon("size=64M,free_page_reporting=on,id=b").expect("balloon");
+        assert_eq!(
+            (b.size, b.free_page_reporting, b.deflate_on_oom),
+            (64 << 20, true, false)
+        );
         assert!(disk("path=x,io_uring=off").expect("disk").disable_io_uring);
         assert_eq!(console("--serial", "file=/x").expect("file").mode, ConsoleMode::File);
     }

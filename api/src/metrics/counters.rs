@@ -1,8 +1,8 @@
-//! `vm.counters`: figures of disks and network interfaces by the names Cloud Hypervisor's clients know.
+//! `vm.counters`: figures of disks and network interfaces by the names Cloud Hypervisor's clients know, and of the balloon.
 
 use std::collections::BTreeMap;
 
-use super::{DirectionMetrics, DiskMetrics, Metrics, NicMetrics, OperationMetrics};
+use super::{BalloonMetrics, DirectionMetrics, DiskMetrics, Metrics, NicMetrics, OperationMetrics};
 
 type Counters = BTreeMap<&'static str, u64>;
 
@@ -10,7 +10,19 @@ type Counters = BTreeMap<&'static str, u64>;
 pub fn counters(metrics: &Metrics) -> BTreeMap<&str, Counters> {
     let disks = metrics.disks.iter().map(|d| (d.id.as_str(), disk(d)));
     let nics = metrics.nics.iter().map(|n| (n.id.as_str(), nic(n)));
-    disks.chain(nics).collect()
+    let balloon = metrics.balloon.iter().map(|b| (b.id.as_str(), balloon(b)));
+    disks.chain(nics).chain(balloon).collect()
+}
+
+fn balloon(balloon: &BalloonMetrics) -> Counters {
+    Counters::from([
+        ("target_bytes", balloon.target),
+        ("actual_bytes", balloon.size),
+        ("inflated_bytes", balloon.inflated),
+        ("deflated_bytes", balloon.deflated),
+        ("reported_bytes", balloon.reported),
+        ("discarded_bytes", balloon.discarded),
+    ])
 }
 
 fn disk(disk: &DiskMetrics) -> Counters {

@@ -134,6 +134,79 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_balloon_bytes",
+            Gauge,
+            &["balloon", "of"],
+            "What the host wants in the balloon (target), and what the guest has put in (size).",
+        ),
+        |s, out| {
+            if let Some(balloon) = &s.metrics.balloon {
+                out.add(&[&balloon.id, &"target"], Number(balloon.target));
+                out.add(&[&balloon.id, &"size"], Number(balloon.size));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_balloon_bytes_total",
+            Counter,
+            &["balloon", "operation"],
+            "Memory put in (inflate), taken out (deflate), reported as free (report), and given back to the host (discard).",
+        ),
+        |s, out| {
+            if let Some(balloon) = &s.metrics.balloon {
+                for (operation, bytes) in [
+                    ("inflate", balloon.inflated),
+                    ("deflate", balloon.deflated),
+                    ("report", balloon.reported),
+                    ("discard", balloon.discarded),
+                ] {
+                    out.add(&[&balloon.id, &operation], Number(bytes));
+                }
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_guest_memory_bytes",
+            Gauge,
+            &["kind"],
+            "What the guest told last of its memory, by way of the balloon.",
+        ),
+        |s, out| {
+            for (kind, bytes) in s.metrics.balloon.iter().flat_map(|balloon| &balloon.memory) {
+                out.add(&[kind], Number(*bytes));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_guest_memory_events_total",
+            Counter,
+            &["kind"],
+            "Events of the guest's memory management since its boot, by way of the balloon.",
+        ),
+        |s, out| {
+            for (kind, count) in s.metrics.balloon.iter().flat_map(|balloon| &balloon.events) {
+                out.add(&[kind], Number(*count));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_guest_memory_age_seconds",
+            Gauge,
+            &[],
+            "How long ago the guest told that; looking at it asks the guest for the next.",
+        ),
+        |s, out| {
+            if let Some(age) = s.metrics.balloon.as_ref().and_then(|balloon| balloon.age) {
+                out.add(&[], Time(age));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_disk_operations_total",
             Counter,
             DISK_OPERATION,

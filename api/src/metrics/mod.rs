@@ -23,6 +23,8 @@ pub struct Metrics {
     pub vcpus: Vec<VcpuMetrics>,
     /// Guest memory.
     pub memory: Option<MemoryMetrics>,
+    /// The memory balloon.
+    pub balloon: Option<BalloonMetrics>,
     /// The disks.
     pub disks: Vec<DiskMetrics>,
     /// The network interfaces.
@@ -80,6 +82,31 @@ pub struct MemoryMetrics {
     /// Bytes of it that the host's memory holds, if the host tells. Private memory is told together with the few hundred KiB of the
     /// VMM's own.
     pub resident: Option<u64>,
+}
+
+/// A memory balloon since it was made: at boot, and anew at each reset. Everything but ages is bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BalloonMetrics {
+    /// The device's id.
+    pub id: String,
+    /// What the host wants in it.
+    pub target: u64,
+    /// What is in it.
+    pub size: u64,
+    /// What was put in.
+    pub inflated: u64,
+    /// What was taken out.
+    pub deflated: u64,
+    /// What was reported as free.
+    pub reported: u64,
+    /// What was given back to the host.
+    pub discarded: u64,
+    /// What the guest told last of its memory, by kind.
+    pub memory: Vec<(&'static str, u64)>,
+    /// Events it told of, by kind.
+    pub events: Vec<(&'static str, u64)>,
+    /// How long ago that was.
+    pub age: Option<u64>,
 }
 
 /// A disk.

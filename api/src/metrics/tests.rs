@@ -69,6 +69,15 @@ fn full(id: &str) -> Metrics {
             size: 1 << 30,
             resident: Some(4096),
         }),
+        balloon: Some(BalloonMetrics {
+            id: id.into(),
+            target: 8192,
+            size: 4096,
+            memory: vec![("free", 1), ("total", 2)],
+            events: vec![("major_faults", 3)],
+            age: Some(1_500_000_000),
+            ..BalloonMetrics::default()
+        }),
         disks: vec![DiskMetrics {
             id: id.into(),
             queues: vec![disk_queue(0), disk_queue(3)],
@@ -226,6 +235,11 @@ fn values_are_where_they_belong() {
     let failed = [("route", "vm.info"), ("status", "4xx")];
     assert_eq!(parsed.value("triarch_api_requests_total", &failed), Some("1"));
     assert_eq!(parsed.value("triarch_process_threads", &[]), Some("9"));
+    let of = |of| parsed.value("triarch_balloon_bytes", &[("balloon", "_disk0"), ("of", of)]);
+    assert_eq!((of("target"), of("size")), (Some("8192"), Some("4096")));
+    let kind = |kind| parsed.value("triarch_guest_memory_bytes", &[("kind", kind)]);
+    assert_eq!((kind("free"), kind("total")), (Some("1"), Some("2")));
+    assert_eq!(parsed.value("triarch_guest_memory_age_seconds", &[]), Some("1.5"));
 }
 
 #[test]
@@ -300,6 +314,7 @@ fn the_documentation_has_every_metric() {
 fn counters_have_the_names_clients_know() {
     let mut metrics = full("_disk0");
     metrics.nics[0].id = "_net1".into();
+    metrics.balloon.as_mut().expect("a balloon").id = "_balloon2".into();
     metrics.disks[0].queues[1].reads.latency.min = 1_999;
     let json = serde_json::to_value(counters(&metrics)).expect("JSON");
     let disk = serde_json::json!({
@@ -309,7 +324,13 @@ fn counters_have_the_names_clients_know() {
         "write_latency_min": 3, "write_latency_max": 20_000_000, "write_latency_avg": 1,
     });
     let net = serde_json::json!({ "rx_bytes": 120, "rx_frames": 2, "tx_bytes": 240, "tx_frames": 4 });
-    assert_eq!(json, serde_json::json!({ "_disk0": disk, "_net1": net }));
+    let balloon = serde_json::json!({
+        "target_bytes": 8192, "actual_bytes": 4096, "inflated_bytes": 0, "deflated_bytes": 0, "reported_bytes": 0, "discarded_bytes": 0,
+    });
+    assert_eq!(
+        json,
+        serde_json::json!({ "_disk0": disk, "_net1": net, "_balloon2": balloon })
+    );
 }
 
 #[test]
@@ -317,6 +338,7 @@ fn counters_of_an_idle_disk_are_zero() {
     let mut metrics = full("d");
     metrics.disks[0].queues.clear();
     metrics.nics.clear();
+    metrics.balloon = None;
     let json = counters(&metrics);
     assert_eq!(json["d"]["read_latency_min"], 0);
     assert!(Metrics::default().disks.is_empty() && counters(&Metrics::default()).is_empty());

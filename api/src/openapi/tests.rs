@@ -174,6 +174,7 @@ fn everything() -> Value {
         "fs": [{ "tag": "shared", "socket": "fs.sock" }],
         "generic_vhost_user": [{ "device_type": 25, "socket": "sound.sock", "queue_sizes": [64] }],
         "vsock": { "cid": 3, "socket": "vm.sock" },
+        "balloon": { "size": 0 },
         "platform": { "uuid": "0e2f2a5e-5d3a-4ce5-8d22-5c6a1a1f8b1e" },
     })
 }
@@ -258,6 +259,11 @@ fn numbers_have_the_limits_that_the_server_has() {
         for number in candidates {
             let config = with(&pointer, &number);
             let (by_schema, by_server) = (schema.is_valid(&config), server(&config));
+            if pointer == "/balloon/size" && number == json!(greatest) {
+                // More than the guest has.
+                assert!(by_server.is_err());
+                continue;
+            }
             // One thing depends on another here, which a schema cannot say: cores and dies make vCPUs.
             assert_eq!(by_schema, by_server.is_ok(), "{pointer} = {number}: {by_server:?}");
         }

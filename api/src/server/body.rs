@@ -91,7 +91,7 @@ mod tests {
     fn what_the_guest_would_miss_is_refused() {
         for (body, name) in [
             (r#"{"pmem": [{"file": "a"}]}"#, "pmem"),
-            (r#"{"balloon": {"size": 0, "free_page_reporting": true}}"#, "balloon"),
+            (r#"{"pvpanic": {"size": 0, "deep": true}}"#, "pvpanic"),
             (
                 r#"{"vsock": {"cid": 3, "socket": "s", "vhost_user": true}}"#,
                 "vsock.vhost_user",

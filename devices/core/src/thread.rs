@@ -28,6 +28,8 @@ pub enum ThreadClass {
     VhostUser,
     /// In a daemon: accepts front ends and serves their requests, and starts the queues they describe.
     BackEnd,
+    /// Gives guest memory back to the host, and takes it again: balloon, memory device.
+    Memory,
     /// Serves console, entropy and other small queues.
     Device,
 }

@@ -3,6 +3,7 @@
 //! A device implements [`VirtioDevice`] and works on [`VirtQueue`]s; it sees neither the transport nor the layout of a ring, so
 //! that packed rings and other transports touch no device. One directory per device.
 
+pub mod balloon;
 mod block;
 #[allow(unsafe_code)] // host pointers into guest memory for vectored I/O
 mod chain;

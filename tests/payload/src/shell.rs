@@ -108,6 +108,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "fuzz-ring" => cmd::rings::fuzz(guest, &mut args),
         "blk" => cmd::blk::run(guest, &mut args),
         "net" => cmd::net::run(guest, &mut args),
+        "balloon" => cmd::plug::balloon(guest, &mut args),
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),

@@ -65,6 +65,9 @@ struct Args {
     /// cid=N,socket=PATH
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<String>,
+    /// size=SIZE[,deflate_on_oom=on][,free_page_reporting=on][,id=ID]
+    #[arg(long, value_name = "BALLOON")]
+    balloon: Option<String>,
     /// src=FILE (default src=/dev/urandom)
     #[arg(long, value_name = "RNG")]
     rng: Option<String>,
@@ -330,6 +333,7 @@ fn describes(args: &Args) -> Option<&'static str> {
         ("--fs", !args.fs.is_empty()),
         ("--generic-vhost-user", !args.generic_vhost_user.is_empty()),
         ("--vsock", args.vsock.is_some()),
+        ("--balloon", args.balloon.is_some()),
         ("--rng", args.rng.is_some()),
         ("--serial", args.serial.is_some()),
         ("--console", args.console.is_some()),
@@ -398,6 +402,7 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
         serial,
         debug_console: parsed(&args.debug_console, flags::debug_console)?.unwrap_or_else(DebugConsoleConfig::default),
         vsock: parsed(&args.vsock, flags::vsock)?,
+        balloon: parsed(&args.balloon, flags::balloon)?,
         platform: parsed(&args.platform, flags::platform)?,
     })
 }
@@ -499,7 +504,7 @@ mod tests {
         assert!(error(&["--kernel", "k", "--watchdog", "--bogus"]).contains("'--watchdog'"));
         let text = error(&["--kernel", "k", "--pmem", "file=a"]);
         assert_eq!(text, "--pmem is not supported by this version; leave it out");
-        let cli = parse(&["--balloon", "size=0", "--kernel", "k", "--disk", "path=d"]).expect("nothing asked for");
+        let cli = parse(&["--watchdog", "off", "--kernel", "k", "--disk", "path=d"]).expect("nothing asked for");
         assert_eq!(cli.vm.expect("a VM").config.disks.expect("disks").len(), 1);
     }
 

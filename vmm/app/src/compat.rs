@@ -21,7 +21,6 @@ const CLOUD_HYPERVISOR_VERSION: &str = "v53.0.0";
 
 /// Flags of Cloud Hypervisor that ask for what this version does not have.
 const LACKING: &[&str] = &[
-    "balloon",
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
@@ -161,9 +160,9 @@ mod tests {
             (&["--watchdog"][..], Some("--watchdog")),
             (&["--watchdog", "off"], None),
             (&["--watchdog", "off", "--watchdog"], Some("--watchdog")),
-            (&["--balloon", "size=0"], None),
-            (&["--balloon", "size=0,deflate_on_oom=off"], None),
-            (&["--balloon", "size=0,free_page_reporting=on"], Some("--balloon")),
+            (&["--pvpanic", "a=0"], None),
+            (&["--pvpanic", "a=0,b=off"], None),
+            (&["--pvpanic", "a=0,b=on"], Some("--pvpanic")),
             (&["--pmem", "file=a", "--landlock=false"], Some("--pmem")),
             (
                 &["--numa", "guest_numa_id=0,cpus=[0]", "guest_numa_id=1"],

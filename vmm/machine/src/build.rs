@@ -12,10 +12,11 @@ use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
 use triarch_legacy::SerialPort;
-use triarch_memory::{GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
+use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
 use triarch_virtio::BlockHandle;
+use triarch_virtio::balloon::BalloonHandle;
 use vm_memory::GuestAddressSpace;
 
 use crate::backends::Backends;
@@ -111,6 +112,7 @@ impl Machine {
         let host = Host {
             root,
             memory: memory.clone(),
+            discarder: Discarder::new(memory.clone(), &ram_options(config))?,
             router: platform.interrupts.router(),
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
@@ -186,6 +188,11 @@ impl Machine {
     /// A disk of the guest, by its id.
     pub(crate) fn disk(&self, id: &str) -> Option<&BlockHandle> {
         self.devices.disk(id)
+    }
+
+    /// Its balloon, if it has one.
+    pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
+        self.devices.balloon()
     }
 
     /// How its devices stand with their daemons, by their ids.

@@ -20,6 +20,7 @@ use crate::consoles::Consoles;
 use crate::daemons::Daemons;
 use crate::inbox::Outbox;
 use crate::progress::Progress;
+use crate::resize::Resizes;
 use crate::signals::{Signal, Signals, told_to_end};
 use crate::supervisor::{Heartbeat, Supervisor};
 use crate::{GuestEvent, HeldSignals, Inbox, MachineError, Message};
@@ -38,7 +39,7 @@ pub enum Outcome {
 
 /// Who made something happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Cause {
+pub(crate) enum Cause {
     /// A client, or whoever started or ended the VMM.
     Client,
     /// The guest.
@@ -50,7 +51,7 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 /// Owns the guest. Runs on the main thread.
 pub struct Controller {
     outbox: Outbox,
-    inbox: Inbox,
+    pub(crate) inbox: Inbox,
     events: EventManager<Subscriber>,
     sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
@@ -68,6 +69,8 @@ pub struct Controller {
     consoles: Option<Consoles>,
     backends: Option<Backends>,
     pub(crate) machine: Option<Machine>,
+    /// What the guest was asked for and has not done yet.
+    pub(crate) resizes: Resizes,
     serial_input: Option<SubscriberId>,
     /// How many guests were built.
     generation: u64,
@@ -102,6 +105,8 @@ impl Controller {
             let heartbeat = Heartbeat::new(every, inbox.clone()).map_err(MachineError::host("make a timer"))?;
             events.add_subscriber(Arc::new(Mutex::new(heartbeat)));
         }
+        let (resizes, alarm) = Resizes::new(inbox.clone())?;
+        events.add_subscriber(alarm);
         Ok(Self {
             outbox,
             inbox,
@@ -118,6 +123,7 @@ impl Controller {
             consoles: None,
             backends: None,
             machine: None,
+            resizes,
             serial_input: None,
             generation: 0,
             outcome: None,
@@ -215,7 +221,7 @@ impl Controller {
     }
 
     /// Makes an event of it. What a guest causes must not drown everything else.
-    fn tell(&self, kind: &'static Kind, cause: Cause) {
+    pub(crate) fn tell(&self, kind: &'static Kind, cause: Cause) {
         match cause {
             Cause::Client => self.inbox.events().post(kind, &[]),
             Cause::Guest => self.inbox.events().post_guest("vm", kind, &[]),
@@ -254,6 +260,7 @@ impl Controller {
             Message::Guest(..) => {}
             Message::HangUp { by_kernel } => self.hang_up(by_kernel),
             Message::Alive => self.supervisor.alive(),
+            Message::Patience => self.look_at_resizes(),
             Message::Resized => {
                 if let Some(machine) = &self.machine {
                     machine.terminal_resized();
@@ -280,6 +287,7 @@ impl Controller {
             }
             // Published by whoever handles the event.
             GuestEvent::Link => {}
+            GuestEvent::Balloon => self.balloon_stands(),
             GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
                 let error = MachineError::Guest { index, reason };
                 let text = error.to_string();
@@ -313,11 +321,7 @@ impl Controller {
             })?,
             Request::PowerButton => self.power_button()?,
             Request::Nmi => self.inject_nmi()?,
-            Request::Resize(target) => {
-                self.tell(&kind::VM_RESIZING, Cause::Client);
-                self.resize(&target)?;
-                self.tell(&kind::VM_RESIZED, Cause::Client);
-            }
+            Request::Resize(target) => self.resize(&target)?,
             Request::ResizeDisk(target) => self.resize_disk(&target)?,
             Request::AddDisk(disk) => self.add_disk(*disk)?,
             Request::AddNet(net, fds) => self.add_net(*net, fds)?,
@@ -332,7 +336,12 @@ impl Controller {
 
     fn info(&self) -> Option<VmInfo> {
         let config = self.config.clone()?;
-        let memory_actual_size = config.memory.size;
+        let lent = self
+            .machine
+            .as_ref()
+            .and_then(Machine::balloon)
+            .map_or(0, |balloon| balloon.actual());
+        let memory_actual_size = config.memory.size.saturating_sub(lent);
         let device_tree = self.machine.as_ref().map(Machine::device_tree).unwrap_or_default();
         Some(VmInfo {
             config,
@@ -431,6 +440,7 @@ impl Controller {
             let _ = self.events.remove_subscriber(id);
         }
         let existed = self.machine.take().is_some();
+        self.resizes.abandon();
         if existed {
             self.phase = Phase::Shutdown;
         }

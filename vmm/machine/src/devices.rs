@@ -7,12 +7,15 @@ use std::error::Error;
 use std::sync::Arc;
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{DeviceLink, DeviceNode, DeviceTree, DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig};
+use triarch_api::{
+    BalloonConfig, DeviceLink, DeviceNode, DeviceTree, DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
+};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
-use triarch_memory::GuestMemoryHandle;
+use triarch_memory::{Discarder, GuestMemoryHandle};
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_vhost_user::{Peer, VhostUserHandle};
+use triarch_virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
 use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
 use triarch_virtio::{
@@ -25,12 +28,13 @@ use crate::build::Report;
 use crate::consoles::Consoles;
 use crate::metrics::DeviceMeters;
 use crate::progress::Progress;
-use crate::{MachineError, vhost};
+use crate::{GuestEvent, MachineError, vhost};
 
 /// What devices are built on.
 pub(crate) struct Host {
     pub(crate) root: Arc<PciRoot>,
     pub(crate) memory: GuestMemoryHandle,
+    pub(crate) discarder: Discarder,
     pub(crate) router: Arc<dyn MsiRouter>,
     pub(crate) io_events: Arc<dyn IoEvents>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
@@ -48,6 +52,7 @@ pub(crate) struct Devices {
     daemons: Vec<(String, VhostUserHandle)>,
     nics: Vec<(String, NetCounters)>,
     vsocks: Vec<(String, VsockHandle)>,
+    balloon: Option<(String, BalloonHandle)>,
     resizer: Option<ConsoleResizer>,
 }
 
@@ -69,6 +74,7 @@ impl Devices {
             daemons: Vec::new(),
             nics: Vec::new(),
             vsocks: Vec::new(),
+            balloon: None,
             resizer: None,
         };
         progress.note("devices");
@@ -109,6 +115,16 @@ impl Devices {
                 Ok(Box::new(device))
             })?;
             devices.vsocks.extend(handle);
+        }
+        if let Some(config) = &config.balloon {
+            let (discarder, report) = (devices.host.discarder.clone(), devices.host.report.clone());
+            let mut handle = None;
+            devices.add(progress, total, &config.id, |id| {
+                let device = balloon(id, config, discarder, report)?;
+                handle = Some((id.to_owned(), device.handle()));
+                Ok(Box::new(device))
+            })?;
+            devices.balloon = handle;
         }
         Ok(devices)
     }
@@ -196,6 +212,11 @@ impl Devices {
         self.disks.iter().find(|(name, _)| name == id).map(|(_, disk)| disk)
     }
 
+    /// The balloon, if there is one.
+    pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref().map(|(_, balloon)| balloon)
+    }
+
     /// The devices, each behind the PCI function that presents it.
     pub(crate) fn tree(&self) -> DeviceTree {
         let nodes = self.slots.iter().flat_map(|(id, address)| {
@@ -230,6 +251,7 @@ impl Devices {
             disks: self.disks.iter().map(disk).collect(),
             nics: self.nics.clone(),
             vsocks: self.vsocks.clone(),
+            balloon: self.balloon.clone(),
             daemons: self.daemons.clone(),
         }
     }
@@ -257,7 +279,12 @@ fn count(config: &VmConfig, consoles: &Consoles) -> usize {
     let own = config.disks.iter().flatten().count() + config.net.iter().flatten().count();
     let served = config.fs.iter().flatten().count() + config.generic_vhost_user.iter().flatten().count();
     // The entropy device is always there.
-    own + served + 1 + usize::from(consoles.console.is_some()) + usize::from(config.vsock.is_some())
+    let single = [
+        consoles.console.is_some(),
+        config.vsock.is_some(),
+        config.balloon.is_some(),
+    ];
+    own + served + 1 + single.into_iter().filter(|there| *there).count()
 }
 
 /// Makes what happens to the device called `id` an event.
@@ -295,6 +322,16 @@ pub(crate) fn offloads(config: &NetConfig) -> OffloadGroups {
 
 fn rng(id: &str, config: &RngConfig) -> Made<Box<dyn VirtioDevice>> {
     Ok(Box::new(VirtioRng::new(id, EntropySource::open(&config.src)?)))
+}
+
+fn balloon(id: &str, config: &BalloonConfig, discarder: Discarder, report: Report) -> Made<Balloon> {
+    let options = BalloonOptions {
+        size: config.size,
+        deflate_on_oom: config.deflate_on_oom,
+        free_page_reporting: config.free_page_reporting,
+    };
+    let observer = Box::new(move || report(GuestEvent::Balloon));
+    Ok(Balloon::new(id, options, discarder, observer)?)
 }
 
 fn vsock(id: &str, config: &VsockConfig) -> Made<Vsock> {

@@ -3,21 +3,22 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use triarch_api::events::kind;
 use triarch_api::{
-    ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Resize, ResizeDisk, VmConfig, VsockConfig,
+    ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, Resize, ResizeDisk,
+    VmConfig, VsockConfig,
 };
 use triarch_net::Tap;
 
 use crate::backends::handed_tap;
-use crate::control::Controller;
-use crate::{MachineError, identity};
+use crate::control::{Cause, Controller};
+use crate::resize::Part;
+use crate::{Machine, MachineError, identity};
 
 impl Controller {
     /// `vm.resize`. A target that is reached already is always fine.
     pub(crate) fn resize(&mut self, target: &Resize) -> Result<(), ApiError> {
-        if target.desired_balloon.is_some_and(|bytes| bytes > 0) {
-            return Err(unsupported("this version has no balloon; leave desired_balloon out"));
-        }
+        self.tell(&kind::VM_RESIZING, Cause::Client);
         let running = self.machine.is_some();
         self.change(|config| {
             let vcpus = target.desired_vcpus.unwrap_or(config.cpus.boot_vcpus);
@@ -34,8 +35,62 @@ impl Controller {
             }
             config.cpus.boot_vcpus = vcpus;
             config.memory.size = ram;
+            match (&mut config.balloon, target.desired_balloon) {
+                (Some(balloon), Some(bytes)) => balloon.size = bytes,
+                (None, Some(bytes)) if bytes > 0 => return Err(no_balloon()),
+                _ => {}
+            }
             Ok(())
-        })
+        })?;
+        if let Some(bytes) = target.desired_balloon {
+            self.resize_balloon(bytes)?;
+        }
+        if !self.resizes.any() {
+            self.tell(&kind::VM_RESIZED, Cause::Client);
+        }
+        Ok(())
+    }
+
+    /// Asks a guest that runs for a balloon of `bytes`.
+    fn resize_balloon(&mut self, bytes: u64) -> Result<(), MachineError> {
+        let Some(balloon) = self.machine.as_ref().and_then(Machine::balloon) else {
+            return Ok(());
+        };
+        if self.resizes.target(Part::Balloon) == Some(bytes) {
+            return Ok(());
+        }
+        balloon
+            .set_target(bytes)
+            .map_err(MachineError::host("tell the guest of the size of its balloon"))?;
+        match balloon.status().actual {
+            actual if actual == bytes => self.resizes.replace(Part::Balloon, bytes),
+            actual => {
+                let (jobs, kind) = (self.inbox.jobs(), Operation::Resize.name());
+                self.resizes.begin(jobs, kind, Part::Balloon, actual, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest changed the size of its balloon.
+    pub(crate) fn balloon_stands(&mut self) {
+        let Some(balloon) = self.machine.as_ref().and_then(Machine::balloon) else {
+            return;
+        };
+        if self.resizes.stands(Part::Balloon, balloon.status().actual) {
+            self.tell(&kind::VM_RESIZED, Cause::Guest);
+        }
+    }
+
+    /// Gives up on what the guest does not do.
+    pub(crate) fn look_at_resizes(&mut self) {
+        let machine = self.machine.as_ref();
+        self.resizes.look(self.phase == Phase::Running, |part| match part {
+            Part::Balloon => {
+                let status = machine?.balloon()?.status();
+                (!status.active).then(|| "it has no driver for its balloon".to_owned())
+            }
+        });
     }
 
     /// `vm.resize-disk`.
@@ -131,6 +186,7 @@ impl Controller {
                 list.retain(|device| other(&device.id));
             }
             config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
+            config.balloon = config.balloon.take().filter(|balloon| other(&balloon.id));
             match config.ids().count() == before {
                 true => Err(no_device(id, "device that can be removed")),
                 false => Ok(()),
@@ -174,6 +230,12 @@ fn check_tap(net: &NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, ApiError> {
         )));
     }
     handed_tap(net, fds).map_err(|error| ApiError::bad_request(&error))
+}
+
+fn no_balloon() -> ApiError {
+    ApiError::BadRequest(
+        "the VM has no balloon, so desired_balloon can only be 0; vm.create gives it one with balloon".to_owned(),
+    )
 }
 
 fn unsupported(text: &str) -> ApiError {

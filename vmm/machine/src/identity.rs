@@ -41,6 +41,9 @@ pub(crate) fn complete(config: &mut VmConfig) -> Result<(), MachineError> {
     if let Some(vsock) = &mut config.vsock {
         name(&mut vsock.id, "vsock");
     }
+    if let Some(balloon) = &mut config.balloon {
+        name(&mut balloon.id, "balloon");
+    }
     Ok(())
 }
 

@@ -30,6 +30,8 @@ pub enum Message {
     },
     /// It is time to tell the supervisor that the controller does its work.
     Alive,
+    /// It is time to look whether the guest still does what it was asked for.
+    Patience,
     /// The terminal may have another size (SIGWINCH).
     Resized,
 }
@@ -43,6 +45,8 @@ pub enum GuestEvent {
     Vcpu(usize, VcpuEvent),
     /// A device lost its daemon or has one again; [`Machine`](crate::Machine) knows which.
     Link,
+    /// Its balloon has another size, or a driver; [`Machine`](crate::Machine) knows which.
+    Balloon,
 }
 
 /// Sends messages to the controller, from any thread, without ever waiting for it.

@@ -17,6 +17,7 @@ mod identity;
 mod inbox;
 mod metrics;
 mod progress;
+mod resize;
 #[allow(unsafe_code)] // signal masks
 mod signals;
 mod supervisor;

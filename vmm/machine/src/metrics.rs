@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
 use triarch_api::MemoryConfig;
@@ -12,6 +13,7 @@ use triarch_block::{DiskCounters, DiskMetrics, OpCounters};
 use triarch_device_core::metrics::{BUCKET_BOUNDS, Latencies, Padded};
 use triarch_vcpu::VcpuMetrics;
 use triarch_vhost_user::{LinkState, VhostUserHandle};
+use triarch_virtio::balloon::BalloonHandle;
 use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
@@ -22,6 +24,7 @@ pub(crate) struct DeviceMeters {
     pub(crate) nics: Vec<(String, NetCounters)>,
     pub(crate) vsocks: Vec<(String, VsockHandle)>,
     pub(crate) daemons: Vec<(String, VhostUserHandle)>,
+    pub(crate) balloon: Option<(String, BalloonHandle)>,
 }
 
 /// What one guest counts. It holds counters only: a disk or tap is not kept open by it.
@@ -73,6 +76,7 @@ impl GuestMeters {
                 size: self.memory.size,
                 resident: process.map(|process| resident(&self.memory, process)),
             }),
+            balloon: devices.balloon.as_ref().map(|(id, b)| balloon(id, b)),
             disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
             nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
             vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
@@ -104,6 +108,25 @@ fn vcpu(index: usize, vcpu: &VcpuMetrics) -> api::VcpuMetrics {
         index,
         times,
         exits: vcpu.exits().to_vec(),
+    }
+}
+
+fn balloon(id: &str, balloon: &BalloonHandle) -> api::BalloonMetrics {
+    let counters = balloon.counters();
+    let statistics = balloon.statistics();
+    let told = statistics.as_ref();
+    let age = |at: Instant| u64::try_from(at.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    api::BalloonMetrics {
+        id: id.to_owned(),
+        target: balloon.target(),
+        size: balloon.actual(),
+        inflated: counters.inflated,
+        deflated: counters.deflated,
+        reported: counters.reported,
+        discarded: counters.discarded,
+        memory: told.map(|told| told.bytes().collect()).unwrap_or_default(),
+        events: told.map(|told| told.events().collect()).unwrap_or_default(),
+        age: told.map(|told| age(told.at)),
     }
 }
 
@@ -279,6 +302,7 @@ mod tests {
                 nics,
                 vsocks: Vec::new(),
                 daemons: Vec::new(),
+                balloon: None,
             },
         }));
         let metrics = meters.gather();

@@ -4,8 +4,10 @@
 
 #![allow(unsafe_code)] // madvise on mappings this crate owns
 
+mod discard;
 mod ram;
 
+pub use discard::{DiscardError, Discarder};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
 
 use vm_memory::bitmap::AtomicBitmap;

@@ -228,7 +228,8 @@ fn madvise(region: &GuestRegion, advice: libc::c_int) -> io::Result<()> {
     }
 }
 
-fn page_size(options: &RamOptions) -> Result<u64, MemoryError> {
+/// Bytes of the pages that the host backs RAM with.
+pub(crate) fn page_size(options: &RamOptions) -> Result<u64, MemoryError> {
     match options.huge_pages {
         None => Ok(4096),
         Some(HugePages { page_size: None }) => Ok(default_huge_page().unwrap_or(2 << 20)),

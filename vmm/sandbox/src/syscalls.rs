@@ -118,6 +118,9 @@ const SHARED: &[i64] = &[
     SYS_sysinfo,
 ];
 
+/// Giving memory that other processes map back to the host.
+const MEMORY: &[i64] = &[SYS_fallocate];
+
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
     SYS_clone,
@@ -257,6 +260,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
                 SYS_statx,
             ]))
             .collect(),
+        ThreadClass::Memory => base.chain(calls(EVENTS)).chain(calls(MEMORY)).collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

@@ -4,6 +4,7 @@ pub mod blk;
 pub mod memory;
 pub mod net;
 pub mod pci;
+pub mod plug;
 pub mod rings;
 pub mod small;
 pub mod system;

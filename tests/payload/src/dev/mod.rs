@@ -1,5 +1,6 @@
 //! Drivers, made when first used and kept until the command `init` makes them anew.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flood;
@@ -18,6 +19,7 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
+use balloon::Balloon;
 use blk::Blk;
 use console::Console;
 use net::Net;
@@ -25,7 +27,14 @@ use rng::Rng;
 use vsock::Vsock;
 
 /// Virtio device types that have a driver here.
-pub const KINDS: [(&str, u16); 5] = [("net", 1), ("blk", 2), ("console", 3), ("rng", 4), ("vsock", 19)];
+pub const KINDS: [(&str, u16); 6] = [
+    ("net", 1),
+    ("blk", 2),
+    ("console", 3),
+    ("rng", 4),
+    ("balloon", 5),
+    ("vsock", 19),
+];
 
 /// Receive buffers of a NIC's queue pair unless told otherwise.
 const BUFFERS: u64 = 32;
@@ -107,6 +116,7 @@ pub struct Devices {
     console: BTreeMap<usize, Box<Console>>,
     rng: BTreeMap<usize, Box<Rng>>,
     vsock: BTreeMap<usize, Box<Vsock>>,
+    balloon: BTreeMap<usize, Box<Balloon>>,
 }
 
 fn function(functions: &[Function], name: &str, index: usize) -> Result<Function, String> {
@@ -166,7 +176,7 @@ macro_rules! accessors {
     };
 }
 
-accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock);
+accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon);
 
 /// Splits `blk0` into its name and number.
 pub fn device_name(word: &str) -> Result<(&str, usize), String> {

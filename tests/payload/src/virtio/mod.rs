@@ -251,6 +251,12 @@ impl Transport {
         Ok(())
     }
 
+    /// Writes 32 bits of the device configuration.
+    pub fn write_config32(&self, offset: u64, value: u32) -> Result<(), String> {
+        self.device_config()?.write32(offset, value);
+        Ok(())
+    }
+
     /// Maps everything again after the BAR was moved.
     pub fn remap(&mut self, queues: &mut [&mut Queue]) -> Result<(), String> {
         let fresh = Self::new(self.function)?;

@@ -39,7 +39,6 @@ fn flags_that_would_go_unheard(context: &Context) -> Result<Outcome> {
 
 fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
     for (flag, value) in [
-        ("--balloon", "size=64M"),
         ("--fs", "tag=a,socket=/nonexistent/s"),
         ("--device", "path=/sys/bus/pci/devices/0000:00:01.0"),
         ("--pmem", "file=/nonexistent/p"),

@@ -4,6 +4,7 @@
 mod abuse;
 mod api;
 mod backing;
+mod balloon;
 mod blk;
 mod boot;
 mod clients;
@@ -41,6 +42,7 @@ pub fn tests() -> Vec<Test> {
         power::TESTS,
         memory::TESTS,
         backing::TESTS,
+        balloon::TESTS,
         smp::TESTS,
         pci::TESTS,
         blk::TESTS,

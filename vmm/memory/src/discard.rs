@@ -1,0 +1,242 @@
+//! Gives pages of guest memory back to the host.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use thiserror::Error;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+use crate::ram::{MemoryError, page_size};
+use crate::{GuestMemory, GuestMemoryHandle, GuestRegion, RamOptions};
+
+/// The smallest page of any guest, and the step in which addresses outside of memory are passed over.
+const STEP: u64 = 4096;
+
+/// Why pages could not be given back. Those before stay given back, which a guest that gave them up cannot see.
+#[derive(Debug, Error)]
+#[error("the host does not take {len} bytes at {at:#x} of the guest's memory back")]
+pub struct DiscardError {
+    /// GPA of the pages.
+    pub at: u64,
+    /// Their bytes.
+    pub len: u64,
+    /// Cause.
+    #[source]
+    pub source: io::Error,
+}
+
+/// Gives pages of one guest's memory back to the host. They read as zeroes afterwards, here and in every process that maps shared
+/// memory, and take memory again when somebody writes to them.
+#[derive(Clone)]
+pub struct Discarder {
+    memory: GuestMemoryHandle,
+    page: u64,
+}
+
+impl Discarder {
+    /// For `memory`, all of which was made with `options`.
+    pub fn new(memory: GuestMemoryHandle, options: &RamOptions) -> Result<Self, MemoryError> {
+        let page = page_size(options)?;
+        Ok(Self { memory, page })
+    }
+
+    /// Bytes of a page as the host backs the memory: less than one cannot be given back.
+    pub fn page_size(&self) -> u64 {
+        self.page
+    }
+
+    /// Whether there is guest memory at `at`.
+    pub fn is_memory(&self, at: GuestAddress) -> bool {
+        self.memory.memory().find_region(at).is_some()
+    }
+
+    /// Gives back every whole page between `at` and `at + len` that is guest memory, and nothing else. Returns how many bytes that were.
+    pub fn discard(&self, at: GuestAddress, len: u64) -> Result<u64, DiscardError> {
+        let memory = self.memory.memory();
+        let mut done = 0;
+        for (region, offset, len) in pieces(&memory, at, len) {
+            let end = (offset + len) / self.page * self.page;
+            let start = offset.next_multiple_of(self.page);
+            if start < end {
+                punch(region, start, end - start).map_err(|source| DiscardError {
+                    at: region.start_addr().raw_value() + start,
+                    len: end - start,
+                    source,
+                })?;
+                done += end - start;
+            }
+        }
+        Ok(done)
+    }
+
+    /// Takes memory of the host for all of `[at, at + len)` now, if that is what could run short later: a pool of huge pages, where a
+    /// guest's access would find none and end it. `[at, at + len)` must be whole pages of guest memory.
+    pub fn reserve(&self, at: GuestAddress, len: u64) -> io::Result<()> {
+        if self.page == STEP {
+            return Ok(());
+        }
+        let memory = self.memory.memory();
+        for (region, offset, len) in pieces(&memory, at, len) {
+            advise(region, offset, len, libc::MADV_POPULATE_WRITE)?;
+        }
+        Ok(())
+    }
+}
+
+/// The parts of `[at, at + len)` that are guest memory: their region, where they begin in it, and their length.
+fn pieces(memory: &GuestMemory, at: GuestAddress, len: u64) -> impl Iterator<Item = (&GuestRegion, u64, u64)> {
+    let (mut next, mut left) = (Some(at), len);
+    std::iter::from_fn(move || {
+        loop {
+            let at = next.filter(|_| left > 0)?;
+            let found = memory
+                .to_region_addr(at)
+                .map(|(region, start)| (region, start.raw_value()));
+            let step = match &found {
+                Some((region, offset)) => left.min(region.len() - offset),
+                None => left.min(STEP - at.raw_value() % STEP),
+            };
+            next = at.checked_add(step);
+            left -= step;
+            if let Some((region, offset)) = found {
+                return Some((region, offset, step));
+            }
+        }
+    })
+}
+
+/// Gives `len` bytes from `offset` of `region` back, which are whole pages of its own.
+fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
+    let shared = region.flags() & libc::MAP_SHARED != 0;
+    match region.file_offset().filter(|_| shared) {
+        // Unmapping would leave the pages in the file.
+        Some(file) => {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let (start, len) = (file.start() + offset, len);
+            // SAFETY: the call takes no pointers. What it frees belongs to this region alone: `offset + len` is within it.
+            let done = unsafe { libc::fallocate64(file.file().as_raw_fd(), mode, start as i64, len as i64) };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        None => advise(region, offset, len, libc::MADV_DONTNEED)?,
+    }
+    // Whoever copies the guest must copy the zeroes.
+    region.bitmap().mark_dirty(offset as usize, len as usize);
+    Ok(())
+}
+
+fn advise(region: &GuestRegion, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+    let start = region
+        .get_host_address(MemoryRegionAddress(offset))
+        .map_err(io::Error::other)?;
+    // SAFETY: the bytes are part of a live mapping of ours. Its contents belong to the guest, which expects them to change at any time:
+    // nothing in this process holds a reference to them.
+    match unsafe { libc::madvise(start.cast(), len as usize, advice) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::allocate;
+
+    const MIB: u64 = 1 << 20;
+
+    fn fresh(shared: bool) -> Discarder {
+        let options = RamOptions {
+            shared,
+            ..RamOptions::default()
+        };
+        let ranges = [
+            (GuestAddress(0), MIB),
+            (GuestAddress(4 * MIB), MIB),
+            (GuestAddress(5 * MIB), MIB),
+        ];
+        let memory = allocate(&ranges, &options).expect("allocate");
+        Discarder::new(GuestMemoryHandle::new(memory), &options).expect("a page size")
+    }
+
+    fn filled(shared: bool) -> Discarder {
+        let discarder = fresh(shared);
+        for region in discarder.memory.memory().iter() {
+            region
+                .write_slice(&vec![7; MIB as usize], MemoryRegionAddress(0))
+                .expect("fill");
+        }
+        discarder
+    }
+
+    /// Bytes that the host holds for the guest's memory.
+    fn held(discarder: &Discarder) -> u64 {
+        let memory = discarder.memory.memory();
+        let pages = |region: &GuestRegion| {
+            let mut map = vec![0u8; (region.len() / STEP) as usize];
+            // SAFETY: one byte for each page of a live mapping.
+            let done = unsafe { libc::mincore(region.as_ptr().cast(), region.len() as usize, map.as_mut_ptr().cast()) };
+            assert_eq!(done, 0);
+            map.iter().filter(|page| **page & 1 != 0).count() as u64 * STEP
+        };
+        memory.iter().map(pages).sum()
+    }
+
+    #[test]
+    fn whole_pages_are_given_back_and_nothing_beside_them() {
+        for shared in [false, true] {
+            let discarder = filled(shared);
+            assert_eq!(held(&discarder), 3 * MIB);
+            // From the middle of a page of the second region to the middle of one of the third.
+            let (at, end) = (4 * MIB + STEP + 1, 5 * MIB + 3 * STEP + 1);
+            assert_eq!(
+                discarder.discard(GuestAddress(at), end - at).expect("discard"),
+                MIB + STEP
+            );
+            assert_eq!(held(&discarder), 2 * MIB - STEP, "shared {shared}");
+            let memory = discarder.memory.memory();
+            let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).expect("memory");
+            for (at, value) in [
+                (MIB - 1, 7),
+                (4 * MIB + 2 * STEP - 1, 7),
+                (4 * MIB + 2 * STEP, 0),
+                (5 * MIB + 3 * STEP - 1, 0),
+                (5 * MIB + 3 * STEP, 7),
+            ] {
+                assert_eq!(byte(at), value, "{at:#x}, shared {shared}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_memory_is_passed_over() {
+        let discarder = filled(true);
+        let (at, len) = (GuestAddress(MIB - STEP), 3 * MIB + 2 * STEP);
+        assert_eq!(
+            discarder.discard(at, len).expect("discard"),
+            2 * STEP,
+            "the ends of both regions"
+        );
+        assert_eq!(discarder.discard(GuestAddress(2 * MIB), MIB).expect("a hole"), 0);
+        let end = u64::MAX - 2 * STEP;
+        assert_eq!(discarder.discard(GuestAddress(end), STEP * 4).expect("the end"), 0);
+        assert_eq!(held(&discarder), 3 * MIB - 2 * STEP);
+        assert!(discarder.is_memory(GuestAddress(MIB - 1)) && !discarder.is_memory(GuestAddress(MIB)));
+    }
+
+    #[test]
+    fn zeroes_are_changes() {
+        let discarder = fresh(false);
+        let memory = discarder.memory.memory();
+        let dirty = |at| {
+            let (region, at) = memory.to_region_addr(GuestAddress(at)).expect("memory");
+            region.bitmap().dirty_at(at.raw_value() as usize)
+        };
+        assert!(!dirty(4 * MIB));
+        discarder.discard(GuestAddress(4 * MIB), STEP).expect("discard");
+        assert!(dirty(4 * MIB) && !dirty(4 * MIB + STEP));
+    }
+}
