@@ -244,7 +244,8 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
             "{field}.vhost_socket needs {field}.vhost_user switched on"
         )));
     }
-    if !(disk.on_disconnect.is_stall() && disk.datapath.is_auto()) && !disk.has_daemon() {
+    let plain = disk.on_disconnect.is_stall() && disk.datapath.is_auto();
+    if !plain && !disk.has_daemon() {
         return Err(ConfigError::Conflict(format!(
             "{field}.on_disconnect and {field}.datapath need a daemon; give {field}.vhost_user or {field}.backend"
         )));

@@ -3,6 +3,7 @@
 mod direct;
 mod fake;
 mod handshake;
+mod kinds;
 mod log;
 mod rings;
 mod server;
