@@ -26,6 +26,7 @@ const SUITES: &str = "triarch-suites";
 const VMM: &str = "triarch";
 /// The daemons, which tests find beside the VMM.
 const BLKD: &str = "triarch-blkd";
+const NETD: &str = "triarch-netd";
 const CLIENT: &str = "triarch-client";
 /// The client's program, which tests find beside the VMM.
 const TRICTL: &str = "trictl";
@@ -163,7 +164,13 @@ impl Programs {
             programs(arch)?
         };
         let program = |name: &str| (name.to_owned(), 0o755, dir.join(name));
-        let mut files = vec![program(VMM), program(BLKD), program(TRICTL), program(SUITES)];
+        let mut files = vec![
+            program(VMM),
+            program(BLKD),
+            program(NETD),
+            program(TRICTL),
+            program(SUITES),
+        ];
         let payload = if arch == Arch::native() {
             self.payload.clone()
         } else {
@@ -182,7 +189,7 @@ impl Programs {
 }
 
 fn programs(arch: Arch) -> Result<PathBuf> {
-    build::programs(arch, Profile::Dev, &[VMM, BLKD, CLIENT, SUITES])
+    build::programs(arch, Profile::Dev, &[VMM, BLKD, NETD, CLIENT, SUITES])
 }
 
 fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {

@@ -19,6 +19,7 @@ mod log;
 mod memory;
 mod metrics;
 mod net;
+mod netd;
 mod nursery;
 mod openapi;
 mod pause;
@@ -52,6 +53,7 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         vhost::TESTS,
         vhost_net::TESTS,
+        netd::TESTS,
         nursery::TESTS,
         rings::TESTS,
         pause::TESTS,
