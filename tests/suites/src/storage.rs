@@ -213,6 +213,25 @@ impl Daemon {
         Ok(())
     }
 
+    /// Its process id.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.process.as_ref().context("no daemon runs")?.pid())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end, or with an error.
+    pub fn expect_end(&mut self) -> Result<()> {
+        let mut process = self.process.take().context("no daemon runs")?;
+        let status = process.wait(soon())?;
+        ensure!(status.success(), "the daemon: {status}{}", process.last_words());
+        Ok(())
+    }
+
     /// Makes the disk larger, or smaller.
     ///
     /// # Errors

@@ -74,7 +74,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let control = control.map(|listener| serve_control(listener, &daemon, &sandbox, end.clone()));
     let control = control.transpose()?;
     let accept = daemon.start().context("cannot start a thread")?;
+    let confine = sandbox.clone();
     let wait = move || {
+        if let Err(error) = confine.enter(ThreadClass::Control) {
+            tracing::error!("cannot confine a thread: {error}");
+            std::process::abort();
+        }
         signals.wait();
         let _ = end.send(End::Told);
     };

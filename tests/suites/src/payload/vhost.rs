@@ -43,6 +43,7 @@ pub const TESTS: &[Test] = &[
     Test::payload("vhost::blkd::the_data_path_can_be_chosen", data_path).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::limits_change_while_it_runs", limits_change).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::another_process_goes_on", hand_over).within(Duration::from_secs(60)),
+    Test::payload("vhost::blkd::is_confined_idle_and_ends", confined_and_idle).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::one_vm_has_a_disk", one_vm_has_a_disk).within(Duration::from_secs(20)),
     Test::payload(
         "vhost::blkd::blk_survives_resets_and_pauses",
@@ -514,6 +515,49 @@ fn one_vm_has_a_disk(context: &Context) -> Result<Outcome> {
         )?;
         rig.wait_link("Connected")?;
         rig.guest.ask("blk 0 verify 0 8 2")?;
+        Ok(())
+    })
+}
+
+/// The daemon has no privileges, uses no processor while nothing is asked of it, and ends when it is told to.
+fn confined_and_idle(context: &Context) -> Result<Outcome> {
+    with_daemon::<OURS>(context, 2, ",num_queues=2", |rig| {
+        rig.guest.ask("blk 0 init queues=2")?;
+        rig.guest.ask("blk 0 stress 100 8 12")?;
+        let proc = |file: &str| Ok::<_, anyhow::Error>(format!("/proc/{}/{file}", rig.daemon.pid()?));
+        for task in std::fs::read_dir(proc("task")?)? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            for line in [
+                "CapEff:\t0000000000000000",
+                "CapPrm:\t0000000000000000",
+                "NoNewPrivs:\t1",
+                "Seccomp:\t2",
+            ] {
+                ensure!(
+                    status.contains(line),
+                    "no {line:?} in {}",
+                    status.lines().next().unwrap_or_default()
+                );
+            }
+        }
+        // User and system time are the 12th and 13th field behind the name.
+        let time = || -> Result<Vec<String>> {
+            let stat = std::fs::read_to_string(proc("stat")?)?;
+            let fields = stat.rsplit_once(')').context("no name")?.1.split_whitespace();
+            Ok(fields.skip(11).take(2).map(str::to_owned).collect())
+        };
+        let before = time()?;
+        thread::sleep(Duration::from_secs(2));
+        ensure!(
+            time()? == before,
+            "it used the processor: {before:?}, then {:?}",
+            time()?
+        );
+        rig.daemon.signal("TERM")?;
+        rig.daemon.expect_end()?;
+        rig.wait_link("Disconnected")?;
+        rig.restart()?;
+        rig.guest.ask("blk 0 stress 100 8 13")?;
         Ok(())
     })
 }
