@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BalloonConfig, DataPath, FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
+use crate::{
+    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, NetBackend, OnDisconnect, VhostMode,
+};
 
 /// A whole VM.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -70,8 +72,12 @@ fn tap_or_daemon() -> serde_json::Value {
     let nothing = serde_json::json!({ "type": "null" });
     serde_json::json!([
         { "properties": {
-            "vhost_user": { "const": false }, "vhost_socket": nothing,
+            "vhost_user": { "const": false }, "vhost_socket": nothing, "backend": { "const": "vmm" },
             "vhost_mode": { "const": "Client" }, "on_disconnect": { "const": "stall" },
+        } },
+        { "required": ["backend", "tap"], "properties": {
+            "backend": { "const": "netd" }, "tap": text, "vhost_user": { "const": false }, "vhost_socket": nothing,
+            "vhost_mode": { "const": "Client" }, "ip": nothing, "mask": nothing, "host_mac": nothing, "fds": nothing,
         } },
         { "required": ["vhost_user", "vhost_socket"], "properties": {
             "vhost_user": { "const": true }, "vhost_socket": text, "vhost_mode": { "const": "Client" },
@@ -277,44 +283,6 @@ impl Default for DiskConfig {
     }
 }
 
-impl DiskConfig {
-    /// Whether another process serves it, which has to map the guest's memory.
-    pub fn has_daemon(&self) -> bool {
-        self.vhost_user || !self.backend.is_vmm()
-    }
-}
-
-/// What serves the file of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
-pub enum DiskBackend {
-    /// The VMM itself.
-    #[default]
-    Vmm,
-    /// A `triarch-blkd` that the VMM starts, and ends with the VM.
-    Blkd,
-}
-
-impl DiskBackend {
-    /// Whether it is the VMM itself.
-    pub fn is_vmm(&self) -> bool {
-        *self == Self::Vmm
-    }
-}
-
-impl FromStr for DiskBackend {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "vmm" => Ok(Self::Vmm),
-            "blkd" => Ok(Self::Blkd),
-            _ => Err("vmm or blkd"),
-        }
-    }
-}
-
 /// An Ethernet address, written `12:34:56:78:9a:bc`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -408,6 +376,9 @@ pub struct NetConfig {
     /// Descriptors of an open tap interface, inherited from whoever started the VMM, one a queue pair.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
+    /// What serves its tap.
+    #[serde(skip_serializing_if = "NetBackend::is_vmm")]
+    pub backend: NetBackend,
     /// A daemon serves it over vhost-user, instead of a tap.
     pub vhost_user: bool,
     /// Unix socket of the daemon.
@@ -443,6 +414,7 @@ impl Default for NetConfig {
             num_queues: 2,
             queue_size: 256,
             fds: None,
+            backend: NetBackend::Vmm,
             vhost_user: false,
             vhost_socket: None,
             vhost_mode: VhostMode::Client,

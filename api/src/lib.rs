@@ -6,6 +6,7 @@
 
 mod answer;
 pub mod audit;
+mod backend;
 mod balloon;
 mod config;
 mod datapath;
@@ -27,10 +28,11 @@ mod strict;
 mod validate;
 
 pub use answer::{Answer, Handler};
+pub use backend::{DiskBackend, NetBackend};
 pub use balloon::BalloonConfig;
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskBackend, DiskConfig, HugePageSize,
-    ImageType, MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
+    ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
+    MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
 pub use datapath::DataPath;
 pub use operation::{Operation, Phase};

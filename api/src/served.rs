@@ -239,7 +239,7 @@ impl VmConfig {
     /// Whether other processes must be able to map its memory: they serve devices.
     pub fn needs_shared_memory(&self) -> bool {
         let disks = self.disks.iter().flatten().any(DiskConfig::has_daemon);
-        let nets = self.net.iter().flatten().any(|net| net.vhost_user);
+        let nets = self.net.iter().flatten().any(NetConfig::has_daemon);
         let fs = self.fs.iter().flatten().next().is_some();
         disks || nets || fs || self.generic_vhost_user.iter().flatten().next().is_some()
     }
@@ -319,6 +319,9 @@ pub(crate) fn validate_disk(field: &str, disk: &DiskConfig) -> Result<(), Config
 
 /// What an interface has of `vhost_user`, or lacks.
 pub(crate) fn validate_net(field: &str, net: &NetConfig) -> Result<(), ConfigError> {
+    if !net.backend.is_vmm() {
+        return validate_switched(field, net);
+    }
     if !net.vhost_user {
         if net.vhost_socket.is_some() || !net.vhost_mode.is_client() || !net.on_disconnect.is_stall() {
             return Err(ConfigError::Conflict(format!(
@@ -344,6 +347,30 @@ pub(crate) fn validate_net(field: &str, net: &NetConfig) -> Result<(), ConfigErr
         ("fds", net.fds.is_some()),
     ];
     refuse_given(field, &given)
+}
+
+/// An interface with `backend`.
+fn validate_switched(field: &str, net: &NetConfig) -> Result<(), ConfigError> {
+    if net.tap.as_ref().is_none_or(String::is_empty) {
+        return Err(ConfigError::Missing(format!(
+            "{field}.tap is missing, and {field}.backend=netd needs to know its tap; give its name"
+        )));
+    }
+    let given = [
+        ("vhost_user", net.vhost_user),
+        ("vhost_socket", net.vhost_socket.is_some()),
+        ("vhost_mode", !net.vhost_mode.is_client()),
+        ("ip", net.ip.is_some()),
+        ("mask", net.mask.is_some()),
+        ("host_mac", net.host_mac.is_some()),
+        ("fds", net.fds.is_some()),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((name, _)) => Err(ConfigError::Conflict(format!(
+            "{field}.{name} cannot be had with {field}.backend=netd; leave one of them out"
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn validate_fs(field: &str, fs: &FsConfig) -> Result<(), ConfigError> {

@@ -64,7 +64,9 @@ impl VmConfig {
 
     /// Whether the VMM has to start daemons for it.
     pub fn needs_daemons(&self) -> bool {
-        self.disks.iter().flatten().any(|disk| !disk.backend.is_vmm())
+        let disks = self.disks.iter().flatten().any(|disk| !disk.backend.is_vmm());
+        let nets = self.net.iter().flatten().any(|net| !net.backend.is_vmm());
+        disks || nets
     }
 
     /// Checks every value; the first error is returned.

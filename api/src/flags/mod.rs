@@ -171,6 +171,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
         "offload_tso",
         "offload_ufo",
         "offload_csum",
+        "backend",
         "vhost_user",
         "vhost_socket",
         "socket",
@@ -201,6 +202,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     set(&mut config.offload_tso, kv.switch("offload_tso")?);
     set(&mut config.offload_ufo, kv.switch("offload_ufo")?);
     set(&mut config.offload_csum, kv.switch("offload_csum")?);
+    set(&mut config.backend, kv.get("backend")?);
     set(&mut config.vhost_user, kv.switch("vhost_user")?);
     config.vhost_socket = served::socket(&kv)?;
     config.vhost_mode = served::mode(&kv)?;

@@ -86,7 +86,7 @@ struct Args {
     /// API socket: PATH, path=PATH or fd=N
     #[arg(long, value_name = "SOCKET")]
     api_socket: Option<String>,
-    /// Lets requests ask for devices with backend=blkd, whose daemon the VMM starts; flags and files may in any case
+    /// Lets requests ask for devices with backend=blkd or netd, whose daemon the VMM starts; flags and files may in any case
     #[arg(long)]
     daemons: bool,
     /// Events, one JSON object a line: path=FILE or fd=N

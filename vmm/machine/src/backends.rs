@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_api::{DiskBackend, DiskConfig, ImageType, NetConfig, VmConfig};
+use triarch_api::{DiskBackend, DiskConfig, ImageType, NetBackend, NetConfig, VmConfig};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
 use triarch_vhost_user::Peer;
 use triarch_virtio::net::NetCounters;
 
-use crate::daemons::{Daemons, Started, start_disk};
+use crate::daemons::{Daemons, Started, start_disk, start_net};
 use crate::{MachineError, vhost};
 
 /// One of each for every device of the configuration, in its order.
@@ -76,7 +76,14 @@ impl Backends {
         let mut net_counters = Vec::new();
         for net in config.net.iter().flatten() {
             let handed = net.id.as_ref().and_then(|id| handed.get(id));
-            let (end, counters) = open_net(net, handed, sandbox)?;
+            let (end, counters) = match net.backend {
+                NetBackend::Vmm => open_net(net, handed, sandbox)?,
+                NetBackend::Netd => {
+                    let (daemon, socket) = start_net(net, daemons)?;
+                    started.push(daemon);
+                    daemon_net(net, Some(&socket), sandbox)?
+                }
+            };
             nets.push(end);
             net_counters.push(counters);
         }
@@ -170,9 +177,7 @@ fn open_net(
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<(NetEnd, NetCounters), MachineError> {
     if config.vhost_user {
-        let counters = NetCounters::new(usize::from(config.num_queues / 2));
-        let peer = vhost::open_net(config, counters.clone(), sandbox)?;
-        return Ok((NetEnd::Daemon(peer), counters));
+        return daemon_net(config, config.vhost_socket.as_deref(), sandbox);
     }
     let tap = match handed {
         Some(tap) => tap.clone(),
@@ -180,6 +185,16 @@ fn open_net(
     };
     let counters = NetCounters::new(tap.queues().len());
     Ok((NetEnd::Tap(tap), counters))
+}
+
+fn daemon_net(
+    config: &NetConfig,
+    socket: Option<&Path>,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<(NetEnd, NetCounters), MachineError> {
+    let counters = NetCounters::new(usize::from(config.num_queues / 2));
+    let peer = vhost::open_net(config, socket, counters.clone(), sandbox)?;
+    Ok((NetEnd::Daemon(peer), counters))
 }
 
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_api::DiskConfig;
+use triarch_api::{DiskConfig, NetConfig};
 
 use crate::MachineError;
 
@@ -59,27 +59,43 @@ pub(crate) fn start_disk(
     config: &DiskConfig,
     daemons: Option<&Arc<dyn Daemons>>,
 ) -> Result<(Started, PathBuf), MachineError> {
-    let failed = |error: Box<dyn Error + Send + Sync>| MachineError::device(&config.id, error);
-    let daemons = daemons.ok_or_else(|| failed(Forbidden("blkd").into()))?;
-    let id = config.id.clone().unwrap_or_default();
-    let path = config
-        .path
-        .as_deref()
-        .and_then(Path::to_str)
-        .filter(|path| !path.contains('"'));
-    let path = path.ok_or_else(|| failed("the path of its file must be UTF-8 text without quotation marks".into()))?;
-    let order = DaemonOrder {
-        program: "triarch-blkd",
-        arguments: vec!["--export".to_owned(), export(&id, path, config)],
-    };
+    let path = config.path.as_deref().and_then(Path::to_str);
+    let path = path.filter(|path| !path.contains('"')).ok_or_else(|| {
+        let text = "the path of its file must be UTF-8 text without quotation marks";
+        MachineError::device(&config.id, text)
+    })?;
+    let arguments = vec!["--export".to_owned(), export(path, config)];
+    start(&config.id, "triarch-blkd", "blkd", arguments, daemons)
+}
+
+/// Starts the daemon of an interface whose tap `triarch-netd` serves; its socket.
+pub(crate) fn start_net(
+    config: &NetConfig,
+    daemons: Option<&Arc<dyn Daemons>>,
+) -> Result<(Started, PathBuf), MachineError> {
+    let [guest, host] = ports(config);
+    let arguments = vec!["--port".to_owned(), guest, "--port".to_owned(), host];
+    start(&config.id, "triarch-netd", "netd", arguments, daemons)
+}
+
+fn start(
+    id: &Option<String>,
+    program: &'static str,
+    backend: &'static str,
+    arguments: Vec<String>,
+    daemons: Option<&Arc<dyn Daemons>>,
+) -> Result<(Started, PathBuf), MachineError> {
+    let failed = |error: Box<dyn Error + Send + Sync>| MachineError::device(id, error);
+    let daemons = daemons.ok_or_else(|| failed(Forbidden(backend).into()))?.clone();
+    let id = id.clone().unwrap_or_default();
+    let order = DaemonOrder { program, arguments };
     let socket = daemons.start(&id, order).map_err(|error| failed(error.into()))?;
-    let daemons = daemons.clone();
     Ok((Started { daemons, id }, socket))
 }
 
 /// What `triarch-blkd` is told of a disk.
-fn export(id: &str, path: &str, config: &DiskConfig) -> String {
-    let mut text = format!(r#"name="{id}",path="{path}",socket=fd=3"#);
+fn export(path: &str, config: &DiskConfig) -> String {
+    let mut text = format!(r#"name=disk,path="{path}",socket=fd=3"#);
     text += &format!(",num_queues={},queue_size={}", config.num_queues, config.queue_size);
     if let Some(serial) = &config.serial {
         text += &format!(r#",serial="{serial}""#);
@@ -96,17 +112,28 @@ fn export(id: &str, path: &str, config: &DiskConfig) -> String {
     text
 }
 
+/// What `triarch-netd` is told of an interface: its port, and that of the host.
+fn ports(config: &NetConfig) -> [String; 2] {
+    let mut guest = format!("name=guest,socket=fd=3,num_queues={}", config.num_queues);
+    if let Some(mac) = config.mac {
+        guest += &format!(",mac={mac}");
+    }
+    let tap = config.tap.as_deref().unwrap_or_default();
+    let mut host = format!(r#"name=host,tap="{tap}",num_queues={}"#, config.num_queues / 2);
+    if let Some(mtu) = config.mtu {
+        host += &format!(",mtu={mtu}");
+    }
+    [guest, host]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_daemon_is_told_what_the_disk_is() {
-        let told = export("_disk0", "/d", &DiskConfig::default());
-        assert_eq!(
-            told,
-            r#"name="_disk0",path="/d",socket=fd=3,num_queues=1,queue_size=128"#
-        );
+        let told = export("/d", &DiskConfig::default());
+        assert_eq!(told, r#"name=disk,path="/d",socket=fd=3,num_queues=1,queue_size=128"#);
         let other = DiskConfig {
             readonly: true,
             direct: true,
@@ -115,11 +142,31 @@ mod tests {
             serial: Some("s".into()),
             ..DiskConfig::default()
         };
-        let told = export("x", "/a,b=c", &other);
-        assert!(told.starts_with(r#"name="x",path="/a,b=c",socket"#), "{told}");
+        let told = export("/a,b=c", &other);
+        assert!(told.starts_with(r#"name=disk,path="/a,b=c",socket"#), "{told}");
         assert!(
             told.ends_with(r#"num_queues=4,queue_size=128,serial="s",readonly=on,direct=on,io_uring=off"#),
             "{told}"
         );
+    }
+    #[test]
+    fn a_switch_is_told_what_the_interface_is() {
+        let mut net = NetConfig {
+            tap: Some("tap7".into()),
+            ..NetConfig::default()
+        };
+        assert_eq!(
+            ports(&net),
+            [
+                "name=guest,socket=fd=3,num_queues=2",
+                r#"name=host,tap="tap7",num_queues=1"#
+            ]
+        );
+        net.mac = "12:34:56:78:9a:bc".parse().ok();
+        net.mtu = Some(9000);
+        net.num_queues = 8;
+        let [guest, host] = ports(&net);
+        assert_eq!(guest, "name=guest,socket=fd=3,num_queues=8,mac=12:34:56:78:9a:bc");
+        assert_eq!(host, r#"name=host,tap="tap7",num_queues=4,mtu=9000"#);
     }
 }

@@ -36,9 +36,10 @@ pub(crate) fn open_disk(
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
-/// Finds the daemon of an interface, whose packets are counted in `counters`.
+/// Finds the daemon of an interface at `socket`; its packets are counted in `counters`.
 pub(crate) fn open_net(
     config: &NetConfig,
+    socket: Option<&Path>,
     counters: NetCounters,
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
@@ -51,7 +52,7 @@ pub(crate) fn open_net(
         offloads: offloads(config),
     };
     let kind = DaemonNet::new(options, counters);
-    let options = peer(config.vhost_socket.as_deref(), config.on_disconnect);
+    let options = peer(socket, config.on_disconnect);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 

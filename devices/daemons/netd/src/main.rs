@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use triarch_daemon::{Confinement, Control, LogOptions, SeccompMode, Signals, drop_privileges, listen};
+use triarch_device_core::ServiceManager;
 use triarch_netd::control::Steward;
 use triarch_netd::plane::{PlaneHandle, PlaneOptions};
 use triarch_netd::switch::table::TableLimits;
@@ -88,6 +89,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let control = control
         .map(|listener| Control::start(listener, Box::new(steward.service()), &sandbox))
         .transpose()?;
+    if let Some(manager) = ServiceManager::from_env() {
+        manager.send("READY=1");
+    }
     confinement.enter()?;
     tracing::info!("the switch runs");
     signals.wait();

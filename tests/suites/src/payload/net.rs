@@ -2,46 +2,67 @@
 
 use super::data::{crc32, pattern};
 use super::guest::{Guest, builder, field, number};
-use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::Duration;
 use triarch_harness::net::{self, Tap};
-use triarch_harness::suite::{Context, Outcome};
+use triarch_harness::suite::{Context, Outcome, Test};
 
-payload_tests!("net":
-    pings,
-    pings_without_extras,
-    describes_itself,
-    carries_datagrams,
-    leaves_checksums_to_the_host,
-    leaves_segments_to_the_host,
-    uses_several_queues,
-    obeys_control_queue,
-    bears_floods,
-);
+/// This module's tests.
+pub const TESTS: &[Test] = &[
+    Test::payload("net::pings", pings::<VMM>),
+    Test::payload("net::pings_without_extras", pings_without_extras),
+    Test::payload("net::describes_itself", describes_itself::<VMM>),
+    Test::payload("net::carries_datagrams", carries_datagrams::<VMM>),
+    Test::payload("net::leaves_checksums_to_the_host", leaves_checksums_to_the_host::<VMM>),
+    Test::payload("net::leaves_segments_to_the_host", leaves_segments_to_the_host::<VMM>),
+    Test::payload("net::uses_several_queues", uses_several_queues::<VMM>),
+    Test::payload("net::obeys_control_queue", obeys_control_queue),
+    Test::payload("net::bears_floods", bears_floods),
+    Test::payload("net::netd::pings", pings::<NETD>),
+    Test::payload("net::netd::describes_itself", describes_itself::<NETD>),
+    Test::payload("net::netd::carries_datagrams", carries_datagrams::<NETD>),
+    Test::payload(
+        "net::netd::leaves_checksums_to_the_host",
+        leaves_checksums_to_the_host::<NETD>,
+    ),
+    Test::payload(
+        "net::netd::leaves_segments_to_the_host",
+        leaves_segments_to_the_host::<NETD>,
+    ),
+    Test::payload("net::netd::uses_several_queues", uses_several_queues::<NETD>),
+];
+
+/// Who serves the tap: the VMM, or a `triarch-netd` that it starts.
+const VMM: bool = false;
+const NETD: bool = true;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 
 /// Runs `test` with a guest on a tap interface, where such can be made.
-fn with_nic(context: &Context, options: &str, test: impl Fn(&mut Guest) -> Result<()>) -> Result<Outcome> {
+fn with_nic<const BY: bool>(
+    context: &Context,
+    options: &str,
+    test: impl Fn(&mut Guest) -> Result<()>,
+) -> Result<Outcome> {
     if let Some(why) = net::unavailable() {
         return Ok(Outcome::Skipped(why));
     }
     net::enter_namespace()?;
     let tap = Tap::create("tap0", HOST, MASK, options.contains("num_queues"))?;
-    let mut guest = Guest::start(builder(context)?.flag("--net", format!("tap={}{options}", tap.name())))?;
+    let backend = if BY == NETD { ",backend=netd" } else { "" };
+    let mut guest = Guest::start(builder(context)?.flag("--net", format!("tap={}{options}{backend}", tap.name())))?;
     test(&mut guest)?;
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
 
-fn pings(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+fn pings<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, "", |guest| {
         ensure!(number(&guest.ask(&format!("net 0 ping {GUEST} {HOST} 10"))?, "echoes")? == 10);
         guest.ask(&format!("net 0 ping {GUEST} {HOST} 3 len=1472"))?;
         guest.ask("net 0 init offload=1")?;
@@ -51,15 +72,15 @@ fn pings(context: &Context) -> Result<Outcome> {
 }
 
 fn pings_without_extras(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+    with_nic::<VMM>(context, "", |guest| {
         guest.ask("net 0 init event_idx=0 indirect=0 size=16")?;
         guest.ask(&format!("net 0 ping {GUEST} {HOST} 40"))?;
         Ok(())
     })
 }
 
-fn describes_itself(context: &Context) -> Result<Outcome> {
-    with_nic(context, ",mac=52:54:00:ab:cd:ef,mtu=1400", |guest| {
+fn describes_itself<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, ",mac=52:54:00:ab:cd:ef,mtu=1400", |guest| {
         let info = guest.ask("net 0 info")?;
         ensure!(field(&info, "mac")? == "52:54:00:ab:cd:ef", "{info}");
         ensure!(number(&info, "mtu")? == 1400, "{info}");
@@ -87,8 +108,8 @@ fn datagram(guest: &mut Guest, len: usize, seed: u64, options: &str) -> Result<(
     Ok(())
 }
 
-fn carries_datagrams(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+fn carries_datagrams<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, "", |guest| {
         for (len, seed) in [(1, 1), (500, 2), (1472, 3)] {
             datagram(guest, len, seed, "")?;
         }
@@ -96,8 +117,8 @@ fn carries_datagrams(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn leaves_checksums_to_the_host(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+fn leaves_checksums_to_the_host<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, "", |guest| {
         for (len, seed) in [(64, 4), (1471, 5)] {
             datagram(guest, len, seed, "csum")?;
         }
@@ -119,8 +140,8 @@ fn counters() -> Result<(u64, u64)> {
     Ok((numbers[0], numbers[1]))
 }
 
-fn leaves_segments_to_the_host(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+fn leaves_segments_to_the_host<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, "", |guest| {
         guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
         let (bytes, packets) = counters()?;
         guest.ask(&format!("net 0 tso {GUEST} {HOST} 9 40000 1 1400"))?;
@@ -132,8 +153,8 @@ fn leaves_segments_to_the_host(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn uses_several_queues(context: &Context) -> Result<Outcome> {
-    with_nic(context, ",num_queues=4", |guest| {
+fn uses_several_queues<const BY: bool>(context: &Context) -> Result<Outcome> {
+    with_nic::<BY>(context, ",num_queues=4", |guest| {
         ensure!(number(&guest.ask("net 0 info")?, "max_pairs")? == 2);
         ensure!(number(&guest.ask("net 0 init queues=2")?, "pairs")? == 2);
         guest.ask(&format!("net 0 ping {GUEST} {HOST} 20"))?;
@@ -146,7 +167,7 @@ fn uses_several_queues(context: &Context) -> Result<Outcome> {
 }
 
 fn obeys_control_queue(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+    with_nic::<VMM>(context, "", |guest| {
         guest.ask("net 0 promisc 1")?;
         ensure!(guest.ask("net 0 mac 52:54:00:00:00:77")? == "52:54:00:00:00:77");
         let refused = guest.refused("net 0 command 99 0 1")?;
@@ -157,7 +178,7 @@ fn obeys_control_queue(context: &Context) -> Result<Outcome> {
 }
 
 fn bears_floods(context: &Context) -> Result<Outcome> {
-    with_nic(context, "", |guest| {
+    with_nic::<VMM>(context, "", |guest| {
         guest.ask("net 0 init size=256 buffers=256 offload=1")?;
         let received = || -> Result<u64> {
             let table = fs::read_to_string("/proc/thread-self/net/dev")?;
