@@ -80,7 +80,7 @@ fn tap_or_daemon() -> serde_json::Value {
             "vhost_mode": { "const": "Client" }, "ip": nothing, "mask": nothing, "host_mac": nothing, "fds": nothing,
         } },
         { "required": ["vhost_user", "vhost_socket"], "properties": {
-            "vhost_user": { "const": true }, "vhost_socket": text, "vhost_mode": { "const": "Client" },
+            "vhost_user": { "const": true }, "vhost_socket": text,
             "tap": nothing, "ip": nothing, "mask": nothing, "host_mac": nothing, "fds": nothing,
         } },
     ])
@@ -247,9 +247,12 @@ pub struct DiskConfig {
     pub backend: DiskBackend,
     /// A daemon serves it over vhost-user, instead of a file.
     pub vhost_user: bool,
-    /// Unix socket the daemon listens on.
+    /// Unix socket where VMM and daemon meet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<PathBuf>,
+    /// Which side makes the connection.
+    #[serde(skip_serializing_if = "VhostMode::is_client")]
+    pub vhost_mode: VhostMode,
     /// What happens to requests while there is no daemon.
     #[serde(skip_serializing_if = "OnDisconnect::is_stall")]
     pub on_disconnect: OnDisconnect,
@@ -276,6 +279,7 @@ impl Default for DiskConfig {
             backend: DiskBackend::Vmm,
             vhost_user: false,
             vhost_socket: None,
+            vhost_mode: VhostMode::Client,
             on_disconnect: OnDisconnect::Stall,
             datapath: DataPath::Auto,
             id: None,

@@ -333,12 +333,6 @@ pub(crate) fn validate_net(field: &str, net: &NetConfig) -> Result<(), ConfigErr
     if net.vhost_socket.as_ref().is_none_or(|p| p.as_os_str().is_empty()) {
         return Err(missing(format!("{field}.vhost_socket")));
     }
-    if !net.vhost_mode.is_client() {
-        return Err(ConfigError::Conflict(format!(
-            "{field}.vhost_mode is Server, which this version does not have; start the daemon so that it listens, and leave \
-             vhost_mode out"
-        )));
-    }
     let given = [
         ("tap", net.tap.is_some()),
         ("ip", net.ip.is_some()),
@@ -492,7 +486,8 @@ mod tests {
         };
         assert!(refusal(|n| n.tap = Some("tap0".into())).contains("net[0].tap cannot be had with net[0].vhost_user"));
         assert!(refusal(|n| n.vhost_socket = None).contains("net[0].vhost_socket is missing"));
-        assert!(refusal(|n| n.vhost_mode = VhostMode::Server).contains("vhost_mode is Server"));
+        let idle = |n: &mut NetConfig| (n.vhost_user, n.vhost_socket, n.vhost_mode) = (false, None, VhostMode::Server);
+        assert!(refusal(idle).contains("vhost_mode and net[0].on_disconnect need"));
         assert!(refusal(|n| n.vhost_user = false).contains("need net[0].vhost_user switched on"));
     }
 

@@ -241,9 +241,9 @@ fn validate_disk(index: usize, disk: &DiskConfig) -> Result<(), ConfigError> {
     if disk.vhost_user {
         return served::validate_disk(&field, disk);
     }
-    if disk.vhost_socket.is_some() {
+    if disk.vhost_socket.is_some() || !disk.vhost_mode.is_client() {
         return Err(ConfigError::Conflict(format!(
-            "{field}.vhost_socket needs {field}.vhost_user switched on"
+            "{field}.vhost_socket and {field}.vhost_mode need {field}.vhost_user switched on"
         )));
     }
     let plain = disk.on_disconnect.is_stall() && disk.datapath.is_auto();

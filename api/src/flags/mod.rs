@@ -125,6 +125,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "vhost_user",
         "vhost_socket",
         "socket",
+        "vhost_mode",
         "on_disconnect",
         "datapath",
         "id",
@@ -141,6 +142,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.backend, kv.get("backend")?);
     set(&mut config.vhost_user, kv.switch("vhost_user")?);
     config.vhost_socket = served::socket(&kv)?;
+    config.vhost_mode = served::mode(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     set(&mut config.datapath, kv.get("datapath")?);
     config.id = kv.text("id").map(str::to_owned);
@@ -347,6 +349,8 @@ mod tests {
         assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));
         let direct = disk("vhost_user=on,vhost_socket=s,datapath=direct").expect("disk");
         assert_eq!(direct.datapath, crate::DataPath::Direct);
+        let server = disk("vhost_user=on,vhost_socket=s,vhost_mode=server").expect("disk");
+        assert_eq!(server.vhost_mode, crate::VhostMode::Server);
         assert!(text(disk("datapath=fast").expect_err("refused")).contains("auto, direct or relay"));
         assert!(text(disk("on_disconnect=wait").expect_err("refused")).contains("error-after=SECONDS"));
         assert!(text(disk("path=x,image_type=qcow2").expect_err("refused")).contains("raw"));

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{DeviceLink, DiskConfig, FsConfig, GenericVhostUserConfig, LinkPath, LinkState, NetConfig};
+use triarch_api::server::Listener;
+use triarch_api::{
+    DeviceLink, DiskConfig, FsConfig, GenericVhostUserConfig, LinkPath, LinkState, NetConfig, VhostMode,
+};
 use triarch_device_core::Sandbox;
 use triarch_vhost_user::{
-    self as vhost, DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, DataPath, Kind, LinkStatus, NetOptions,
+    self as vhost, DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, DataPath, Endpoint, Kind, LinkStatus, NetOptions,
     OnDisconnect, Peer, PeerOptions, VhostUser,
 };
 use triarch_virtio::net::NetCounters;
@@ -31,7 +34,7 @@ pub(crate) fn open_disk(
             triarch_api::DataPath::Direct => DataPath::Direct,
             triarch_api::DataPath::Relay => DataPath::Relay,
         },
-        ..peer(socket, config.on_disconnect)
+        ..peer(endpoint(&config.id, socket, config.vhost_mode)?, config.on_disconnect)
     };
     open(&config.id, Arc::new(kind), options, sandbox)
 }
@@ -52,14 +55,15 @@ pub(crate) fn open_net(
         offloads: offloads(config),
     };
     let kind = DaemonNet::new(options, counters);
-    let options = peer(socket, config.on_disconnect);
+    let endpoint = endpoint(&config.id, socket, config.vhost_mode)?;
+    let options = peer(endpoint, config.on_disconnect);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
 /// Finds the daemon of a file system.
 pub(crate) fn open_fs(config: &FsConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonFs::new(&config.tag, config.num_queues, config.queue_size);
-    let options = peer(Some(&config.socket), config.on_disconnect);
+    let options = peer(config.socket.clone().into(), config.on_disconnect);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
@@ -71,13 +75,25 @@ pub(crate) fn open_generic(
     // A valid one is below 64.
     let id = u16::try_from(config.device_type).unwrap_or(u16::MAX);
     let kind = DaemonGeneric::new(id, config.queue_sizes.clone());
-    let options = peer(Some(&config.socket), triarch_api::OnDisconnect::Stall);
+    let options = peer(config.socket.clone().into(), triarch_api::OnDisconnect::Stall);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
-fn peer(socket: Option<&Path>, on_disconnect: triarch_api::OnDisconnect) -> PeerOptions {
+/// Where a daemon is met. A socket that the VMM listens on is there as long as the device is configured.
+fn endpoint(id: &Option<String>, socket: Option<&Path>, mode: VhostMode) -> Result<Endpoint, MachineError> {
+    let path = socket.map(Path::to_owned).unwrap_or_default();
+    match mode {
+        VhostMode::Client => Ok(path.into()),
+        VhostMode::Server => {
+            let listener = Listener::bind(&path).map_err(|error| MachineError::device(id, error))?;
+            Ok(Endpoint::accept(path, Arc::new(listener)))
+        }
+    }
+}
+
+fn peer(endpoint: Endpoint, on_disconnect: triarch_api::OnDisconnect) -> PeerOptions {
     PeerOptions {
-        endpoint: socket.map(Path::to_owned).unwrap_or_default().into(),
+        endpoint,
         data_path: DataPath::Auto,
         on_disconnect: match on_disconnect {
             triarch_api::OnDisconnect::Stall => OnDisconnect::Stall,
