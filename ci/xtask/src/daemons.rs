@@ -82,6 +82,15 @@ pub fn root() -> Result<Root> {
     Root::get("root-daemons", &[STORAGE.package])
 }
 
+/// A switch that looks for packets all the time, DPDK's, made to run from `dir`; its program.
+///
+/// # Errors
+/// A package cannot be downloaded or unpacked.
+pub fn testpmd(dir: &Path) -> Result<PathBuf> {
+    SWITCH.provide(dir)?;
+    Ok(dir.join(SWITCH.name))
+}
+
 /// The daemons that some of `tests` start.
 pub fn of_tests(tests: &[&String]) -> impl Iterator<Item = &'static Daemon> {
     let is_for = |daemon: &&Daemon| tests.iter().any(|name| name.contains(daemon.tests));

@@ -52,6 +52,9 @@ pub struct Args {
     /// Read around the host's page cache
     #[arg(long)]
     direct: bool,
+    /// Take triarch and its daemons from this directory instead of building them
+    #[arg(long, conflicts_with = "profile")]
+    programs: Option<PathBuf>,
     /// How triarch is compiled
     #[arg(long, value_enum, default_value = "release")]
     profile: Profile,
@@ -138,12 +141,15 @@ type Samples = Vec<Vec<Vec<Sample>>>;
 /// A program does not start, or a guest reads something else than the others.
 pub(super) fn run(args: &Args) -> Result<()> {
     let (image, _made) = image(args)?;
+    let tools_dir = tempfile::tempdir()?;
     let programs = Programs {
-        triarch: build::program(Arch::native(), args.profile, "triarch", "triarch")?,
-        blkd: build::program(Arch::native(), args.profile, "triarch-blkd", "triarch-blkd")?,
+        triarch: program(args, "triarch")?,
+        blkd: program(args, "triarch-blkd")?,
         kernel: payload::build(Arch::native())?,
         rig: Rig::get(Arch::native())?,
         daemons: daemons::root()?,
+        netd: program(args, "triarch-netd")?,
+        testpmd: daemons::testpmd(tools_dir.path())?,
         image,
         direct: args.direct,
     };
@@ -189,6 +195,18 @@ fn disks(programs: &Programs, works: &[Work], args: &Args) -> Result<()> {
     })?;
     println!("{}", report::disks(&setups, works, &samples, &rests));
     Ok(())
+}
+
+/// A program of this project, from its package of the same name.
+fn program(args: &Args, name: &str) -> Result<PathBuf> {
+    match &args.programs {
+        Some(directory) => {
+            let file = fs::canonicalize(directory)?.join(name);
+            ensure!(file.is_file(), "there is no {}", file.display());
+            Ok(file)
+        }
+        None => build::program(Arch::native(), args.profile, name, name),
+    }
 }
 
 /// The image to read, and what keeps it if it was made here.

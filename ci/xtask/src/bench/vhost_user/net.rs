@@ -1,7 +1,7 @@
 //! Two guests on one switch: frames from one to the other, large segments, and frames there and back.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use triarch_harness::process::Process;
 use super::Args;
 use super::cpu::Cpu;
 use super::guest::{Guest, number};
-use super::setup::{Front, Programs};
+use super::setup::{Front, Programs, share_memory, wait_for};
 use crate::tools;
 
 /// Entries of each queue, and receive buffers.
@@ -32,17 +32,23 @@ const HOST_TSO4: u64 = 1 << 11;
 pub enum Switch {
     /// Linux's, with a tap interface each.
     Bridge,
+    /// DPDK's, which looks for packets all the time.
+    Testpmd,
+    /// This project's daemon.
+    Netd,
 }
 
 impl Switch {
     /// All there are.
-    pub const ALL: [Self; 1] = [Self::Bridge];
+    pub const ALL: [Self; 3] = [Self::Bridge, Self::Testpmd, Self::Netd];
 }
 
 impl fmt::Display for Switch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Bridge => "a bridge of Linux's with taps",
+            Self::Bridge => "Linux's bridge",
+            Self::Testpmd => "dpdk-testpmd",
+            Self::Netd => "triarch-netd",
         })
     }
 }
@@ -163,16 +169,30 @@ impl Setup {
         };
         let bridge = format!("br-{name}");
         let busybox = |words: &[&str]| tools::output(Command::new(&programs.rig.busybox).args(words));
-        match switch {
+        let sockets = [0, 1].map(|guest| dir.path().join(format!("net{guest}.sock")));
+        let daemon = match switch {
             Switch::Bridge => {
                 busybox(&["brctl", "addbr", &bridge])?;
                 busybox(&["ip", "link", "set", &bridge, "up"])?;
+                None
             }
+            Switch::Testpmd => Some(programs.testpmd(&sockets)),
+            Switch::Netd => Some(programs.netd(&sockets)),
+        };
+        let mut daemon = daemon.map(|mut command| Process::start(&mut command)).transpose()?;
+        if let Some(daemon) = &mut daemon {
+            sockets.iter().try_for_each(|socket| wait_for(daemon, socket))?;
         }
         let start = |guest: usize| -> Result<(Process, Guest)> {
             let serial = dir.path().join(format!("serial{guest}.sock"));
             let tap = format!("tap-{name}{guest}");
-            let mut vmm = Process::start(&mut programs.on_tap(front, &serial, &tap, &mac(guest)))?;
+            let mut command = programs.vmm(front, &serial);
+            if switch == Switch::Bridge {
+                on_tap(&mut command, front, &tap, &mac(guest));
+            } else {
+                on_socket(&mut command, front, &sockets[guest], &mac(guest));
+            }
+            let mut vmm = Process::start(&mut command)?;
             let guest = Guest::attach(&mut vmm, &serial)?;
             if switch == Switch::Bridge {
                 busybox(&["brctl", "addif", &bridge, &tap])?;
@@ -181,14 +201,34 @@ impl Setup {
             Ok((vmm, guest))
         };
         let (first, second) = (start(0)?, start(1)?);
-        Ok(Self {
+        let setup = Self {
             front,
             switch,
             vmms: [first.0, second.0],
-            daemon: None,
+            daemon,
             guests: [first.1, second.1],
             _dir: dir,
-        })
+        };
+        setup.hold(true)?;
+        Ok(setup)
+    }
+
+    /// Stops a daemon that is never idle, or lets it go on: it would take a processor from who is measured.
+    fn hold(&self, hold: bool) -> Result<()> {
+        let signal = if hold { "-STOP" } else { "-CONT" };
+        match &self.daemon {
+            Some(daemon) if self.switch == Switch::Testpmd => {
+                tools::output(Command::new("kill").args([signal, &daemon.pid().to_string()])).map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn sample(&mut self, traffic: Traffic, ms: u64) -> Result<Sample> {
+        self.hold(false)?;
+        let sample = self.measure(traffic, ms);
+        self.hold(true)?;
+        sample
     }
 
     /// CPU time of all its processes.
@@ -197,7 +237,7 @@ impl Setup {
         processes.map(|p| Cpu::of(p.pid()).map(|cpu| cpu.all())).sum()
     }
 
-    fn sample(&mut self, traffic: Traffic, ms: u64) -> Result<Sample> {
+    fn measure(&mut self, traffic: Traffic, ms: u64) -> Result<Sample> {
         let mut segments = true;
         for guest in &mut self.guests {
             let offload = u8::from(traffic == Traffic::Large);
@@ -258,19 +298,77 @@ fn hexadecimal(answer: &str, key: &str) -> Result<u64> {
     Ok(u64::from_str_radix(word, 16)?)
 }
 
+/// Gives a VMM an interface on the tap of this name.
+fn on_tap(command: &mut Command, front: Front, tap: &str, mac: &str) {
+    match front {
+        Front::Triarch => {
+            command.args(["--net", &format!("tap={tap},mac={mac},queue_size={QUEUE}")]);
+        }
+        Front::Qemu => {
+            let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
+            let device = format!("virtio-net-pci,netdev=net,mac={mac},rx_queue_size={QUEUE}");
+            command.args(["-netdev", &netdev, "-device", &device]);
+        }
+    }
+}
+
+/// Gives a VMM an interface that the daemon at `socket` serves.
+fn on_socket(command: &mut Command, front: Front, socket: &Path, mac: &str) {
+    let socket = socket.display();
+    match front {
+        Front::Triarch => {
+            let net = format!("vhost_user=on,vhost_socket={socket},mac={mac},queue_size={QUEUE}");
+            command.args(["--net", &net]);
+        }
+        Front::Qemu => {
+            share_memory(command);
+            command.args(["-chardev", &format!("socket,id=switch,path={socket}")]);
+            let sizes = format!("rx_queue_size={QUEUE},tx_queue_size={QUEUE}");
+            let device = format!("virtio-net-pci,netdev=net,mac={mac},{sizes}");
+            command.args(["-netdev", "vhost-user,id=net,chardev=switch", "-device", &device]);
+        }
+    }
+}
+
 impl Programs {
-    /// A VMM whose interface is the tap of this name.
-    fn on_tap(&self, front: Front, serial: &Path, tap: &str, mac: &str) -> Command {
-        let mut command = self.vmm(front, serial);
-        match front {
-            Front::Triarch => {
-                command.args(["--net", &format!("tap={tap},mac={mac},queue_size={QUEUE}")]);
-            }
-            Front::Qemu => {
-                let netdev = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
-                let device = format!("virtio-net-pci,netdev=net,mac={mac},rx_queue_size={QUEUE}");
-                command.args(["-netdev", &netdev, "-device", &device]);
-            }
+    /// From one socket to the other; with statistics, as it would end otherwise when there is no terminal.
+    fn testpmd(&self, sockets: &[PathBuf; 2]) -> Command {
+        let mut command = Command::new(&self.testpmd);
+        // Several run side by side: no files that they would share.
+        command.args([
+            "-l",
+            "0-1",
+            "--no-pci",
+            "--no-huge",
+            "-m",
+            "256",
+            "--no-telemetry",
+            "--no-shconf",
+        ]);
+        let parts = self.testpmd.with_extension("d");
+        for plugin in ["librte_net_vhost.so.25", "librte_mempool_ring.so.25"] {
+            command.arg("-d").arg(parts.join(plugin));
+        }
+        for (n, socket) in sockets.iter().enumerate() {
+            let device = format!("net_vhost{n},iface={},tso=1,legacy-ol-flags=1", socket.display());
+            command.args(["--vdev", &device]);
+        }
+        let multiple_segments = "--tx-offloads=0x8000";
+        command.args([
+            "--",
+            "--forward-mode=io",
+            "--auto-start",
+            "--total-num-mbufs=16384",
+            multiple_segments,
+        ]);
+        command.arg("--stats-period=3600");
+        command
+    }
+
+    fn netd(&self, sockets: &[PathBuf; 2]) -> Command {
+        let mut command = Command::new(&self.netd);
+        for (n, socket) in sockets.iter().enumerate() {
+            command.args(["--port", &format!("name=guest{n},socket={}", socket.display())]);
         }
         command
     }

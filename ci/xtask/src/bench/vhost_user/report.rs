@@ -1,6 +1,6 @@
 //! The tables that people read.
 
-use super::net::{self, Traffic};
+use super::net::{self, Switch, Traffic};
 use super::setup::{Back, Front, Setup};
 use super::{Rest, Sample, Samples, Work};
 use crate::bench::shown;
@@ -30,6 +30,7 @@ fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: 
         "QEMU",
         "ratio",
         "(of each round)",
+        "CPU",
         "p50 us",
         "p99 us",
         "VMM us",
@@ -45,18 +46,14 @@ fn compare(works: &[Work], samples: &Samples, ours: usize, theirs: usize, back: 
             let (ours, theirs) = (median(ours.iter().map(value)), median(theirs.iter().map(value)));
             format!("{} : {}", shown(ours), shown(theirs))
         };
-        let ratios: Vec<f64> = ours
-            .iter()
-            .zip(theirs)
-            .map(|(ours, theirs)| ours.rate / theirs.rate)
-            .collect();
-        let [ratio, rounds] = spread(&ratios);
+        let [ratio, rounds] = spread(&ratios(ours, theirs, |s| s.rate));
         let mut line = vec![
             work.name(),
             rate(work, ours),
             rate(work, theirs),
             ratio,
             rounds,
+            cpu_ratio(&ratios(theirs, ours, |s| s.vmm + s.vcpu + s.daemon)),
             pair(|s| s.p50),
             pair(|s| s.p99),
             pair(|s| s.vmm),
@@ -76,16 +73,15 @@ fn daemons(setups: &[Setup], works: &[Work], samples: &Samples) -> Vec<Vec<Strin
     let at = |front, back| setups.iter().position(|s| (s.front, s.back) == (front, back));
     let mut lines = vec![vec![String::new()]];
     for front in fronts {
-        lines[0].extend([format!("under {front}"), "(of each round)".to_owned()]);
+        lines[0].extend([format!("under {front}"), "(of each round)".to_owned(), "CPU".to_owned()]);
     }
     for (work, samples) in works.iter().zip(samples) {
         let mut line = vec![work.name()];
         for front in fronts {
             if let (Some(ours), Some(theirs)) = (at(front, Back::Blkd), at(front, Back::StorageDaemon)) {
-                let rounds = samples[ours].iter().zip(&samples[theirs]);
-                line.extend(spread(
-                    &rounds.map(|(ours, theirs)| ours.rate / theirs.rate).collect::<Vec<_>>(),
-                ));
+                let (ours, theirs) = (&samples[ours], &samples[theirs]);
+                line.extend(spread(&ratios(ours, theirs, |s| s.rate)));
+                line.push(cpu_ratio(&ratios(theirs, ours, |s| s.vmm + s.vcpu + s.daemon)));
             }
         }
         lines.push(line);
@@ -101,6 +97,7 @@ pub fn network(setups: &[net::Setup], traffics: &[Traffic], samples: &net::Sampl
         "QEMU",
         "ratio",
         "(of each round)",
+        "CPU",
         "p50 us",
         "p99 us",
         "CPU us each",
@@ -108,7 +105,7 @@ pub fn network(setups: &[net::Setup], traffics: &[Traffic], samples: &net::Sampl
     ];
     let mut lines = vec![heading.map(str::to_owned).to_vec()];
     for (traffic, samples) in traffics.iter().zip(samples) {
-        for switch in net::Switch::ALL {
+        for switch in Switch::ALL {
             let at = |front| setups.iter().position(|s| (s.front, s.switch) == (front, switch));
             let (Some(ours), Some(theirs)) = (at(Front::Triarch), at(Front::Qemu)) else {
                 continue;
@@ -118,7 +115,36 @@ pub fn network(setups: &[net::Setup], traffics: &[Traffic], samples: &net::Sampl
             lines.push(line);
         }
     }
-    format!("\nFrom guest to guest\n\n{}", table::format(&lines))
+    let switches = table::format(&switches(setups, traffics, samples));
+    let first = table::format(&lines);
+    format!(
+        "\nFrom guest to guest\n\n{first}\n{} in place of the others\n\n{switches}",
+        Switch::Netd
+    )
+}
+
+/// How many times what the other switches do this project's does, under each VMM.
+fn switches(setups: &[net::Setup], traffics: &[Traffic], samples: &net::Samples) -> Vec<Vec<String>> {
+    let at = |front, switch| setups.iter().position(|s| (s.front, s.switch) == (front, switch));
+    let pairs = [Front::Triarch, Front::Qemu]
+        .into_iter()
+        .flat_map(|front| [(front, Switch::Bridge), (front, Switch::Testpmd)])
+        .filter_map(|(front, other)| Some((front, other, at(front, Switch::Netd)?, at(front, other)?)));
+    let mut lines = vec![vec![String::new()]];
+    lines.extend(traffics.iter().map(|traffic| vec![traffic.to_string()]));
+    for (front, other, ours, theirs) in pairs {
+        lines[0].extend([
+            format!("{other}, {front}"),
+            "(of each round)".to_owned(),
+            "CPU".to_owned(),
+        ]);
+        for (line, samples) in lines[1..].iter_mut().zip(samples) {
+            let (ours, theirs) = (&samples[ours], &samples[theirs]);
+            line.extend(spread(&ratios(ours, theirs, |s| s.rate)));
+            line.push(cpu_ratio(&ratios(theirs, ours, |s| s.cpu)));
+        }
+    }
+    lines
 }
 
 fn traffic_line(traffic: Traffic, ours: &[net::Sample], theirs: &[net::Sample]) -> Vec<String> {
@@ -128,19 +154,26 @@ fn traffic_line(traffic: Traffic, ours: &[net::Sample], theirs: &[net::Sample]) 
         let unit = if traffic == Traffic::Large { " MiB/s" } else { "/s" };
         format!("{:.0}{unit}", of(samples, |s| s.rate))
     };
-    let ratios: Vec<f64> = ours
-        .iter()
-        .zip(theirs)
-        .map(|(ours, theirs)| ours.rate / theirs.rate)
-        .collect();
     let mut line = vec![rate(ours), rate(theirs)];
-    line.extend(spread(&ratios));
+    line.extend(spread(&ratios(ours, theirs, |s| s.rate)));
+    line.push(cpu_ratio(&ratios(theirs, ours, |s| s.cpu)));
     let turns = traffic == Traffic::Turns;
     line.push(if turns { pair(|s| s.p50) } else { String::new() });
     line.push(if turns { pair(|s| s.p99) } else { String::new() });
     line.push(pair(|s| s.cpu));
     line.push(if turns { String::new() } else { pair(|s| s.lost * 100.0) });
     line
+}
+
+/// Of each round, the first one's value by the other one's.
+fn ratios<T>(first: &[T], other: &[T], value: fn(&T) -> f64) -> Vec<f64> {
+    let rounds = first.iter().zip(other);
+    rounds.map(|(first, other)| value(first) / value(other)).collect()
+}
+
+/// How many times the CPU time of ours the other takes.
+fn cpu_ratio(ratios: &[f64]) -> String {
+    format!("{:.2}", median(ratios.iter().copied()))
 }
 
 /// The median of some ratios, and from where to where they go.
@@ -225,7 +258,8 @@ mod tests {
         let theirs = [50.0, 5.0, 100.0].map(sample).to_vec();
         let lines = compare(&Work::all()[..1], &vec![vec![ours, theirs]], 0, 1, Back::StorageDaemon);
         assert_eq!(lines[1][1..5], ["100/s", "50/s", "2.00", "1.20-2.00"]);
-        assert_eq!(lines[1][9], "5.00 : 5.00");
+        assert_eq!(lines[1][5], "1.00");
+        assert_eq!(lines[1][10], "5.00 : 5.00");
         assert_eq!(lines[0].len(), lines[1].len());
     }
 

@@ -75,6 +75,10 @@ pub struct Programs {
     pub rig: Rig,
     /// QEMU's daemons.
     pub daemons: Root,
+    /// The daemon for networks of this project.
+    pub netd: PathBuf,
+    /// DPDK's.
+    pub testpmd: PathBuf,
     /// The image.
     pub image: PathBuf,
     /// Around the host's page cache.
@@ -230,7 +234,7 @@ pub(super) fn share_memory(command: &mut Command) {
 }
 
 /// Waits until a daemon listens at `socket`; a connection made to find out would be the one it serves.
-fn wait_for(daemon: &mut Process, socket: &Path) -> Result<()> {
+pub(super) fn wait_for(daemon: &mut Process, socket: &Path) -> Result<()> {
     let deadline = Instant::now() + SOON;
     while !listens(&fs::read_to_string("/proc/net/unix")?, socket) {
         let words = daemon.last_words();
