@@ -390,7 +390,8 @@ impl<'a> Session<'a> {
             }
             SET_VRING_BASE => ring.base = value as u16,
             SET_VRING_ENABLE => {
-                if value > 1 || !negotiated {
+                // QEMU enables the rings of a network device before it sets features.
+                if value > 1 || !negotiated && self.protocol == 0 {
                     return Err(ask.wrong("it is neither 0 nor 1, or there are no protocol features"));
                 }
                 ring.enabled = value == 1;
