@@ -15,7 +15,7 @@ use crate::root::Rig;
 use crate::{build, tools};
 
 /// Changes whenever this file makes another image from the same parts.
-const SCRIPT: &str = "2";
+const SCRIPT: &str = "3";
 
 /// Modules an emulated host loads at start: KVM, its channel to us, and what tests use.
 const HOST_MODULES: [&str; 7] = [
@@ -48,12 +48,21 @@ const GUEST_MODULES: [&str; 8] = [
     "evdev",
 ];
 
+/// Modules that a guest has and loads when a test asks for it (`/init load MODULE`): all others boot sooner without.
+const GUEST_SPARE: [&str; 1] = ["virtiofs"];
+
 /// The initramfs of an emulated host with this kernel.
 ///
 /// # Errors
 /// A part is missing, or the file cannot be written.
 pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
-    image("host", &[&HOST_MODULES, kvm_modules(rig.arch)].concat(), kernel, rig)
+    image(
+        "host",
+        &[&HOST_MODULES, kvm_modules(rig.arch)].concat(),
+        &[],
+        kernel,
+        rig,
+    )
 }
 
 /// The initramfs of a guest with this kernel.
@@ -61,14 +70,15 @@ pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
 /// # Errors
 /// As [`host`].
 pub fn guest(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
-    image("guest", &GUEST_MODULES, kernel, rig)
+    image("guest", &GUEST_MODULES, &GUEST_SPARE, kernel, rig)
 }
 
-fn image(name: &str, modules: &[&str], kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
+fn image(name: &str, modules: &[&str], spare: &[&str], kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
     let image = Image {
         name,
         kernel,
         modules,
+        spare,
         init: &build::guest_init(rig.arch)?,
         busybox: &rig.busybox,
         applets: &rig.root.busybox(),
@@ -83,6 +93,8 @@ struct Image<'a> {
     kernel: &'a Kernel,
     /// Modules to load at start, without those they depend on.
     modules: &'a [&'a str],
+    /// Further ones that are not loaded.
+    spare: &'a [&'a str],
     /// The program that becomes process 1.
     init: &'a Path,
     /// A static one.
@@ -96,6 +108,8 @@ impl Image<'_> {
     /// appended.
     fn get(&self) -> Result<PathBuf> {
         let modules = self.kernel.modules(self.modules)?;
+        let mut spare = self.kernel.modules(self.spare)?;
+        spare.retain(|module| !modules.contains(module));
         let name = format!(
             "initramfs-{}-{}-{}",
             self.name,
@@ -110,14 +124,17 @@ impl Image<'_> {
         for module in &modules {
             recipe = recipe.with_file("module", module)?;
         }
+        for module in &spare {
+            recipe = recipe.with_file("spare module", module)?;
+        }
         let dir = cache::ensure(&recipe, |dir| {
             let what = format!("packing the initramfs of {} {}", self.name, self.kernel.version);
-            tools::step(&what, || self.write(&modules, &dir.join("initramfs.cpio")))
+            tools::step(&what, || self.write(&modules, &spare, &dir.join("initramfs.cpio")))
         })?;
         Ok(dir.join("initramfs.cpio"))
     }
 
-    fn write(&self, modules: &[PathBuf], out: &Path) -> Result<()> {
+    fn write(&self, modules: &[PathBuf], spare: &[PathBuf], out: &Path) -> Result<()> {
         let mut archive = Archive::new();
         for dir in ["dev", "etc", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/sbin"] {
             archive.dir(dir);
@@ -135,12 +152,14 @@ impl Image<'_> {
         archive.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\n");
         archive.file("etc/group", 0o644, "root:x:0:\n");
         let mut names = String::new();
-        for module in modules {
+        for module in modules.iter().chain(spare) {
             let file = module.file_name().and_then(|n| n.to_str());
             let file = file.context("a module's name is not UTF-8")?;
             let place = format!("lib/modules/{}/{file}", self.kernel.release);
             archive.file_from(&place, 0o644, module);
-            names += &format!("{}\n", file.trim_end_matches(".ko"));
+            if !spare.contains(module) {
+                names += &format!("{}\n", file.trim_end_matches(".ko"));
+            }
         }
         archive.file("etc/modules", 0o644, names);
         let file = File::create(out).with_context(|| format!("cannot make {}", out.display()))?;

@@ -6,9 +6,9 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{self, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -23,7 +23,7 @@ const CHANNEL_WAIT: Duration = Duration::from_secs(30);
 const RESTART: Duration = Duration::from_secs(1);
 const SELF: &str = "/proc/self/exe";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const USAGE: &str = "usage: triarch-guest-init agent CHANNEL[,CHANNEL] | vsock-echo PORT | \
+const USAGE: &str = "usage: triarch-guest-init agent CHANNEL[,CHANNEL] | load MODULE... | vsock-echo PORT | \
                      vsock-connect CID PORT | disk-soak DISK TABLE THREADS BLOCKS MILLISECONDS SEED";
 
 fn main() -> ExitCode {
@@ -46,6 +46,7 @@ fn run(arguments: &[&str]) -> Result<(), String> {
     let result = match arguments {
         ["agent", channels] => return agent(channels),
         ["vsock-echo", port] => tools::vsock_echo(number(port)?),
+        ["load", modules @ ..] => load(modules.iter().map(|&name| name.to_owned()).collect()),
         ["disk-soak", plan @ ..] => soak::main(plan),
         ["vsock-connect", cid, port] => tools::vsock_connect(number(cid)?, number(port)?),
         _ => return Err(USAGE.into()),
@@ -104,10 +105,23 @@ fn load_modules() -> Vec<String> {
     if !list.exists() {
         return Vec::new();
     }
+    let loaded = setup::module_names(list).and_then(|names| modules::load(&names, &modules_dir()));
+    loaded.unwrap_or_else(|e| vec![format!("cannot load modules from {}: {e}", modules_dir().display())])
+}
+
+/// Where the modules of the running kernel are.
+fn modules_dir() -> PathBuf {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let dir = Path::new("/lib/modules").join(release.trim());
-    let loaded = setup::module_names(list).and_then(|names| modules::load(&names, &dir));
-    loaded.unwrap_or_else(|e| vec![format!("cannot load modules from {}: {e}", dir.display())])
+    Path::new("/lib/modules").join(release.trim())
+}
+
+/// Loads modules that are not loaded at start.
+fn load(names: Vec<String>) -> io::Result<()> {
+    let problems = modules::load(&names, &modules_dir())?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(io::Error::other(problems.join("; ")))
 }
 
 struct Init {

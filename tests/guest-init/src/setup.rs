@@ -2,9 +2,9 @@
 
 use crate::proto::Machine;
 use crate::sys;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 const NOSUID: u64 = libc::MS_NOSUID;
@@ -26,6 +26,10 @@ const MOUNTS: [(&str, &str, &str, u64, &str); 8] = [
 /// reported, one line each, and does not stop the rest: a test that needs it will tell.
 pub fn system() -> Vec<String> {
     let mut problems = Vec::new();
+    // The kernel lets anybody write to the root of an initramfs, where DPDK then loads no library from.
+    if let Err(e) = fs::set_permissions("/", Permissions::from_mode(0o755)) {
+        problems.push(format!("cannot protect /: {e}"));
+    }
     for (source, target, kind, flags, data) in MOUNTS {
         let mounted = fs::create_dir_all(target).and_then(|()| sys::mount(source, target, kind, flags, data));
         match mounted {

@@ -14,6 +14,7 @@ mod power;
 mod refusals;
 mod rng;
 mod vhost;
+mod vhost_fs;
 mod vsock;
 
 /// All of them, cheap ones first.
@@ -29,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         rng::TESTS,
         blk::TESTS,
         vhost::TESTS,
+        vhost_fs::TESTS,
         net::TESTS,
         vsock::TESTS,
         pause::TESTS,

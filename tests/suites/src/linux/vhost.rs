@@ -29,7 +29,9 @@ pub const TESTS: &[Test] = &[
     Test::nested("vhost::pauses_without_a_daemon", |c| {
         pauses_without_daemon(c, Program::Qemu)
     }),
-    Test::nested("vhost::grows_and_refuses_another_disk", another_disk),
+    Test::nested("vhost::grows_and_refuses_another_disk", |c| {
+        another_disk(c, Program::Qemu)
+    }),
     Test::nested("vhost::requests_fail_when_told_so", |c| requests_fail(c, Program::Qemu)),
     Test::nested("vhost::blkd::data_matches", |c| {
         data_matches(c, Program::Blkd, Kernel::V6_12)
@@ -44,11 +46,16 @@ pub const TESTS: &[Test] = &[
     Test::nested("vhost::blkd::pauses_without_a_daemon", |c| {
         pauses_without_daemon(c, Program::Blkd)
     }),
+    Test::nested("vhost::blkd::grows_and_refuses_another_disk", |c| {
+        another_disk(c, Program::Blkd)
+    }),
     Test::nested("vhost::blkd::requests_fail_when_told_so", |c| {
         requests_fail(c, Program::Blkd)
     }),
 ];
 
+/// How long there is load for each kill.
+const ROUND: Duration = Duration::from_millis(500);
 /// Enough for a hundred kills.
 const LONG: Duration = Duration::from_secs(1800);
 /// Where the guest keeps what a soak has written how often.
@@ -164,43 +171,50 @@ fn killed_daemons(context: &Context, whose: Program) -> Result<Outcome> {
         BLOCKS as usize * soak::BLOCK,
         "",
         |rig| {
-            let (mut prompt, mut late) = (Vec::new(), Vec::new());
-            let mut quiet = Duration::ZERO;
+            // A round in which nothing happens tells what the machine itself costs.
+            let quiet = Load::start(&rig.guest, ROUND, kills)?.end()?;
+            let (mut away, mut stalls, mut longer) = (Vec::new(), Vec::new(), Vec::new());
             for round in 0..kills {
-                // One round in which nothing happens tells what the machine itself costs.
-                if round == 0 {
-                    quiet = Load::start(&rig.guest, Duration::from_secs(1), kills)?.end()?;
-                }
-                let load = Load::start(&rig.guest, Duration::from_secs(1), round)?;
+                let load = Load::start(&rig.guest, ROUND, round)?;
                 // Somewhere under load.
-                thread::sleep(Duration::from_micros(50_000 + round * 179_424_673 % 900_000));
+                thread::sleep(ROUND / 10 + ROUND * (round as u32 * 37 % 83) / 100);
+                let killed = Instant::now();
                 rig.daemon.kill();
-                let is_late = round % 4 == 0;
-                if is_late {
+                if round % 4 == 0 {
                     // Long enough for several tries.
                     thread::sleep(Duration::from_millis(200));
                 }
                 rig.daemon.start(rig.image.path())?;
-                let stall = load.end().with_context(|| format!("round {round}"))?.as_millis();
-                if is_late { &mut late } else { &mut prompt }.push(stall);
+                let gone = killed.elapsed();
+                away.push(gone);
+                let stall = load.end().with_context(|| format!("round {round}"))?;
+                stalls.push(stall);
+                longer.push(stall.saturating_sub(gone));
             }
             rig.compare()?;
             let link = wait_state(rig.guest.vm(), "Connected")?;
             ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
             let again = link["resubmitted"].as_u64().unwrap_or(0);
             ensure!(again > 0, "nothing was in flight in any round");
-            prompt.sort_unstable();
-            let [median, longest] =
-                [prompt.len() / 2, prompt.len().saturating_sub(1)].map(|at| prompt.get(at).copied().unwrap_or(0));
-            let latest = late.iter().max().copied().unwrap_or(0);
             figure(&format!(
-                "{}: {kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), {longest} ms \
-             (longest), {latest} ms (longest) when the daemon came back 200 ms later; {} ms without a kill",
+                "{}: {kills} kills, {again} requests given to the next daemon; it was away for {}; no answer came for {}, which is longer \
+                 by {}; without a kill for {} ms",
                 whose.name(),
+                spread(away),
+                spread(stalls),
+                spread(longer),
                 quiet.as_millis()
             ))
         },
     )
+}
+
+/// Median and maximum, as text.
+fn spread(mut times: Vec<Duration>) -> String {
+    times.sort_unstable();
+    let [median, longest] = [times.len() / 2, times.len().saturating_sub(1)];
+    let at = |n: usize| times.get(n).map_or(0, Duration::as_millis);
+    format!("{} ms (median) to {} ms (longest)", at(median), at(longest))
 }
 
 fn stopped_daemon(context: &Context, whose: Program) -> Result<Outcome> {
@@ -266,8 +280,8 @@ fn pauses_without_daemon(context: &Context, whose: Program) -> Result<Outcome> {
     )
 }
 
-fn another_disk(context: &Context) -> Result<Outcome> {
-    with_guest(context, (Program::Qemu, Kernel::V6_1), 2, SIZE, "", |rig| {
+fn another_disk(context: &Context, whose: Program) -> Result<Outcome> {
+    with_guest(context, (whose, Kernel::V6_1), 2, SIZE, "", |rig| {
         let grown = 2 * SIZE as u64;
         rig.daemon.resize(grown)?;
         let wanted = grown / 512;

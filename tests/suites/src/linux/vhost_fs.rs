@@ -1,0 +1,79 @@
+//! A directory of the host that virtiofsd shares with a guest.
+
+use crate::storage::{soon, wait_state};
+use anyhow::{Result, ensure};
+use std::fs;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::disk::pattern;
+use triarch_harness::images::Kernel;
+use triarch_harness::linux::LinuxBuilder;
+use triarch_harness::process::Process;
+use triarch_harness::suite::{Context, Outcome, Test};
+
+pub const TESTS: &[Test] = &[
+    Test::nested("vhost_fs::files_are_shared_with_linux_6_1", |c| {
+        files_are_shared(c, Kernel::V6_1)
+    }),
+    Test::nested("vhost_fs::files_are_shared_with_linux_6_12", |c| {
+        files_are_shared(c, Kernel::V6_12)
+    }),
+];
+
+const PROGRAM: &str = "virtiofsd";
+const SIZE: usize = 1 << 20;
+
+fn files_are_shared(context: &Context, kernel: Kernel) -> Result<Outcome> {
+    let Ok(program) = context.images.path(PROGRAM) else {
+        return Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images")));
+    };
+    let dir = tempfile::Builder::new().prefix("files").tempdir_in(&context.dir)?;
+    let (socket, shared) = (dir.path().join("fs.sock"), dir.path().join("shared"));
+    fs::create_dir_all(shared.join("deep/er"))?;
+    fs::write(shared.join("deep/er/file"), pattern(3, SIZE))?;
+    let mut command = Command::new(program);
+    command.arg(format!("--socket-path={}", socket.display()));
+    command.arg(format!("--shared-dir={}", shared.display()));
+    // Neither needs more of the host's kernel than an emulated host has.
+    command.args(["--sandbox=chroot", "--inode-file-handles=never"]);
+    let mut daemon = Process::start(&mut command)?;
+    let deadline = Instant::now() + soon();
+    while !socket.exists() {
+        ensure!(Instant::now() < deadline, "it does not listen{}", daemon.last_words());
+        thread::sleep(Duration::from_millis(10));
+    }
+    let flag = format!("tag=shared,socket={},id=served", socket.display());
+    let guest = LinuxBuilder::new(context, kernel)?
+        .vm(|vm| vm.api().flag("--fs", flag))
+        .boot()?;
+    wait_state(guest.vm(), "Connected")?;
+    // Some kernels have it built in.
+    guest.shell("grep -q virtiofs /proc/filesystems || /init load virtiofs; mkdir /tmp/shared; mount -t virtiofs shared /tmp/shared")?;
+    ensure!(guest.shell("ls /tmp/shared/deep")? == "er", "another directory");
+    ensure!(
+        guest.agent().get("/tmp/shared/deep/er/file")? == pattern(3, SIZE),
+        "the guest reads something else"
+    );
+    // What the guest writes is the host's, and the other way round.
+    guest.agent().put("/tmp/shared/deep/new", 0o640, &pattern(4, SIZE))?;
+    guest.shell(
+        "sync; mv /tmp/shared/deep/new /tmp/shared/renamed; rm /tmp/shared/deep/er/file; rmdir /tmp/shared/deep/er",
+    )?;
+    ensure!(
+        fs::read(shared.join("renamed"))? == pattern(4, SIZE),
+        "the host reads something else"
+    );
+    ensure!(!shared.join("deep/er").exists(), "it is still there");
+    fs::write(shared.join("late"), "from the host")?;
+    ensure!(
+        guest.shell("cat /tmp/shared/late")? == "from the host",
+        "the guest reads something else"
+    );
+    guest.shell("umount /tmp/shared")?;
+    guest.power_off()?;
+    // Its front end is gone, and so is it.
+    let status = daemon.wait(soon())?;
+    daemon.expect(status, 0)?;
+    Ok(Outcome::Passed)
+}
