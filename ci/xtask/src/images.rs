@@ -37,12 +37,13 @@ fn kvm_modules(arch: Arch) -> &'static [&'static str] {
 }
 
 /// Modules a guest loads at start: one for each device Triarch has.
-const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 9] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
     "virtio_net",
     "virtio-rng",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "button",
     "evdev",

@@ -3,6 +3,7 @@
 use triarch_harness::suite::Test;
 
 mod acpi;
+mod balloon;
 mod blk;
 mod boot;
 mod clock;
@@ -28,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         power::TESTS,
         console::TESTS,
         rng::TESTS,
+        balloon::TESTS,
         blk::TESTS,
         vhost::TESTS,
         vhost_fs::TESTS,
