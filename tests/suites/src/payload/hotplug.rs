@@ -73,8 +73,8 @@ fn last_job(api: &Api, limit: Duration) -> Result<Value> {
     let deadline = Instant::now() + patient(limit);
     loop {
         let jobs = get(api, "vm.jobs")?;
-        let resizes = jobs.as_array().context("no jobs")?.iter();
-        let last = resizes.filter(|job| job["kind"] == "vm.resize").next_back();
+        let mut resizes = jobs.as_array().context("no jobs")?.iter();
+        let last = resizes.rfind(|job| job["kind"] == "vm.resize");
         let last = last.context("no resize")?;
         if last["state"] != "running" {
             return Ok(last.clone());
@@ -379,14 +379,17 @@ fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
         times.sort_unstable();
         times.get(times.len() / 2).copied().unwrap_or_default()
     };
-    println!(
-        "{rounds} rounds of 3 vCPUs: answer {:?} median, {:?} at most; done {:?} median, {:?} at most; [descriptors, threads] {:?} throughout",
+    let report = format!(
+        "{rounds} rounds of 3 vCPUs: answer {:?} median, {:?} at most; done {:?} median, {:?} at most; [descriptors, threads] {:?} throughout\n",
         median(&mut answers),
         answers.last().copied().unwrap_or_default(),
         median(&mut whole),
         whole.last().copied().unwrap_or_default(),
         before.unwrap_or_default()
     );
+    if let Some(file) = std::env::var_os("TRIARCH_HOTPLUG_REPORT") {
+        fs::write(file, report)?;
+    }
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
