@@ -170,12 +170,18 @@ impl VhostUser {
     /// # Errors
     /// The daemon cannot, or there is no memory for the log.
     pub fn start_log(&mut self) -> Result<Option<Arc<PageLog>>, LinkError> {
-        self.urgent(|reply| Command::Log(true, reply)).unwrap_or(Ok(None))
+        // Not urgent: that would end what is being told to the daemon, and with it the connection.
+        let (reply, answer) = sync_channel(1);
+        self.order(Command::Log(true, reply));
+        answer.recv().unwrap_or(Ok(None))
     }
 
     /// Has daemons log nothing any more.
     pub fn stop_log(&mut self) {
-        self.urgent(|reply| Command::Log(false, reply));
+        let (reply, answer) = sync_channel(1);
+        self.order(Command::Log(false, reply));
+        // Whether it worked does not matter: nobody reads the log any more.
+        let _ = answer.recv();
     }
 }
 

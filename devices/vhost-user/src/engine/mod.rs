@@ -219,7 +219,6 @@ impl Engine {
                 self.check(done);
             }
             Command::Log(on, reply) => {
-                self.shared.wake.taken();
                 let done = self.log_pages(on);
                 let _ = reply.send(done);
             }
