@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Descriptors taken from one message; more than any message of the protocol has.
 const MAX_FDS: usize = 8;
 
+/// How long the daemon has for an answer while something urgent waits: most need less, and keep their connection.
+const HASTE: Duration = Duration::from_millis(100);
+
 /// Wakes a device's thread, and tells it whether what it is wanted for can wait.
 pub(crate) struct Wake {
     event: Event,
@@ -46,7 +49,7 @@ impl Wake {
         self.event.ring();
     }
 
-    /// The thread must not wait for its daemon until [`Wake::taken`] was called as often.
+    /// The thread must not wait long for its daemon until [`Wake::taken`] was called as often.
     pub(crate) fn hurry(&self) {
         self.urgent.fetch_add(1, Ordering::AcqRel);
     }
@@ -189,13 +192,17 @@ impl Connection {
 
     /// Waits for the socket, and answers meanwhile what the daemon asks: it may wait for that before it goes on.
     fn wait(&self, events: PollFlags, deadline: Instant, what: &'static str, wake: &Wake) -> Result<(), LinkError> {
+        let began = Instant::now();
         loop {
-            if wake.is_urgent() {
-                return Err(LinkError::Interrupted);
-            }
+            let urgent = wake.is_urgent();
+            let deadline = if urgent { deadline.min(began + HASTE) } else { deadline };
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(LinkError::Silent(what));
+                return Err(if urgent {
+                    LinkError::Interrupted
+                } else {
+                    LinkError::Silent(what)
+                });
             }
             let timeout = Timespec::try_from(left).ok();
             let mut fds = vec![

@@ -146,11 +146,7 @@ impl Engine {
         }
         let mut events = [EpollEvent::default(); 32];
         loop {
-            while let Ok(command) = self.commands.try_recv() {
-                self.obey(command);
-            }
-            self.catch_up();
-            let timeout = self.tend();
+            let timeout = self.work();
             let count = match self.epoll.wait(timeout, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Ok(count) => count,
@@ -168,6 +164,22 @@ impl Engine {
                     KICK => self.kicked(index),
                     _ => self.called(index),
                 }
+            }
+        }
+    }
+
+    /// Does what there is to do; returns how long nothing will be, in milliseconds, as `epoll_wait` takes it.
+    fn work(&mut self) -> i32 {
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command);
+            }
+            self.catch_up();
+            let timeout = self.tend();
+            // Whoever waits for a daemon takes note of the ring that came with an order. So one may be there by now that rings no more.
+            match self.commands.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(_) => return timeout,
             }
         }
     }

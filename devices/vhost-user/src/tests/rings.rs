@@ -1,7 +1,9 @@
 //! What a daemon can do with rings, and what comes after it.
 
-use std::sync::Arc;
+use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
@@ -208,4 +210,41 @@ fn a_queue_that_stops_without_a_daemon_keeps_its_requests() {
     }
     // A queue that was reset meanwhile begins anew.
     rig.device.stop_queue(0).expect("the queue");
+}
+
+#[test]
+fn an_order_that_comes_while_a_daemon_is_asked_is_carried_out() {
+    let dir = tempfile::tempdir().expect("directory");
+    let (asking, is_asked) = channel();
+    let asking = Mutex::new(asking);
+    let connections = Arc::new(AtomicUsize::new(0));
+    let count = connections.clone();
+    let daemon = FakeDaemon::start(dir.path(), move |talk: &mut Conversation, received: &Received| {
+        count.fetch_max(talk.number + 1, SeqCst);
+        if received.request == Request::SET_STATUS as u32 {
+            // The last question of all; whoever orders something now finds the device's thread waiting for the answer.
+            asking.lock().expect("lock").send(()).expect("the test listens");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        false
+    });
+    let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+    let peer = Peer::open("_disk0", daemon.options(), disk(), &sandbox).expect("a daemon");
+    let mut device = VhostUser::new("_disk0", peer, &sandbox, Arc::new(|_: &crate::LinkStatus| {})).expect("a device");
+    let driver = FakeDriver::sharing(64, true);
+    device.activate(driver.context(0)).expect("activate");
+    device.start_queue(driver.queue()).expect("start");
+    is_asked.recv_timeout(Duration::from_secs(5)).expect("a question");
+    let (stopped, is_stopped) = channel();
+    std::thread::spawn(move || {
+        let queue = device.stop_queue(0);
+        device.reset();
+        stopped.send(queue.is_some())
+    });
+    assert_eq!(is_stopped.recv_timeout(Duration::from_secs(3)), Ok(true));
+    assert_eq!(
+        connections.load(SeqCst),
+        1,
+        "the daemon was not given the time for an answer"
+    );
 }
