@@ -86,7 +86,7 @@ pub(super) struct Sizing {
 
 impl Sizing {
     /// What has to change to get from `slots` to `target` processors: lowest first when they come, highest first when they go. Those
-    /// that the guest has and never started are offered again by any resize that does not take them.
+    /// that the guest has and never started are offered again unless it should give some back.
     pub(super) fn plan(slots: &[CpuSlot], target: u32) -> Self {
         let indexes = |wanted: fn(&CpuSlot) -> bool| {
             let numbered = (0u32..).zip(slots);
