@@ -1,6 +1,5 @@
 //! What a daemon can do with rings, and what comes after it.
 
-use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
