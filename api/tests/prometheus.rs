@@ -84,7 +84,6 @@ fn everything() -> Metrics {
                 transmit: direction,
             }],
         }],
-        hotplug: None,
         links: vec![LinkMetrics {
             id: ID.into(),
             connected: false,

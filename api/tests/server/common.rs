@@ -69,7 +69,6 @@ impl FakeVm {
             state: phase,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
-            vcpus: None,
             links: Default::default(),
         }));
     }
@@ -80,7 +79,6 @@ impl FakeVm {
             state: Phase::Created,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
-            vcpus: None,
             links: Default::default(),
         }));
     }

@@ -36,8 +36,6 @@ pub struct Guest {
     functions: Vec<Function>,
     devices: Devices,
     processors: Option<Vec<smp::Processor>>,
-    /// Those that came while it ran, with their place in the MADT.
-    added: Vec<(u32, smp::Processor)>,
 }
 
 impl Guest {
@@ -70,7 +68,6 @@ extern "C" fn payload_main(argument: u64) -> ! {
         functions,
         devices: Devices::default(),
         processors: None,
-        added: Vec::new(),
     })
 }
 

@@ -9,7 +9,6 @@ mod boot;
 mod clock;
 mod console;
 mod device_tree;
-mod hotplug;
 mod net;
 mod pause;
 mod power;
@@ -37,7 +36,6 @@ pub fn tests() -> Vec<Test> {
         net::TESTS,
         vsock::TESTS,
         pause::TESTS,
-        hotplug::TESTS,
     ]
     .concat()
 }

@@ -13,25 +13,14 @@ use triarch_pci::{BarAllocator, PciRoot};
 
 use crate::{Board, CpuPlan};
 
-/// How many processors a guest has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CpuCount {
-    /// As configured; a guest that was reset may have another number by then.
-    pub boot: u32,
-    /// At this start.
-    pub now: u32,
-    /// At most, ever.
-    pub max: u32,
-}
-
 /// The vCPUs of a guest.
 pub struct Vcpus {
     /// Those it starts with.
     pub running: Vec<Vcpu>,
     /// Those it may get later and that the architecture has to make now. They have to live as long as the VM.
     pub parked: Vec<Vcpu>,
-    /// Tells which of them run.
-    pub firmware: Arc<dyn Firmware>,
+    /// Serves the calls to firmware that KVM leaves to the VMM, where there are any.
+    pub firmware: Option<Arc<dyn Firmware>>,
 }
 
 /// Why the guest's processors could not be interrupted.
@@ -78,10 +67,6 @@ pub struct BoardConfig<'a> {
     pub root: &'a Arc<PciRoot>,
     /// Bytes of RAM.
     pub memory_size: u64,
-    /// The guest's processors.
-    pub plan: &'a CpuPlan,
-    /// Told when the guest did something about processors that come or go.
-    pub cpus_changed: Arc<dyn Fn() + Send + Sync>,
     /// What the serial port is connected to; no port without.
     pub serial: Option<&'a Arc<Console>>,
     /// What the debug port is connected to; no port without. Only a PC has one.

@@ -9,7 +9,6 @@ mod backends;
 mod build;
 mod consoles;
 mod control;
-mod cpus;
 mod daemons;
 mod devices;
 mod edit;

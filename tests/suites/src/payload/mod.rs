@@ -14,7 +14,6 @@ mod edit;
 mod ends;
 mod events;
 pub(crate) mod guest;
-mod hotplug;
 mod launch;
 mod log;
 mod memory;
@@ -46,8 +45,6 @@ pub fn tests() -> Vec<Test> {
         backing::TESTS,
         balloon::TESTS,
         smp::TESTS,
-        hotplug::TESTS,
-        hotplug::SLOW,
         pci::TESTS,
         blk::TESTS,
         net::TESTS,

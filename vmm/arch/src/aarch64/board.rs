@@ -5,10 +5,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use triarch_device_core::{BusError, InterruptLine};
-use triarch_legacy::{
-    CpuHotplug, CpuHotplugConfig, Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061,
-    SerialPort,
-};
+use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort};
 use triarch_pci::Ecam;
 
 use super::layout::{self, interrupt};
@@ -32,7 +29,6 @@ pub enum BoardError {
 pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     button: Button,
-    cpus: Option<Arc<CpuHotplug>>,
 }
 
 /// How the operating system hears of the power button.
@@ -66,7 +62,6 @@ impl Board {
         };
         let rtc = Arc::new(Pl031::new(Arc::new(HostClock::new())));
         mmio.claim(layout::RTC, PL031_SIZE, rtc)?;
-        let mut cpus = None;
         let button = if config.device_tree {
             let keys = Arc::new(Pl061::new(line(interrupt::KEYS)?));
             mmio.claim(layout::KEYS, PL061_SIZE, keys.clone())?;
@@ -74,25 +69,16 @@ impl Board {
         } else {
             let events = Arc::new(Ged::new(line(interrupt::GED)?));
             mmio.claim(layout::GED, 1, events.clone())?;
-            let processors = Arc::new(processors(config, &events));
-            let size = CpuHotplug::size(config.plan.max_vcpus());
-            mmio.claim(layout::CPU_HOTPLUG, size, processors.clone())?;
-            cpus = Some(processors);
             Button::Event(events)
         };
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         mmio.claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        Ok(Self { serial, button, cpus })
+        Ok(Self { serial, button })
     }
 
     /// The serial port, for its input.
     pub fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
         self.serial.as_ref()
-    }
-
-    /// The processors that come and go; a device tree knows of none.
-    pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
-        self.cpus.as_ref()
     }
 
     /// Asks the operating system to shut down.
@@ -103,18 +89,4 @@ impl Board {
         }
         Ok(())
     }
-}
-
-/// Processors that come and go by notices through `events`.
-fn processors(config: &BoardConfig<'_>, events: &Arc<Ged>) -> CpuHotplug {
-    /// `_STA`: present, shown, functioning, not enabled. The GIC interface of each is there from the start.
-    const PRESENT: u8 = 0xd;
-    let (plan, changed) = (config.plan, config.cpus_changed.clone());
-    let cpus = CpuHotplugConfig {
-        max: plan.max_vcpus(),
-        present: plan.boot_vcpus(),
-        fixed: plan.fixed_vcpus(),
-        absent: PRESENT,
-    };
-    CpuHotplug::new(cpus, Some(events.clone()), move || changed())
 }

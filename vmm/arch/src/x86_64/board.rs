@@ -6,8 +6,8 @@ use std::sync::Arc;
 use thiserror::Error;
 use triarch_device_core::{AccessError, BusDevice, BusError, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, CpuHotplug, CpuHotplugConfig, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer,
-    PostCodes, ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
+    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, ResetPort,
+    ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam};
 
@@ -51,7 +51,6 @@ pub enum BoardError {
 pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     events: Arc<Ged>,
-    cpus: Arc<CpuHotplug>,
 }
 
 impl Board {
@@ -104,10 +103,7 @@ impl Board {
         config
             .mmio
             .claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        let cpus = Arc::new(processors(config, &events));
-        let size = CpuHotplug::size(config.plan.max_vcpus());
-        config.mmio.claim(layout::CPU_HOTPLUG, size, cpus.clone())?;
-        Ok(Self { serial, events, cpus })
+        Ok(Self { serial, events })
     }
 
     /// The serial port, for its input.
@@ -115,28 +111,11 @@ impl Board {
         self.serial.as_ref()
     }
 
-    /// The processors that come and go.
-    pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
-        Some(&self.cpus)
-    }
-
     /// Asks the operating system to shut down.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.events.notify(GedEvents::POWER_BUTTON);
         Ok(())
     }
-}
-
-/// Processors that come and go by notices through `events`.
-fn processors(config: &BoardConfig<'_>, events: &Arc<Ged>) -> CpuHotplug {
-    let (plan, changed) = (config.plan, config.cpus_changed.clone());
-    let cpus = CpuHotplugConfig {
-        max: plan.max_vcpus(),
-        present: plan.boot_vcpus(),
-        fixed: plan.fixed_vcpus(),
-        absent: 0,
-    };
-    CpuHotplug::new(cpus, Some(events.clone()), move || changed())
 }
 
 /// PCI's configuration address register has 32-bit accesses only; the chipset's reset port hides behind byte accesses to its second

@@ -8,14 +8,10 @@ mod platform;
 mod syscalls;
 
 pub use board::{Board, BoardError};
-pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
+pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
 pub use load::{Entry, LoadError, load};
 pub use platform::{Platform, inject_nmi};
 pub use syscalls::OLDER_SYSCALLS;
-
-/// What an operating system needs to take CPUs while it runs.
-pub const CPU_HOTPLUG_NEEDS: &str =
-    "Linux needs CONFIG_ACPI_HOTPLUG_CPU, and somebody in the guest who brings new CPUs online";
 
 /// What to do on a host without /dev/kvm.
 pub const WITHOUT_KVM: &str =

@@ -2,7 +2,7 @@
 
 use acpi_tables::aml::{
     And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Interrupt, Local,
-    Method, MethodCall, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+    Method, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
 };
 
 use super::config::{EventDevice, Register};
@@ -34,8 +34,7 @@ pub(super) fn power_button() -> Raw {
     ))
 }
 
-/// The device; `cpus` if processors come and go.
-pub(super) fn event_device(device: &EventDevice, cpus: bool) -> Raw {
+pub(super) fn event_device(device: &EventDevice) -> Raw {
     let (space, address) = match device.register {
         Register::Io(port) => (OpRegionSpace::SystemIO, u64::from(port)),
         Register::Memory(at) => (OpRegionSpace::SystemMemory, at),
@@ -54,19 +53,15 @@ pub(super) fn event_device(device: &EventDevice, cpus: bool) -> Raw {
             FieldUpdateRule::WriteAsZeroes,
             vec![FieldEntry::Named(*b"EVNT", 8)],
         )),
-        event_method(cpus),
+        event_method(),
     ];
     Raw::of(&Device::new(Path::new("\\_SB_.GED_"), refs(&children)))
 }
 
 /// `_EVT`: reads the register once, then handles every bit.
-fn event_method(cpus: bool) -> Raw {
+fn event_method() -> Raw {
     let button = Path::new(POWER_BUTTON);
-    let mut handlers = vec![(EventBits::POWER_BUTTON, Raw::of(&Notify::new(&button, &BUTTON_PRESSED)))];
-    if cpus {
-        let scan = MethodCall::new(Path::new(super::cpus::SCAN), Vec::new());
-        handlers.push((EventBits::CPU, Raw::of(&scan)));
-    }
+    let handlers = [(EventBits::POWER_BUTTON, Raw::of(&Notify::new(&button, &BUTTON_PRESSED)))];
     let mut body = vec![Raw::of(&Store::new(&Local(0), &Path::new("EVNT")))];
     body.extend(
         handlers
