@@ -85,7 +85,7 @@ impl Connection {
     pub(crate) fn open(path: &Path) -> Result<Self, LinkError> {
         let failed = |error: Errno| LinkError::Connect {
             path: path.to_owned(),
-            source: error.into(),
+            cause: error.into(),
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(failed)?;

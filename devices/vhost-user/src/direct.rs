@@ -178,6 +178,6 @@ impl Call {
 pub(crate) fn record_failed(error: crate::inflight::RecordError) -> LinkError {
     LinkError::Host {
         what: "a record of requests in flight",
-        source: io::Error::other(error),
+        cause: io::Error::other(error),
     }
 }

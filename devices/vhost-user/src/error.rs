@@ -7,16 +7,16 @@ use thiserror::Error;
 
 use crate::message::Request;
 
-/// Why a connection to a daemon could not be made, or ended.
+/// Why a connection to a daemon could not be made, or ended. Its text is whole: causes are told in it, since it goes to clients as a reason.
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// Nobody listens.
-    #[error("cannot connect to {path}: {source}")]
+    #[error("cannot connect to {path}: {cause}")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// Cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Nobody connected.
     #[error("no daemon has connected to {0}")]
@@ -40,12 +40,12 @@ pub enum LinkError {
     #[error("the daemon was refused: {0}")]
     Unfit(String),
     /// A resource of the host.
-    #[error("cannot make {what}: {source}")]
+    #[error("cannot make {what}: {cause}")]
     Host {
         /// What could not be made.
         what: &'static str,
         /// Cause.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Something more urgent came.
     #[error("the connection was given up for a change of the guest's device")]
@@ -54,7 +54,7 @@ pub enum LinkError {
 
 impl LinkError {
     pub(crate) fn host(what: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Host { what, source }
+        move |cause| Self::Host { what, cause }
     }
 
     pub(crate) fn nonsense(text: impl Into<String>) -> Self {

@@ -33,7 +33,7 @@ impl PageLog {
         let memory = allocate(&[(GuestAddress(0), size)], &options);
         let memory = memory.map_err(|error| LinkError::Host {
             what: "a log of written pages",
-            source: std::io::Error::other(error),
+            cause: std::io::Error::other(error),
         })?;
         Ok(Self { memory, size })
     }

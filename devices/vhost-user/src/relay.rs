@@ -157,7 +157,7 @@ impl Relay {
         let ring = shadow.ring(self.queue.index(), self.queue.size());
         let mut ring = ring.ok_or_else(|| LinkError::Host {
             what: "a ring for a queue of this size",
-            source: std::io::ErrorKind::InvalidInput.into(),
+            cause: std::io::ErrorKind::InvalidInput.into(),
         })?;
         ring.clear().map_err(inaccessible)?;
         for request in self.in_order() {
@@ -332,6 +332,6 @@ impl Relay {
 fn inaccessible(error: GuestMemoryError) -> LinkError {
     LinkError::Host {
         what: "an access to the daemon's rings",
-        source: std::io::Error::other(error),
+        cause: std::io::Error::other(error),
     }
 }

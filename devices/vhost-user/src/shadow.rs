@@ -45,7 +45,7 @@ impl Shadow {
         let memory = allocate(&[(base, length)], &options);
         let memory = memory.map_err(|error| LinkError::Host {
             what: "memory for the daemon's rings",
-            source: std::io::Error::other(error),
+            cause: std::io::Error::other(error),
         })?;
         Ok(Self {
             memory,

@@ -39,7 +39,6 @@ fn flags_that_would_go_unheard(context: &Context) -> Result<Outcome> {
 
 fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
     for (flag, value) in [
-        ("--fs", "tag=a,socket=/nonexistent/s"),
         ("--device", "path=/sys/bus/pci/devices/0000:00:01.0"),
         ("--pmem", "file=/nonexistent/p"),
         ("--numa", "guest_numa_id=0,cpus=[0]"),
@@ -87,7 +86,7 @@ fn configuration_files(context: &Context) -> Result<Outcome> {
         (
             WRONG,
             r#"{"pmem": [{"file": "a"}]}"#,
-            ["does not support fs", "leave it out"],
+            ["does not support pmem", "leave it out"],
         ),
         (WRONG, "{}", ["nothing to boot", "kernel"]),
         (WRONG, &many, ["boot_vcpus is 300", "between 1 and 254"]),

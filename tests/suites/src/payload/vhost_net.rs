@@ -201,6 +201,7 @@ fn moves_frames(context: &Context, kind: Program) -> Result<Outcome> {
     // A guest that stands still in between.
     rig.guest.vm().api()?.put("vm.pause", None)?;
     rig.guest.vm().api()?.put("vm.resume", None)?;
+    rig.settle()?;
     rig.cross(0, 5000, "")?;
     rig.guest.power_off()?;
     Ok(Outcome::Passed)
