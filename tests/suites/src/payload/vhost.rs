@@ -284,7 +284,7 @@ fn data_path(context: &Context) -> Result<Outcome> {
             rig.guest.ask("blk 0 init queues=2")?;
             for round in 0..4 {
                 rig.guest.send(&format!("blk 0 soak 2000 48 {round} 1000"))?;
-                thread::sleep(Duration::from_millis(5));
+                thread::sleep(patient(Duration::from_millis(5)));
                 rig.daemon.kill();
                 rig.restart()?;
                 rig.guest.answer().with_context(|| format!("{option}: round {round}"))?;
@@ -459,7 +459,7 @@ fn limits_change(context: &Context) -> Result<Outcome> {
             .lines()
             .find_map(|line| line.strip_prefix(r#"triarch_blkd_held_back_total{export="served"} "#));
         ensure!(
-            held.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n > 900)),
+            held.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n > 100)),
             "{metrics}"
         );
         Ok(())
