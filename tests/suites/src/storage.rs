@@ -221,6 +221,30 @@ impl Daemon {
         Ok(self.process.as_ref().context("no daemon runs")?.pid())
     }
 
+    /// What it said last and how it ended, if it did: for messages.
+    pub fn last_words(&mut self) -> String {
+        self.process
+            .as_mut()
+            .map_or_else(String::new, |process| match process.wait(Duration::ZERO) {
+                Ok(status) => format!(" {status}{}", process.last_words()),
+                Err(_) => format!(" it runs{}", process.last_words()),
+            })
+    }
+
+    /// Does what a service manager does for QEMU's daemon: starts it again if it ends within `limit`. The daemon
+    /// aborts (`vhost_user_server_inc_in_flight`, `!server->wait_idle`) when it finds a kick and the end of its
+    /// connection at once. Ours must not end: it is left alone.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn tend(&mut self, disk: &Path, limit: Duration) -> Result<()> {
+        let process = self.process.as_mut().context("no daemon runs")?;
+        if self.kind == Program::Qemu && process.wait(limit).is_ok() {
+            self.start(disk)?;
+        }
+        Ok(())
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

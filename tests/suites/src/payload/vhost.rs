@@ -126,7 +126,10 @@ fn with_daemon<const WHOSE: bool>(
     match Rig::start::<WHOSE>(context, queues, options)? {
         None => Ok(Outcome::Skipped(storage::missing())),
         Some(mut rig) => {
-            test(&mut rig).with_context(|| format!("the VMM's last words:{}", rig.guest.vm().last_words()))?;
+            test(&mut rig).with_context(|| {
+                let (vmm, daemon) = (rig.guest.vm().last_words(), rig.daemon.last_words());
+                format!("the VMM's last words:{vmm}; the daemon's:{daemon}")
+            })?;
             rig.guest.power_off()?;
             Ok(Outcome::Passed)
         }
@@ -333,6 +336,7 @@ fn stopped_daemon<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
         );
         rig.guest.vm().resume()?;
         rig.daemon.signal("CONT")?;
+        rig.daemon.tend(rig.image.path(), Duration::from_millis(500))?;
         rig.guest.answer()?;
         ensure!(rig.wait_link("Connected")?["reconnects"].as_u64() >= Some(1));
         Ok(())
