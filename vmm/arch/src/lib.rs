@@ -11,7 +11,8 @@ mod common;
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
-pub use common::{AddressLimit, BoardConfig, LoadConfig, NmiError, Vcpus};
+pub use common::load::LoadError;
+pub use common::{AddressLimit, BoardConfig, BoardError, LoadConfig, NmiError, Vcpus};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::*;

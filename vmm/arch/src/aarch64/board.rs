@@ -3,27 +3,12 @@
 use std::io;
 use std::sync::Arc;
 
-use thiserror::Error;
-use triarch_device_core::{BusError, InterruptLine};
+use triarch_device_core::InterruptLine;
 use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort};
 use triarch_pci::Ecam;
 
 use super::layout::{self, interrupt};
-use crate::BoardConfig;
-
-/// Why the board could not be made.
-#[derive(Debug, Error)]
-pub enum BoardError {
-    /// Two devices want one place.
-    #[error("two devices want the same addresses")]
-    Bus(#[from] BusError),
-    /// No interrupt.
-    #[error("cannot connect an interrupt")]
-    Interrupt(#[from] io::Error),
-    /// There is no debug port.
-    #[error("an ARM guest has no debug port; leave --debug-console out")]
-    NoDebugPort,
-}
+use crate::{BoardConfig, BoardError};
 
 /// The devices at fixed places.
 pub struct Board {

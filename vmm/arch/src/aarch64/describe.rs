@@ -3,12 +3,12 @@
 use triarch_boot::arm64::{DeviceTree, Gic, Pci, Timer};
 use triarch_legacy::{PL011_SIZE, PL031_SIZE, PL061_SIZE};
 use triarch_tables::acpi::arm::{self, ArmAcpiConfig, ArmCpu, Uart};
-use triarch_tables::acpi::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
+use triarch_tables::acpi::{AcpiPlacement, EventDevice, Register};
 
 use super::board::POWER_KEY;
 use super::layout::{self, interrupt};
-use super::load::ram;
 use crate::LoadConfig;
+use crate::common::load::{pci_segment, ram};
 
 const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 
@@ -49,7 +49,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
             virt: interrupt::TIMER_VIRTUAL,
             hypervisor: interrupt::TIMER_HYPERVISOR,
         },
-        pci: vec![pci_segment(config)],
+        pci: vec![pci_segment(config.windows, layout::ECAM, 0..=LAST_BUS)],
         events: Some(EventDevice {
             gsi: interrupt::GED,
             register: Register::Memory(layout::GED),
@@ -63,33 +63,12 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
     }
 }
 
-fn pci_segment(config: &LoadConfig<'_>) -> PciSegment {
-    let windows = [(&config.windows.mmio32, false), (&config.windows.mmio64, true)];
-    let windows = windows.into_iter().filter(|(range, _)| !range.is_empty());
-    PciSegment {
-        segment: 0,
-        ecam_base: layout::ECAM,
-        first_bus: 0,
-        last_bus: LAST_BUS,
-        io: Vec::new(),
-        mmio: windows
-            .map(|(range, prefetchable)| MmioWindow {
-                start: range.start,
-                size: range.end - range.start,
-                prefetchable,
-            })
-            .collect(),
-        prt: Vec::new(),
-        node: 0,
-    }
-}
-
 /// Only the processors the guest starts with: a device tree knows none that come later.
 pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
     let plan = config.plan;
     let window = |range: &std::ops::Range<u64>| (range.start, range.end.saturating_sub(range.start));
     DeviceTree {
-        ram: ram(config.memory),
+        ram: ram(config.memory).collect(),
         cpus: (0..plan.boot_vcpus()).map(|index| plan.hardware_id(index)).collect(),
         gic: Gic {
             distributor: (layout::GIC_DISTRIBUTOR, layout::GIC_DISTRIBUTOR_SIZE),

@@ -10,13 +10,16 @@ mod psci;
 #[allow(unsafe_code)] // instructions for the guest
 mod runtime;
 
-pub use board::{Board, BoardError};
+pub use board::Board;
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
-pub use load::{Entry, LoadError, load};
+pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.
 pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];
+
+/// Why the kernel cannot be handed what its boot protocol wants.
+pub use triarch_boot::arm64::FdtError as BootError;
 
 /// What to do on a host without /dev/kvm. The host kernel has KVM built in and starts it only at EL2.
 pub const WITHOUT_KVM: &str = "start this host's kernel at EL2 (`dmesg | grep kvm` tells why it has no KVM), not as a guest without nested virtualization";

@@ -3,8 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use thiserror::Error;
-use triarch_device_core::{AccessError, BusDevice, BusError, InterruptLine};
+use triarch_device_core::{AccessError, BusDevice, InterruptLine};
 use triarch_legacy::{
     CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, ResetPort,
     ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
@@ -12,7 +11,7 @@ use triarch_legacy::{
 use triarch_pci::{ConfigPorts, Ecam};
 
 use super::layout;
-use crate::BoardConfig;
+use crate::{BoardConfig, BoardError};
 
 /// First serial port and its interrupt.
 pub(super) const COM1: u16 = 0x3f8;
@@ -32,20 +31,6 @@ const POST: u64 = 0x80;
 const DEBUG: u64 = 0x402;
 /// Offset of the chipset's reset port from the first port of PCI's configuration mechanism.
 const RESET_PORT_OFFSET: u64 = 1;
-
-/// Why the board could not be made.
-#[derive(Debug, Error)]
-pub enum BoardError {
-    /// Two devices want one place.
-    #[error("two devices want the same addresses")]
-    Bus(#[from] BusError),
-    /// No interrupt.
-    #[error("cannot connect an interrupt")]
-    Interrupt(#[from] io::Error),
-    /// Only ARM guests can have one.
-    #[error("--platform dtb=on is for ARM guests, this host's are described by ACPI; leave it out")]
-    DeviceTree,
-}
 
 /// The devices at fixed places.
 pub struct Board {

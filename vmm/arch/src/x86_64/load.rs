@@ -1,59 +1,27 @@
 //! What the first vCPU finds in memory: kernel, initramfs, ACPI, SMBIOS, boot data.
 
-use thiserror::Error;
 use triarch_boot::{
-    BootDataError, BootEntry, BootLayout, BootParams, BootTarget, CpuTables, InitramfsError, KernelError, LayoutError,
-    MemKind, MemMapEntry, MemRange, MemoryLayout, OpenError, load_initramfs, load_kernel, open_boot_file,
-    write_boot_data,
+    BootEntry, BootLayout, BootParams, BootTarget, CpuTables, LayoutError, MemKind, MemMapEntry, MemRange,
+    MemoryLayout, load_initramfs, load_kernel, open_boot_file, write_boot_data,
 };
 use triarch_memory::GuestMemory;
-use triarch_pci::BarAllocator;
 use triarch_tables::acpi::{
-    self, AcpiConfig, AcpiError, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, IoWindow, MmioWindow,
-    PciSegment, PmConfig, Register, ResetRegister, Rtc, SerialPort,
+    self, AcpiConfig, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, PmConfig, Register, ResetRegister, Rtc,
+    SerialPort,
 };
-use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+use triarch_tables::smbios;
+use vm_memory::GuestAddress;
 
 use super::{board, layout};
 use crate::LoadConfig;
+use crate::common::load::{LoadError, pci_segment, ram, write_pieces, write_smbios};
+
+const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 
 /// State of the first vCPU at its first instruction.
 pub struct Entry {
     pub(super) boot: BootEntry,
     pub(super) tables: CpuTables,
-}
-
-/// Why a guest could not be loaded.
-#[derive(Debug, Error)]
-pub enum LoadError {
-    /// The file cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The kernel cannot be used.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The initramfs cannot be used.
-    #[error(transparent)]
-    Initramfs(#[from] InitramfsError),
-    /// The boot data cannot be written.
-    #[error(transparent)]
-    BootData(#[from] BootDataError),
-    /// The memory map is invalid.
-    #[error("the guest's memory map is invalid")]
-    Layout(#[from] LayoutError),
-    /// ACPI.
-    #[error("cannot describe the machine by ACPI")]
-    Acpi(#[from] AcpiError),
-    /// SMBIOS.
-    #[error("cannot describe the machine by SMBIOS")]
-    Smbios(#[from] SmbiosError),
-    /// The UUID is no UUID.
-    #[error("--platform uuid is invalid")]
-    Uuid(#[from] UuidError),
-    /// A structure does not fit into guest memory.
-    #[error("the guest has too little memory for its boot data")]
-    Memory(#[from] GuestMemoryError),
 }
 
 /// Loads everything and says how the first vCPU starts.
@@ -89,13 +57,7 @@ pub fn load(config: &LoadConfig<'_>) -> Result<Entry, LoadError> {
 }
 
 fn memory_layout(memory: &GuestMemory) -> Result<MemoryLayout, LayoutError> {
-    let ram = memory
-        .iter()
-        .map(|r| MemRange {
-            start: r.start_addr().0,
-            size: r.len(),
-        })
-        .collect();
+    let ram = ram(memory).map(|(start, size)| MemRange { start, size }).collect();
     let ecam = MemRange {
         start: layout::ECAM,
         size: layout::PCI_BUSES * layout::ECAM_BUS_SIZE,
@@ -125,20 +87,10 @@ const RESET_CODE: [u8; 7] = [
 /// Writes ACPI and SMBIOS tables and returns the address of the RSDP.
 fn write_tables(config: &LoadConfig<'_>) -> Result<GuestAddress, LoadError> {
     let tables = acpi::build(&acpi_config(config))?;
-    for (at, bytes) in tables.pieces() {
-        config.memory.write_slice(bytes, GuestAddress(at))?;
-    }
-    let identity = SmbiosConfig {
-        version: env!("CARGO_PKG_VERSION").into(),
-        serial_number: config.serial_number.clone(),
-        uuid: config.uuid.as_deref().map(smbios::parse_uuid).transpose()?,
-        oem_strings: config.oem_strings.clone(),
-    };
+    write_pieces(config.memory, tables.pieces())?;
     let room = (layout::RESET_VECTOR - smbios::PC_ADDRESS) as usize;
-    let bytes = smbios::build(&identity, smbios::PC_ADDRESS, room)?;
-    config.memory.write_slice(&bytes, GuestAddress(smbios::PC_ADDRESS))?;
-    let vector = GuestAddress(layout::RESET_VECTOR);
-    config.memory.write_slice(&RESET_CODE, vector)?;
+    write_smbios(config, smbios::PC_ADDRESS, room)?;
+    write_pieces(config.memory, [(layout::RESET_VECTOR, &RESET_CODE[..])])?;
     Ok(GuestAddress(tables.rsdp_at))
 }
 
@@ -170,7 +122,7 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
                 value: board::RESET_VALUE,
             }),
         },
-        pci: vec![pci_segment(config.windows)],
+        pci: vec![pci_segment(config.windows, layout::ECAM, 0..=LAST_BUS)],
         events: Some(EventDevice {
             gsi: board::GED_GSI,
             register: Register::Io(board::GED),
@@ -189,29 +141,5 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
             gsi: None,
         }),
         numa: Vec::new(),
-    }
-}
-
-fn pci_segment(windows: &BarAllocator) -> PciSegment {
-    let mmio = [(&windows.mmio32, false), (&windows.mmio64, true)];
-    let mmio = mmio.into_iter().filter(|(range, _)| !range.is_empty());
-    PciSegment {
-        segment: 0,
-        ecam_base: layout::ECAM,
-        first_bus: 0,
-        last_bus: (layout::PCI_BUSES - 1) as u8,
-        io: vec![IoWindow {
-            first: windows.io.start,
-            last: windows.io.end - 1,
-        }],
-        mmio: mmio
-            .map(|(range, prefetchable)| MmioWindow {
-                start: range.start,
-                size: range.end - range.start,
-                prefetchable,
-            })
-            .collect(),
-        prt: Vec::new(),
-        node: 0,
     }
 }

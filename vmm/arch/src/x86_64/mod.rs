@@ -7,11 +7,14 @@ mod load;
 mod platform;
 mod syscalls;
 
-pub use board::{Board, BoardError};
+pub use board::Board;
 pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
-pub use load::{Entry, LoadError, load};
+pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 pub use syscalls::OLDER_SYSCALLS;
+
+/// Why the kernel cannot be handed what its boot protocol wants.
+pub use triarch_boot::BootDataError as BootError;
 
 /// What to do on a host without /dev/kvm.
 pub const WITHOUT_KVM: &str =

@@ -1,10 +1,13 @@
 //! What every architecture uses.
 
+pub(crate) mod load;
+
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_device_core::Bus;
+use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::PowerSink;
 use triarch_legacy::console::Console;
@@ -31,7 +34,7 @@ pub enum NmiError {
     Unsupported,
     /// KVM did not deliver it.
     #[error("KVM does not deliver an NMI")]
-    Kvm(#[source] std::io::Error),
+    Kvm(#[source] io::Error),
 }
 
 /// RAM that ends beyond what guests can address on this host.
@@ -53,6 +56,23 @@ impl AddressLimit {
             _ => Err(Self { mib: size >> 20, bits }),
         }
     }
+}
+
+/// Why the devices at fixed places could not be made.
+#[derive(Debug, Error)]
+pub enum BoardError {
+    /// Two devices want one place.
+    #[error("two devices want the same addresses")]
+    Bus(#[from] BusError),
+    /// No interrupt.
+    #[error("cannot connect an interrupt")]
+    Interrupt(#[from] io::Error),
+    /// Only a PC has one.
+    #[error("an ARM guest has no debug port; leave --debug-console out")]
+    NoDebugPort,
+    /// Only ARM guests can have one.
+    #[error("--platform dtb=on is for ARM guests, this host's are described by ACPI; leave it out")]
+    DeviceTree,
 }
 
 /// What the board is made of.

@@ -1,0 +1,108 @@
+//! What loading a guest has in common on every architecture.
+
+use std::ops::RangeInclusive;
+
+use thiserror::Error;
+use triarch_boot::{InitramfsError, KernelError, LayoutError, OpenError};
+use triarch_memory::GuestMemory;
+use triarch_pci::BarAllocator;
+use triarch_tables::acpi::{AcpiError, IoWindow, MmioWindow, PciSegment};
+use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
+
+use super::LoadConfig;
+use crate::BootError;
+
+/// Why a guest could not be loaded.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// The file cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The kernel cannot be used.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The initramfs cannot be used.
+    #[error(transparent)]
+    Initramfs(#[from] InitramfsError),
+    /// What the kernel's boot protocol wants beside it cannot be made.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The memory map is invalid.
+    #[error("the guest's memory map is invalid")]
+    Layout(#[from] LayoutError),
+    /// ACPI.
+    #[error("cannot describe the machine by ACPI")]
+    Acpi(#[from] AcpiError),
+    /// SMBIOS.
+    #[error("cannot describe the machine by SMBIOS")]
+    Smbios(#[from] SmbiosError),
+    /// The UUID is no UUID.
+    #[error("--platform uuid is invalid")]
+    Uuid(#[from] UuidError),
+    /// A structure does not fit into guest memory.
+    #[error("the guest has too little memory for its boot data")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Regions of RAM: first GPA and length in bytes.
+pub fn ram(memory: &GuestMemory) -> impl Iterator<Item = (u64, u64)> {
+    memory.iter().map(|region| (region.start_addr().0, region.len()))
+}
+
+/// Writes the pieces of the ACPI tables: each with its GPA.
+///
+/// # Errors
+/// One does not lie in guest memory.
+pub fn write_pieces<'a>(
+    memory: &GuestMemory,
+    pieces: impl IntoIterator<Item = (u64, &'a [u8])>,
+) -> Result<(), GuestMemoryError> {
+    pieces
+        .into_iter()
+        .try_for_each(|(at, bytes)| memory.write_slice(bytes, GuestAddress(at)))
+}
+
+/// Writes the SMBIOS tables to GPA `at`, into `room` bytes.
+///
+/// # Errors
+/// The UUID is none, or they do not fit.
+pub fn write_smbios(config: &LoadConfig<'_>, at: u64, room: usize) -> Result<(), LoadError> {
+    let identity = SmbiosConfig {
+        version: env!("CARGO_PKG_VERSION").into(),
+        serial_number: config.serial_number.clone(),
+        uuid: config.uuid.as_deref().map(smbios::parse_uuid).transpose()?,
+        oem_strings: config.oem_strings.clone(),
+    };
+    let bytes = smbios::build(&identity, at, room)?;
+    Ok(write_pieces(config.memory, [(at, &bytes[..])])?)
+}
+
+/// What ACPI tells of PCI segment 0: its configuration space at GPA `ecam_base`, its buses, and the windows devices are in.
+pub fn pci_segment(windows: &BarAllocator, ecam_base: u64, buses: RangeInclusive<u8>) -> PciSegment {
+    let mmio = [(&windows.mmio32, false), (&windows.mmio64, true)];
+    let mmio = mmio.into_iter().filter(|(range, _)| !range.is_empty());
+    let io = Some(&windows.io).filter(|range| !range.is_empty());
+    PciSegment {
+        segment: 0,
+        ecam_base,
+        first_bus: *buses.start(),
+        last_bus: *buses.end(),
+        io: io
+            .map(|range| IoWindow {
+                first: range.start,
+                last: range.end - 1,
+            })
+            .into_iter()
+            .collect(),
+        mmio: mmio
+            .map(|(range, prefetchable)| MmioWindow {
+                start: range.start,
+                size: range.end - range.start,
+                prefetchable,
+            })
+            .collect(),
+        prt: Vec::new(),
+        node: 0,
+    }
+}
