@@ -26,6 +26,40 @@ pub trait BusDevice: Send + Sync {
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError>;
 }
 
+/// A [`BusDevice`] whose registers are single bytes: accesses of any other size, or beyond the last one, are refused before it
+/// sees them.
+pub trait ByteRegisters: Send + Sync {
+    /// How many there are: the bytes to claim.
+    const COUNT: u64;
+    /// Reads the register at `offset` (bytes from the start of the claimed range).
+    ///
+    /// # Errors
+    /// [`AccessError::BadAccess`]: there is none.
+    fn read_byte(&self, offset: u64) -> Result<u8, AccessError>;
+    /// Writes the register at `offset` (bytes from the start of the claimed range).
+    ///
+    /// # Errors
+    /// [`AccessError::BadAccess`]: there is none.
+    fn write_byte(&self, offset: u64, value: u8) -> Result<(), AccessError>;
+}
+
+impl<T: ByteRegisters> BusDevice for T {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        let (true, [value]) = (offset < T::COUNT, data) else {
+            return Err(AccessError::BadAccess);
+        };
+        *value = self.read_byte(offset)?;
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        let (true, &[value]) = (offset < T::COUNT, data) else {
+            return Err(AccessError::BadAccess);
+        };
+        self.write_byte(offset, value)
+    }
+}
+
 /// Why a range could not be claimed or moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum BusError {

@@ -15,7 +15,7 @@ pub mod mock;
 mod service_manager;
 mod thread;
 
-pub use bus::{AccessError, Bus, BusDevice, BusError};
+pub use bus::{AccessError, Bus, BusDevice, BusError, ByteRegisters};
 pub use event::Event;
 pub use interrupt::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
 pub use io_event::{IoAddress, IoEvents};

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use triarch_device_core::{AccessError, BusDevice};
+use triarch_device_core::{AccessError, ByteRegisters};
 
 use crate::calendar::Civil;
 use crate::clock::Clock;
@@ -126,13 +126,12 @@ impl Cmos {
     }
 }
 
-impl BusDevice for Cmos {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let [value] = data else {
-            return Err(AccessError::BadAccess);
-        };
+impl ByteRegisters for Cmos {
+    const COUNT: u64 = CMOS_PORTS;
+
+    fn read_byte(&self, offset: u64) -> Result<u8, AccessError> {
         let registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        *value = match offset {
+        let value = match offset {
             // The index cannot be read back on a PC.
             0 => 0xff,
             1 => {
@@ -141,13 +140,10 @@ impl BusDevice for Cmos {
             }
             _ => return Err(AccessError::BadAccess),
         };
-        Ok(())
+        Ok(value)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let &[value] = data else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, offset: u64, value: u8) -> Result<(), AccessError> {
         let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
         match offset {
             0 => registers.index = value,
@@ -289,6 +285,7 @@ mod tests {
 
     use super::*;
     use crate::clock::ManualClock;
+    use triarch_device_core::BusDevice as _;
 
     const SECOND: u64 = 1_000_000_000;
     /// 2026-11-21 18:49:07 UTC, a Saturday.

@@ -1,12 +1,11 @@
 //! Ports that firmware and payloads talk to before they have any driver.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use triarch_device_core::{AccessError, BusDevice, RateLimit};
+use triarch_device_core::{AccessError, ByteRegisters, RateLimit};
 
-use crate::clock::Clock;
 use crate::console::Console;
 
 /// What reads of a debug port give: how firmware finds out that there is one.
@@ -37,19 +36,14 @@ impl DebugPort {
     }
 }
 
-impl BusDevice for DebugPort {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (0, [value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        *value = DEBUG_PORT_MAGIC;
-        Ok(())
+impl ByteRegisters for DebugPort {
+    const COUNT: u64 = 1;
+
+    fn read_byte(&self, _offset: u64) -> Result<u8, AccessError> {
+        Ok(DEBUG_PORT_MAGIC)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let (0, &[value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, _offset: u64, value: u8) -> Result<(), AccessError> {
         match &self.0 {
             Output::Console(console) => console.write(&[value]),
             Output::Log { line, limit } => {
@@ -81,64 +75,20 @@ fn gather(line: &mut Vec<u8>, byte: u8) -> Option<String> {
     Some(text)
 }
 
-/// POST codes kept.
-const CODES: usize = 64;
-/// Codes are kept in the top byte of a word and nanoseconds below: 2 years of them.
-const TIME_BITS: u32 = 56;
+/// Port 0x80: progress codes of firmware. It gives back the last one and does nothing else; Linux writes here to pass a microsecond.
+/// Claim one byte for it.
+#[derive(Default)]
+pub struct PostPort(AtomicU8);
 
-/// Port 0x80: swallows progress codes and keeps the first ones with their time, to see where a boot spends it. Claim one byte for it.
-///
-/// Linux writes here to pass a microsecond, so a code that repeats the one before is not kept again.
-pub struct PostCodes {
-    clock: Arc<dyn Clock>,
-    last: AtomicU8,
-    used: AtomicUsize,
-    codes: [AtomicU64; CODES],
-}
+impl ByteRegisters for PostPort {
+    const COUNT: u64 = 1;
 
-impl PostCodes {
-    /// No codes yet. Times are `clock`'s monotonic ones.
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self {
-            clock,
-            last: AtomicU8::new(0),
-            used: AtomicUsize::new(0),
-            codes: [const { AtomicU64::new(0) }; CODES],
-        }
+    fn read_byte(&self, _offset: u64) -> Result<u8, AccessError> {
+        Ok(self.0.load(Ordering::Relaxed))
     }
 
-    /// The first codes, each with the time of its first write.
-    pub fn codes(&self) -> Vec<(u8, Duration)> {
-        let used = self.used.load(Ordering::Acquire).min(CODES);
-        let words = self.codes[..used].iter().map(|c| c.load(Ordering::Relaxed));
-        words
-            .map(|w| ((w >> TIME_BITS) as u8, Duration::from_nanos(w & ((1 << TIME_BITS) - 1))))
-            .collect()
-    }
-}
-
-impl BusDevice for PostCodes {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (0, [value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        *value = self.last.load(Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let (0, &[value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        let changed = self.last.swap(value, Ordering::Relaxed) != value;
-        if !changed || self.used.load(Ordering::Relaxed) >= CODES {
-            return Ok(());
-        }
-        // Only that many increments pass the check above as there are vCPUs, so the counter cannot wrap.
-        if let Some(code) = self.codes.get(self.used.fetch_add(1, Ordering::AcqRel)) {
-            let time = self.clock.monotonic().as_nanos() as u64 & ((1 << TIME_BITS) - 1);
-            code.store(u64::from(value) << TIME_BITS | time, Ordering::Relaxed);
-        }
+    fn write_byte(&self, _offset: u64, value: u8) -> Result<(), AccessError> {
+        self.0.store(value, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -146,8 +96,8 @@ impl BusDevice for PostCodes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::ManualClock;
     use crate::console::Backend;
+    use triarch_device_core::BusDevice as _;
 
     #[test]
     fn debug_bytes_reach_the_console() {
@@ -176,22 +126,13 @@ mod tests {
     }
 
     #[test]
-    fn post_codes_keep_the_first_times() {
-        let clock = ManualClock::at(5);
-        let port = PostCodes::new(clock.clone());
-        for (time, code) in [(5, 0x10), (6, 0x10), (7, 0x20), (8, 0x10)] {
-            clock.set(time);
+    fn post_codes_are_remembered() {
+        let port = PostPort::default();
+        for code in [0x10, 0x20] {
             port.write(0, &[code]).unwrap();
+            let mut last = [0];
+            port.read(0, &mut last).unwrap();
+            assert_eq!(last, [code]);
         }
-        let ns = Duration::from_nanos;
-        assert_eq!(port.codes(), [(0x10, ns(5)), (0x20, ns(7)), (0x10, ns(8))]);
-        let mut last = [0];
-        port.read(0, &mut last).unwrap();
-        assert_eq!(last, [0x10]);
-        for i in 0..1000u32 {
-            port.write(0, &[i as u8]).unwrap();
-        }
-        assert_eq!(port.codes().len(), CODES);
-        assert_eq!(port.codes()[0], (0x10, ns(5)));
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use triarch_device_core::{AccessError, BusDevice};
+use triarch_device_core::{AccessError, ByteRegisters};
 
 use crate::power::{PowerEvent, PowerSink};
 
@@ -117,13 +117,12 @@ impl I8042StateV1 {
     }
 }
 
-impl BusDevice for I8042 {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let [value] = data else {
-            return Err(AccessError::BadAccess);
-        };
+impl ByteRegisters for I8042 {
+    const COUNT: u64 = I8042_PORTS;
+
+    fn read_byte(&self, offset: u64) -> Result<u8, AccessError> {
         let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
-        *value = match offset {
+        let value = match offset {
             DATA => registers.output.take().unwrap_or(0),
             SYSTEM_CONTROL => TIMER_2_HIGH,
             STATUS => {
@@ -136,13 +135,10 @@ impl BusDevice for I8042 {
             }
             _ => return Err(AccessError::BadAccess),
         };
-        Ok(())
+        Ok(value)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let &[value] = data else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, offset: u64, value: u8) -> Result<(), AccessError> {
         let mut registers = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
         let reset = match offset {
             DATA => registers.data(value),
@@ -164,6 +160,7 @@ mod tests {
 
     use super::*;
     use crate::power::tests::Events;
+    use triarch_device_core::BusDevice as _;
 
     fn get(device: &I8042, offset: u64) -> u8 {
         let mut value = [0];

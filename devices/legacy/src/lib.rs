@@ -19,7 +19,7 @@ mod serial;
 
 pub use clock::{Clock, HostClock};
 pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
-pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostCodes};
+pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostPort};
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
 pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};
 pub use pl031::{PL031_DATA, PL031_LOAD, PL031_SIZE, Pl031, Pl031StateV1};

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bitflags::bitflags;
 use serde::{Deserialize, Serialize};
-use triarch_device_core::{AccessError, BusDevice, InterruptLine, RateLimit};
+use triarch_device_core::{AccessError, BusDevice, ByteRegisters, InterruptLine, RateLimit};
 
 use crate::clock::Clock;
 
@@ -49,25 +49,26 @@ impl SleepControl {
     }
 }
 
-impl BusDevice for SleepControl {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (0..=1, [value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        // Nothing of control can be read back, and it never woke up.
-        *value = 0;
-        Ok(())
+impl ByteRegisters for SleepControl {
+    const COUNT: u64 = 2;
+
+    fn read_byte(&self, offset: u64) -> Result<u8, AccessError> {
+        match offset {
+            // Nothing of control can be read back, and it never woke up.
+            0..=1 => Ok(0),
+            _ => Err(AccessError::BadAccess),
+        }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        match (offset, data) {
-            (0, &[value]) => {
+    fn write_byte(&self, offset: u64, value: u8) -> Result<(), AccessError> {
+        match offset {
+            0 => {
                 if value & (SLEEP_ENABLE | SLEEP_TYPE) == SLEEP_OFF {
                     self.0.power_event(PowerEvent::Off);
                 }
                 Ok(())
             }
-            (1, [_]) => Ok(()),
+            1 => Ok(()),
             _ => Err(AccessError::BadAccess),
         }
     }
@@ -86,19 +87,14 @@ impl ResetRegister {
     }
 }
 
-impl BusDevice for ResetRegister {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (0, [value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        *value = 0;
-        Ok(())
+impl ByteRegisters for ResetRegister {
+    const COUNT: u64 = 1;
+
+    fn read_byte(&self, _offset: u64) -> Result<u8, AccessError> {
+        Ok(0)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let (0, &[value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, _offset: u64, value: u8) -> Result<(), AccessError> {
         if value == self.value {
             self.sink.power_event(PowerEvent::Reset);
         }
@@ -129,19 +125,14 @@ impl ResetPort {
     }
 }
 
-impl BusDevice for ResetPort {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (0, [value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
-        *value = self.value.load(Ordering::Relaxed);
-        Ok(())
+impl ByteRegisters for ResetPort {
+    const COUNT: u64 = 1;
+
+    fn read_byte(&self, _offset: u64) -> Result<u8, AccessError> {
+        Ok(self.value.load(Ordering::Relaxed))
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let (0, &[value]) = (offset, data) else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, _offset: u64, value: u8) -> Result<(), AccessError> {
         // The bit is never found set, since setting it resets: so each time it is set it rises.
         self.value
             .store(value & (Self::SYSTEM_RESET | Self::FULL_RESET), Ordering::Relaxed);

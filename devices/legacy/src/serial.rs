@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use triarch_device_core::{AccessError, BusDevice, InterruptLine, RateLimit};
+use triarch_device_core::{AccessError, ByteRegisters, InterruptLine, RateLimit};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 
@@ -236,26 +236,24 @@ impl SerialPort for Serial {
     }
 }
 
-impl BusDevice for Serial {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let (register, [value]) = (register(offset)?, data) else {
-            return Err(AccessError::BadAccess);
-        };
+impl ByteRegisters for Serial {
+    const COUNT: u64 = SERIAL_PORTS;
+
+    fn read_byte(&self, offset: u64) -> Result<u8, AccessError> {
+        let register = register(offset)?;
         let mut registers = self.lock();
-        *value = match register {
+        let value = match register {
             INTERRUPT_ID => registers.identify(),
             _ => registers.uart.read(register),
         };
         if register == DATA && !registers.data_ready() {
             self.console.room();
         }
-        Ok(())
+        Ok(value)
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let (register, &[value]) = (register(offset)?, data) else {
-            return Err(AccessError::BadAccess);
-        };
+    fn write_byte(&self, offset: u64, value: u8) -> Result<(), AccessError> {
+        let register = register(offset)?;
         let mut registers = self.lock();
         match register {
             INTERRUPT_ID if value & FCR_CLEAR_RECEIVER != 0 => registers.clear_receiver(),
@@ -274,10 +272,7 @@ impl BusDevice for Serial {
 }
 
 fn register(offset: u64) -> Result<u8, AccessError> {
-    u8::try_from(offset)
-        .ok()
-        .filter(|r| u64::from(*r) < SERIAL_PORTS)
-        .ok_or(AccessError::BadAccess)
+    u8::try_from(offset).map_err(|_| AccessError::BadAccess)
 }
 
 /// The interrupt as the register model wants it.
@@ -300,6 +295,7 @@ mod tests {
 
     use super::*;
     use crate::console::Backend;
+    use triarch_device_core::BusDevice as _;
 
     struct Rig {
         serial: Serial,

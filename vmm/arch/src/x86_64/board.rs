@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use triarch_device_core::{AccessError, BusDevice, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostCodes, ResetPort,
+    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostPort, ResetPort,
     ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam};
@@ -72,7 +72,7 @@ impl Board {
             Arc::new(Cmos::new(clock.clone(), low, config.memory_size - low)),
         )?;
         pio.claim(I8042_DATA, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
-        pio.claim(POST, 1, Arc::new(PostCodes::new(clock)))?;
+        pio.claim(POST, 1, Arc::new(PostPort::default()))?;
         if let Some(console) = config.debug {
             pio.claim(DEBUG, 1, Arc::new(DebugPort::to_console(console.clone())))?;
         }
