@@ -1,11 +1,10 @@
 //! The daemons of others that tests start: Debian's, unpacked and run without being installed.
 //!
-//! Of each, only its program and the libraries that it names are kept, in one directory, so that it can be put on an emulated host, which
-//! has none of its own. A script beside that directory becomes the daemon when it is run.
+//! Of each, only its programs and the libraries that they name are kept, in one directory, so that it can be put on an emulated host, which
+//! has none of its own. A script beside that directory becomes the program when it is run.
 
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
-use std::iter;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
@@ -24,16 +23,18 @@ const DT_NEEDED: u64 = 1;
 
 /// A daemon of Debian's.
 pub struct Daemon {
-    /// What tests call it.
+    /// What it is called, and the directory of its parts without `.d`.
     pub name: &'static str,
-    /// Its package, and the suite where that is not the newest one.
-    package: &'static str,
-    /// What else it is made of; without any, all that its package depends on.
+    /// Its packages, each with its suite where that is not the newest one.
+    packages: &'static [&'static str],
+    /// What else it is made of, beside the libraries that its packages want; without any, all that these depend on.
     others: &'static [&'static str],
-    /// The program in it.
-    program: &'static str,
-    /// Libraries that it loads without naming them, below the directory of libraries.
+    /// The programs in them: tests call each by the name of its file.
+    programs: &'static [&'static str],
+    /// Libraries that they load without naming them, below the directory of libraries.
     plugins: &'static [&'static str],
+    /// Files that they read, which are put beside them.
+    data: &'static [&'static str],
     /// What is in the names of tests that start it.
     tests: &'static str,
 }
@@ -41,45 +42,69 @@ pub struct Daemon {
 /// What serves disks over vhost-user.
 const STORAGE: Daemon = Daemon {
     name: "qemu-storage-daemon",
-    package: "qemu-utils",
+    packages: &["qemu-utils"],
     others: &[],
-    program: "usr/bin/qemu-storage-daemon",
+    programs: &["usr/bin/qemu-storage-daemon"],
     plugins: &[],
+    data: &[],
     tests: "vhost::",
 };
 
 /// What serves file systems.
 const FILES: Daemon = Daemon {
     name: "virtiofsd",
-    package: "virtiofsd/trixie",
+    packages: &["virtiofsd/trixie"],
     others: &[],
-    program: "usr/libexec/virtiofsd",
+    programs: &["usr/libexec/virtiofsd"],
     plugins: &[],
+    data: &[],
     tests: "vhost_fs::",
 };
 
 /// What forwards packets from one guest to another. Its package depends on all of DPDK's headers: what has the libraries is enough.
 const SWITCH: Daemon = Daemon {
     name: "dpdk-testpmd",
-    package: "dpdk-dev/trixie",
+    packages: &["dpdk-dev/trixie"],
     others: &["librte-net-vhost25", "librte-mempool-ring25"],
-    program: "usr/bin/dpdk-testpmd",
+    programs: &["usr/bin/dpdk-testpmd"],
     plugins: &[
         "dpdk/pmds-25.0/librte_net_vhost.so.25",
         "dpdk/pmds-25.0/librte_mempool_ring.so.25",
     ],
+    data: &[],
     tests: "vhost_net::",
 };
 
+/// Open vSwitch with DPDK: its database, its switch, and what gives it orders. Its packages depend on Python and services.
+const OPEN_VSWITCH: Daemon = Daemon {
+    name: "openvswitch",
+    packages: &[
+        "openvswitch-switch-dpdk/trixie",
+        "openvswitch-switch/trixie",
+        "openvswitch-common/trixie",
+    ],
+    others: &["librte-mempool-ring25"],
+    programs: &[
+        "usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk",
+        "usr/sbin/ovsdb-server",
+        "usr/bin/ovsdb-tool",
+        "usr/bin/ovs-vsctl",
+        "usr/bin/ovs-appctl",
+    ],
+    plugins: &["dpdk/pmds-25.0/librte_mempool_ring.so.25"],
+    data: &["usr/share/openvswitch/vswitch.ovsschema"],
+    tests: "ovs::",
+};
+
 /// All of them.
-const ALL: [&Daemon; 3] = [&STORAGE, &FILES, &SWITCH];
+const ALL: [&Daemon; 4] = [&STORAGE, &FILES, &SWITCH, &OPEN_VSWITCH];
 
 /// QEMU's storage daemon and the tools beside it, with all of their packages.
 ///
 /// # Errors
 /// A package cannot be downloaded or unpacked.
 pub fn root() -> Result<Root> {
-    Root::get("root-daemons", &[STORAGE.package])
+    Root::get("root-daemons", STORAGE.packages)
 }
 
 /// A switch that looks for packets all the time, DPDK's, made to run from `dir`; its program.
@@ -98,13 +123,15 @@ pub fn of_tests(tests: &[&String]) -> impl Iterator<Item = &'static Daemon> {
 }
 
 impl Daemon {
-    /// Puts a script into `dir`, where tests on this machine find it.
+    /// Puts its scripts into `dir`, where tests on this machine find them.
     ///
     /// # Errors
     /// A package cannot be downloaded or unpacked.
     pub fn provide(&self, dir: &Path) -> Result<()> {
         let made = self.get(Arch::native())?;
-        fs::copy(made.join(self.name), dir.join(self.name))?;
+        for script in self.scripts()? {
+            fs::copy(made.join(script), dir.join(script))?;
+        }
         let parts = self.parts();
         Ok(symlink(made.join(&parts), dir.join(&parts))?)
     }
@@ -115,62 +142,62 @@ impl Daemon {
     /// As [`Daemon::provide`].
     pub fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
         let made = self.get(arch)?;
-        let mut files = vec![(self.name.to_owned(), 0o755, made.join(self.name))];
+        let scripts = self.scripts()?.into_iter();
+        let mut files: Vec<_> = scripts
+            .map(|script| (script.to_owned(), 0o755, made.join(script)))
+            .collect();
         let parts = self.parts();
         for item in fs::read_dir(made.join(&parts))? {
             let path = item?.path();
-            let file = path.file_name().and_then(|n| n.to_str());
-            let file = file.context("a name is not UTF-8")?;
-            files.push((format!("{parts}/{file}"), 0o755, path));
+            files.push((format!("{parts}/{}", file_name(&path)?), 0o755, path));
         }
         Ok(files)
     }
 
-    /// The directory with its program and libraries, beside its script.
+    /// The directory with its programs and libraries, beside its scripts.
     fn parts(&self) -> String {
         format!("{}.d", self.name)
     }
 
-    /// Where its script and its parts are, made once.
+    /// The scripts: one for each program.
+    fn scripts(&self) -> Result<Vec<&'static str>> {
+        let names = self.programs.iter().map(|program| file_name(Path::new(*program)));
+        names.collect()
+    }
+
+    /// Where its scripts and its parts are, made once.
     fn get(&self, arch: Arch) -> Result<PathBuf> {
         let recipe = Recipe::new(&format!("daemon-{}-{}", self.name, arch.debian()))
             .with("script", SCRIPT)
             .with("suite", root::SUITE)
-            .with("package", self.package)
+            .with("package", &self.packages.join(" "))
             .with("others", &self.others.join(" "))
-            .with("program", self.program)
-            .with("plugins", &self.plugins.join(" "));
+            .with("program", &self.programs.join(" "))
+            .with("plugins", &self.plugins.join(" "))
+            .with("data", &self.data.join(" "));
         cache::ensure(&recipe, |dir| self.make(arch, dir))
     }
 
     fn unpack(&self, arch: Arch, dir: &Path) -> Result<()> {
         if self.others.is_empty() {
-            return root::unpack_into(arch, dir, &[self.package]);
+            return root::unpack_into(arch, dir, self.packages);
         }
-        let (name, suite) = self.package.split_once('/').unwrap_or((self.package, root::SUITE));
-        let (alone, libraries) = packages::with_apt(arch, |apt| {
-            let alone = apt.download_of(name, suite)?;
+        let mut names: Vec<String> = self.others.iter().map(|&name| name.to_owned()).collect();
+        let mut alone = Vec::new();
+        for (n, package) in self.packages.iter().enumerate() {
             // The next download empties the directory.
-            let kept = dir.join("package");
-            fs::copy(&alone, &kept)?;
-            let versions = apt.versions(name)?;
-            let version = alone.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let version = version.split('_').nth(1).unwrap_or_default().replace("%3a", ":");
-            let record = versions.iter().find(|(v, _)| *v == version);
-            let record = record.with_context(|| format!("no record of {name} {version}"))?;
-            Ok((
-                kept,
-                libraries(packages::field(&record.1, "Depends").unwrap_or_default()),
-            ))
-        })?;
-        let names: Vec<&str> = self
-            .others
-            .iter()
-            .copied()
-            .chain(libraries.iter().map(String::as_str))
-            .collect();
+            let kept = dir.join(format!("package{n}"));
+            names.extend(package_alone(arch, package, &kept)?);
+            alone.push(kept);
+        }
+        // What comes with the others, or is taken alone, is not to be had twice.
+        let taken: Vec<&str> = self.packages.iter().map(|package| suite_of(package).0).collect();
+        names.retain(|name| !taken.contains(&name.as_str()));
+        names.sort();
+        names.dedup();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
         root::unpack_into(arch, dir, &names)?;
-        packages::unpack(&alone, dir)
+        alone.iter().try_for_each(|package| packages::unpack(package, dir))
     }
 
     fn make(&self, arch: Arch, dir: &Path) -> Result<()> {
@@ -179,27 +206,57 @@ impl Daemon {
         fs::copy(scratch.path().join("packages.txt"), dir.join("packages.txt"))?;
         let parts = dir.join(self.parts());
         fs::create_dir(&parts)?;
-        let loader = Path::new(arch.loader()).file_name().and_then(|n| n.to_str());
-        let loader = loader.context("the loader has no name")?;
         let plugins = self
             .plugins
             .iter()
             .map(|plugin| format!("{}/{plugin}", arch.libraries()));
-        let names: Vec<String> = iter::once(self.program.to_owned()).chain(plugins).collect();
-        for (name, source) in closure(scratch.path(), arch, &names)? {
+        let programs = self.programs.iter().map(|&program| program.to_owned());
+        let mut files = closure(scratch.path(), arch, &programs.chain(plugins).collect::<Vec<_>>())?;
+        for data in self.data {
+            files.insert(file_name(Path::new(*data))?.to_owned(), scratch.path().join(data));
+        }
+        for (name, source) in files {
             let place = parts.join(name);
             fs::copy(&source, &place).with_context(|| format!("cannot copy {}", source.display()))?;
         }
-        let program = Path::new(self.program).file_name().and_then(|n| n.to_str());
-        let program = program.context("the program has no name")?;
-        let script = dir.join(self.name);
-        let parts = self.parts();
-        let text = format!(
-            "#!/bin/sh\nhere=${{0%/*}}/{parts}\nexec \"$here/{loader}\" --library-path \"$here\" \"$here/{program}\" \"$@\"\n"
-        );
-        fs::write(&script, text)?;
-        Ok(fs::set_permissions(script, Permissions::from_mode(0o755))?)
+        let loader = file_name(Path::new(arch.loader()))?;
+        for program in self.scripts()? {
+            let script = dir.join(program);
+            let parts = self.parts();
+            let text = format!(
+                "#!/bin/sh\nhere=${{0%/*}}/{parts}\nexec \"$here/{loader}\" --library-path \"$here\" \"$here/{program}\" \"$@\"\n"
+            );
+            fs::write(&script, text)?;
+            fs::set_permissions(script, Permissions::from_mode(0o755))?;
+        }
+        Ok(())
     }
+}
+
+/// Downloads a package without what it depends on and keeps it at `place`; the libraries that it wants.
+fn package_alone(arch: Arch, package: &str, place: &Path) -> Result<Vec<String>> {
+    let (name, suite) = suite_of(package);
+    packages::with_apt(arch, |apt| {
+        let file = apt.download_of(name, suite)?;
+        fs::copy(&file, place)?;
+        let versions = apt.versions(name)?;
+        let version = file_name(&file)?.split('_').nth(1).unwrap_or_default();
+        let version = version.replace("%3a", ":").replace("%2b", "+");
+        let record = versions.iter().find(|(v, _)| *v == version);
+        let record = record.with_context(|| format!("no record of {name} {version}"))?;
+        Ok(libraries(packages::field(&record.1, "Depends").unwrap_or_default()))
+    })
+}
+
+/// A package's name and its suite.
+fn suite_of(package: &str) -> (&str, &str) {
+    package.split_once('/').unwrap_or((package, root::SUITE))
+}
+
+/// The last part of a path.
+fn file_name(path: &Path) -> Result<&str> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.with_context(|| format!("{} has no name", path.display()))
 }
 
 /// These files, their loader and all libraries that they name, by the name under which they are looked for.
