@@ -34,6 +34,19 @@ pub fn limit_address_space(bytes: u64) -> Result<()> {
     rustix::process::setrlimit(rustix::process::Resource::As, limit).context("cannot limit the address space")
 }
 
+/// Runs a program to its end; what it printed, without white space around it.
+///
+/// # Errors
+/// It cannot be started or fails: the message has what it said.
+pub fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?}: {}: {}", output.status, said.trim());
+    }
+    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+}
+
 impl Process {
     /// Starts `command` without standard input.
     ///

@@ -1,10 +1,11 @@
 //! Disks: what the guest reads and writes is what the host's file holds.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use std::process::Command;
 use triarch_harness::disk::{DiskImage, pattern};
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{BOOT, LinuxBuilder, LinuxVm};
+use triarch_harness::process::run;
 use triarch_harness::suite::{Context, Outcome, Test};
 
 pub const TESTS: &[Test] = &[
@@ -88,13 +89,6 @@ impl Drop for LoopDevice {
             eprintln!("{} stays: {e:#}", self.0);
         }
     }
-}
-
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {said}");
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
 fn direct_on_a_block_device(context: &Context) -> Result<Outcome> {

@@ -1,5 +1,7 @@
 //! Network interfaces whose packets a daemon moves: one guest with two of them, and a switch between the two.
 
+mod ovs;
+
 use super::guest::{Guest, builder, field, number};
 use crate::storage::{soon, wait_link, wait_state};
 use anyhow::{Result, ensure};
@@ -20,6 +22,15 @@ pub const TESTS: &[Test] = &[
     .within(LONG),
     Test::payload("vhost_net::testpmd_may_die", |c| may_die(c, Program::Testpmd)).within(LONG),
     Test::payload("vhost_net::netd_may_die", |c| may_die(c, Program::Netd)).within(LONG),
+    Test::payload("vhost_net::ovs::moves_frames", |c| {
+        moves_frames(c, Program::OpenVswitch)
+    })
+    .within(LONG),
+    Test::payload("vhost_net::ovs::serves_several_pairs", |c| {
+        several_pairs(c, Program::OpenVswitch)
+    })
+    .within(LONG),
+    Test::payload("vhost_net::ovs::may_die", |c| may_die(c, Program::OpenVswitch)).within(LONG),
     Test::payload("vhost_net::the_link_goes_down_when_told_so", |c| {
         link_down(c, Program::Testpmd)
     })
@@ -36,12 +47,27 @@ const MAC: &str = "52:54:00:00:0a:01";
 enum Program {
     Testpmd,
     Netd,
+    OpenVswitch,
+}
+
+impl Program {
+    /// Whether it connects to the VMM, which listens.
+    fn connects(self) -> bool {
+        self == Self::OpenVswitch
+    }
+
+    /// How often it is killed. Open vSwitch takes seconds to start.
+    fn kills(self) -> u64 {
+        if self == Self::OpenVswitch { 2 } else { 5 }
+    }
 }
 
 /// A switch with two ports.
 struct Switch {
     kind: Program,
     program: PathBuf,
+    /// Open vSwitch's.
+    database: Option<ovs::Database>,
     sockets: [PathBuf; 2],
     pairs: u16,
     process: Option<Process>,
@@ -50,13 +76,17 @@ struct Switch {
 impl Switch {
     fn start(&mut self) -> Result<()> {
         self.process = None;
+        if let Some(database) = &self.database {
+            self.process = Some(Process::start(&mut database.switch())?);
+            return Ok(());
+        }
         for socket in &self.sockets {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new(&self.program);
         match self.kind {
-            Program::Testpmd => self.testpmd(&mut command),
             Program::Netd => self.netd(&mut command),
+            _ => self.testpmd(&mut command),
         }
         self.process = Some(Process::start(&mut command)?);
         let deadline = Instant::now() + 2 * soon();
@@ -115,13 +145,20 @@ impl Rig {
         let program = match kind {
             Program::Testpmd => context.images.path(TESTPMD).ok(),
             Program::Netd => Some(context.triarch.with_file_name(NETD)).filter(|path| path.exists()),
+            Program::OpenVswitch => context.images.path(ovs::PROGRAM).ok(),
         };
         let Some(program) = program else { return Ok(None) };
         let dir = tempfile::Builder::new().prefix("switch").tempdir_in(&context.dir)?;
+        let sockets = ["one.sock", "two.sock"].map(|name| dir.path().join(name));
+        let database = match kind {
+            Program::OpenVswitch => Some(ovs::Database::start(&program, dir.path(), &sockets)?),
+            _ => None,
+        };
         let mut switch = Switch {
             kind,
             program,
-            sockets: ["one.sock", "two.sock"].map(|name| dir.path().join(name)),
+            database,
+            sockets,
             pairs,
             process: None,
         };
@@ -130,7 +167,8 @@ impl Rig {
         for (n, id) in ["served", "other"].into_iter().enumerate() {
             let (socket, queues) = (switch.sockets[n].display(), 2 * pairs);
             let mac = if n == 0 { format!(",mac={MAC}") } else { String::new() };
-            let flag = format!("vhost_user=on,socket={socket},num_queues={queues},id={id}{mac}{options}");
+            let mode = if kind.connects() { ",vhost_mode=server" } else { "" };
+            let flag = format!("vhost_user=on,socket={socket},num_queues={queues},id={id}{mac}{mode}{options}");
             vm = vm.flag("--net", flag);
         }
         Ok(Some(Self {
@@ -234,7 +272,7 @@ fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
         return skipped();
     };
     rig.settle()?;
-    for round in 0..5u64 {
+    for round in 0..kind.kills() {
         rig.cross(0, 1000 * (round + 1), "")?;
         // It dies while frames flow; the link stays up.
         rig.guest.send("net 0 send 400 7 200")?;

@@ -1,0 +1,122 @@
+//! Open vSwitch with DPDK: its database, its switch, and a bridge with the ports of one guest. It connects to the VMM.
+
+use crate::storage::soon;
+use anyhow::{Context as _, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::process::{Process, run};
+
+/// The program among those of Open vSwitch that tests look for.
+pub const PROGRAM: &str = "ovs-vswitchd-dpdk";
+/// What DPDK is made of here: no huge pages, PCI or files of its own.
+const DPDK: &str = "--no-pci --no-huge --in-memory --no-telemetry -m 512";
+
+/// The switch's database, which outlives the switch.
+pub struct Database {
+    programs: PathBuf,
+    dir: PathBuf,
+    _process: Process,
+}
+
+impl Database {
+    /// One in `dir` that knows a bridge with a port for each of `sockets`; `switch` is the switch's program.
+    ///
+    /// # Errors
+    /// It does not start, or the switch's configuration is refused.
+    pub fn start(switch: &Path, dir: &Path, sockets: &[PathBuf]) -> Result<Self> {
+        let programs = switch.parent().context("the switch is in no directory")?;
+        let (file, socket) = (dir.join("conf.db"), dir.join("db.sock"));
+        let parts = programs.join("openvswitch.d");
+        let mut create = Command::new(programs.join("ovsdb-tool"));
+        run(create.arg("create").arg(&file).arg(parts.join("vswitch.ovsschema")))?;
+        let mut server = Command::new(programs.join("ovsdb-server"));
+        environment(&mut server, dir)
+            .arg(&file)
+            .arg(format!("--remote=punix:{}", socket.display()))
+            .arg(format!("--unixctl={}", dir.join("db.ctl").display()));
+        let process = Process::start(&mut server)?;
+        let deadline = Instant::now() + soon();
+        while !socket.exists() {
+            let words = process.last_words();
+            ensure!(Instant::now() < deadline, "the database does not listen{words}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        let database = Self {
+            programs: programs.to_owned(),
+            dir: dir.to_owned(),
+            _process: process,
+        };
+        database.configure(&parts, sockets)?;
+        Ok(database)
+    }
+
+    /// One polling thread, which sleeps when it finds nothing.
+    fn configure(&self, parts: &Path, sockets: &[PathBuf]) -> Result<()> {
+        let plugin = parts.join("librte_mempool_ring.so.25");
+        self.order(&["init"])?;
+        self.order(&[
+            "set",
+            "Open_vSwitch",
+            ".",
+            "other_config:dpdk-init=true",
+            "other_config:dpdk-lcore-mask=0x1",
+            "other_config:pmd-cpu-mask=0x1",
+            "other_config:pmd-sleep-max=200",
+            &format!("other_config:dpdk-extra=\"{DPDK} -d {}\"", plugin.display()),
+        ])?;
+        self.order(&["add-br", "br0", "--", "set", "Bridge", "br0", "datapath_type=netdev"])?;
+        for (n, socket) in sockets.iter().enumerate() {
+            let (port, path) = (format!("guest{n}"), socket.display());
+            let path = format!("options:vhost-server-path={path}");
+            self.order(&[
+                "add-port",
+                "br0",
+                &port,
+                "--",
+                "set",
+                "Interface",
+                &port,
+                "type=dpdkvhostuserclient",
+                &path,
+            ])?;
+        }
+        Ok(())
+    }
+
+    fn order(&self, arguments: &[&str]) -> Result<()> {
+        let mut command = Command::new(self.programs.join("ovs-vsctl"));
+        let socket = format!("--db=unix:{}", self.dir.join("db.sock").display());
+        environment(&mut command, &self.dir)
+            .arg(socket)
+            .arg("--no-wait")
+            .args(arguments);
+        run(&mut command).map(drop)
+    }
+
+    /// What starts the switch. Its bridge has an interface of the host, so it gets a network of its own.
+    pub fn switch(&self) -> Command {
+        let mut command = Command::new("unshare");
+        environment(&mut command, &self.dir)
+            .arg("--net")
+            .arg(self.programs.join(PROGRAM))
+            .arg(format!("unix:{}", self.dir.join("db.sock").display()))
+            .arg(format!("--unixctl={}", self.dir.join("switch.ctl").display()));
+        command
+    }
+}
+
+/// Nothing of it is anywhere but in `dir`.
+fn environment<'a>(command: &'a mut Command, dir: &Path) -> &'a mut Command {
+    for name in [
+        "OVS_RUNDIR",
+        "OVS_LOGDIR",
+        "OVS_DBDIR",
+        "OVS_SYSCONFDIR",
+        "XDG_RUNTIME_DIR",
+    ] {
+        command.env(name, dir);
+    }
+    command
+}
