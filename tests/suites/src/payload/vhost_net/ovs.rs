@@ -10,8 +10,8 @@ use triarch_harness::process::{Process, run};
 
 /// The program among those of Open vSwitch that tests look for.
 pub const PROGRAM: &str = "ovs-vswitchd-dpdk";
-/// What DPDK is made of here: no huge pages, PCI or files of its own.
-const DPDK: &str = "--no-pci --no-huge --in-memory --no-telemetry -m 512";
+/// What DPDK is made of here: no huge pages, PCI or files of its own. With `--legacy-mem` Open vSwitch leaves `--in-memory` out.
+const DPDK: &str = "--no-pci --no-huge --legacy-mem --no-shconf --no-telemetry -m 512";
 
 /// The switch's database, which outlives the switch.
 pub struct Database {
