@@ -186,12 +186,13 @@ fn guests_ping(context: &Context) -> Result<Outcome> {
 fn frames_arrive(context: &Context) -> Result<Outcome> {
     let mut net = Net::start(context, ["", ""])?;
     let before = net.counter("b", "rx_packets")?;
-    for (len, seed, count) in [(46, 1, 40), (1400, 100, 40), (1000, 200, 40)] {
+    // Never more at once than the guest has buffers: it may be held up, and a switch waits for nobody.
+    for (len, seed, count) in [(46, 1, 30), (1400, 100, 30), (1000, 200, 30)] {
         net.b.send(&format!("net 0 expect {len} {seed} {count} 5000"))?;
         net.a.ask(&format!("net 0 send {len} {seed} {count}"))?;
         net.b.answer()?;
     }
-    ensure!(net.counter("b", "rx_packets")? - before == 120, "{}", net.port("b")?);
+    ensure!(net.counter("b", "rx_packets")? - before == 90, "{}", net.port("b")?);
     ensure!(net.port("b")?["drops"] == serde_json::json!({}), "{}", net.port("b")?);
     net.end()
 }
