@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -17,6 +18,8 @@ use crate::{cache, tools};
 const AGENT_FD: &str = "3";
 /// Queues of a disk that a daemon serves.
 pub const DISK_QUEUES: u32 = 2;
+/// Emulators that this process has started: several hosts of one kind may run at once.
+static STARTED: AtomicUsize = AtomicUsize::new(0);
 /// How long the logs of a failure stay.
 const KEEP_LOGS: Duration = Duration::from_secs(24 * 3600);
 /// Lines of each log that a failure shows.
@@ -161,7 +164,8 @@ impl Logs {
         let dir = cache::base()?.join("log");
         fs::create_dir_all(&dir)?;
         forget_old(&dir);
-        let file = |what: &str| dir.join(format!("{name}-{}.{what}", std::process::id()));
+        let (process, number) = (std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        let file = |what: &str| dir.join(format!("{name}-{process}-{number}.{what}"));
         Ok(Self {
             console: file("console"),
             resets: file("cpu_reset"),

@@ -113,9 +113,14 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
     }
     if args.wants(Level::Nested) {
         front_end::run(&args.name, &programs, tally);
+        let mut hosts = Vec::new();
         for place in args.places() {
-            tally.guard(&place.to_string(), |tally| programs.nested(&place, &args.name, tally));
+            tally.guard(&place.to_string(), |tally| {
+                hosts.extend(programs.prepare(place, &args.name, tally)?);
+                Ok(())
+            });
         }
+        suites::Nested::run_all(hosts, tally);
     }
     Ok(())
 }

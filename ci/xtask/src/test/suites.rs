@@ -2,9 +2,13 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::num::NonZero;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -105,11 +109,11 @@ impl Programs {
         Ok(())
     }
 
-    /// Runs the nested level on a host. When the host itself fails, it is started once more, for the tests that have no result yet.
+    /// Makes what the tests at `place` need; `None` when none is wanted there.
     ///
     /// # Errors
-    /// The host cannot be made, or failed twice.
-    pub fn nested(&self, place: &Place, filters: &[String], tally: &mut Tally) -> Result<()> {
+    /// It cannot be made.
+    pub fn prepare(&self, place: Place, filters: &[String], tally: &mut Tally) -> Result<Option<Nested>> {
         let mut names = self.list("nested", &[])?;
         if place.has_payload() {
             let payload = self.list("payload", &[])?.into_iter();
@@ -119,11 +123,11 @@ impl Programs {
         let mut names = place.select(names)?;
         names.retain(|name| super::selected(filters, &format!("nested::{name}")));
         if names.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let (payload, linux): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with(PAYLOAD_TESTS));
         let payload = payload.iter().map(|name| name.replacen(PAYLOAD_TESTS, "", 1)).collect();
-        let mut pending = [
+        let pending = [
             Pending::new(&format!("{place}::payload"), "payload", payload),
             Pending::new(&place.to_string(), "nested", linux),
         ];
@@ -141,9 +145,11 @@ impl Programs {
             files,
             ..place.options()
         };
-        host::with_host(place.kind, &options, |host| {
-            pending.iter_mut().try_for_each(|level| run_on(host, level, tally))
-        })
+        Ok(Some(Nested {
+            place,
+            options,
+            pending,
+        }))
     }
 
     /// The tests of a level, without running them. They are the same for every architecture.
@@ -185,6 +191,53 @@ impl Programs {
             add(format!("initramfs-{version}.cpio"), &images::guest(&kernel, &rig)?);
         }
         Ok(files)
+    }
+}
+
+/// The tests on a host, and all that they need.
+pub struct Nested {
+    place: Place,
+    options: Options,
+    pending: [Pending; 2],
+}
+
+impl Nested {
+    /// Runs them. When the host itself fails, it is started once more, for the tests that have no result yet.
+    ///
+    /// # Errors
+    /// The host cannot be made, or failed twice.
+    fn run(&mut self, tally: &mut Tally) -> Result<()> {
+        let Self {
+            place,
+            options,
+            pending,
+        } = self;
+        host::with_host(place.kind, options, |host| {
+            pending.iter_mut().try_for_each(|level| run_on(host, level, tally))
+        })
+    }
+
+    /// Runs those of all hosts, as many at once as there are processors: an emulated host with one CPU keeps one busy.
+    pub fn run_all(all: Vec<Self>, tally: &mut Tally) {
+        let at_once = thread::available_parallelism().map_or(1, NonZero::get).min(all.len());
+        let queue = Mutex::new(all.into_iter());
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            let mut tally = Tally::new(io::stdout());
+            while let Some(mut nested) = next() {
+                tally.guard(&nested.place.to_string(), |tally| nested.run(tally));
+            }
+            tally
+        };
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
+            for worker in workers {
+                match worker.join() {
+                    Ok(counted) => tally.merge(counted),
+                    Err(panic) => resume_unwind(panic),
+                }
+            }
+        });
     }
 }
 

@@ -19,7 +19,7 @@ pub enum Verdict {
 
 /// The tests so far.
 pub struct Tally {
-    out: Box<dyn Write>,
+    out: Box<dyn Write + Send>,
     passed: usize,
     skipped: Vec<(String, String)>,
     failed: Vec<String>,
@@ -27,7 +27,7 @@ pub struct Tally {
 
 impl Tally {
     /// No tests yet; what is shown goes to `out`.
-    pub fn new(out: impl Write + 'static) -> Self {
+    pub fn new(out: impl Write + Send + 'static) -> Self {
         Self {
             out: Box::new(out),
             passed: 0,
@@ -60,6 +60,13 @@ impl Tally {
             let name = format!("{name} ({count} {})", if count == 1 { "test" } else { "tests" });
             self.show(&line(&name, &Verdict::Passed, Some(time)));
         }
+    }
+
+    /// Counts what another one has counted and shown.
+    pub fn merge(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.skipped.extend(other.skipped);
+        self.failed.extend(other.failed);
     }
 
     /// Does a part of the work; that it cannot be done is one failure, called `name`.
@@ -131,6 +138,11 @@ mod tests {
         tally.guard("e", |_| bail!("no compiler"));
         assert!(!tally.is_success());
         assert_eq!(tally.counts(), "4 passed, 1 failed, 1 skipped");
+        let mut all = Tally::new(std::io::sink());
+        all.add("f", Verdict::Passed, None);
+        all.merge(tally);
+        assert!(!all.is_success());
+        assert_eq!(all.counts(), "5 passed, 1 failed, 1 skipped");
     }
 
     #[test]
