@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use triarch_device_core::Event;
 use triarch_memory::GuestMemory;
 use triarch_virtio::feature;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -285,6 +286,14 @@ impl Session {
         }
         let state = message::ring_state(index, on.into());
         self.tell(Request::SET_VRING_ENABLE, &state, &[], wake)
+    }
+
+    /// Lets the daemon know how many rings there may be, before it has the first of them. DPDK counts those that it was told anything of
+    /// when the first pair works, and Open vSwitch never looks at others; QEMU, too, begins with a descriptor for each one's interrupts.
+    pub(crate) fn announce(&self, rings: u16, wake: &Wake) -> Result<(), LinkError> {
+        // The one that counts comes when the ring starts.
+        let unused = Event::new().map_err(LinkError::host("an event for the rings to come"))?;
+        (0..rings).try_for_each(|index| self.set_call(index, unused.as_fd(), wake))
     }
 
     /// Hands a ring to the daemon. It works on it once that is enabled.

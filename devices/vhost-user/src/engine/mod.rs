@@ -321,6 +321,7 @@ impl Engine {
                 session.share(&[&*memory, rings.memory()], wake)?;
                 Way::Relay(rings)
             });
+            session.announce(kind.queue_sizes().len() as u16, wake)?;
         }
         if session.direct && kind.needs_record() {
             let record = match &mut self.record {

@@ -152,6 +152,41 @@ fn an_interface_is_the_vmms_and_its_packets_the_daemons() {
 }
 
 #[test]
+fn a_daemon_hears_of_all_rings_before_it_has_one() {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let (seen, last) = (heard.clone(), Arc::new(Mutex::new(None)));
+    let told = last.clone();
+    let rig = Rig::new(
+        net(None, NetCounters::new(1)),
+        OnDisconnect::Stall,
+        move |talk, received| {
+            let mut told = told.lock().expect("lock");
+            if received.request == Request::SET_VRING_CALL as u32 && told.is_none() {
+                seen.lock().expect("lock").push(received.payload[0]);
+            }
+            if received.request == Request::SET_VRING_ENABLE as u32 {
+                *told = Some(received.payload[0]);
+            }
+            offers(talk, received, 0, protocol::REPLY_ACK, 1)
+        },
+    );
+    let mut device = rig.device;
+    let receive = FakeDriver::sharing(64, true);
+    let transmit = FakeDriver::beside(&receive, 1);
+    device.activate(receive.context(0)).expect("activate");
+    for driver in [&receive, &transmit] {
+        device.start_queue(driver.queue()).expect("start");
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while *last.lock().expect("lock") != Some(1) {
+        assert!(Instant::now() < deadline, "the rings are not enabled");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(*heard.lock().expect("lock"), [0, 1, 0]);
+    device.reset();
+}
+
+#[test]
 fn the_address_is_whose_it_is_to_say() {
     for (mac, wanted) in [(None, THEIRS), (Some(MAC), MAC)] {
         let rig = Rig::new(net(mac, NetCounters::new(1)), OnDisconnect::Stall, |talk, received| {

@@ -4,7 +4,7 @@ mod ovs;
 
 use super::guest::{Guest, builder, field, number};
 use crate::storage::{soon, wait_link, wait_state};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
@@ -207,106 +207,116 @@ impl Rig {
     }
 }
 
-fn skipped() -> Result<Outcome> {
-    Ok(Outcome::Skipped("the switch is missing".into()))
+/// Runs a test that has a switch, or tells that there is none. `options` are as for [`Rig::start`].
+fn with_switch(
+    context: &Context,
+    kind: Program,
+    (pairs, options): (u16, &str),
+    test: impl FnOnce(&mut Rig) -> Result<()>,
+) -> Result<Outcome> {
+    let Some(mut rig) = Rig::start(context, kind, pairs, options)? else {
+        return Ok(Outcome::Skipped("the switch is missing".into()));
+    };
+    test(&mut rig).with_context(|| {
+        let switch = rig.switch.process.as_ref().map(Process::last_words);
+        let vmm = rig.guest.vm().last_words();
+        format!(
+            "the VMM's last words:{vmm}; the switch's:{}",
+            switch.unwrap_or_default()
+        )
+    })?;
+    rig.guest.power_off()?;
+    Ok(Outcome::Passed)
 }
 
 fn moves_frames(context: &Context, kind: Program) -> Result<Outcome> {
-    let Some(mut rig) = Rig::start(context, kind, 1, ",mtu=1400")? else {
-        return skipped();
-    };
-    for nic in 0..2 {
-        rig.guest.ask(&format!("net {nic} init"))?;
-    }
-    let info = rig.guest.ask("net 0 info")?;
-    ensure!(field(&info, "mac")? == MAC && number(&info, "mtu")? == 1400, "{info}");
-    ensure!(number(&info, "link")? & 1 == 1, "{info}");
-    // The control queue is the VMM's.
-    rig.guest.ask("net 0 promisc 1")?;
-    ensure!(rig.guest.ask("net 0 mac 52:54:00:00:0a:07")?.contains("0a:07"));
-    rig.settle()?;
-    for seed in [1000, 2000, 3000] {
-        rig.cross(0, seed, "")?;
-        rig.cross(1, seed + 500, "")?;
-    }
-    // A driver that comes again.
-    for nic in 0..2 {
-        rig.guest
-            .ask(&format!("net {nic} init event_idx=0 indirect=0 size=64"))?;
-    }
-    rig.settle()?;
-    rig.cross(1, 4000, "")?;
-    // A guest that stands still in between.
-    rig.guest.vm().api()?.put("vm.pause", None)?;
-    rig.guest.vm().api()?.put("vm.resume", None)?;
-    rig.settle()?;
-    rig.cross(0, 5000, "")?;
-    rig.guest.power_off()?;
-    Ok(Outcome::Passed)
+    with_switch(context, kind, (1, ",mtu=1400"), |rig| {
+        for nic in 0..2 {
+            rig.guest.ask(&format!("net {nic} init"))?;
+        }
+        let info = rig.guest.ask("net 0 info")?;
+        ensure!(field(&info, "mac")? == MAC && number(&info, "mtu")? == 1400, "{info}");
+        ensure!(number(&info, "link")? & 1 == 1, "{info}");
+        // The control queue is the VMM's.
+        rig.guest.ask("net 0 promisc 1")?;
+        ensure!(rig.guest.ask("net 0 mac 52:54:00:00:0a:07")?.contains("0a:07"));
+        rig.settle()?;
+        for seed in [1000, 2000, 3000] {
+            rig.cross(0, seed, "")?;
+            rig.cross(1, seed + 500, "")?;
+        }
+        // A driver that comes again.
+        for nic in 0..2 {
+            rig.guest
+                .ask(&format!("net {nic} init event_idx=0 indirect=0 size=64"))?;
+        }
+        rig.settle()?;
+        rig.cross(1, 4000, "")?;
+        // A guest that stands still in between.
+        rig.guest.vm().api()?.put("vm.pause", None)?;
+        rig.guest.vm().api()?.put("vm.resume", None)?;
+        rig.settle()?;
+        rig.cross(0, 5000, "")?;
+        Ok(())
+    })
 }
 
 fn several_pairs(context: &Context, kind: Program) -> Result<Outcome> {
-    let Some(mut rig) = Rig::start(context, kind, 2, "")? else {
-        return skipped();
-    };
-    for nic in 0..2 {
-        let answer = rig.guest.ask(&format!("net {nic} init queues=2"))?;
-        ensure!(number(&answer, "pairs")? == 2, "{answer}");
-    }
-    rig.settle()?;
-    rig.cross(0, 1000, "")?;
-    rig.cross(0, 2000, " pair=1")?;
-    rig.cross(1, 3000, " pair=1")?;
-    // One pair of two: the switch must not use the other.
-    for nic in 0..2 {
-        rig.guest.ask(&format!("net {nic} init queues=1"))?;
-    }
-    rig.settle()?;
-    rig.cross(1, 4000, "")?;
-    rig.guest.power_off()?;
-    Ok(Outcome::Passed)
+    with_switch(context, kind, (2, ""), |rig| {
+        for nic in 0..2 {
+            let answer = rig.guest.ask(&format!("net {nic} init queues=2"))?;
+            ensure!(number(&answer, "pairs")? == 2, "{answer}");
+        }
+        rig.settle()?;
+        rig.cross(0, 1000, "")?;
+        rig.cross(0, 2000, " pair=1")?;
+        rig.cross(1, 3000, " pair=1")?;
+        // One pair of two: the switch must not use the other.
+        for nic in 0..2 {
+            rig.guest.ask(&format!("net {nic} init queues=1"))?;
+        }
+        rig.settle()?;
+        rig.cross(1, 4000, "")?;
+        Ok(())
+    })
 }
 
 fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
-    let Some(mut rig) = Rig::start(context, kind, 1, "")? else {
-        return skipped();
-    };
-    rig.settle()?;
-    for round in 0..kind.kills() {
-        rig.cross(0, 1000 * (round + 1), "")?;
-        // It dies while frames flow; the link stays up.
-        rig.guest.send("net 0 send 400 7 200")?;
-        thread::sleep(Duration::from_millis(round));
-        rig.switch.process = None;
-        wait_link(rig.guest.vm(), "without a daemon", |link| {
-            link["state"] == "Disconnected"
-        })?;
-        rig.switch.start()?;
-        rig.guest.answer()?;
-        let link = wait_state(rig.guest.vm(), "Connected")?;
-        ensure!(link["reconnects"].as_u64() == Some(round + 1), "{link}");
-        ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
+    with_switch(context, kind, (1, ""), |rig| {
         rig.settle()?;
-    }
-    rig.cross(1, 9000, "")?;
-    rig.guest.power_off()?;
-    Ok(Outcome::Passed)
+        for round in 0..kind.kills() {
+            rig.cross(0, 1000 * (round + 1), "")?;
+            // It dies while frames flow; the link stays up.
+            rig.guest.send("net 0 send 400 7 200")?;
+            thread::sleep(Duration::from_millis(round));
+            rig.switch.process = None;
+            wait_link(rig.guest.vm(), "without a daemon", |link| {
+                link["state"] == "Disconnected"
+            })?;
+            rig.switch.start()?;
+            rig.guest.answer()?;
+            let link = wait_state(rig.guest.vm(), "Connected")?;
+            ensure!(link["reconnects"].as_u64() == Some(round + 1), "{link}");
+            ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
+            rig.settle()?;
+        }
+        rig.cross(1, 9000, "")?;
+        Ok(())
+    })
 }
 
 fn link_down(context: &Context, kind: Program) -> Result<Outcome> {
-    let Some(mut rig) = Rig::start(context, kind, 1, ",on_disconnect=error-after=1")? else {
-        return skipped();
-    };
-    rig.settle()?;
-    rig.switch.process = None;
-    wait_state(rig.guest.vm(), "Failing")?;
-    ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 0);
-    // Nobody waits for frames that go nowhere.
-    rig.guest.ask("net 0 send 100 1 300")?;
-    rig.switch.start()?;
-    rig.settle()?;
-    ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
-    rig.cross(0, 1000, "")?;
-    rig.guest.power_off()?;
-    Ok(Outcome::Passed)
+    with_switch(context, kind, (1, ",on_disconnect=error-after=1"), |rig| {
+        rig.settle()?;
+        rig.switch.process = None;
+        wait_state(rig.guest.vm(), "Failing")?;
+        ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 0);
+        // Nobody waits for frames that go nowhere.
+        rig.guest.ask("net 0 send 100 1 300")?;
+        rig.switch.start()?;
+        rig.settle()?;
+        ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
+        rig.cross(0, 1000, "")?;
+        Ok(())
+    })
 }

@@ -64,6 +64,8 @@ impl Database {
             "other_config:dpdk-lcore-mask=0x1",
             "other_config:pmd-cpu-mask=0x1",
             "other_config:pmd-sleep-max=200",
+            // Else it wants a pool of 262144 buffers, and another one whenever a port gets more queues.
+            "other_config:per-port-memory=true",
             &format!("other_config:dpdk-extra=\"{DPDK} -d {}\"", plugin.display()),
         ])?;
         self.order(&["add-br", "br0", "--", "set", "Bridge", "br0", "datapath_type=netdev"])?;
