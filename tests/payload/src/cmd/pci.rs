@@ -166,6 +166,11 @@ pub fn msix(guest: &mut Guest, args: &mut Args) -> Reply {
         mask(driver, true);
         // The driver sleeps in steps here: its completion comes, its interrupt does not.
         let proved = prove_polled(driver);
+        // The device completes first and interrupts then.
+        let deadline = crate::clock::Deadline::after_ms(1000);
+        while !driver.transport().msix.is_pending(entry) && deadline.left().is_some() {
+            core::hint::spin_loop();
+        }
         let (pending, during) = (
             driver.transport().msix.is_pending(entry),
             interrupts::count(vector) - before,
