@@ -222,20 +222,24 @@ fn is_arp_for(packet: &[u8], operation: u8, target: Ip) -> bool {
     packet.len() >= 28 && packet[7] == operation && packet[24..28] == target
 }
 
+/// Asks for `peer`'s address, and again when no answer comes: a switch that has just begun, or a peer without buffers, drops frames.
 fn resolve(nic: &mut Net, own: Ip, peer: Ip, deadline: Deadline) -> Result<Vec<u8>, String> {
     let request = arp(1, &nic.mac, own, &[0; 6], peer);
     let frame = ethernet(&[0xff; 6], &nic.mac, ARP, &request);
-    nic.send(0, &frame, Offload::default())?;
-    loop {
-        let frame = nic.receive(deadline).ok_or("no answer to ARP")?;
-        match open(&frame) {
-            Some((ARP, packet)) if is_arp_for(packet, 2, own) && packet[14..18] == peer => {
-                return Ok(packet[8..14].to_vec());
+    while deadline.left().is_some() {
+        nic.send(0, &frame, Offload::default())?;
+        let again = Deadline::after_ms(500);
+        while let Some(frame) = nic.receive(again) {
+            match open(&frame) {
+                Some((ARP, packet)) if is_arp_for(packet, 2, own) && packet[14..18] == peer => {
+                    return Ok(packet[8..14].to_vec());
+                }
+                Some((ARP, packet)) if is_arp_for(packet, 1, own) => answer_arp(nic, own, packet)?,
+                _ => {}
             }
-            Some((ARP, packet)) if is_arp_for(packet, 1, own) => answer_arp(nic, own, packet)?,
-            _ => {}
         }
     }
+    Err("no answer to ARP".into())
 }
 
 fn answer_arp(nic: &mut Net, own: Ip, request: &[u8]) -> Result<(), String> {

@@ -225,7 +225,7 @@ fn spoofing(context: &Context) -> Result<Outcome> {
     net.b.send(&format!("net 0 serve {B} 3000"))?;
     net.a.refused(&format!("net 0 ping 10.7.7.9 {B} 1"))?;
     net.b.answer()?;
-    ensure!(net.drops("a", "spoofed_arp")? == 1, "{}", net.port("a")?);
+    ensure!(net.drops("a", "spoofed_arp")? >= 1, "{}", net.port("a")?);
     net.a.ask("net 0 send 100 1 5")?;
     ensure!(net.drops("a", "spoofed_protocol")? == 5, "{}", net.port("a")?);
     net.a.ask(&format!("net 0 mac {MAC_B}"))?;
