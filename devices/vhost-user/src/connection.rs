@@ -17,15 +17,14 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 use triarch_device_core::Event;
+use triarch_vhost_protocol::{
+    BACKEND_CONFIG_CHANGE_MSG, HEADER, Header, MAX_ANSWER, MAX_FDS, Payload, REPLY, Request, message,
+};
 
 use crate::LinkError;
-use crate::message::{self, HEADER, MAX_PAYLOAD, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK};
 
 /// How long a daemon may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Descriptors taken from one message; more than any message of the protocol has.
-const MAX_FDS: usize = 8;
 
 /// How long the daemon has for an answer while something urgent waits: most need less, and keep their connection.
 const HASTE: Duration = Duration::from_millis(100);
@@ -113,10 +112,10 @@ impl Connection {
         wake: &Wake,
     ) -> Result<(), LinkError> {
         let deadline = Instant::now() + PATIENCE;
-        let bytes = message::encode(request as u32, flags, payload);
+        let bytes = message(request as u32, flags, payload);
         let mut sent = 0;
         while sent < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_REGIONS))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
                 return Err(LinkError::nonsense("too many descriptors for one message"));
@@ -152,17 +151,17 @@ impl Connection {
         let deadline = Instant::now() + PATIENCE;
         let mut header = [0; HEADER];
         self.fill(&mut header, fds, deadline, request, wake)?;
-        let [answered, flags, size] = message::decode(&header);
-        if flags & VERSION_MASK != VERSION || flags & REPLY == 0 {
-            let text = format!("its answer to {} has the flags {flags:#x}", request.name());
+        let header = Header::decode(&header);
+        if !header.is_known_version() || !header.is_reply() {
+            let text = format!("its answer to {} has the flags {:#x}", request.name(), header.flags);
             return Err(LinkError::Nonsense(text));
         }
-        if answered != request as u32 {
-            let text = format!("asked for {} it answered message {answered}", request.name());
+        if header.request != request as u32 {
+            let text = format!("asked for {} it answered message {}", request.name(), header.request);
             return Err(LinkError::Nonsense(text));
         }
-        let size = size as usize;
-        if size > MAX_PAYLOAD {
+        let size = header.size as usize;
+        if size > MAX_ANSWER {
             let text = format!("its answer to {} has {size} bytes", request.name());
             return Err(LinkError::Nonsense(text));
         }
@@ -290,17 +289,18 @@ impl BackChannel {
                 Some(HEADER) => {}
                 Some(n) => return Err(LinkError::Nonsense(format!("it sent {n} bytes of a request"))),
             }
-            let [request, flags, size] = message::decode(&header);
-            if flags & VERSION_MASK != VERSION || flags & REPLY != 0 || size != 0 {
+            let header = Header::decode(&header);
+            let Header { request, flags, size } = header;
+            if !header.is_known_version() || header.is_reply() || size != 0 {
                 let text = format!("its request {request} has the flags {flags:#x} and {size} bytes");
                 return Err(LinkError::Nonsense(text));
             }
-            let known = request == message::CONFIG_CHANGE;
+            let known = request == BACKEND_CONFIG_CHANGE_MSG;
             if known {
                 self.changed.store(1, Ordering::Relaxed);
             }
-            if flags & NEED_REPLY != 0 {
-                let answer = message::encode(request, REPLY, &message::numbers(&[u64::from(!known)]));
+            if header.needs_reply() {
+                let answer = message(request, REPLY, &u64::from(!known).encode());
                 // A daemon that asks and does not read its answers is not waited for.
                 rustix::net::send(&self.socket, &answer, SendFlags::NOSIGNAL).map_err(broken)?;
             }

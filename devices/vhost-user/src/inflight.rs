@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
+use triarch_vhost_protocol::{InflightShape, Payload, Reader};
 
 use crate::LinkError;
-use crate::message;
 
 /// Bytes of a queue's part before its entries, and of an entry.
 const HEAD: usize = 16;
@@ -50,19 +50,16 @@ pub(crate) struct Inflight {
 impl Inflight {
     /// Payload of GET_INFLIGHT_FD for queues of at most `queue_size` entries.
     pub(crate) fn question(queues: u16, queue_size: u16) -> Vec<u8> {
-        message::inflight(0, queues, queue_size)
+        shape(0, queues, queue_size).encode()
     }
 
     /// Copies the record that a daemon made, after it answered `payload`.
     pub(crate) fn adopt(payload: &[u8], theirs: OwnedFd, queues: u16, queue_size: u16) -> Result<Self, LinkError> {
         let nonsense = |text: &str| LinkError::Nonsense(format!("its record of requests in flight {text}"));
-        let number = |at: usize| {
-            let bytes = payload.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
-            bytes.map(u64::from_le_bytes)
-        };
-        let (Some(size), Some(offset)) = (number(0), number(8)) else {
-            return Err(nonsense("is not described"));
-        };
+        let described = InflightShape::read(&mut Reader::new(payload));
+        let InflightShape {
+            bytes: size, offset, ..
+        } = described.ok_or_else(|| nonsense("is not described"))?;
         let least = HEAD as u64 + ENTRY as u64 * u64::from(queue_size);
         let stride = size / u64::from(queues.max(1));
         if queues == 0 || !size.is_multiple_of(u64::from(queues)) || !(least..=least + SLACK).contains(&stride) {
@@ -95,7 +92,7 @@ impl Inflight {
 
     /// Payload of SET_INFLIGHT_FD.
     pub(crate) fn payload(&self) -> Vec<u8> {
-        message::inflight(self.stride * u64::from(self.queues), self.queues, self.queue_size)
+        shape(self.stride * u64::from(self.queues), self.queues, self.queue_size).encode()
     }
 
     /// The file that goes with it.
@@ -178,6 +175,16 @@ impl Inflight {
     }
 }
 
+/// `bytes` from the beginning of a file.
+fn shape(bytes: u64, queues: u16, size: u16) -> InflightShape {
+    InflightShape {
+        bytes,
+        offset: 0,
+        queues,
+        size,
+    }
+}
+
 /// A file of `size` bytes whose size stays.
 fn make(size: u64) -> std::io::Result<File> {
     let file = rustix::fs::memfd_create(c"inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
@@ -201,7 +208,7 @@ mod tests {
     }
 
     fn adopt(size: u64, file: OwnedFd) -> Result<Inflight, LinkError> {
-        Inflight::adopt(&message::inflight(size, 2, SIZE), file, 2, SIZE)
+        Inflight::adopt(&shape(size, 2, SIZE).encode(), file, 2, SIZE)
     }
 
     fn record() -> Inflight {
@@ -219,7 +226,7 @@ mod tests {
         record.file.read_exact_at(&mut bytes, STRIDE).expect("read");
         assert_eq!(bytes, [7; 4]);
         assert!(record.file.set_len(1).is_err(), "cut short");
-        assert_eq!(record.payload(), message::inflight(2 * STRIDE, 2, SIZE));
+        assert_eq!(record.payload(), shape(2 * STRIDE, 2, SIZE).encode());
     }
 
     #[test]
@@ -238,7 +245,7 @@ mod tests {
         assert!(refused(2 * STRIDE, memory(2 * STRIDE - 1)).contains("shorter than it says"));
         let (pipe, _other) = std::io::pipe().expect("pipe");
         assert!(refused(2 * STRIDE, pipe.into()).contains("is no memory"));
-        let mut far = message::inflight(2 * STRIDE, 2, SIZE);
+        let mut far = shape(2 * STRIDE, 2, SIZE).encode();
         far[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
         Inflight::adopt(&far, memory(2 * STRIDE), 2, SIZE)
             .map(|_| ())

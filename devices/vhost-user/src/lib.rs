@@ -30,7 +30,6 @@ mod engine;
 mod error;
 mod inflight;
 mod kind;
-mod message;
 mod pages;
 mod peer;
 #[allow(unsafe_code)] // descriptors of others' events

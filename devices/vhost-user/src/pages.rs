@@ -4,10 +4,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use triarch_memory::{GuestMemory, RamOptions, allocate};
+use triarch_vhost_protocol::{LogArea, Payload};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
 
 use crate::LinkError;
-use crate::message;
 
 /// Bytes of guest memory that a bit stands for.
 pub const LOG_PAGE: u64 = 4096;
@@ -63,7 +63,11 @@ impl PageLog {
 
     /// Payload of SET_LOG_BASE.
     pub(crate) fn payload(&self) -> Vec<u8> {
-        message::numbers(&[self.size, 0])
+        let area = LogArea {
+            bytes: self.size,
+            offset: 0,
+        };
+        area.encode()
     }
 
     /// The file that goes with it.

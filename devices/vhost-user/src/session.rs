@@ -4,15 +4,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use triarch_device_core::Event;
 use triarch_memory::GuestMemory;
+use triarch_vhost_protocol::{
+    ConfigRange, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, Payload, Reader, Region, Request, TABLE_REGIONS, VringAddress,
+    VringFd, VringState, protocol,
+};
 use triarch_virtio::feature;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::connection::{Connection, Wake};
 use crate::inflight::Inflight;
 use crate::kind::{Kind, Offer, Setting};
-use crate::message::{
-    self, CONFIG_HEAD, LOG_ALL, MAX_REGIONS, NEED_REPLY, PROTOCOL_FEATURES, Region, Request, protocol,
-};
 use crate::{DataPath, LinkError, PageLog};
 
 /// device_status of a driver that works (virtio 1.2, 2.1).
@@ -116,8 +117,8 @@ impl Session {
             if !session.direct || !terms.kind.needs_record() {
                 unused |= protocol::INFLIGHT_SHMFD;
             }
-            let chosen = offered & (protocol::ALL | terms.kind.protocol()) & !unused;
-            let payload = message::numbers(&[chosen]);
+            let chosen = offered & (protocol::COMMON | terms.kind.protocol()) & !unused;
+            let payload = chosen.encode();
             session
                 .connection
                 .send(Request::SET_PROTOCOL_FEATURES, 0, &payload, &[], wake)?;
@@ -176,20 +177,20 @@ impl Session {
         if !self.has(protocol::CONFIG) || length == 0 {
             return Ok(Vec::new());
         }
-        let question = message::config(at, &vec![0; length]);
+        let question = ConfigRange::encode_with(at, &vec![0; length]);
         self.connection.send(Request::GET_CONFIG, 0, &question, &[], wake)?;
         let mut answer = self.connection.receive(Request::GET_CONFIG, wake)?;
         if answer.is_empty() {
             // So daemons say that they cannot.
             return Ok(answer);
         }
-        if answer.len() != question.len() || answer[..CONFIG_HEAD] != question[..CONFIG_HEAD] {
+        if answer.len() != question.len() || answer[..ConfigRange::BYTES] != question[..ConfigRange::BYTES] {
             return Err(LinkError::Nonsense(format!(
                 "asked for {length} bytes of its configuration space it answered {} bytes",
-                answer.len().saturating_sub(CONFIG_HEAD)
+                answer.len().saturating_sub(ConfigRange::BYTES)
             )));
         }
-        Ok(answer.split_off(CONFIG_HEAD))
+        Ok(answer.split_off(ConfigRange::BYTES))
     }
 
     /// Reads the configuration space again.
@@ -201,7 +202,7 @@ impl Session {
     /// Writes `data` at `at` of the configuration space, if the daemon has one.
     pub(crate) fn set_config(&self, at: u32, data: &[u8], wake: &Wake) -> Result<(), LinkError> {
         match self.has(protocol::CONFIG) {
-            true => self.tell(Request::SET_CONFIG, &message::config(at, data), &[], wake),
+            true => self.tell(Request::SET_CONFIG, &ConfigRange::encode_with(at, data), &[], wake),
             false => Ok(()),
         }
     }
@@ -225,7 +226,7 @@ impl Session {
         if self.logging {
             features |= LOG_ALL;
         }
-        self.tell(Request::SET_FEATURES, &message::numbers(&[features]), &[], wake)
+        self.tell(Request::SET_FEATURES, &features.encode(), &[], wake)
     }
 
     /// Tells the daemon which memory it has from now on. What it was told before and is there no more is taken from it.
@@ -236,9 +237,12 @@ impl Session {
             let backing = region.file_offset().ok_or_else(|| {
                 LinkError::Unfit("the guest's memory cannot be shared with it; set shared=on for --memory".into())
             })?;
+            let gpa = region.start_addr().0;
             regions.push(Region {
-                gpa: region.start_addr().0,
+                gpa,
                 size: region.len(),
+                // It only has to be the same here and in addresses of rings. So no daemon learns where the VMM has its memory.
+                user: gpa,
                 offset: backing.start(),
             });
             files.push(backing.file().as_fd());
@@ -246,12 +250,12 @@ impl Session {
         let count = regions.len();
         let before = std::mem::take(&mut self.shared);
         if !self.has(protocol::CONFIGURE_MEM_SLOTS) {
-            if count > MAX_REGIONS {
+            if count > TABLE_REGIONS {
                 return Err(LinkError::Unfit(format!(
-                    "the memory has {count} parts, it takes {MAX_REGIONS}"
+                    "the memory has {count} parts, it takes {TABLE_REGIONS}"
                 )));
             }
-            self.tell(Request::SET_MEM_TABLE, &message::memory_table(&regions), &files, wake)?;
+            self.tell(Request::SET_MEM_TABLE, &regions.encode(), &files, wake)?;
             self.shared = regions;
             return Ok(());
         }
@@ -262,10 +266,10 @@ impl Session {
             )));
         }
         for region in before.iter().filter(|region| !regions.contains(region)) {
-            self.tell(Request::REM_MEM_REG, &message::memory_region(*region), &[], wake)?;
+            self.tell(Request::REM_MEM_REG, &region.encode_single(), &[], wake)?;
         }
         for (region, file) in regions.iter().zip(files).filter(|(region, _)| !before.contains(region)) {
-            self.tell(Request::ADD_MEM_REG, &message::memory_region(*region), &[file], wake)?;
+            self.tell(Request::ADD_MEM_REG, &region.encode_single(), &[file], wake)?;
         }
         self.shared = regions;
         Ok(())
@@ -274,7 +278,7 @@ impl Session {
     /// Tells the daemon these numbers, as far as it understands them.
     pub(crate) fn set(&self, settings: Vec<Setting>, wake: &Wake) -> Result<(), LinkError> {
         let understood = settings.into_iter().filter(|setting| self.has(setting.needs));
-        let mut told = understood.map(|s| self.tell(s.request, &message::numbers(&[s.value]), &[], wake));
+        let mut told = understood.map(|s| self.tell(s.request, &s.value.encode(), &[], wake));
         told.try_for_each(|done| done)
     }
 
@@ -284,7 +288,7 @@ impl Session {
             Some(Some(now)) if *now != on => *now = on,
             _ => return Ok(()),
         }
-        let state = message::ring_state(index, on.into());
+        let state = ring_state(index, on.into());
         self.tell(Request::SET_VRING_ENABLE, &state, &[], wake)
     }
 
@@ -299,8 +303,8 @@ impl Session {
     /// Hands a ring to the daemon. It works on it once that is enabled.
     pub(crate) fn start(&mut self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
         let Ring { index, size, .. } = *ring;
-        let number = |n: u32| message::ring_state(index, n);
-        let which = message::numbers(&[u64::from(index)]);
+        let number = |n: u32| ring_state(index, n);
+        let which = VringFd { index, none: false }.encode();
         self.tell(Request::SET_VRING_NUM, &number(size.into()), &[], wake)?;
         self.set_addresses(ring, wake)?;
         self.tell(Request::SET_VRING_BASE, &number(ring.base.into()), &[], wake)?;
@@ -315,8 +319,15 @@ impl Session {
     /// Tells where a ring is, and whether writes to it are logged.
     pub(crate) fn set_addresses(&self, ring: &Ring<'_>, wake: &Wake) -> Result<(), LinkError> {
         let log = self.logging && ring.logged;
-        let addresses = message::ring_addresses(ring.index, ring.descriptors, ring.used, ring.available, log);
-        self.tell(Request::SET_VRING_ADDR, &addresses, &[], wake)
+        let addresses = VringAddress {
+            index: ring.index.into(),
+            flags: if log { VringAddress::LOG } else { 0 },
+            descriptors: ring.descriptors,
+            used: ring.used,
+            available: ring.available,
+            log: if log { ring.used } else { 0 },
+        };
+        self.tell(Request::SET_VRING_ADDR, &addresses.encode(), &[], wake)
     }
 
     /// Has the daemon log the pages it writes from now on, or no longer. [`set_features`](Self::set_features) and
@@ -340,7 +351,7 @@ impl Session {
 
     /// Gives a ring another event for completions.
     pub(crate) fn set_call(&self, index: u16, call: BorrowedFd<'_>, wake: &Wake) -> Result<(), LinkError> {
-        let which = message::numbers(&[u64::from(index)]);
+        let which = VringFd { index, none: false }.encode();
         self.tell(Request::SET_VRING_CALL, &which, &[call], wake)
     }
 
@@ -350,13 +361,12 @@ impl Session {
             *enabled = None;
         }
         let request = Request::GET_VRING_BASE;
-        self.connection
-            .send(request, 0, &message::ring_state(index, 0), &[], wake)?;
+        self.connection.send(request, 0, &ring_state(index, 0), &[], wake)?;
         let answer = self.connection.receive(request, wake)?;
-        match *answer.as_slice() {
-            [a, b, c, d, low, high, ..] if answer.len() == 8 && [a, b, c, d] == u32::from(index).to_le_bytes() => {
-                Ok(u16::from_le_bytes([low, high]))
-            }
+        let state = VringState::read(&mut Reader::new(&answer)).filter(|_| answer.len() == 8);
+        match state {
+            // Rings count modulo 2^16.
+            Some(state) if state.index == u32::from(index) => Ok(state.number as u16),
             _ => Err(LinkError::nonsense(
                 "its answer to GET_VRING_BASE is about no such ring",
             )),
@@ -388,7 +398,7 @@ impl Session {
             return Ok(());
         }
         let status = if ready { STATUS_READY } else { 0 };
-        self.tell(Request::SET_STATUS, &message::numbers(&[status]), &[], wake)
+        self.tell(Request::SET_STATUS, &status.encode(), &[], wake)
     }
 
     /// Looks at what came without being asked for.
@@ -405,6 +415,12 @@ impl Session {
     pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.connection.sockets()
     }
+}
+
+/// Payload of requests with a number for ring `index`.
+fn ring_state(index: u16, number: u32) -> Vec<u8> {
+    let index = index.into();
+    VringState { index, number }.encode()
 }
 
 /// A GPA that no memory has, with room for more behind it: a whole number of 2 MiB.

@@ -165,7 +165,7 @@ mod tests {
 
     use super::*;
     use crate::kind::{check, continues, features};
-    use crate::message::PROTOCOL_FEATURES;
+    use triarch_vhost_protocol::PROTOCOL_FEATURES;
 
     fn disk(queues: u16) -> DaemonBlock {
         DaemonBlock::new(queues, 64, false)

@@ -15,9 +15,9 @@ pub use generic::DaemonGeneric;
 pub use net::{DaemonNet, NetOptions};
 use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
+use triarch_vhost_protocol::{PROTOCOL_FEATURES, Request};
 use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue, feature};
 
-use crate::message::{PROTOCOL_FEATURES, Request};
 use crate::{LinkError, LinkState};
 
 /// Features of the rings.

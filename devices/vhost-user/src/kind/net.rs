@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
+use triarch_vhost_protocol::{Request, protocol};
 use triarch_virtio::net::{NetCounters, NetPort, NetSide, OffloadGroups, features as f};
 use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Done, Kind, Offer, Own, Setting};
 use crate::LinkState;
-use crate::message::{Request, protocol};
 
 /// Bytes of the configuration space (5.1.4, up to mtu).
 const CONFIG: usize = 12;

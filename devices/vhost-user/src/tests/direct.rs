@@ -6,13 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_vhost_protocol::{Payload, REPLY, Request, message};
 use triarch_virtio::mock::{Desc, FakeDriver};
 use triarch_virtio::{VirtioDevice, feature};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::fake::{Conversation, FakeDaemon, RECORD, Received, disk};
-use crate::message::{self, REPLY, Request};
+use super::fake::{Conversation, FakeDaemon, RECORD, Received, disk, shape};
 use crate::{DataPath, LinkState, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser, VhostUserHandle};
 
 pub struct Rig {
@@ -82,7 +82,7 @@ fn is_enabled(talk: &mut Conversation, received: &Received, enabled: &impl Fn(&m
     if received.request != Request::SET_VRING_ENABLE as u32 {
         return false;
     }
-    talk.reply(received.request, &message::numbers(&[0]));
+    talk.reply(received.request, &0u64.encode());
     enabled(talk);
     true
 }
@@ -266,25 +266,25 @@ fn lies_about_the_record_cost_the_connection_only() {
         assert_eq!(rig.driver.wait_used(), Some((head, 1)), "the next daemon serves it");
         rig.handle.status().reason.expect("a reason")
     };
-    assert!(refused(|talk| talk.send(&message::encode(31, REPLY, &[0; 24]))).contains("has no memory"));
+    assert!(refused(|talk| talk.send(&message(31, REPLY, &[0; 24]))).contains("has no memory"));
     assert!(refused(|talk| talk.reply(31, &[])).contains("has no memory"));
     assert!(
         refused(|talk| {
-            let bytes = message::encode(31, REPLY, &message::inflight(1 << 30, 1, 64));
+            let bytes = message(31, REPLY, &shape(1 << 30).encode());
             talk.send_with(&bytes, 1);
         })
         .contains("1073741824 bytes for 1 queues of 64")
     );
     assert!(
         refused(|talk| {
-            let bytes = message::encode(31, REPLY, &message::inflight(RECORD, 1, 64));
+            let bytes = message(31, REPLY, &shape(RECORD).encode());
             talk.send_with(&bytes, 1);
         })
         .contains("is no memory")
     );
     assert!(
         refused(|talk| {
-            let bytes = message::encode(31, REPLY, &message::inflight(RECORD, 1, 64));
+            let bytes = message(31, REPLY, &shape(RECORD).encode());
             talk.send_with(&bytes, 2);
         })
         .contains("2 descriptors")

@@ -14,10 +14,13 @@ use std::thread::JoinHandle;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
+use triarch_vhost_protocol::{
+    ConfigRange, HEADER, Header, InflightShape, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, Payload, REPLY, Request,
+    VringState, message, protocol,
+};
 use triarch_virtio::{block_feature, feature};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
-use crate::message::{self, HEADER, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, REPLY, Request, protocol};
 use crate::{DaemonBlock, DataPath, Kind, OnDisconnect, PeerOptions};
 
 /// Bytes of its disk.
@@ -25,6 +28,16 @@ pub const SIZE: u64 = 1 << 20;
 
 /// Bytes of its record of requests in flight.
 pub const RECORD: u64 = 1088;
+
+/// What says that the record is of so many bytes.
+pub fn shape(bytes: u64) -> InflightShape {
+    InflightShape {
+        bytes,
+        offset: 0,
+        queues: 1,
+        size: 64,
+    }
+}
 
 /// A message with its descriptors.
 pub struct Received {
@@ -166,7 +179,7 @@ impl Conversation {
         if got.bytes != HEADER {
             return None;
         }
-        let [request, flags, size] = message::decode(&header);
+        let Header { request, flags, size } = Header::decode(&header);
         let mut payload = vec![0; size as usize];
         std::io::Read::read_exact(&mut self.stream, &mut payload).ok()?;
         Some(Received {
@@ -198,7 +211,7 @@ impl Conversation {
     }
 
     pub fn reply(&mut self, request: u32, payload: &[u8]) {
-        self.send(&message::encode(request, REPLY, payload));
+        self.send(&message(request, REPLY, payload));
     }
 
     /// As a daemon should.
@@ -213,28 +226,29 @@ impl Conversation {
         let is = |wanted: Request| request == wanted as u32;
         if is(Request::GET_FEATURES) {
             let features = PROTOCOL_FEATURES | feature::VERSION_1 | feature::INDIRECT_DESC | block_feature::FLUSH;
-            return self.reply(request, &message::numbers(&[features]));
+            return self.reply(request, &features.encode());
         }
         if is(Request::GET_PROTOCOL_FEATURES) {
-            let offered = protocol::ALL & !(protocol::CONFIGURE_MEM_SLOTS | protocol::INFLIGHT_SHMFD);
-            return self.reply(request, &message::numbers(&[offered]));
+            let offered = protocol::COMMON & !(protocol::CONFIGURE_MEM_SLOTS | protocol::INFLIGHT_SHMFD);
+            return self.reply(request, &offered.encode());
         }
         if is(Request::GET_QUEUE_NUM) {
-            return self.reply(request, &message::numbers(&[1]));
+            return self.reply(request, &1u64.encode());
         }
         if is(Request::GET_CONFIG) {
-            let mut config = message::config(0, &[0; 60]);
-            config[message::CONFIG_HEAD..][..8].copy_from_slice(&(SIZE / 512).to_le_bytes());
+            let mut config = ConfigRange::encode_with(0, &[0; 60]);
+            config[ConfigRange::BYTES..][..8].copy_from_slice(&(SIZE / 512).to_le_bytes());
             return self.reply(request, &config);
         }
         if is(Request::GET_VRING_BASE) {
             self.enabled = false;
-            return self.reply(request, &message::ring_state(0, self.taken.into()));
+            let number = self.taken.into();
+            return self.reply(request, &VringState { index: 0, number }.encode());
         }
         if is(Request::GET_INFLIGHT_FD) {
             let file = rustix::fs::memfd_create(c"record", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
             rustix::fs::ftruncate(&file, RECORD).expect("size");
-            let answer = message::encode(request, REPLY, &message::inflight(RECORD, 1, 64));
+            let answer = message(request, REPLY, &shape(RECORD).encode());
             return self.send_fds(&answer, &[file.as_fd()]);
         }
         if is(Request::SET_LOG_BASE) {
@@ -270,7 +284,7 @@ impl Conversation {
             self.enabled = payload[4] == 1;
         }
         if flags & NEED_REPLY != 0 {
-            self.reply(request, &message::numbers(&[0]));
+            self.reply(request, &0u64.encode());
         }
     }
 
@@ -310,10 +324,10 @@ impl Conversation {
         if request == Request::GET_FEATURES as u32 {
             let rings = feature::INDIRECT_DESC | feature::EVENT_IDX | LOG_ALL;
             let features = PROTOCOL_FEATURES | feature::VERSION_1 | rings | block_feature::FLUSH;
-            self.reply(request, &message::numbers(&[features]));
+            self.reply(request, &features.encode());
         } else if request == Request::GET_PROTOCOL_FEATURES as u32 {
-            let offered = protocol::ALL & !protocol::CONFIGURE_MEM_SLOTS;
-            self.reply(request, &message::numbers(&[offered]));
+            let offered = protocol::COMMON & !protocol::CONFIGURE_MEM_SLOTS;
+            self.reply(request, &offered.encode());
         } else {
             return false;
         }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_vhost_protocol::{ConfigRange, NEED_REPLY, Payload, REPLY, Request, message};
 
 use super::fake::{Conversation, FakeDaemon, Received, disk};
-use crate::message::{self, NEED_REPLY, REPLY, Request};
 use crate::{Peer, PeerOptions};
 
 fn open(options: PeerOptions) -> Result<Arc<Peer>, String> {
@@ -41,7 +41,7 @@ fn a_good_one_is_taken() {
 fn nonsense_is_named() {
     let features = |flags: u32, size: u32| {
         refusal(Request::GET_FEATURES, move |talk| {
-            let mut bytes = message::encode(1, flags, &[0; 8]);
+            let mut bytes = message(1, flags, &[0; 8]);
             bytes[8..12].copy_from_slice(&size.to_le_bytes());
             talk.send(&bytes);
         })
@@ -53,11 +53,13 @@ fn nonsense_is_named() {
     assert!(features(REPLY, 4).contains("4 bytes, not 8"));
     let other = refusal(Request::GET_FEATURES, |talk| talk.reply(99, &[0; 8]));
     assert!(other.contains("asked for GET_FEATURES it answered message 99"));
-    let config = refusal(Request::GET_CONFIG, |talk| talk.reply(24, &message::config(0, &[0; 4])));
+    let config = refusal(Request::GET_CONFIG, |talk| {
+        talk.reply(24, &ConfigRange::encode_with(0, &[0; 4]));
+    });
     assert!(config.contains("60 bytes of its configuration space it answered 4 bytes"));
     let failed = refusal(Request::SET_OWNER, |talk| {
         talk.reply(3, &[0; 7]);
-        talk.send(&message::encode(3, REPLY | NEED_REPLY, &[1]));
+        talk.send(&message(3, REPLY | NEED_REPLY, &[1]));
     });
     assert!(failed.contains("SET_OWNER has 7 bytes"));
 }
@@ -66,7 +68,7 @@ fn nonsense_is_named() {
 fn descriptors_nobody_asked_for_are_refused() {
     for count in [1, 8, 9, 60] {
         let text = refusal(Request::GET_FEATURES, move |talk| {
-            talk.send_with(&message::encode(1, REPLY, &[0; 8]), count);
+            talk.send_with(&message(1, REPLY, &[0; 8]), count);
         });
         assert!(text.contains("descriptors that nobody asked for"), "{count}: {text}");
     }
@@ -75,7 +77,7 @@ fn descriptors_nobody_asked_for_are_refused() {
 #[test]
 fn one_that_ends_in_the_middle_is_not_taken() {
     let text = refusal(Request::GET_FEATURES, |talk| {
-        talk.send(&message::encode(1, REPLY, &[0; 8])[..15]);
+        talk.send(&message(1, REPLY, &[0; 8])[..15]);
         talk.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
     });
     assert_eq!(text, "the daemon closed the connection");
@@ -91,6 +93,6 @@ fn one_that_is_silent_is_not_waited_for() {
 
 #[test]
 fn what_it_fails_is_named() {
-    let text = refusal(Request::SET_OWNER, |talk| talk.reply(3, &message::numbers(&[1])));
+    let text = refusal(Request::SET_OWNER, |talk| talk.reply(3, &1u64.encode()));
     assert_eq!(text, "the daemon failed SET_OWNER");
 }

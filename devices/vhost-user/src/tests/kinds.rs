@@ -4,13 +4,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_vhost_protocol::{ConfigRange, PROTOCOL_FEATURES, Payload, Request, protocol};
 use triarch_virtio::mock::{Desc, FakeDriver};
 use triarch_virtio::net::{NetCounters, NetPort, OffloadGroups, features as f};
 use triarch_virtio::{DeviceId, VirtioDevice, feature};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::fake::{Conversation, FakeDaemon, Received};
-use crate::message::{self, PROTOCOL_FEATURES, Request, protocol};
 use crate::{DaemonFs, DaemonGeneric, DaemonNet, DataPath, Kind, LinkState, NetOptions, OnDisconnect, Peer, VhostUser};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
@@ -63,7 +63,7 @@ fn offers(talk: &mut Conversation, received: &Received, features: u64, protocol:
         request if request == Request::GET_QUEUE_NUM as u32 => queues,
         _ => return false,
     };
-    talk.reply(received.request, &message::numbers(&[answer]));
+    talk.reply(received.request, &answer.encode());
     true
 }
 
@@ -96,7 +96,7 @@ fn an_interface_is_the_vmms_and_its_packets_the_daemons() {
             }
             if received.request == Request::SET_VRING_ENABLE as u32 && received.payload[0] == 1 {
                 // The transmit queue.
-                talk.reply(received.request, &message::numbers(&[0]));
+                talk.reply(received.request, &0u64.encode());
                 talk.wait_offered(1);
                 talk.put_used(0, talk.head(0).into());
                 talk.set_used(1);
@@ -193,7 +193,7 @@ fn the_address_is_whose_it_is_to_say() {
             if received.request == Request::GET_CONFIG as u32 {
                 let mut config = [0; 12];
                 config[..6].copy_from_slice(&THEIRS);
-                talk.reply(received.request, &message::config(0, &config));
+                talk.reply(received.request, &ConfigRange::encode_with(0, &config));
                 return true;
             }
             offers(talk, received, f::MAC, protocol::CONFIG, 1)
@@ -250,11 +250,11 @@ fn accesses_to_an_unknown_configuration_space_go_to_the_daemon() {
     let mut rig = Rig::new(kind, OnDisconnect::Stall, move |talk, received| {
         let at = received.payload.first().map_or(0, |at| usize::from(*at));
         if received.request == Request::GET_CONFIG as u32 {
-            let length = received.payload.len() - message::CONFIG_HEAD;
+            let length = received.payload.len() - ConfigRange::BYTES;
             // Behind its end there is nothing.
             let space = theirs.lock().expect("lock");
             let answer = match space.get(at..at + length) {
-                Some(bytes) => message::config(at as u32, bytes),
+                Some(bytes) => ConfigRange::encode_with(at as u32, bytes),
                 None => Vec::new(),
             };
             drop(space);
@@ -262,7 +262,7 @@ fn accesses_to_an_unknown_configuration_space_go_to_the_daemon() {
             return true;
         }
         if received.request == Request::SET_CONFIG as u32 {
-            let data = &received.payload[message::CONFIG_HEAD..];
+            let data = &received.payload[ConfigRange::BYTES..];
             theirs.lock().expect("lock")[at..at + data.len()].copy_from_slice(data);
             return false;
         }

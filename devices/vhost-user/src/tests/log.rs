@@ -4,9 +4,10 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use triarch_vhost_protocol::{LOG_ALL, Payload, Request, protocol};
+
 use super::direct::{Rig, direct};
 use super::fake::{Conversation, Received};
-use crate::message::{self, LOG_ALL, Request, protocol};
 use crate::{LinkState, PageLog};
 
 fn taken(log: &PageLog) -> Vec<u64> {
@@ -65,8 +66,8 @@ fn one_that_cannot_log_is_named() {
     let serve = direct(|_| {});
     let twist = move |talk: &mut Conversation, received: &Received| {
         if received.request == Request::GET_PROTOCOL_FEATURES as u32 {
-            let offered = protocol::ALL & !(protocol::CONFIGURE_MEM_SLOTS | protocol::LOG_SHMFD);
-            talk.reply(received.request, &message::numbers(&[offered]));
+            let offered = protocol::COMMON & !(protocol::CONFIGURE_MEM_SLOTS | protocol::LOG_SHMFD);
+            talk.reply(received.request, &offered.encode());
             return true;
         }
         assert_ne!(received.request, Request::SET_LOG_BASE as u32);

@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_vhost_protocol::{BACKEND_CONFIG_CHANGE_MSG, Payload, Request, message};
 use triarch_virtio::VirtioDevice;
 use triarch_virtio::mock::{Desc, FakeDriver};
 
 use super::fake::{Conversation, FakeDaemon, Received, disk};
-use crate::message::{self, CONFIG_CHANGE, Request};
 use crate::{LinkState, Peer, VhostUser, VhostUserHandle};
 
 /// A driver with its device.
@@ -33,7 +33,7 @@ impl Rig {
                 return false;
             }
             talk.enabled = true;
-            talk.reply(received.request, &message::numbers(&[0]));
+            talk.reply(received.request, &0u64.encode());
             enabled(talk);
             true
         });
@@ -147,7 +147,7 @@ fn messages_nobody_asked_for_cost_the_connection_only() {
         })
     };
     assert!(back(vec![0; 5]).contains("5 bytes of a request"));
-    let mut large = message::encode(CONFIG_CHANGE, 0, &[]);
+    let mut large = message(BACKEND_CONFIG_CHANGE_MSG, 0, &[]);
     large[8] = 200;
     assert!(back(large).contains("request 2 has the flags 0x1 and 200 bytes"));
 }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_vhost_protocol::Request;
 
 use super::fake::{Visitor, disk};
-use crate::message::Request;
 use crate::{DataPath, Endpoint, LinkState, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser};
 
 /// A listening socket, and where it is.

@@ -6,10 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::net::SendFlags;
+use triarch_vhost_protocol::{BACKEND_CONFIG_CHANGE_MSG, message};
 use triarch_virtio::VirtioInterrupt;
 use vmm_sys_util::eventfd::EventFd;
-
-use super::message;
 
 /// What a ring signals with.
 #[derive(Default)]
@@ -68,7 +67,7 @@ impl VirtioInterrupt for Calls {
             // A front end that did not give us one learns of it when it asks.
             return Ok(());
         };
-        let bytes = message::encode(message::CONFIG_CHANGE, 0, &[]);
+        let bytes = message(BACKEND_CONFIG_CHANGE_MSG, 0, &[]);
         match rustix::net::send(back, &bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             // So full of the same message that another one adds nothing.
             Ok(_) | Err(Errno::AGAIN) => Ok(()),

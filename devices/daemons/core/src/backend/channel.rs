@@ -16,10 +16,10 @@ use rustix::net::{
     SendFlags,
 };
 use thiserror::Error;
+use triarch_vhost_protocol::{HEADER, Header, MAX_FDS, MAX_REQUEST, REPLY, message};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::fd;
-use super::message::{self, HEADER, MAX_FDS, MAX_PAYLOAD, REPLY, VERSION, VERSION_MASK};
 
 /// How long the rest of a message may take, and an answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -50,8 +50,7 @@ pub enum ChannelError {
 /// A message of the front end.
 #[derive(Debug)]
 pub(crate) struct Message {
-    pub(crate) request: u32,
-    pub(crate) flags: u32,
+    pub(crate) header: Header,
     pub(crate) payload: Vec<u8>,
     pub(crate) fds: Vec<OwnedFd>,
 }
@@ -82,25 +81,20 @@ impl Channel {
         let mut header = [0; HEADER];
         let mut fds = Vec::new();
         self.fill(&mut header, &mut fds, stop, deadline)?;
-        let mut numbers = message::Reader::new(&header);
-        let [request, flags, size] = [(); 3].map(|()| numbers.u32().unwrap_or(0));
-        if flags & VERSION_MASK != VERSION || flags & REPLY != 0 {
+        let header = Header::decode(&header);
+        let Header { request, flags, size } = header;
+        if !header.is_known_version() || header.is_reply() {
             return Err(ChannelError::Nonsense(format!(
                 "message {request} has the flags {flags:#x}"
             )));
         }
         let size = size as usize;
-        if size > MAX_PAYLOAD {
+        if size > MAX_REQUEST {
             return Err(ChannelError::Nonsense(format!("message {request} has {size} bytes")));
         }
         let mut payload = vec![0; size];
         self.fill(&mut payload, &mut fds, stop, deadline)?;
-        Ok(Some(Message {
-            request,
-            flags,
-            payload,
-            fds,
-        }))
+        Ok(Some(Message { header, payload, fds }))
     }
 
     /// Answers `request`.
@@ -112,7 +106,7 @@ impl Channel {
         stop: BorrowedFd<'_>,
     ) -> Result<(), ChannelError> {
         let deadline = Instant::now() + PATIENCE;
-        let bytes = message::encode(request, REPLY, payload);
+        let bytes = message(request, REPLY, payload);
         let mut sent = 0;
         while sent < bytes.len() {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

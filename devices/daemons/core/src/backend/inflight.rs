@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
+use triarch_vhost_protocol::InflightShape;
 use triarch_virtio::InflightQueue;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
@@ -37,24 +38,15 @@ pub enum InflightError {
     Map(#[source] MmapRegionError),
 }
 
-/// What GET_INFLIGHT_FD and SET_INFLIGHT_FD say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
-    pub(crate) bytes: u64,
-    pub(crate) offset: u64,
-    pub(crate) queues: u16,
-    pub(crate) size: u16,
-}
-
 /// A region that is mapped.
 pub(crate) struct Inflight {
     region: Arc<MmapRegion<()>>,
-    shape: Shape,
+    shape: InflightShape,
 }
 
 impl Inflight {
     /// Makes a new region; returns it with the file the front end is to keep.
-    pub(crate) fn create(queues: u16, size: u16) -> Result<(Self, Shape, OwnedFd), InflightError> {
+    pub(crate) fn create(queues: u16, size: u16) -> Result<(Self, InflightShape, OwnedFd), InflightError> {
         let bytes = bytes(queues, size)?;
         let failed = |what| move |error: rustix::io::Errno| InflightError::Io(what, error.into());
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -62,7 +54,7 @@ impl Inflight {
         rustix::fs::ftruncate(&file, bytes).map_err(failed("size"))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(failed("seal"))?;
-        let shape = Shape {
+        let shape = InflightShape {
             bytes,
             offset: 0,
             queues,
@@ -73,7 +65,7 @@ impl Inflight {
     }
 
     /// Takes over a region that the front end kept.
-    pub(crate) fn adopt(file: OwnedFd, shape: Shape) -> Result<Self, InflightError> {
+    pub(crate) fn adopt(file: OwnedFd, shape: InflightShape) -> Result<Self, InflightError> {
         let needed = bytes(shape.queues, shape.size)?;
         // Without the seal, a front end could make us touch memory that is not there.
         match rustix::fs::fcntl_get_seals(&file) {
@@ -83,10 +75,10 @@ impl Inflight {
         if shape.bytes < needed || !shape.offset.is_multiple_of(4096) {
             return Err(InflightError::File("is too small, or not aligned"));
         }
-        Self::map(file, Shape { bytes: needed, ..shape })
+        Self::map(file, InflightShape { bytes: needed, ..shape })
     }
 
-    fn map(file: OwnedFd, shape: Shape) -> Result<Self, InflightError> {
+    fn map(file: OwnedFd, shape: InflightShape) -> Result<Self, InflightError> {
         let file = File::from(file);
         let metadata = file.metadata();
         let len = metadata.map_err(|error| InflightError::Io("look at", error))?.len();

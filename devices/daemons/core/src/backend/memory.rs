@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, GuestRegion};
+use triarch_vhost_protocol::Region;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
@@ -15,7 +16,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::dirty;
 use super::guard::{self, Guard};
-use super::message::Region;
 
 /// Regions there may be at once.
 pub(crate) const MAX_REGIONS: usize = 509;

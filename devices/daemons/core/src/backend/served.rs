@@ -1,8 +1,7 @@
 //! What a back end needs of a device beside what every transport does.
 
+use triarch_vhost_protocol::protocol;
 use triarch_virtio::{Block, VirtioDevice};
-
-use super::message::protocol;
 
 /// A device that is served over vhost-user.
 pub trait Served: VirtioDevice {

@@ -4,74 +4,30 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use thiserror::Error;
 use triarch_device_core::Sandbox;
-use triarch_virtio::{ActivateError, DeviceContext, QueueLayout, QueueStateV1, RingFault, VirtQueue, VirtioInterrupt};
+use triarch_vhost_protocol::{
+    ConfigRange, InflightShape, LOG_ALL, LogArea, MAX_CONFIG, PROTOCOL_FEATURES, Payload, Reader, Region, Request,
+    VringAddress, VringFd, VringState, protocol,
+};
+use triarch_virtio::{DeviceContext, QueueLayout, QueueStateV1, RingFault, VirtQueue, VirtioInterrupt};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::ask::Ask;
 use super::call::Calls;
-use super::channel::{Channel, ChannelError, Message};
-use super::dirty::{self, DirtyLog, LogError};
+use super::channel::{Channel, Message};
+use super::dirty::{self, DirtyLog};
+use super::error::SessionError;
 use super::fd;
-use super::inflight::{Inflight, InflightError, Shape};
-use super::memory::{MAX_REGIONS, MemoryError, MemoryTable};
-use super::message::{self, NEED_REPLY, NO_FD, Reader, Region, Request, feature, protocol};
+use super::inflight::Inflight;
+use super::memory::{MAX_REGIONS, MemoryTable};
 use super::ring::{Addresses, Ring};
 use super::served::Served;
 
 /// Longest ring.
 const MAX_RING: u16 = 1024;
-/// Bytes of a configuration space, as far as the protocol goes.
-const MAX_CONFIG: u32 = 256;
 /// How often marks are moved into a log while there is one.
 const LOG_PERIOD: Duration = Duration::from_millis(50);
-
-/// Why a request, or a connection, failed.
-#[derive(Debug, Error)]
-pub enum SessionError {
-    /// The connection.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// A request is none, or not now.
-    #[error("{request}: {what}")]
-    Request {
-        /// Its name or number.
-        request: String,
-        /// What is wrong.
-        what: &'static str,
-    },
-    /// Memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The log.
-    #[error("cannot map the log of written pages")]
-    Log(#[source] LogError),
-    /// The inflight region.
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    /// A ring cannot be used.
-    #[error("ring {index} cannot be used")]
-    Ring {
-        /// Its number.
-        index: u16,
-        /// Why.
-        #[source]
-        source: RingFault,
-    },
-    /// The device refuses.
-    #[error("the device cannot start")]
-    Device(#[from] ActivateError),
-    /// A descriptor that came is unusable.
-    #[error("a descriptor of {request} is unusable")]
-    Descriptor {
-        /// The request's name.
-        request: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-}
 
 /// What a session did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -89,7 +45,7 @@ enum Answer {
 }
 
 fn number(value: u64) -> Answer {
-    Answer::Payload(value.to_le_bytes().to_vec())
+    Answer::Payload(value.encode())
 }
 
 /// A front end and the device it uses. Dropped, the device is idle again.
@@ -158,9 +114,9 @@ impl<'a> Session<'a> {
             self.collect();
             return Ok(());
         };
-        let wants = message.flags & NEED_REPLY != 0 && self.protocol & protocol::REPLY_ACK != 0;
-        let number = message.request;
-        let question = Request::of(number).is_some_and(Request::is_question);
+        let wants = message.header.needs_reply() && self.protocol & protocol::REPLY_ACK != 0;
+        let number = message.header.request;
+        let question = Request::of(number).is_some_and(Request::has_answer);
         match self.handle(message) {
             Ok(Answer::Payload(payload)) => self.channel.answer(number, &payload, None, stop)?,
             Ok(Answer::WithFd(payload, fd)) => self.channel.answer(number, &payload, Some(fd.as_fd()), stop)?,
@@ -178,22 +134,22 @@ impl<'a> Session<'a> {
 
     fn handle(&mut self, message: Message) -> Result<Answer, SessionError> {
         use Request::*;
-        let number = message.request;
+        let number = message.header.request;
         let Some(request) = Request::of(number) else {
             return Err(SessionError::Request {
                 request: format!("message {number}"),
                 what: "this back end does not know it",
             });
         };
-        self.check_negotiated(request)?;
         let ask = Ask {
             request,
             payload: &message.payload,
             fds: message.fds,
         };
+        self.check_negotiated(&ask)?;
         match request {
             GET_FEATURES => {
-                let offered = self.device.features() | feature::PROTOCOL_FEATURES | feature::LOG_ALL;
+                let offered = self.device.features() | PROTOCOL_FEATURES | LOG_ALL;
                 return Ok(self::number(offered));
             }
             SET_FEATURES => self.set_features(ask)?,
@@ -213,12 +169,13 @@ impl<'a> Session<'a> {
             SET_LOG_BASE => return self.set_log(ask),
             // It would be signalled for each change of the log; front ends look by themselves.
             SET_LOG_FD => {}
-            SET_VRING_NUM | SET_VRING_ADDR | SET_VRING_BASE | SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR
-            | SET_VRING_ENABLE => self.set_ring(ask)?,
+            SET_VRING_NUM | SET_VRING_BASE | SET_VRING_ENABLE => self.set_ring(&ask)?,
+            SET_VRING_ADDR => self.set_addresses(&ask)?,
+            SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => self.set_event(ask)?,
             GET_VRING_BASE => return self.take_ring(&ask),
             GET_PROTOCOL_FEATURES => return Ok(self::number(self.device.protocol())),
             SET_PROTOCOL_FEATURES => {
-                let wanted = ask.numbers().u64().ok_or_else(|| ask.short())?;
+                let wanted = ask.payload::<u64>()?;
                 if wanted & !self.device.protocol() != 0 {
                     return Err(ask.wrong("it wants features that were not offered"));
                 }
@@ -240,50 +197,34 @@ impl<'a> Session<'a> {
             SET_CONFIG => self.set_config(&ask)?,
             GET_INFLIGHT_FD => return self.get_inflight(&ask),
             SET_INFLIGHT_FD => self.set_inflight(ask)?,
-            SET_STATUS => self.set_status(ask.numbers().u64().ok_or_else(|| ask.short())?),
+            SET_STATUS => self.set_status(ask.payload()?),
             GET_STATUS => return Ok(self::number(self.status.into())),
         }
         Ok(Answer::Done)
     }
 
     /// Whether a request that belongs to a protocol feature may come.
-    fn check_negotiated(&self, request: Request) -> Result<(), SessionError> {
-        use Request::*;
-        let needed = match request {
-            GET_QUEUE_NUM => protocol::MQ,
-            SET_LOG_BASE | SET_LOG_FD => protocol::LOG_SHMFD,
-            SET_BACKEND_REQ_FD => protocol::BACKEND_REQ,
-            GET_CONFIG | SET_CONFIG => protocol::CONFIG,
-            GET_INFLIGHT_FD | SET_INFLIGHT_FD => protocol::INFLIGHT_SHMFD,
-            RESET_DEVICE => protocol::RESET_DEVICE,
-            GET_MAX_MEM_SLOTS | ADD_MEM_REG | REM_MEM_REG => protocol::CONFIGURE_MEM_SLOTS,
-            SET_STATUS | GET_STATUS => protocol::STATUS,
-            SEND_RARP => protocol::RARP,
-            NET_SET_MTU => protocol::NET_MTU,
-            _ => return Ok(()),
-        };
-        if self.protocol & needed == 0 {
-            return Err(SessionError::Request {
-                request: format!("{request:?}"),
-                what: "its protocol feature was not negotiated",
-            });
+    fn check_negotiated(&self, ask: &Ask<'_>) -> Result<(), SessionError> {
+        let needed = ask.request.needs();
+        if needed != 0 && self.protocol & needed == 0 {
+            return Err(ask.wrong("its protocol feature was not negotiated"));
         }
         Ok(())
     }
 
     fn set_features(&mut self, ask: Ask<'_>) -> Result<(), SessionError> {
-        let wanted = ask.numbers().u64().ok_or_else(|| ask.short())?;
-        let ours = feature::PROTOCOL_FEATURES | feature::LOG_ALL;
+        let wanted = ask.payload::<u64>()?;
+        let ours = PROTOCOL_FEATURES | LOG_ALL;
         if wanted & !(self.device.features() | ours) != 0 {
             return Err(ask.wrong("it wants features that were not offered"));
         }
         let was_logging = self.logging().is_some();
         let changed = (wanted ^ self.features) & !ours != 0;
         self.features = wanted;
-        if !was_logging && wanted & feature::LOG_ALL != 0 {
+        if !was_logging && wanted & LOG_ALL != 0 {
             // What was written before does not count.
             dirty::forget(&self.memory.handle().memory());
-        } else if was_logging && wanted & feature::LOG_ALL == 0 {
+        } else if was_logging && wanted & LOG_ALL == 0 {
             self.collect();
         }
         if self.active && !changed {
@@ -301,13 +242,10 @@ impl<'a> Session<'a> {
     }
 
     fn set_memory(&mut self, mut ask: Ask<'_>) -> Result<(), SessionError> {
-        let mut numbers = ask.numbers();
-        let count = numbers.u64().ok_or_else(|| ask.short())? as u32 as usize;
-        if count != ask.fds.len() {
+        let regions: Vec<Region> = ask.payload()?;
+        if regions.len() != ask.fds.len() {
             return Err(ask.wrong("it has another number of regions than of descriptors"));
         }
-        let regions: Option<Vec<_>> = (0..count).map(|_| Region::read(&mut numbers)).collect();
-        let regions = regions.ok_or_else(|| ask.short())?;
         let table = regions.into_iter().zip(std::mem::take(&mut ask.fds)).collect();
         self.between_requests(|session| Ok(session.memory.set(table)?))
     }
@@ -327,11 +265,7 @@ impl<'a> Session<'a> {
     }
 
     fn set_log(&mut self, ask: Ask<'_>) -> Result<Answer, SessionError> {
-        let mut numbers = ask.numbers();
-        let (bytes, offset) = (numbers.u64(), numbers.u64());
-        let (Some(bytes), Some(offset)) = (bytes, offset) else {
-            return Err(ask.short());
-        };
+        let LogArea { bytes, offset } = ask.payload()?;
         let log = DirtyLog::map(ask.only_fd()?, bytes, offset, self.lost.as_ref()).map_err(SessionError::Log)?;
         // What belongs into the old one is not lost with it.
         self.collect();
@@ -340,7 +274,7 @@ impl<'a> Session<'a> {
     }
 
     fn logging(&self) -> Option<&DirtyLog> {
-        self.log.as_ref().filter(|_| self.features & feature::LOG_ALL != 0)
+        self.log.as_ref().filter(|_| self.features & LOG_ALL != 0)
     }
 
     fn collect(&self) {
@@ -349,76 +283,79 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn set_ring(&mut self, mut ask: Ask<'_>) -> Result<(), SessionError> {
+    /// The place of ring `index` among all.
+    fn ring(&mut self, ask: &Ask<'_>, index: u32) -> Result<&mut Ring, SessionError> {
+        let ring = self.rings.get_mut(index as usize);
+        ring.ok_or_else(|| ask.wrong("there is no such ring"))
+    }
+
+    /// A number for a ring.
+    fn set_ring(&mut self, ask: &Ask<'_>) -> Result<(), SessionError> {
         use Request::*;
-        let mut numbers = ask.numbers();
-        let with_fd = matches!(ask.request, SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR);
-        let (index, value) = if with_fd {
-            let bits = numbers.u64().ok_or_else(|| ask.short())?;
-            (bits as u32 & 0xff, bits & NO_FD)
-        } else {
-            let index = numbers.u32().ok_or_else(|| ask.short())?;
-            (index, u64::from(numbers.u32().ok_or_else(|| ask.short())?))
-        };
-        let negotiated = self.features & feature::PROTOCOL_FEATURES != 0;
-        let unknown = ask.wrong("there is no such ring");
-        let ring = self.rings.get_mut(index as usize).ok_or(unknown)?;
-        let index = index as u16;
+        let VringState { index, number } = ask.payload()?;
+        let negotiated = self.features & PROTOCOL_FEATURES != 0 || self.protocol != 0;
+        let ring = self.ring(ask, index)?;
         match ask.request {
             SET_VRING_NUM => {
-                let size = u16::try_from(value)
+                let size = u16::try_from(number)
                     .ok()
                     .filter(|n| n.is_power_of_two() && *n <= MAX_RING);
                 ring.size = size.ok_or_else(|| ask.wrong("a ring has a power of two of descriptors, 1024 at most"))?;
             }
-            SET_VRING_ADDR => {
-                let mut next = || numbers.u64();
-                let (descriptors, used, available) = (next(), next(), next());
-                let (Some(descriptors), Some(used), Some(available)) = (descriptors, used, available) else {
-                    return Err(ask.short());
-                };
-                let addresses = Addresses {
-                    descriptors,
-                    used,
-                    available,
-                };
-                // The flag that says whether the used ring is logged changes while it runs; it is logged anyway.
-                if ring.running && ring.addresses != Some(addresses) {
-                    return Err(ask.wrong("the ring runs"));
-                }
-                ring.addresses = Some(addresses);
-            }
-            SET_VRING_BASE => ring.base = value as u16,
-            SET_VRING_ENABLE => {
+            SET_VRING_BASE => ring.base = number as u16,
+            _ => {
                 // QEMU enables the rings of a network device before it sets features.
-                if value > 1 || !negotiated && self.protocol == 0 {
+                if number > 1 || !negotiated {
                     return Err(ask.wrong("it is neither 0 nor 1, or there are no protocol features"));
                 }
-                ring.enabled = value == 1;
-                return self.update(index);
+                ring.enabled = number == 1;
+                return self.update(index as u16);
             }
+        }
+        Ok(())
+    }
+
+    fn set_addresses(&mut self, ask: &Ask<'_>) -> Result<(), SessionError> {
+        let described: VringAddress = ask.payload()?;
+        let ring = self.ring(ask, described.index)?;
+        let addresses = Addresses {
+            descriptors: described.descriptors,
+            used: described.used,
+            available: described.available,
+        };
+        // The flag that says whether the used ring is logged changes while it runs; it is logged anyway.
+        if ring.running && ring.addresses != Some(addresses) {
+            return Err(ask.wrong("the ring runs"));
+        }
+        ring.addresses = Some(addresses);
+        Ok(())
+    }
+
+    /// What a ring is woken by, or signals with.
+    fn set_event(&mut self, mut ask: Ask<'_>) -> Result<(), SessionError> {
+        use Request::*;
+        let VringFd { index, none } = ask.payload()?;
+        let negotiated = self.features & PROTOCOL_FEATURES != 0;
+        let running = self.ring(&ask, index.into())?.running;
+        let event = ask.event(none)?;
+        match ask.request {
             SET_VRING_KICK => {
-                let event = ask.event(value)?;
                 let event = event.ok_or_else(|| ask.wrong("polling a ring for ever is not supported"))?;
-                if ring.running {
+                if running {
                     // Another descriptor for a ring that runs.
                     self.stop(index);
                 }
-                let ring = &mut self.rings[usize::from(index)];
+                let ring = self.ring(&ask, index.into())?;
                 ring.kick = Some(Arc::new(event));
                 ring.enabled |= !negotiated;
                 return self.update(index);
             }
             SET_VRING_CALL => {
-                let event = ask.event(value)?;
                 self.calls.change(index.into(), |signals| signals.call = event);
                 // What was completed while there was none, or one that nobody listened to any more.
                 let _ = self.calls.queue(index);
             }
-            _ => {
-                let event = ask.event(value)?;
-                self.calls.change(index.into(), |signals| signals.error = event);
-            }
+            _ => self.calls.change(index.into(), |signals| signals.error = event),
         }
         Ok(())
     }
@@ -489,7 +426,7 @@ impl<'a> Session<'a> {
 
     /// GET_VRING_BASE: the ring is the front end's again.
     fn take_ring(&mut self, ask: &Ask<'_>) -> Result<Answer, SessionError> {
-        let index = ask.numbers().u32().ok_or_else(|| ask.short())?;
+        let VringState { index, .. } = ask.payload()?;
         if index as usize >= self.rings.len() {
             return Err(ask.wrong("there is no such ring"));
         }
@@ -499,28 +436,25 @@ impl<'a> Session<'a> {
         ring.kick = None;
         let base = ring.base;
         self.calls.change(index as usize, |signals| signals.call = None);
-        Ok(Answer::Payload(message::ring_state(index, base.into())))
+        let number = base.into();
+        Ok(Answer::Payload(VringState { index, number }.encode()))
     }
 
     fn get_config(&self, ask: &Ask<'_>) -> Result<Answer, SessionError> {
-        let mut numbers = ask.numbers();
-        let (Some(offset), Some(size), Some(flags)) = (numbers.u32(), numbers.u32(), numbers.u32()) else {
-            return Err(ask.short());
-        };
+        let ConfigRange { offset, size, flags } = ask.payload()?;
         let fits = offset.checked_add(size).is_some_and(|end| end <= MAX_CONFIG);
         // No bytes at all say that it failed.
         let size = if fits { size } else { 0 };
         let mut data = vec![0; size as usize];
         self.device.read_config(offset.into(), &mut data);
-        let head = [offset, size, flags].into_iter().flat_map(u32::to_le_bytes);
-        Ok(Answer::Payload(head.chain(data).collect()))
+        let mut payload = ConfigRange { offset, size, flags }.encode();
+        payload.extend(data);
+        Ok(Answer::Payload(payload))
     }
 
     fn set_config(&mut self, ask: &Ask<'_>) -> Result<(), SessionError> {
-        let mut numbers = ask.numbers();
-        let (Some(offset), Some(size), Some(_)) = (numbers.u32(), numbers.u32(), numbers.u32()) else {
-            return Err(ask.short());
-        };
+        let mut numbers = Reader::new(ask.payload);
+        let ConfigRange { offset, size, .. } = ask.read(&mut numbers)?;
         let data = numbers.rest();
         if data.len() != size as usize {
             return Err(ask.wrong("it has another number of bytes than it says"));
@@ -530,16 +464,14 @@ impl<'a> Session<'a> {
     }
 
     fn get_inflight(&mut self, ask: &Ask<'_>) -> Result<Answer, SessionError> {
-        let shape = ask.shape()?;
+        let shape: InflightShape = ask.payload()?;
         let (region, shape, file) = Inflight::create(shape.queues, shape.size)?;
         self.inflight = Some(region);
-        let mut payload = [shape.bytes, shape.offset].map(u64::to_le_bytes).concat();
-        payload.extend([shape.queues, shape.size, 0, 0].into_iter().flat_map(u16::to_le_bytes));
-        Ok(Answer::WithFd(payload, file))
+        Ok(Answer::WithFd(shape.encode(), file))
     }
 
     fn set_inflight(&mut self, ask: Ask<'_>) -> Result<(), SessionError> {
-        let shape = ask.shape()?;
+        let shape = ask.payload()?;
         if self.rings.iter().any(|ring| ring.running) {
             return Err(ask.wrong("a ring runs"));
         }
@@ -580,78 +512,5 @@ impl<'a> Session<'a> {
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// A request with what came with it.
-struct Ask<'a> {
-    request: Request,
-    payload: &'a [u8],
-    fds: Vec<OwnedFd>,
-}
-
-impl Ask<'_> {
-    fn numbers(&self) -> Reader<'_> {
-        Reader::new(self.payload)
-    }
-
-    fn wrong(&self, what: &'static str) -> SessionError {
-        SessionError::Request {
-            request: format!("{:?}", self.request),
-            what,
-        }
-    }
-
-    fn short(&self) -> SessionError {
-        self.wrong("its payload is too short")
-    }
-
-    /// The one descriptor that must have come.
-    fn only_fd(mut self) -> Result<OwnedFd, SessionError> {
-        match (self.fds.pop(), self.fds.is_empty()) {
-            (Some(fd), true) => Ok(fd),
-            _ => Err(self.wrong("it needs exactly one descriptor")),
-        }
-    }
-
-    /// The event descriptor of a ring, or none if it says so.
-    fn event(&mut self, none: u64) -> Result<Option<EventFd>, SessionError> {
-        match (self.fds.pop(), none != 0) {
-            (None, true) => Ok(None),
-            (Some(found), false) if self.fds.is_empty() => {
-                let event = fd::event(found).map_err(|source| SessionError::Descriptor {
-                    request: format!("{:?}", self.request),
-                    source,
-                })?;
-                Ok(Some(event))
-            }
-            _ => Err(self.wrong("its descriptors are not what it says")),
-        }
-    }
-
-    /// The region of ADD_MEM_REG and REM_MEM_REG.
-    fn region(&self) -> Result<Region, SessionError> {
-        let mut numbers = self.numbers();
-        let padding = numbers.u64();
-        padding
-            .and_then(|_| Region::read(&mut numbers))
-            .ok_or_else(|| self.short())
-    }
-
-    /// What the requests about the inflight region say.
-    fn shape(&self) -> Result<Shape, SessionError> {
-        let mut numbers = self.numbers();
-        let (Some(bytes), Some(offset)) = (numbers.u64(), numbers.u64()) else {
-            return Err(self.short());
-        };
-        let (Some(queues), Some(size)) = (numbers.u16(), numbers.u16()) else {
-            return Err(self.short());
-        };
-        Ok(Shape {
-            bytes,
-            offset,
-            queues,
-            size,
-        })
     }
 }
