@@ -5,7 +5,7 @@ use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use triarch_device_core::{Sandbox, ThreadClass, Worker};
+use triarch_device_core::{Event, Sandbox, ThreadClass, Worker};
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
@@ -167,19 +167,23 @@ impl VhostUser {
     /// device; also one that comes in place of this. `None` if there is no driver: nobody writes anything, then. What the VMM itself
     /// writes, also where requests pass through the relay, is marked in guest memory's own bitmap.
     ///
+    /// `written` is rung when pages were marked, by daemons that can (SET_LOG_FD). It spares looking in vain, no more: others mark pages
+    /// and ring nothing. Some end the connection over the message (those made with the rust-vmm crates): that costs one whose sessions
+    /// end with it, as virtiofsd's do, its guest. Give none unless the daemon is known.
+    ///
     /// # Errors
     /// The daemon cannot, or there is no memory for the log.
-    pub fn start_log(&mut self) -> Result<Option<Arc<PageLog>>, LinkError> {
+    pub fn start_log(&mut self, written: Option<Event>) -> Result<Option<Arc<PageLog>>, LinkError> {
         // Not urgent: that would end what is being told to the daemon, and with it the connection.
         let (reply, answer) = sync_channel(1);
-        self.order(Command::Log(true, reply));
+        self.order(Command::Log(true, written, reply));
         answer.recv().unwrap_or(Ok(None))
     }
 
     /// Has daemons log nothing any more.
     pub fn stop_log(&mut self) {
         let (reply, answer) = sync_channel(1);
-        self.order(Command::Log(false, reply));
+        self.order(Command::Log(false, None, reply));
         // Whether it worked does not matter: nobody reads the log any more.
         let _ = answer.recv();
     }

@@ -1,8 +1,9 @@
 //! Which pages of the guest daemons have written, for migration (protocol feature LOG_SHMFD).
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use triarch_device_core::Event;
 use triarch_memory::{GuestMemory, RamOptions, allocate};
 use triarch_vhost_protocol::{LogArea, Payload};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
@@ -18,11 +19,15 @@ const HOST_PAGE: u64 = 4096;
 pub struct PageLog {
     memory: GuestMemory,
     size: u64,
+    /// What daemons ring when they have marked pages.
+    written: Option<Event>,
+    /// A daemon ended the connection over it.
+    unwelcome: AtomicBool,
 }
 
 impl PageLog {
-    /// A log of all of `guest`, nothing marked.
-    pub(crate) fn new(guest: &GuestMemory) -> Result<Self, LinkError> {
+    /// A log of all of `guest`, nothing marked. Daemons that can ring `written` when they have marked something.
+    pub(crate) fn new(guest: &GuestMemory, written: Option<Event>) -> Result<Self, LinkError> {
         let last = guest.iter().map(|region| region.last_addr().0).max().unwrap_or(0);
         let size = (last / LOG_PAGE / 8 + 1).next_multiple_of(HOST_PAGE);
         let options = RamOptions {
@@ -35,7 +40,12 @@ impl PageLog {
             what: "a log of written pages",
             cause: std::io::Error::other(error),
         })?;
-        Ok(Self { memory, size })
+        Ok(Self {
+            memory,
+            size,
+            written,
+            unwelcome: AtomicBool::new(false),
+        })
     }
 
     /// Calls `each` with the number of every page (GPA divided by [`LOG_PAGE`]) that was written since the last call, in order.
@@ -74,5 +84,19 @@ impl PageLog {
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         let region = self.memory.iter().next()?;
         region.file_offset().map(|backing| backing.file().as_fd())
+    }
+
+    /// The event of SET_LOG_FD, if a daemon is to be told.
+    pub(crate) fn written(&self) -> Option<BorrowedFd<'_>> {
+        let event = self
+            .written
+            .as_ref()
+            .filter(|_| !self.unwelcome.load(Ordering::Relaxed));
+        event.map(AsFd::as_fd)
+    }
+
+    /// A daemon ended the connection when it was told of the event. The next one is not told.
+    pub(crate) fn keep_silent(&self) {
+        self.unwelcome.store(true, Ordering::Relaxed);
     }
 }

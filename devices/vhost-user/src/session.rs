@@ -346,7 +346,24 @@ impl Session {
         // Daemons differ in what they put into their answer.
         self.connection.receive(request, wake)?;
         self.logging = true;
-        Ok(())
+        self.set_log_event(log, wake)
+    }
+
+    /// Tells what to ring when pages were marked. The message is an optional one, which some daemons do not know, or end the connection
+    /// over. So only one is told that says whether it worked, and none after one that ended it.
+    fn set_log_event(&self, log: &PageLog, wake: &Wake) -> Result<(), LinkError> {
+        let Some(event) = log.written().filter(|_| self.has(protocol::REPLY_ACK)) else {
+            return Ok(());
+        };
+        match self.tell(Request::SET_LOG_FD, &[], &[event], wake) {
+            // Whoever reads the log looks by itself, then.
+            Err(LinkError::Failed(_)) => Ok(()),
+            Err(error) if !matches!(error, LinkError::Interrupted) => {
+                log.keep_silent();
+                Err(error)
+            }
+            done => done,
+        }
     }
 
     /// Gives a ring another event for completions.

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use triarch_device_core::RateLimit;
+use triarch_device_core::{Event, RateLimit};
 use triarch_virtio::{DeviceContext, VirtQueue};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -40,8 +40,8 @@ pub(crate) enum Command {
     Stop(u16, SyncSender<Option<VirtQueue>>),
     /// The driver chose other interrupts.
     Interrupts,
-    /// Pages that the daemon writes are logged from now on, or no longer.
-    Log(bool, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
+    /// Pages that the daemon writes are logged from now on, and the event is rung if it can; or no longer.
+    Log(bool, Option<Event>, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
     /// The driver reads so many bytes at this place of the configuration space.
@@ -230,8 +230,8 @@ impl Engine {
                 let done = self.redirect();
                 self.check(done);
             }
-            Command::Log(on, reply) => {
-                let done = self.log_pages(on);
+            Command::Log(on, written, reply) => {
+                let done = self.log_pages(on, written);
                 let _ = reply.send(done);
             }
             Command::Reset(reply) => {
@@ -251,9 +251,9 @@ impl Engine {
     }
 
     /// Has the daemon log which pages it writes, also the one after it, or no longer. Fails when there is one and it cannot.
-    fn log_pages(&mut self, on: bool) -> Result<Option<Arc<PageLog>>, LinkError> {
+    fn log_pages(&mut self, on: bool, written: Option<Event>) -> Result<Option<Arc<PageLog>>, LinkError> {
         self.pages = match &self.context {
-            Some(context) if on => Some(Arc::new(PageLog::new(&context.memory.memory())?)),
+            Some(context) if on => Some(Arc::new(PageLog::new(&context.memory.memory(), written)?)),
             _ => None,
         };
         match self.announce_log() {

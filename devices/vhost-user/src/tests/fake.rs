@@ -74,6 +74,8 @@ pub struct Conversation {
     pub features: u64,
     /// Where it logs the pages it writes.
     pub log: Option<File>,
+    /// What it rings when it has.
+    pub log_event: Option<OwnedFd>,
 }
 
 /// What to do instead of the usual answer: `true` when it was done.
@@ -152,6 +154,7 @@ impl Conversation {
             calls: 0,
             features: 0,
             log: None,
+            log_event: None,
         }
     }
 
@@ -257,6 +260,8 @@ impl Conversation {
         }
         if is(Request::SET_FEATURES) {
             self.features = number(0);
+        } else if is(Request::SET_LOG_FD) {
+            self.log_event = fds.into_iter().next();
         } else if is(Request::SET_INFLIGHT_FD) {
             self.record = fds.into_iter().next().map(File::from);
         } else if is(Request::SET_VRING_BASE) {

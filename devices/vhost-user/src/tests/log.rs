@@ -2,8 +2,10 @@
 
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
+use triarch_device_core::Event;
 use triarch_vhost_protocol::{LOG_ALL, Payload, Request, protocol};
 
 use super::direct::{Rig, direct};
@@ -48,7 +50,7 @@ fn a_daemon_logs_and_so_does_the_next() {
     };
     let mut rig = Rig::with(Box::new(twist), |_| {});
     rig.wait(|s| s.state == LinkState::Connected);
-    let log = rig.device.start_log().expect("it can").expect("there is a driver");
+    let log = rig.device.start_log(None).expect("it can").expect("there is a driver");
     assert_eq!(taken(&log), [5, 16, 23]);
     assert!(taken(&log).is_empty(), "once");
     streams.lock().expect("lock")[0]
@@ -75,7 +77,82 @@ fn one_that_cannot_log_is_named() {
     };
     let mut rig = Rig::with(Box::new(twist), |_| {});
     rig.wait(|s| s.state == LinkState::Connected);
-    let error = rig.device.start_log().map(|_| ()).expect_err("it cannot");
+    let error = rig.device.start_log(None).map(|_| ()).expect_err("it cannot");
     assert!(error.to_string().contains("cannot log"), "{error}");
     assert_eq!(rig.handle.status().state, LinkState::Connected, "it goes on without");
+}
+
+/// A daemon that marks a page when it is to log, and rings; it is told of the event so often, and does `this` then.
+fn ringing(
+    told: &Arc<AtomicUsize>,
+    this: impl Fn(&mut Conversation, &Received) -> bool + Send + Sync + 'static,
+) -> Box<super::direct::Twist> {
+    let (serve, told) = (direct(|_| {}), told.clone());
+    Box::new(move |talk, received| {
+        let is = |request: Request| received.request == request as u32;
+        if is(Request::SET_LOG_FD) {
+            told.fetch_add(1, SeqCst);
+            assert_eq!((received.payload.len(), received.fds.len()), (0, 1));
+            return this(talk, received);
+        }
+        if is(Request::SET_FEATURES) && number(received, 0) & LOG_ALL != 0 {
+            let log = talk.log.as_ref().expect("a log");
+            log.write_all_at(&[1], 0).expect("mark");
+            if let Some(event) = &talk.log_event {
+                rustix::io::write(event, &1u64.to_ne_bytes()).expect("ring");
+            }
+        }
+        serve(talk, received)
+    })
+}
+
+#[test]
+fn a_daemon_rings_when_it_marked_pages() {
+    let told = Arc::default();
+    let mut rig = Rig::with(ringing(&told, |_, _| false), |_| {});
+    rig.wait(|s| s.state == LinkState::Connected);
+    let event = Event::new().expect("an event");
+    let log = rig
+        .device
+        .start_log(Some(event.clone()))
+        .expect("it can")
+        .expect("a driver");
+    assert!(event.clear(), "rung");
+    assert_eq!(taken(&log), [0]);
+    assert_eq!(told.load(SeqCst), 1);
+}
+
+#[test]
+fn one_that_does_not_ring_logs_all_the_same() {
+    let told = Arc::default();
+    let fails = |talk: &mut Conversation, received: &Received| {
+        talk.reply(received.request, &1u64.encode());
+        true
+    };
+    let mut rig = Rig::with(ringing(&told, fails), |_| {});
+    rig.wait(|s| s.state == LinkState::Connected);
+    let event = Event::new().expect("an event");
+    let log = rig
+        .device
+        .start_log(Some(event.clone()))
+        .expect("it can")
+        .expect("a driver");
+    assert_eq!((taken(&log), event.clear()), (vec![0], false));
+    assert_eq!(rig.handle.status().reconnects, 0);
+}
+
+#[test]
+fn one_that_leaves_over_the_event_is_not_told_again() {
+    let told = Arc::default();
+    let leaves = |talk: &mut Conversation, _: &Received| {
+        talk.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
+        true
+    };
+    let mut rig = Rig::with(ringing(&told, leaves), |_| {});
+    rig.wait(|s| s.state == LinkState::Connected);
+    let event = Event::new().expect("an event");
+    let log = rig.device.start_log(Some(event)).expect("it can").expect("a driver");
+    rig.wait(|s| s.reconnects == 1 && s.state == LinkState::Connected);
+    assert_eq!(taken(&log), [0], "it logs");
+    assert_eq!(told.load(SeqCst), 1);
 }

@@ -46,17 +46,17 @@ impl Ask<'_> {
         }
     }
 
+    /// The event descriptor that must have come.
+    pub(crate) fn only_event(self) -> Result<EventFd, SessionError> {
+        let request = self.request;
+        made(request, self.only_fd()?)
+    }
+
     /// The event descriptor of a ring, or none if it says so.
     pub(crate) fn event(&mut self, none: bool) -> Result<Option<EventFd>, SessionError> {
         match (self.fds.pop(), none) {
             (None, true) => Ok(None),
-            (Some(found), false) if self.fds.is_empty() => {
-                let event = fd::event(found).map_err(|source| SessionError::Descriptor {
-                    request: self.request.name().to_owned(),
-                    source,
-                })?;
-                Ok(Some(event))
-            }
+            (Some(found), false) if self.fds.is_empty() => made(self.request, found).map(Some),
             _ => Err(self.wrong("its descriptors are not what it says")),
         }
     }
@@ -65,4 +65,12 @@ impl Ask<'_> {
     pub(crate) fn region(&self) -> Result<Region, SessionError> {
         Region::read_single(&mut Reader::new(self.payload)).ok_or_else(|| self.short())
     }
+}
+
+/// The event descriptor that came with `request`.
+fn made(request: Request, fd: OwnedFd) -> Result<EventFd, SessionError> {
+    fd::event(fd).map_err(|source| SessionError::Descriptor {
+        request: request.name().to_owned(),
+        source,
+    })
 }

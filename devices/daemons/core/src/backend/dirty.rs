@@ -69,8 +69,9 @@ impl DirtyLog {
         Ok(Self { _guard: guard, region })
     }
 
-    /// Moves all marks of `memory` here, whose bitmaps have pages of the same length.
-    pub(crate) fn collect(&self, memory: &GuestMemory) {
+    /// Moves all marks of `memory` here, whose bitmaps have pages of the same length; whether there were any.
+    pub(crate) fn collect(&self, memory: &GuestMemory) -> bool {
+        let mut any = false;
         for region in memory.iter() {
             let bitmap: &AtomicBitmap = (**region).bitmap();
             let first = region.start_addr().raw_value() / LOG_PAGE;
@@ -78,9 +79,11 @@ impl DirtyLog {
                 while bits != 0 {
                     self.mark(first + word as u64 * 64 + u64::from(bits.trailing_zeros()));
                     bits &= bits - 1;
+                    any = true;
                 }
             }
         }
+        any
     }
 
     fn mark(&self, page: u64) {

@@ -13,6 +13,8 @@ mod memory;
 mod ring;
 mod served;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use channel::ChannelError;
 pub use error::SessionError;

@@ -62,6 +62,8 @@ pub struct Session<'a> {
     status: u8,
     inflight: Option<Inflight>,
     log: Option<DirtyLog>,
+    /// What tells the front end that pages were marked in it.
+    log_event: Option<EventFd>,
     /// Readable when what the front end shared is gone.
     lost: Option<Arc<EventFd>>,
     stats: SessionStats,
@@ -87,6 +89,7 @@ impl<'a> Session<'a> {
             status: 0,
             inflight: None,
             log: None,
+            log_event: None,
             stats: SessionStats::default(),
         }
     }
@@ -167,8 +170,7 @@ impl<'a> Session<'a> {
             }
             GET_MAX_MEM_SLOTS => return Ok(self::number(MAX_REGIONS as u64)),
             SET_LOG_BASE => return self.set_log(ask),
-            // It would be signalled for each change of the log; front ends look by themselves.
-            SET_LOG_FD => {}
+            SET_LOG_FD => self.log_event = Some(ask.only_event()?),
             SET_VRING_NUM | SET_VRING_BASE | SET_VRING_ENABLE => self.set_ring(&ask)?,
             SET_VRING_ADDR => self.set_addresses(&ask)?,
             SET_VRING_KICK | SET_VRING_CALL | SET_VRING_ERR => self.set_event(ask)?,
@@ -278,8 +280,12 @@ impl<'a> Session<'a> {
     }
 
     fn collect(&self) {
-        if let Some(log) = self.logging() {
-            log.collect(&self.memory.handle().memory());
+        if let Some(log) = self.logging()
+            && log.collect(&self.memory.handle().memory())
+            && let Some(event) = &self.log_event
+        {
+            // A counter at its maximum is readable already, and who gave something else looks by itself.
+            let _ = event.write(1);
         }
     }
 
