@@ -30,6 +30,8 @@ pub mod protocol {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// The back end hears of the driver's status.
     pub const STATUS: u64 = 1 << 16;
+    /// The back end hands over what it knows of the device beside its rings, and takes it.
+    pub const DEVICE_STATE: u64 = 1 << 19;
     /// What is of use to every device: front ends ask for it, and back ends offer it.
     pub const COMMON: u64 = MQ
         | LOG_SHMFD

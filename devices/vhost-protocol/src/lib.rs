@@ -13,7 +13,10 @@ mod request;
 
 pub use features::{LOG_ALL, PROTOCOL_FEATURES, protocol};
 pub use header::{HEADER, Header, NEED_REPLY, REPLY, message};
-pub use payload::{ConfigRange, InflightShape, LogArea, Payload, Reader, Region, VringAddress, VringFd, VringState};
+pub use payload::{
+    ConfigRange, InflightShape, LogArea, Payload, Reader, Region, StateAnswer, StateTransfer, VringAddress, VringFd,
+    VringState,
+};
 pub use request::{BACKEND_CONFIG_CHANGE_MSG, Request};
 
 /// Regions in one SET_MEM_TABLE at most ("Memory regions description").

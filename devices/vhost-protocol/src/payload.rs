@@ -312,6 +312,61 @@ impl Payload for InflightShape {
     }
 }
 
+/// "Device state transfer parameters": payload of SET_DEVICE_STATE_FD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateTransfer {
+    /// [`StateTransfer::SAVE`] or [`StateTransfer::LOAD`].
+    pub direction: u32,
+    /// [`StateTransfer::STOPPED`].
+    pub phase: u32,
+}
+
+impl StateTransfer {
+    /// Direction: from the back end to the front end.
+    pub const SAVE: u32 = 0;
+    /// Direction: from the front end to the back end.
+    pub const LOAD: u32 = 1;
+    /// Phase: all rings have stopped. There is no other yet.
+    pub const STOPPED: u32 = 0;
+}
+
+impl Payload for StateTransfer {
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            direction: from.u32()?,
+            phase: from.u32()?,
+        })
+    }
+
+    fn write(&self, to: &mut Vec<u8>) {
+        put_halves(to, &[self.direction, self.phase]);
+    }
+}
+
+/// What SET_DEVICE_STATE_FD is answered with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StateAnswer {
+    /// 0 if it worked.
+    pub error: u8,
+    /// There is no descriptor with it: the one that came with the request is used.
+    pub none: bool,
+}
+
+impl Payload for StateAnswer {
+    fn read(from: &mut Reader<'_>) -> Option<Self> {
+        let bits = from.u64()?;
+        Some(Self {
+            error: (bits & 0xff) as u8,
+            none: bits & VringFd::NONE != 0,
+        })
+    }
+
+    fn write(&self, to: &mut Vec<u8>) {
+        let none = if self.none { VringFd::NONE } else { 0 };
+        put(to, &[u64::from(self.error) | none]);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -398,6 +453,19 @@ mod tests {
         let bits = (1u64 << 40 | 1 << 9 | 6).encode();
         let read = VringFd::read(&mut Reader::new(&bits));
         assert_eq!(read, Some(VringFd { index: 6, none: false }));
+    }
+
+    #[test]
+    fn state_goes_one_way_or_the_other() {
+        let load = StateTransfer {
+            direction: StateTransfer::LOAD,
+            phase: StateTransfer::STOPPED,
+        };
+        assert_eq!(there_and_back(&load, 8, 8), [1, 0, 0, 0, 0, 0, 0, 0]);
+        let failed = StateAnswer { error: 1, none: true };
+        assert_eq!(there_and_back(&failed, 8, 8)[..2], [1, 1]);
+        let taken = StateAnswer { error: 0, none: false };
+        assert_eq!(there_and_back(&taken, 8, 8), [0; 8]);
     }
 
     #[test]

@@ -56,6 +56,8 @@ requests! {
     REM_MEM_REG = 38,
     SET_STATUS = 39,
     GET_STATUS = 40,
+    SET_DEVICE_STATE_FD = 42,
+    CHECK_DEVICE_STATE = 43,
 }
 
 impl Request {
@@ -73,6 +75,8 @@ impl Request {
                 | GET_MAX_MEM_SLOTS
                 | GET_STATUS
                 | SET_LOG_BASE
+                | SET_DEVICE_STATE_FD
+                | CHECK_DEVICE_STATE
         )
     }
 
@@ -88,6 +92,7 @@ impl Request {
             RESET_DEVICE => protocol::RESET_DEVICE,
             GET_MAX_MEM_SLOTS | ADD_MEM_REG | REM_MEM_REG => protocol::CONFIGURE_MEM_SLOTS,
             SET_STATUS | GET_STATUS => protocol::STATUS,
+            SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => protocol::DEVICE_STATE,
             SEND_RARP => protocol::RARP,
             NET_SET_MTU => protocol::NET_MTU,
             _ => 0,
@@ -105,7 +110,7 @@ mod tests {
     #[test]
     fn numbers_and_names_belong_together() {
         let known: Vec<_> = (0..64).filter_map(Request::of).collect();
-        assert_eq!(known.len(), 31);
+        assert_eq!(known.len(), 33);
         for request in known {
             assert_eq!(Request::of(request as u32), Some(request));
             assert_eq!(request.name(), format!("{request:?}"));

@@ -133,13 +133,23 @@ impl Connection {
 
     /// The answer to `request`: its payload. It brings no descriptors.
     pub(crate) fn receive(&self, request: Request, wake: &Wake) -> Result<Vec<u8>, LinkError> {
-        self.answer(request, None, wake)
+        self.answer(request, None, PATIENCE, wake)
+    }
+
+    /// The same, for one that may take as long as `patience`.
+    pub(crate) fn receive_within(
+        &self,
+        request: Request,
+        patience: Duration,
+        wake: &Wake,
+    ) -> Result<Vec<u8>, LinkError> {
+        self.answer(request, None, patience, wake)
     }
 
     /// The answer to `request`, which may bring a descriptor.
     pub(crate) fn receive_with(&self, request: Request, wake: &Wake) -> Result<(Vec<u8>, Option<OwnedFd>), LinkError> {
         let mut fds = Vec::new();
-        let payload = self.answer(request, Some(&mut fds), wake)?;
+        let payload = self.answer(request, Some(&mut fds), PATIENCE, wake)?;
         if fds.len() > 1 {
             let text = format!("its answer to {} has {} descriptors", request.name(), fds.len());
             return Err(LinkError::Nonsense(text));
@@ -147,8 +157,14 @@ impl Connection {
         Ok((payload, fds.pop()))
     }
 
-    fn answer(&self, request: Request, fds: Option<&mut Vec<OwnedFd>>, wake: &Wake) -> Result<Vec<u8>, LinkError> {
-        let deadline = Instant::now() + PATIENCE;
+    fn answer(
+        &self,
+        request: Request,
+        fds: Option<&mut Vec<OwnedFd>>,
+        patience: Duration,
+        wake: &Wake,
+    ) -> Result<Vec<u8>, LinkError> {
+        let deadline = Instant::now() + patience;
         let mut header = [0; HEADER];
         self.fill(&mut header, fds, deadline, request, wake)?;
         let header = Header::decode(&header);

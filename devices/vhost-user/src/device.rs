@@ -148,7 +148,7 @@ impl VhostUser {
     }
 
     /// Leaves an order. It is lost only when the thread has ended, and then nothing works any more.
-    fn order(&self, command: Command) {
+    pub(crate) fn order(&self, command: Command) {
         let _ = self.commands.send(command);
         self.shared.wake.ring();
     }

@@ -45,6 +45,9 @@ pub enum LinkError {
         /// Cause.
         cause: io::Error,
     },
+    /// It has a part of a state, or does not go on with one.
+    #[error("the transfer of its state failed: {0}")]
+    State(String),
     /// Something more urgent came.
     #[error("the connection was given up for a change of the guest's device")]
     Interrupted,

@@ -37,6 +37,7 @@ mod raw;
 mod relay;
 mod session;
 mod shadow;
+mod state;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -47,4 +48,5 @@ pub use error::LinkError;
 pub use kind::{DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, Done, Kind, NetOptions, Offer, Own, Setting};
 pub use pages::{LOG_PAGE, PageLog};
 pub use peer::{Peer, PeerError, PeerOptions};
+pub use state::{StateError, StateLimits};
 pub use status::{DataPath, LinkState, LinkStatus, OnDisconnect};

@@ -1,12 +1,13 @@
 //! One connection to a daemon, from the first question to running rings.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use triarch_device_core::Event;
 use triarch_memory::GuestMemory;
 use triarch_vhost_protocol::{
-    ConfigRange, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, Payload, Reader, Region, Request, TABLE_REGIONS, VringAddress,
-    VringFd, VringState, protocol,
+    ConfigRange, LOG_ALL, NEED_REPLY, PROTOCOL_FEATURES, Payload, Reader, Region, Request, StateAnswer, StateTransfer,
+    TABLE_REGIONS, VringAddress, VringFd, VringState, protocol,
 };
 use triarch_virtio::feature;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -14,7 +15,10 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use crate::connection::{Connection, Wake};
 use crate::inflight::Inflight;
 use crate::kind::{Kind, Offer, Setting};
-use crate::{DataPath, LinkError, PageLog};
+use crate::{DataPath, LinkError, PageLog, StateError};
+
+/// Protocol features that are asked for with every kind of device.
+const WANTED: u64 = protocol::COMMON | protocol::DEVICE_STATE;
 
 /// device_status of a driver that works (virtio 1.2, 2.1).
 const STATUS_READY: u64 = 1 | 2 | 4 | 8;
@@ -69,6 +73,8 @@ pub(crate) struct Session {
     shared: Vec<Region>,
     /// It logs which pages it writes.
     logging: bool,
+    /// Its state is on its way, in one direction or the other.
+    transfers: bool,
     /// It can work on the guest's rings, and shall.
     pub(crate) direct: bool,
     /// What guests can be offered with it.
@@ -93,6 +99,7 @@ impl Session {
             features: 0,
             shared: Vec::new(),
             logging: false,
+            transfers: false,
             direct: false,
             offer,
             config_length: terms.kind.config_length(),
@@ -117,7 +124,7 @@ impl Session {
             if !session.direct || !terms.kind.needs_record() {
                 unused |= protocol::INFLIGHT_SHMFD;
             }
-            let chosen = offered & (protocol::COMMON | terms.kind.protocol()) & !unused;
+            let chosen = offered & (WANTED | terms.kind.protocol()) & !unused;
             let payload = chosen.encode();
             session
                 .connection
@@ -150,14 +157,7 @@ impl Session {
 
     fn number(&self, request: Request, wake: &Wake) -> Result<u64, LinkError> {
         let payload = self.connection.receive(request, wake)?;
-        match <[u8; 8]>::try_from(payload.as_slice()) {
-            Ok(bytes) => Ok(u64::from_le_bytes(bytes)),
-            Err(_) => Err(LinkError::Nonsense(format!(
-                "its answer to {} has {} bytes, not 8",
-                request.name(),
-                payload.len()
-            ))),
-        }
+        eight_bytes(request, &payload)
     }
 
     /// Gives an order, and waits until it is carried out where the daemon can tell.
@@ -406,6 +406,57 @@ impl Session {
         self.tell(Request::SET_INFLIGHT_FD, &record.payload(), &[record.file()], wake)
     }
 
+    /// Agrees on a channel for the daemon's state, `channel` or the one it answers with. No ring may run.
+    pub(crate) fn begin_state(
+        &mut self,
+        transfer: StateTransfer,
+        channel: BorrowedFd<'_>,
+        wake: &Wake,
+    ) -> Result<Option<OwnedFd>, StateError> {
+        if !self.has(protocol::DEVICE_STATE) {
+            return Err(StateError::Unable);
+        }
+        let request = Request::SET_DEVICE_STATE_FD;
+        self.connection.send(request, 0, &transfer.encode(), &[channel], wake)?;
+        let (payload, file) = self.connection.receive_with(request, wake)?;
+        let answer: StateAnswer = eight_bytes(request, &payload)?;
+        match (answer.error, answer.none, file) {
+            (0, true, None) => {
+                self.transfers = true;
+                Ok(None)
+            }
+            (0, false, Some(file)) => {
+                self.transfers = true;
+                Ok(Some(file))
+            }
+            // Then it does not matter whether the other bit is set.
+            (1.., _, None) => Err(StateError::Refused),
+            _ => Err(LinkError::nonsense(
+                "its answer to SET_DEVICE_STATE_FD and its descriptors contradict each other",
+            )
+            .into()),
+        }
+    }
+
+    /// Asks whether the daemon transferred its state, and waits `patience` for the answer.
+    pub(crate) fn check_state(&mut self, patience: Duration, wake: &Wake) -> Result<(), StateError> {
+        if !self.end_state() {
+            return Err(StateError::Lost);
+        }
+        let request = Request::CHECK_DEVICE_STATE;
+        self.connection.send(request, 0, &[], &[], wake)?;
+        let payload = self.connection.receive_within(request, patience, wake)?;
+        match eight_bytes(request, &payload)? {
+            0u64 => Ok(()),
+            _ => Err(StateError::Failed),
+        }
+    }
+
+    /// Whether this is the daemon whose state was on its way. It is no longer.
+    pub(crate) fn end_state(&mut self) -> bool {
+        std::mem::take(&mut self.transfers)
+    }
+
     /// The driver works, or does no longer.
     pub(crate) fn set_status(&self, ready: bool, wake: &Wake) -> Result<(), LinkError> {
         if !ready && self.has(protocol::RESET_DEVICE) {
@@ -432,6 +483,15 @@ impl Session {
     pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.connection.sockets()
     }
+}
+
+/// What the answer to `request` says.
+fn eight_bytes<T: Payload>(request: Request, payload: &[u8]) -> Result<T, LinkError> {
+    let number = T::read(&mut Reader::new(payload)).filter(|_| payload.len() == 8);
+    number.ok_or_else(|| {
+        let (name, bytes) = (request.name(), payload.len());
+        LinkError::Nonsense(format!("its answer to {name} has {bytes} bytes, not 8"))
+    })
 }
 
 /// Payload of requests with a number for ring `index`.

@@ -1,6 +1,7 @@
 //! The thread of a device: it connects, hands the queues over, relays where it must, and connects again.
 
 mod lanes;
+mod state;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,6 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::lanes::{Lane, Pause};
+pub(crate) use self::state::{End, StateOrder};
 use crate::connection::Connection;
 use crate::device::Shared;
 use crate::inflight::Inflight;
@@ -42,6 +44,8 @@ pub(crate) enum Command {
     Interrupts,
     /// Pages that the daemon writes are logged from now on, and the event is rung if it can; or no longer.
     Log(bool, Option<Event>, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
+    /// Something about the daemon's state.
+    State(StateOrder),
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
     /// The driver reads so many bytes at this place of the configuration space.
@@ -234,6 +238,7 @@ impl Engine {
                 let done = self.log_pages(on, written);
                 let _ = reply.send(done);
             }
+            Command::State(order) => self.transfer(order),
             Command::Reset(reply) => {
                 self.shared.wake.taken();
                 self.context = None;

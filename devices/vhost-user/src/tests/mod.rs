@@ -7,3 +7,4 @@ mod kinds;
 mod log;
 mod rings;
 mod server;
+mod state;

@@ -201,6 +201,8 @@ impl<'a> Session<'a> {
             SET_INFLIGHT_FD => self.set_inflight(ask)?,
             SET_STATUS => self.set_status(ask.payload()?),
             GET_STATUS => return Ok(self::number(self.status.into())),
+            // Never offered: what these devices know stands in the rings.
+            SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => return Err(ask.wrong("this back end keeps no state")),
         }
         Ok(Answer::Done)
     }
