@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod linux;
 pub mod net;
 pub mod process;
+pub mod signals;
 pub mod suite;
 pub mod terminal;
 pub mod vm;

@@ -5,6 +5,7 @@ use crate::capture::tail;
 use crate::images::Images;
 use crate::kvm;
 use crate::process::Process;
+use crate::signals;
 use anyhow::{Context as _, Result, bail};
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -93,9 +94,13 @@ pub(super) fn inside(test: &Test, dir: &Path) -> ExitCode {
         triarch: find_triarch(),
         images: Images::find(),
     };
-    let written = (test.run)(&context).and_then(|outcome| {
+    let run = || {
+        // Whoever runs the tests may have been started by nohup(1).
+        signals::by_default().context("cannot reset signals")?;
+        let outcome = (test.run)(&context)?;
         fs::write(dir.join(RESULT), serde_json::to_vec(&outcome)?).context("cannot tell the result")
-    });
+    };
+    let written = run();
     match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
