@@ -141,12 +141,12 @@ fn a_long_request_is_given_up_in_time_and_the_client_goes_on() {
     let (server, vm) = Running::api(Limits::default());
     vm.create(config());
     vm.hold_boots();
-    let mut client = Client::new(&server.path).limit(Duration::from_millis(50));
+    let mut client = Client::new(&server.path).limit(Duration::from_millis(500));
     let late = client.run(Operation::Boot).expect_err("late");
     assert!(late.is_unanswered());
     assert_eq!(
         late.to_string(),
-        "vm.boot: no answer within 50 ms; it may still be carried out"
+        "vm.boot: no answer within 500 ms; it may still be carried out"
     );
     // The late answer does not become that of the next request.
     vm.finish(|answer| answer.send(Err(ApiError::Failed("no".into()))));
