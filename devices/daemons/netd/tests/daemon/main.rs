@@ -26,6 +26,8 @@ impl Daemon {
         let child = command.stdin(Stdio::null()).stderr(log).spawn().expect("start");
         let daemon = Self(child);
         until("it listens", || UnixStream::connect(dir.join("control.sock")).is_ok());
+        // It answers when its ports listen too.
+        ports(dir);
         daemon
     }
 
