@@ -27,7 +27,7 @@ impl Daemon {
         let daemon = Self(child);
         until("it listens", || UnixStream::connect(dir.join("control.sock")).is_ok());
         // It answers when its ports listen too.
-        ports(dir);
+        self::ports(dir);
         daemon
     }
 
