@@ -96,8 +96,19 @@ const OPEN_VSWITCH: Daemon = Daemon {
     tests: "ovs::",
 };
 
+/// What gives a guest the network that a program of the host has.
+const SOCKETS: Daemon = Daemon {
+    name: "passt",
+    packages: &["passt"],
+    others: &[],
+    programs: &["usr/bin/passt"],
+    plugins: &[],
+    data: &[],
+    tests: "passt::",
+};
+
 /// All of them.
-const ALL: [&Daemon; 4] = [&STORAGE, &FILES, &SWITCH, &OPEN_VSWITCH];
+const ALL: [&Daemon; 5] = [&STORAGE, &FILES, &SWITCH, &OPEN_VSWITCH, &SOCKETS];
 
 /// QEMU's storage daemon and the tools beside it, with all of their packages.
 ///

@@ -11,6 +11,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
 
+mod dhcp;
 mod loads;
 
 const ARP: u16 = 0x0806;
@@ -68,6 +69,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         "serve" => serve(nic, args),
         "udp" => udp(nic, args),
         "tso" => tso(nic, args),
+        "dhcp" => dhcp::run(nic, args),
         "flood" | "sink" | "turns" | "answer" => loads::run(nic, what, args),
         "mac" => {
             let mac = parse_mac(args.word("MAC")?)?;

@@ -22,6 +22,7 @@ mod net;
 mod netd;
 mod nursery;
 mod openapi;
+mod passt;
 mod pause;
 mod pci;
 mod power;
@@ -54,6 +55,7 @@ pub fn tests() -> Vec<Test> {
         vhost::TESTS,
         vhost_net::TESTS,
         netd::TESTS,
+        passt::TESTS,
         nursery::TESTS,
         rings::TESTS,
         pause::TESTS,
