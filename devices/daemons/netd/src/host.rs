@@ -7,8 +7,11 @@ use triarch_net::{Offloads, PacketBackend, Tap, TapError};
 use crate::offload::{Accepts, HEADER};
 use crate::plane::HostEnd;
 
+/// What puts an interface back as it was, when it is dropped. That takes calls that the switch's thread does not have.
+pub type Keep = Box<dyn Send>;
+
 /// A tap: the interface `name`, or the one that `fds` are queues of.
-pub fn tap(name: &str, queues: u16, mtu: Option<u16>, fds: Vec<OwnedFd>) -> Result<HostEnd, TapError> {
+pub fn tap(name: &str, queues: u16, mtu: Option<u16>, fds: Vec<OwnedFd>) -> Result<(HostEnd, Keep), TapError> {
     let mut tap = match fds.is_empty() {
         true => Tap::open(Some(name), queues.into())?,
         false => Tap::from_fds(fds)?,
@@ -29,7 +32,7 @@ pub fn tap(name: &str, queues: u16, mtu: Option<u16>, fds: Vec<OwnedFd>) -> Resu
             source,
         })?;
     }
-    Ok(HostEnd {
+    let end = HostEnd {
         queues: tap.queues().to_vec(),
         header: HEADER,
         accepts: Accepts {
@@ -38,6 +41,6 @@ pub fn tap(name: &str, queues: u16, mtu: Option<u16>, fds: Vec<OwnedFd>) -> Resu
             ..Accepts::ALL
         },
         label: format!("tap {}", tap.name()),
-        keep: Box::new(tap),
-    })
+    };
+    Ok((end, Box::new(tap)))
 }

@@ -13,7 +13,7 @@ use triarch_device_core::Sandbox;
 use triarch_net::TapError;
 
 use crate::device::{DeviceOptions, PortDevice};
-use crate::host;
+use crate::host::{self, Keep};
 use crate::options::{Mode, PortOptions, Settings};
 use crate::plane::{HostEnd, PlaneGone, PlaneHandle, PortError, PortInfo, PortKey};
 use crate::server::{Door, PortServer};
@@ -66,7 +66,7 @@ impl RegistryError {
 /// What a port leads to.
 enum End {
     Guest(Door),
-    Host(HostEnd),
+    Host(HostEnd, Keep),
 }
 
 /// A port whose socket or tap is open; what is left needs no privileges.
@@ -96,7 +96,8 @@ impl Opened {
             None => {
                 // `check` has seen to it that there is one.
                 let tap = options.tap.as_deref().unwrap_or_default();
-                End::Host(host::tap(tap, options.num_queues.unwrap_or(1), rules.mtu, fds)?)
+                let (end, keep) = host::tap(tap, options.num_queues.unwrap_or(1), rules.mtu, fds)?;
+                End::Host(end, keep)
             }
         };
         Ok(Self { options, rules, end })
@@ -112,6 +113,7 @@ struct Entry {
     key: PortKey,
     options: PortOptions,
     server: Option<PortServer>,
+    _keep: Option<Keep>,
 }
 
 /// A port as it is described to others.
@@ -152,11 +154,11 @@ impl Registry {
         let name = options.name.clone();
         let title = name.clone();
         match end {
-            End::Host(end) => {
+            End::Host(end, keep) => {
                 let key = self
                     .plane
                     .call(move |plane| plane.add_host_port(&title, rules, end))??;
-                self.note(options, key, None);
+                self.note(options, key, None, Some(keep));
             }
             End::Guest(door) => {
                 let device = DeviceOptions {
@@ -170,7 +172,7 @@ impl Registry {
                     .call(move |plane| plane.add_guest_port(&title, rules, pairs))??;
                 let port = PortDevice::new(self.plane.clone(), key, &device);
                 match PortServer::start(&name, door, port, &self.sandbox) {
-                    Ok(server) => self.note(options, key, Some(server)),
+                    Ok(server) => self.note(options, key, Some(server), None),
                     Err(source) => {
                         self.plane.call(move |plane| plane.remove(key))?;
                         return Err(RegistryError::Serve { name, source });
@@ -181,9 +183,14 @@ impl Registry {
         Ok(())
     }
 
-    fn note(&mut self, options: PortOptions, key: PortKey, server: Option<PortServer>) {
+    fn note(&mut self, options: PortOptions, key: PortKey, server: Option<PortServer>, keep: Option<Keep>) {
         tracing::info!(port = options.name, "the port is there");
-        let entry = Entry { key, options, server };
+        let entry = Entry {
+            key,
+            options,
+            server,
+            _keep: keep,
+        };
         self.ports.insert(entry.options.name.clone(), entry);
     }
 

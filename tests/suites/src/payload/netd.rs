@@ -25,6 +25,7 @@ pub const TESTS: &[Test] = &[
     Test::payload("netd::limits_hold_and_lose_nothing", limits),
     Test::payload("netd::a_tap_leads_to_the_host", tap),
     Test::payload("netd::packets_go_on_after_kills", kills).within(Duration::from_secs(60)),
+    Test::payload("netd::ends_well_with_a_tap", ends_well).without_kvm(),
 ];
 
 const PROGRAM: &str = "triarch-netd";
@@ -307,4 +308,29 @@ fn kills(context: &Context) -> Result<Outcome> {
         net.b.answer()?;
     }
     net.end()
+}
+
+/// With a tap that was there before and is changed; there is no guest.
+fn ends_well(context: &Context) -> Result<Outcome> {
+    if let Some(why) = net::unavailable() {
+        return Ok(Outcome::Skipped(why));
+    }
+    net::enter_namespace()?;
+    let tap = Tap::create("tap0", HOST.parse()?, "255.255.255.0".parse()?, false)?;
+    let (program, control) = (
+        context.triarch.with_file_name(PROGRAM),
+        context.dir.join("control.sock"),
+    );
+    let port = format!("name=host,tap={},mtu=1400", tap.name());
+    for by_name in [false, true] {
+        let mut process = run(&program, std::slice::from_ref(&port), &control)?;
+        if by_name {
+            Api::new(&control).put("ports.remove", Some(r#"{"name":"host"}"#))?;
+        }
+        let ended = Command::new("kill").arg(process.pid().to_string()).status()?;
+        ensure!(ended.success(), "{PROGRAM} is gone{}", process.last_words());
+        let status = process.wait(soon())?;
+        process.expect(status, 0)?;
+    }
+    Ok(Outcome::Passed)
 }

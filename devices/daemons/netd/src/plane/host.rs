@@ -23,8 +23,6 @@ pub struct HostEnd {
     pub accepts: Accepts,
     /// What it is in the eyes of an administrator: `tap vmtap0`.
     pub label: String,
-    /// Keeps what the queues belong to.
-    pub keep: Box<dyn Send>,
 }
 
 /// Such a port at work.
