@@ -22,6 +22,8 @@ pub enum ThreadClass {
     Disk,
     /// Serves one queue pair of a network interface.
     Net,
+    /// In a switch: moves packets between guests and interfaces of the host, packet sockets among them.
+    Switch,
     /// Serves the sockets of a vsock device.
     Vsock,
     /// Talks to the daemon of a vhost-user device.

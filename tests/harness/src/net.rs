@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, bail};
 use std::ffi::c_int;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::mem;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -65,8 +65,7 @@ impl Tap {
         // SAFETY: TUNSETPERSIST takes a plain number.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, keep) })?;
         let tap = Self { name: name.into() };
-        set_address(name, libc::SIOCSIFADDR, address)?;
-        set_address(name, libc::SIOCSIFNETMASK, mask)?;
+        add_address(name, address, mask)?;
         interface_up(name)?;
         Ok(tap)
     }
@@ -75,6 +74,83 @@ impl Tap {
     pub fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Makes a wire: a pair of Ethernet interfaces, each of which receives what the other one sends, and brings both up.
+///
+/// # Errors
+/// No permission, or there is one of these names, or the kernel has no veth.
+pub fn wire(ends: [&str; 2]) -> Result<()> {
+    // The header of a message about an interface, which says nothing.
+    const INTERFACE: [u8; 16] = [0; 16];
+    const INFO_KIND: u16 = 1;
+    const INFO_DATA: u16 = 2;
+    const PEER: u16 = 1;
+    let name = |name: &str| attribute(libc::IFLA_IFNAME, format!("{name}\0").as_bytes());
+    let peer = attribute(PEER, &[&INTERFACE[..], &name(ends[1])].concat());
+    let info = [attribute(INFO_KIND, b"veth"), attribute(INFO_DATA, &peer)].concat();
+    let body = [&INTERFACE[..], &name(ends[0]), &attribute(libc::IFLA_LINKINFO, &info)].concat();
+    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+    let len = 16 + body.len() as u32;
+    let [kind, flags] = [libc::RTM_NEWLINK, flags].map(u16::to_ne_bytes);
+    let message = [&len.to_ne_bytes()[..], &kind, &flags, &[0; 8], &body].concat();
+    // SAFETY: takes plain numbers.
+    let socket = check(unsafe {
+        libc::socket(
+            libc::AF_NETLINK,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+            libc::NETLINK_ROUTE,
+        )
+    })?;
+    // SAFETY: the kernel just made this descriptor and nothing else owns it.
+    let mut socket = File::from(unsafe { OwnedFd::from_raw_fd(socket) });
+    let make = || -> io::Result<i32> {
+        socket.write_all(&message)?;
+        let mut answer = [0; 512];
+        let n = socket.read(&mut answer)?;
+        // Behind the header of an acknowledgement stands the error, negated.
+        let error = answer[..n].get(16..20).and_then(|bytes| bytes.try_into().ok());
+        error
+            .map(i32::from_ne_bytes)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    };
+    match { make }() {
+        Ok(0) => {}
+        Ok(error) => return Err(io::Error::from_raw_os_error(-error)).context("cannot make a wire"),
+        Err(error) => return Err(error).context("cannot ask for a wire"),
+    }
+    Ok(ends.into_iter().try_for_each(interface_up)?)
+}
+
+/// An attribute of a netlink message (rtnetlink(7)).
+fn attribute(kind: u16, data: &[u8]) -> Vec<u8> {
+    let len = 4 + data.len() as u16;
+    let mut bytes = [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), data].concat();
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// Gives an interface an address.
+///
+/// # Errors
+/// No permission, or no such interface.
+pub fn add_address(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
+    set_address(name, libc::SIOCSIFADDR, address)?;
+    set_address(name, libc::SIOCSIFNETMASK, mask)
+}
+
+/// Bytes and packets that came in at an interface.
+///
+/// # Errors
+/// There is none of that name.
+pub fn received(name: &str) -> Result<(u64, u64)> {
+    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
+    let mut lines = table
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
+    let line = lines.next().with_context(|| format!("there is no {name}"))?;
+    let mut numbers = line.split_whitespace().map_while(|word| word.parse().ok());
+    numbers.next().zip(numbers.next()).context("no counters")
 }
 
 /// Opens a tap interface, which is made if there is none of that name, as VMMs do: with virtio-net
@@ -178,5 +254,32 @@ mod tests {
         let inside = inside.join().unwrap();
         assert!(inside.contains(&"ttest0".to_owned()), "{inside:?}");
         assert_eq!(interfaces().unwrap(), before);
+    }
+
+    #[test]
+    fn a_wire_has_two_ends() {
+        if let Some(why) = unavailable() {
+            eprintln!("not tried: {why}");
+            return;
+        }
+        let inside = thread::spawn(|| {
+            enter_namespace().unwrap();
+            wire(["here0", "there0"]).unwrap();
+            assert!(wire(["here0", "there1"]).is_err(), "there is one of that name");
+            let address = Ipv4Addr::new(192, 168, 249, 1);
+            add_address("here0", address, Ipv4Addr::new(255, 255, 255, 0)).unwrap();
+            // What is for somebody else there is asked for on the wire.
+            let socket = std::net::UdpSocket::bind((address, 0)).unwrap();
+            let before = received("there0").unwrap();
+            socket.send_to(b"hello", "192.168.249.2:9").unwrap();
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+            while received("there0").unwrap().1 == before.1 {
+                assert!(std::time::Instant::now() < deadline, "nothing came");
+                thread::sleep(std::time::Duration::from_millis(5));
+            }
+            assert!(received("there0").unwrap().0 > before.0);
+            received("there1").unwrap_err();
+        });
+        inside.join().unwrap();
     }
 }

@@ -230,6 +230,15 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(ioctls(BLOCK))
             .collect(),
         ThreadClass::Net => base.chain(calls(EVENTS)).chain(ioctls(TUN)).collect(),
+        // Tags of packets come beside them, and with no other flag is a message taken.
+        ThreadClass::Switch => base
+            .chain(calls(EVENTS))
+            .chain([Allowed::With {
+                number: SYS_recvmsg,
+                arg: 2,
+                value: MSG_DONTWAIT as u64,
+            }])
+            .collect(),
         ThreadClass::Vsock => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

@@ -7,13 +7,13 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 
-use triarch_device_core::ThreadClass::{self, Control, Device, Disk, Http, Net, Report, Vcpu, Vsock};
+use triarch_device_core::ThreadClass::{self, Control, Device, Disk, Http, Net, Report, Switch, Vcpu, Vsock};
 use triarch_sandbox::{Mode, Seccomp};
 
 /// Number of the class, the mode and the number of the call, when this runs as a child.
 const CHILD: &str = "TRIARCH_TEST_FORBIDDEN";
 
-const CLASSES: [ThreadClass; 8] = [Control, Http, Report, Vcpu, Disk, Net, Vsock, Device];
+const CLASSES: [ThreadClass; 9] = [Control, Http, Report, Vcpu, Disk, Net, Switch, Vsock, Device];
 
 /// A system call with arguments that make it fail, or do nothing, where it is served.
 struct Call {
@@ -35,7 +35,7 @@ const fn call(name: &'static str, number: libc::c_long, arguments: [libc::c_long
 }
 
 /// Calls of those who have taken a VMM over.
-const CALLS: [Call; 16] = [
+const CALLS: [Call; 18] = [
     call("ptrace", libc::SYS_ptrace, [-1, 0, 0]),
     call("mount", libc::SYS_mount, [0, 0, 0]),
     call("execve", libc::SYS_execve, [0, 0, 0]),
@@ -64,6 +64,19 @@ const CALLS: [Call; 16] = [
             "socket AF_INET",
             libc::SYS_socket,
             [libc::AF_INET as libc::c_long, -1, 0],
+        )
+    },
+    Call {
+        needed_by: &[Control, Http, Vsock, Device],
+        ..call("recvmsg", libc::SYS_recvmsg, [-1, 0, 0])
+    },
+    // Packets of a network card, with what is told beside them.
+    Call {
+        needed_by: &[Control, Http, Vsock, Device, Switch],
+        ..call(
+            "recvmsg MSG_DONTWAIT",
+            libc::SYS_recvmsg,
+            [-1, 0, libc::MSG_DONTWAIT as libc::c_long],
         )
     },
     Call {

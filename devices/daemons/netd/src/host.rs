@@ -35,6 +35,7 @@ pub fn tap(name: &str, queues: u16, mtu: Option<u16>, fds: Vec<OwnedFd>) -> Resu
     let end = HostEnd {
         queues: tap.queues().to_vec(),
         header: HEADER,
+        tags_beside: false,
         accepts: Accepts {
             uso4: offloads.contains(Offloads::USO4),
             uso6: offloads.contains(Offloads::USO6),

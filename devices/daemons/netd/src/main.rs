@@ -1,4 +1,4 @@
-//! `triarch-netd`: a switch between guests over vhost-user, and taps.
+//! `triarch-netd`: a switch between guests over vhost-user, taps and network cards.
 
 use std::io::{Write, stderr};
 use std::process::ExitCode;
@@ -13,13 +13,13 @@ use triarch_netd::plane::{PlaneHandle, PlaneOptions};
 use triarch_netd::switch::table::TableLimits;
 use triarch_netd::{Opened, PortOptions, Registry};
 
-/// A learning switch between guests over vhost-user, and taps of the host.
+/// A learning switch between guests over vhost-user, taps and network cards of the host.
 #[derive(Debug, Parser)]
 #[command(name = "triarch-netd", version)]
 struct Cli {
-    /// A port: a guest's with socket=PATH, or a tap's with tap=IFNAME.
+    /// A port: a guest's with socket=PATH, a tap's with tap=IFNAME, a network card's with interface=IFNAME.
     ///
-    /// name=NAME,socket=PATH|fd=N[,mode=client][,num_queues=N] or name=NAME,tap=IFNAME[,num_queues=N], and for both
+    /// name=NAME,socket=PATH|fd=N[,mode=client][,num_queues=N], name=NAME,tap=IFNAME[,num_queues=N] or name=NAME,interface=IFNAME, and for all
     /// [,mac=MAC][,vlan=ID|trunk=1+2+10-20[,native=ID]][,ip=A+B][,anti_spoof=on][,rate=BYTES][,rate_burst=BYTES][,pps=N][,pps_burst=N]
     /// [,rx_rate=BYTES][,rx_rate_burst=BYTES][,rx_pps=N][,rx_pps_burst=N][,mtu=N][,max_macs=N]
     #[arg(long = "port", value_name = "KEY=VALUE,...")]

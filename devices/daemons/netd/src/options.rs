@@ -19,6 +19,7 @@ pub(crate) const KEYS: &[&str] = &[
     "socket",
     "mode",
     "tap",
+    "interface",
     "num_queues",
     "mac",
     "vlan",
@@ -218,6 +219,9 @@ pub struct PortOptions {
     /// A tap interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Another interface of the host, as a network card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
     /// Queues of a guest at most, receiving and sending ones together; or queues of a tap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_queues: Option<u16>,
@@ -236,15 +240,18 @@ impl PortOptions {
                 "the name '{name}' is not made of 1 to 64 letters, digits, '.', '_' and '-'"
             ));
         }
-        let ends = [&self.socket, &self.tap];
+        let ends = [&self.socket, &self.tap, &self.interface];
         if ends.iter().filter(|end| end.is_some()).count() != 1 {
-            return Err("a port has either socket= or tap=".to_owned());
+            return Err("a port has one of socket=, tap= and interface=".to_owned());
         }
         if self.mode == Mode::Client && self.socket.as_ref().is_none_or(|socket| socket.starts_with("fd=")) {
             return Err("mode=client is for the path of a socket; add socket=PATH".to_owned());
         }
         match (self.num_queues, &self.socket) {
             (None, _) => Ok(()),
+            (Some(2..), None) if self.interface.is_some() => {
+                Err("a port with interface= has one queue; leave num_queues= out".to_owned())
+            }
             (Some(n @ 2..=MAX_QUEUES), Some(_)) if n.is_multiple_of(2) => Ok(()),
             (Some(1..=MAX_QUEUES), None) => Ok(()),
             (Some(n), Some(_)) => Err(format!(
@@ -285,6 +292,7 @@ impl FromStr for PortOptions {
             socket: string("socket"),
             mode,
             tap: string("tap"),
+            interface: string("interface"),
             num_queues: kv.number("num_queues")?,
             settings: Settings {
                 mac: kv.get("mac")?,
@@ -351,8 +359,11 @@ mod tests {
         for (text, part) in [
             ("socket=a", "the name ''"),
             ("name=a b,socket=a", "'a b'"),
-            ("name=a", "either socket= or tap="),
-            ("name=a,socket=b,tap=c", "either socket= or tap="),
+            ("name=a", "one of socket=, tap= and interface="),
+            ("name=a,socket=b,tap=c", "one of socket=, tap= and interface="),
+            ("name=a,tap=b,interface=c", "one of socket=, tap= and interface="),
+            ("name=a,interface=b,num_queues=2", "has one queue"),
+            ("name=a,interface=b,mode=client", "mode=client"),
             ("name=a,tap=c,mode=client", "mode=client"),
             ("name=a,socket=b,num_queues=3", "even number"),
             ("name=a,socket=b,vlan=0", "'0' is no VLAN"),

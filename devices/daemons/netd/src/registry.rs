@@ -12,6 +12,7 @@ use triarch_api::server::ListenError;
 use triarch_device_core::Sandbox;
 use triarch_net::TapError;
 
+use crate::card::{CardError, card};
 use crate::device::{DeviceOptions, PortDevice};
 use crate::host::{self, Keep};
 use crate::options::{Mode, PortOptions, Settings};
@@ -40,6 +41,9 @@ pub enum RegistryError {
     /// Its tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// Its interface.
+    #[error(transparent)]
+    Card(#[from] CardError),
     /// Its thread, or the address it connects to.
     #[error("cannot serve port {name}")]
     Serve {
@@ -66,7 +70,7 @@ impl RegistryError {
 /// What a port leads to.
 enum End {
     Guest(Door),
-    Host(HostEnd, Keep),
+    Host(HostEnd, Option<Keep>),
 }
 
 /// A port whose socket or tap is open; what is left needs no privileges.
@@ -77,13 +81,15 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens what `options` describe. `fds` are open queues of a tap, to be used instead of opening it.
+    /// Opens what `options` describe. `fds` are open queues of a tap, or a packet socket of an interface, to be used instead of opening it.
     pub fn open(options: PortOptions, fds: Vec<OwnedFd>) -> Result<Self, RegistryError> {
         options.check().map_err(RegistryError::Options)?;
         let rules = options.settings.rules().map_err(RegistryError::Options)?;
         let end = match &options.socket {
             Some(_) if !fds.is_empty() => {
-                return Err(RegistryError::Options("descriptors are for taps only".to_owned()));
+                return Err(RegistryError::Options(
+                    "descriptors are for taps and interfaces only".to_owned(),
+                ));
             }
             Some(socket) if options.mode == Mode::Client => {
                 let failed = |source| RegistryError::Serve {
@@ -93,11 +99,15 @@ impl Opened {
                 End::Guest(Door::client(Path::new(socket)).map_err(failed)?)
             }
             Some(socket) => End::Guest(Door::Server(triarch_daemon::listen(socket)?)),
+            None if options.interface.is_some() => {
+                let name = options.interface.as_deref().unwrap_or_default();
+                End::Host(card(name, fds)?, None)
+            }
             None => {
                 // `check` has seen to it that there is one.
                 let tap = options.tap.as_deref().unwrap_or_default();
                 let (end, keep) = host::tap(tap, options.num_queues.unwrap_or(1), rules.mtu, fds)?;
-                End::Host(end, keep)
+                End::Host(end, Some(keep))
             }
         };
         Ok(Self { options, rules, end })
@@ -158,7 +168,7 @@ impl Registry {
                 let key = self
                     .plane
                     .call(move |plane| plane.add_host_port(&title, rules, end))??;
-                self.note(options, key, None, Some(keep));
+                self.note(options, key, None, keep);
             }
             End::Guest(door) => {
                 let device = DeviceOptions {

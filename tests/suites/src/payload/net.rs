@@ -3,7 +3,6 @@
 use super::data::{crc32, pattern};
 use super::guest::{Guest, builder, field, number};
 use anyhow::{Context as _, Result, ensure};
-use std::fs;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -39,6 +38,7 @@ pub const TESTS: &[Test] = &[
 const VMM: bool = false;
 const NETD: bool = true;
 
+const TAP: &str = "tap0";
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
@@ -53,7 +53,7 @@ fn with_nic<const BY: bool>(
         return Ok(Outcome::Skipped(why));
     }
     net::enter_namespace()?;
-    let tap = Tap::create("tap0", HOST, MASK, options.contains("num_queues"))?;
+    let tap = Tap::create(TAP, HOST, MASK, options.contains("num_queues"))?;
     let backend = if BY == NETD { ",backend=netd" } else { "" };
     let mut guest = Guest::start(builder(context)?.flag("--net", format!("tap={}{options}{backend}", tap.name())))?;
     test(&mut guest)?;
@@ -128,24 +128,12 @@ fn leaves_checksums_to_the_host<const BY: bool>(context: &Context) -> Result<Out
     })
 }
 
-/// Bytes and packets the tap interface took in, that is, the guest sent.
-fn counters() -> Result<(u64, u64)> {
-    let table = fs::read_to_string("/proc/thread-self/net/dev")?;
-    let line = table.lines().find_map(|line| line.trim().strip_prefix("tap0:"));
-    let numbers: Vec<u64> = line
-        .context("no tap0")?
-        .split_whitespace()
-        .map_while(|word| word.parse().ok())
-        .collect();
-    Ok((numbers[0], numbers[1]))
-}
-
 fn leaves_segments_to_the_host<const BY: bool>(context: &Context) -> Result<Outcome> {
     with_nic::<BY>(context, "", |guest| {
         guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
-        let (bytes, packets) = counters()?;
+        let (bytes, packets) = net::received(TAP)?;
         guest.ask(&format!("net 0 tso {GUEST} {HOST} 9 40000 1 1400"))?;
-        let (bytes, packets) = (counters()?.0 - bytes, counters()?.1 - packets);
+        let (bytes, packets) = (net::received(TAP)?.0 - bytes, net::received(TAP)?.1 - packets);
         // ARP and one packet far beyond the MTU: the host got it whole, to cut where it leaves the machine.
         ensure!(bytes >= 40_000 && packets <= 3, "{bytes} bytes in {packets} packets");
         guest.ask(&format!("net 0 ping {GUEST} {HOST}"))?;
@@ -180,12 +168,7 @@ fn obeys_control_queue(context: &Context) -> Result<Outcome> {
 fn bears_floods(context: &Context) -> Result<Outcome> {
     with_nic::<VMM>(context, "", |guest| {
         guest.ask("net 0 init size=256 buffers=256 offload=1")?;
-        let received = || -> Result<u64> {
-            let table = fs::read_to_string("/proc/thread-self/net/dev")?;
-            let line = table.lines().find_map(|line| line.trim().strip_prefix("tap0:"));
-            let packets = line.and_then(|line| line.split_whitespace().nth(1));
-            Ok(packets.context("tap0 is not in the list")?.parse()?)
-        };
+        let received = || Ok::<_, anyhow::Error>(net::received(TAP)?.1);
         let ms = patient(Duration::from_millis(50)).as_millis() as u64;
         for (length, options) in [(64, ""), (65160, " mss=1448")] {
             let before = received()?;

@@ -1,6 +1,6 @@
 //! Two guests on a switch of our own, triarch-netd.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +24,8 @@ pub const TESTS: &[Test] = &[
     Test::payload("netd::vlans_are_apart", vlans),
     Test::payload("netd::limits_hold_and_lose_nothing", limits),
     Test::payload("netd::a_tap_leads_to_the_host", tap),
+    Test::payload("netd::a_card_leads_to_the_wire", card),
+    Test::payload("netd::a_wire_carries_tags_and_segments", trunk),
     Test::payload("netd::packets_go_on_after_kills", kills).within(Duration::from_secs(60)),
     Test::payload("netd::ends_well_with_a_tap", ends_well).without_kvm(),
 ];
@@ -32,6 +34,7 @@ const PROGRAM: &str = "triarch-netd";
 const A: &str = "10.7.7.1";
 const B: &str = "10.7.7.2";
 const HOST: &str = "10.7.7.3";
+const MASK: &str = "255.255.255.0";
 const MAC_A: &str = "52:54:00:00:77:01";
 const MAC_B: &str = "52:54:00:00:77:02";
 
@@ -95,16 +98,7 @@ impl Net {
 
     /// Waits until both guests are there again.
     fn wait(&self) -> Result<()> {
-        let deadline = Instant::now() + soon();
-        let there = |name| -> Result<bool> {
-            let guest = &self.port(name)?["guest"];
-            Ok(guest["rx_queues"].as_u64() >= Some(1) && guest["tx_queues"].as_u64() >= Some(1))
-        };
-        while !there("a")? || !there("b")? {
-            ensure!(Instant::now() < deadline, "nobody is back");
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
+        wait_for(&self.control, &["a", "b"])
     }
 
     /// Whether `a` cannot reach `b`.
@@ -121,15 +115,11 @@ impl Net {
 
     /// What the switch says of a port.
     fn port(&self, name: &str) -> Result<Value> {
-        let answer = Api::new(&self.control).request("GET", "ports", None)?;
-        let ports: Value = serde_json::from_str(&answer.body)?;
-        let ports = ports["ports"].as_array().context("no list of ports")?;
-        let found = ports.iter().find(|port| port["name"] == name);
-        found.cloned().with_context(|| format!("no port {name}"))
+        describe(&self.control, name)
     }
 
-    fn counter(&self, name: &str, counter: &str) -> Result<u64> {
-        Ok(self.port(name)?[counter].as_u64().unwrap_or(0))
+    fn counter(&self, name: &str, which: &str) -> Result<u64> {
+        counter(&self.control, name, which)
     }
 
     fn drops(&self, name: &str, reason: &str) -> Result<u64> {
@@ -149,6 +139,35 @@ impl Net {
         self.b.power_off()?;
         Ok(Outcome::Passed)
     }
+}
+
+/// What the switch behind `control` says of a port.
+fn describe(control: &Path, name: &str) -> Result<Value> {
+    let answer = Api::new(control).request("GET", "ports", None)?;
+    let ports: Value = serde_json::from_str(&answer.body)?;
+    let ports = ports["ports"].as_array().context("no list of ports")?;
+    let found = ports.iter().find(|port| port["name"] == name);
+    found.cloned().with_context(|| format!("no port {name}"))
+}
+
+fn counter(control: &Path, name: &str, which: &str) -> Result<u64> {
+    Ok(describe(control, name)?[which].as_u64().unwrap_or(0))
+}
+
+/// Waits until these guests are at the switch behind `control`.
+fn wait_for(control: &Path, names: &[&str]) -> Result<()> {
+    let deadline = Instant::now() + soon();
+    let there = |name: &&str| -> Result<bool> {
+        let guest = &describe(control, name)?["guest"];
+        Ok(guest["rx_queues"].as_u64() >= Some(1) && guest["tx_queues"].as_u64() >= Some(1))
+    };
+    for name in names {
+        while !there(name)? {
+            ensure!(Instant::now() < deadline, "{name} is not back");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    Ok(())
 }
 
 fn run(program: &PathBuf, ports: &[String], control: &PathBuf) -> Result<Process> {
@@ -268,9 +287,25 @@ fn tap(context: &Context) -> Result<Outcome> {
         return Ok(Outcome::Skipped(why));
     }
     net::enter_namespace()?;
-    let tap = Tap::create("tap0", HOST.parse()?, "255.255.255.0".parse()?, false)?;
+    let tap = Tap::create("tap0", HOST.parse()?, MASK.parse()?, false)?;
+    reaches_the_host(context, &format!("tap={}", tap.name()))
+}
+
+/// The same, but the host is at the other end of a wire.
+fn card(context: &Context) -> Result<Outcome> {
+    if let Some(why) = net::unavailable() {
+        return Ok(Outcome::Skipped(why));
+    }
+    net::enter_namespace()?;
+    net::wire(["card0", "host0"])?;
+    net::add_address("host0", HOST.parse()?, MASK.parse()?)?;
+    reaches_the_host(context, "interface=card0")
+}
+
+/// `port` leads to where `HOST` is.
+fn reaches_the_host(context: &Context, port: &str) -> Result<Outcome> {
     let mut net = Net::start(context, ["", ""])?;
-    net.restart_with(&[format!("name=host,tap={}", tap.name())])?;
+    net.restart_with(&[format!("name=host,{port}")])?;
     let deadline = Instant::now() + soon();
     ensure!(number(&net.a.ask(&format!("net 0 ping {A} {HOST} 20 len=1400"))?, "echoes")? == 20);
     net.a.ask("net 0 init offload=1")?;
@@ -288,6 +323,65 @@ fn tap(context: &Context) -> Result<Outcome> {
     net.set(r#"{"name":"host","trunk":"8","native":9}"#)?;
     net.a.ask(&format!("net 0 ping {A} {HOST} 5"))?;
     ensure!(net.ping_fails()?, "b is in another VLAN");
+    net.end()
+}
+
+/// Guests at a switch each, and a wire between the two, where frames have tags.
+fn trunk(context: &Context) -> Result<Outcome> {
+    if let Some(why) = net::unavailable() {
+        return Ok(Outcome::Skipped(why));
+    }
+    net::enter_namespace()?;
+    net::wire(["card0", "card1"])?;
+    let mut net = Net::start(context, [",vlan=9", ",vlan=9"])?;
+    let b = net.ports.pop().context("no port b")?;
+    net.ports.push("name=wire,interface=card0,trunk=8+9".to_owned());
+    net.restart()?;
+    let control = context.dir.join("other.sock");
+    let other = run(
+        &net.program,
+        &[b, "name=wire,interface=card1,trunk=9".to_owned()],
+        &control,
+    )?;
+    wait_for(&net.control, &["a"])?;
+    wait_for(&control, &["b"])?;
+    for guest in [&mut net.a, &mut net.b] {
+        guest.ask("net 0 init offload=1")?;
+    }
+    // What came while there was no driver is lost; nothing else is.
+    let drops = describe(&control, "b")?["drops"].clone();
+    ensure!(net.ping("20 len=1400")? == 20);
+    // A segment goes whole through both switches and the wire.
+    let before = (net::received("card1")?, counter(&control, "b", "rx_bytes")?);
+    net.b.send(&format!("net 0 serve {B} 1500"))?;
+    net.a.ask(&format!("net 0 tso {A} {B} 9 40000 1 1400"))?;
+    net.b.answer()?;
+    let after = (net::received("card1")?, counter(&control, "b", "rx_bytes")?);
+    let (bytes, packets) = (after.0.0 - before.0.0, after.0.1 - before.0.1);
+    ensure!(
+        bytes >= 40_000 && packets < 10,
+        "{bytes} bytes came in {packets} packets"
+    );
+    // Two frames of ARP, and what the segment had at first.
+    ensure!(after.1 - before.1 == 60 + 40_054, "{}", describe(&control, "b")?);
+    ensure!(
+        describe(&control, "b")?["drops"] == drops,
+        "{}",
+        describe(&control, "b")?
+    );
+    // In another VLAN the frames are on the wire, but nobody there takes them.
+    let before = (
+        net.counter("wire", "rx_packets")?,
+        counter(&control, "b", "rx_packets")?,
+    );
+    net.set(r#"{"name":"a","vlan":8}"#)?;
+    ensure!(net.ping_fails()?, "b is in another VLAN");
+    let after = (
+        net.counter("wire", "rx_packets")?,
+        counter(&control, "b", "rx_packets")?,
+    );
+    ensure!(after.0 > before.0 && after.1 == before.1, "{before:?}, {after:?}");
+    drop(other);
     net.end()
 }
 
@@ -316,7 +410,7 @@ fn ends_well(context: &Context) -> Result<Outcome> {
         return Ok(Outcome::Skipped(why));
     }
     net::enter_namespace()?;
-    let tap = Tap::create("tap0", HOST.parse()?, "255.255.255.0".parse()?, false)?;
+    let tap = Tap::create("tap0", HOST.parse()?, MASK.parse()?, false)?;
     let (program, control) = (
         context.triarch.with_file_name(PROGRAM),
         context.dir.join("control.sock"),

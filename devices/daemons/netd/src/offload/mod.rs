@@ -212,6 +212,15 @@ impl Offload {
     }
 }
 
+/// Tells in a header that so many bytes more are before what its checksum covers.
+pub fn move_checksum(header: &mut [u8], by: u16) {
+    if let Some([flags, _, _, _, _, _, low, high]) = header.first_chunk_mut::<8>()
+        && *flags & NEEDS_CSUM != 0
+    {
+        [*low, *high] = u16::from_le_bytes([*low, *high]).saturating_add(by).to_le_bytes();
+    }
+}
+
 /// Where the payload of IP begins at the earliest, or of Ethernet.
 fn floor(frame: &Frame, head: &[u8]) -> Option<usize> {
     Some(match frame.ethertype {

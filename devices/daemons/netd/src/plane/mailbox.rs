@@ -39,7 +39,7 @@ impl PlaneHandle {
         // A descriptor that its last owner closes says nothing any more, not even what was said before.
         let open = wake.clone();
         let body = move || {
-            if let Err(error) = confine.enter(ThreadClass::Net) {
+            if let Err(error) = confine.enter(ThreadClass::Switch) {
                 tracing::error!("cannot confine the switch: {error}");
                 std::process::abort();
             }

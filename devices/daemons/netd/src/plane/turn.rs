@@ -241,9 +241,9 @@ impl Plane {
                     self.switch.lost(port, Drop::Host);
                     1
                 }
-                Read::Packet(len) => {
-                    bytes += len;
-                    self.receive_one(port, queue, &buffer[..len], header, now)
+                Read::Packet(range) => {
+                    bytes += range.len();
+                    self.receive_one(port, queue, &buffer[range], header, now)
                 }
             };
         };
