@@ -42,7 +42,7 @@ const NOT_ON_HYGON: [&str; 12] = [
 ];
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does.
-const NOT_ON_ARM: [&str; 27] = [
+const NOT_ON_ARM: [&str; 32] = [
     "vhost::pauses_without_a_daemon",
     "vhost::requests_fail_when_told_so",
     "vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
@@ -70,6 +70,11 @@ const NOT_ON_ARM: [&str; 27] = [
     "payload::vhost_net::ovs::moves_frames",
     "payload::vhost_net::ovs::serves_several_pairs",
     "payload::vhost_net::ovs::may_die",
+    "payload::netd::a_card_leads_to_the_wire",
+    "payload::netd::a_wire_carries_tags_and_segments",
+    "payload::netd::ends_well_with_a_tap",
+    "payload::passt::a_guest_has_an_address_and_sockets",
+    "payload::passt::it_may_die",
 ];
 
 /// A host and the tests it is for.

@@ -24,8 +24,8 @@ pub const TESTS: &[Test] = &[
     Test::payload("netd::vlans_are_apart", vlans),
     Test::payload("netd::limits_hold_and_lose_nothing", limits),
     Test::payload("netd::a_tap_leads_to_the_host", tap),
-    Test::payload("netd::a_card_leads_to_the_wire", card),
-    Test::payload("netd::a_wire_carries_tags_and_segments", trunk),
+    Test::payload("netd::a_card_leads_to_the_wire", card).within(Duration::from_secs(60)),
+    Test::payload("netd::a_wire_carries_tags_and_segments", trunk).within(Duration::from_secs(60)),
     Test::payload("netd::packets_go_on_after_kills", kills).within(Duration::from_secs(60)),
     Test::payload("netd::ends_well_with_a_tap", ends_well).without_kvm(),
 ];
