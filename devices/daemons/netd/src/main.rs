@@ -60,12 +60,6 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let signals = Signals::hold().context("cannot hold signals back")?;
     let confinement = Confinement::new(cli.seccomp);
     let sandbox = confinement.sandbox();
-    let control = cli
-        .control_socket
-        .as_deref()
-        .map(listen)
-        .transpose()
-        .context("--control-socket")?;
     let options = PlaneOptions {
         table: TableLimits {
             total: cli.table_size,
@@ -78,6 +72,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Opened::open(port, Vec::new()).with_context(|| format!("port {name}"))
     };
     let ports: Vec<_> = cli.ports.into_iter().map(open).collect::<anyhow::Result<_>>()?;
+    // Who reaches it finds the sockets of all ports.
+    let control = cli
+        .control_socket
+        .as_deref()
+        .map(listen)
+        .transpose()
+        .context("--control-socket")?;
     drop_privileges()?;
     let (plane, thread) = PlaneHandle::start(options, &sandbox).context("cannot start the switch")?;
     let mut registry = Registry::new(plane, sandbox.clone());
