@@ -31,7 +31,7 @@ pub(crate) struct Backends {
     /// Those of other devices.
     pub(crate) generic: Vec<Arc<Peer>>,
     /// Daemons of our own, which end after everything above has let go of them.
-    _daemons: Vec<Started>,
+    daemons: Vec<Started>,
 }
 
 /// What serves a disk.
@@ -96,8 +96,13 @@ impl Backends {
             net_counters,
             fs: fs.collect::<Result<_, _>>()?,
             generic: generic.collect::<Result<_, _>>()?,
-            _daemons: started,
+            daemons: started,
         })
+    }
+
+    /// The daemon of our own that serves device `id` and takes orders, if there is one.
+    pub(crate) fn daemon(&mut self, id: &str) -> Option<&mut Started> {
+        self.daemons.iter_mut().find(|daemon| daemon.takes_orders_for(id))
     }
 }
 

@@ -53,7 +53,7 @@ pub struct Controller {
     outbox: Outbox,
     pub(crate) inbox: Inbox,
     events: EventManager<Subscriber>,
-    sandbox: Arc<dyn Sandbox>,
+    pub(crate) sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
     /// Starts daemons for devices, if somebody may.
     daemons: Option<Arc<dyn Daemons>>,
@@ -67,7 +67,7 @@ pub struct Controller {
     /// Taps that clients opened and handed over.
     pub(crate) taps: HandedTaps,
     consoles: Option<Consoles>,
-    backends: Option<Backends>,
+    pub(crate) backends: Option<Backends>,
     pub(crate) machine: Option<Machine>,
     /// What the guest was asked for and has not done yet.
     pub(crate) resizes: Resizes,
@@ -247,6 +247,9 @@ impl Controller {
         match message {
             Message::Request(request, answer) => {
                 tracing::info!(request = request.name(), phase = self.phase.name(), "request");
+                let Some((request, answer)) = self.pass_on(request, answer) else {
+                    return Ok(());
+                };
                 let name = request.name();
                 let result = self.serve(request).map_err(|error| error.of_route(name));
                 // Whoever has the answer sees what it changed.

@@ -3,19 +3,27 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use thiserror::Error;
-use triarch_api::{DiskConfig, NetConfig};
+use triarch_api::server::Method;
+use triarch_api::{Answer, ApiError, DiskConfig, NetConfig, Operation, Reply};
+use triarch_client::Client;
+use triarch_device_core::{Sandbox, ThreadClass};
 
 use crate::MachineError;
 
+/// How long a daemon may take to answer an order; one that was killed is back by then.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Starts daemons. All calls come from the controller's thread.
 pub trait Daemons: Send + Sync {
-    /// Starts the daemon of device `id`, and starts it again whenever it ends. Returns the socket at which it serves.
+    /// Starts the daemon of device `id`, and starts it again whenever it ends. Returns where it serves.
     ///
     /// # Errors
     /// It cannot be started, or does not get ready.
-    fn start(&self, id: &str, order: DaemonOrder) -> Result<PathBuf, DaemonError>;
+    fn start(&self, id: &str, order: DaemonOrder) -> Result<DaemonSockets, DaemonError>;
 
     /// Ends it. Returns when it has finished what it was given.
     fn stop(&self, id: &str);
@@ -26,8 +34,19 @@ pub trait Daemons: Send + Sync {
 pub struct DaemonOrder {
     /// Name of the program's file.
     pub program: &'static str,
-    /// Its arguments. It finds its listening socket as descriptor 3.
+    /// Its arguments. It finds its listening socket as descriptor 3, and the one for orders as descriptor 4.
     pub arguments: Vec<String>,
+    /// It takes orders.
+    pub control: bool,
+}
+
+/// The sockets of a daemon that was started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonSockets {
+    /// Where it serves the device.
+    pub device: PathBuf,
+    /// Where it takes orders, if it was to.
+    pub control: Option<PathBuf>,
 }
 
 /// Why a daemon was not started, in a sentence.
@@ -46,12 +65,78 @@ struct Forbidden(&'static str);
 pub(crate) struct Started {
     daemons: Arc<dyn Daemons>,
     id: String,
+    /// Where it takes orders.
+    control: Option<PathBuf>,
+    /// Those who wait for its answer to one.
+    waiting: Vec<JoinHandle<()>>,
+}
+
+impl Started {
+    /// Whether it serves the device `id`, and takes orders.
+    pub(crate) fn takes_orders_for(&self, id: &str) -> bool {
+        self.id == id && self.control.is_some()
+    }
+
+    /// Has the daemon of a disk make it `size` bytes large; the guest hears of it from the daemon. A thread waits for it and gives
+    /// `answer`: nothing else has to wait for a daemon that hangs.
+    pub(crate) fn resize_disk(&mut self, size: u64, answer: Answer, sandbox: &Arc<dyn Sandbox>) {
+        let Some(control) = self.control.clone() else {
+            return;
+        };
+        self.waiting.retain(|thread| !thread.is_finished());
+        let (id, confine) = (self.id.clone(), sandbox.clone());
+        let body = move || {
+            if let Err(error) = confine.enter(ThreadClass::VhostUser) {
+                tracing::error!("cannot confine a thread: {error}");
+                std::process::abort();
+            }
+            let done = resize(&id, control, size).map(|()| Reply::Done);
+            answer.send(done.map_err(|error| error.of_route(Operation::ResizeDisk.name())));
+        };
+        match sandbox.spawn(format!("{}_resize", self.id), Box::new(body)) {
+            Ok(thread) => self.waiting.push(thread),
+            // The answer went with the body, which was an error, too.
+            Err(error) => tracing::warn!("cannot start a thread that asks the daemon of {}: {error}", self.id),
+        }
+    }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
         self.daemons.stop(&self.id);
+        for thread in std::mem::take(&mut self.waiting) {
+            // What it waited for is gone. One that panicked, too.
+            let _ = thread.join();
+        }
     }
+}
+
+/// Why an order was not carried out, other than that the daemon refused it.
+#[derive(Debug, Error)]
+enum OrderError {
+    #[error("the daemon of the disk '{id}' did not answer within {} s; it may still do it", PATIENCE.as_secs())]
+    Hangs { id: String },
+    #[error("the daemon of the disk '{id}' ended before it answered; try again")]
+    Ended { id: String },
+    #[error("cannot ask the daemon of the disk '{id}'")]
+    Other { id: String, source: triarch_client::Error },
+}
+
+/// Asks the daemon at `control` to make its disk `size` bytes large.
+fn resize(id: &str, control: PathBuf, size: u64) -> Result<(), ApiError> {
+    use triarch_client::Error::{Closed, Refused, Timeout};
+    let body = format!(r#"{{"name":"{EXPORT}","size":{size}}}"#);
+    let mut client = Client::new(control).limit(PATIENCE);
+    let done = client.call(Method::Put, "/api/v1/export.resize", Some(&body));
+    let id = id.to_owned();
+    let error = match done {
+        Ok(_) => return Ok(()),
+        Err(Refused { status: 400, message }) => return Err(ApiError::BadRequest(message)),
+        Err(Timeout { .. }) => OrderError::Hangs { id },
+        Err(Closed { .. }) => OrderError::Ended { id },
+        Err(source) => OrderError::Other { id, source },
+    };
+    Err(ApiError::failed(&error))
 }
 
 /// Starts the daemon of a disk whose file `triarch-blkd` serves; its socket.
@@ -64,8 +149,13 @@ pub(crate) fn start_disk(
         let text = "the path of its file must be UTF-8 text without quotation marks";
         MachineError::device(&config.id, text)
     })?;
-    let arguments = vec!["--export".to_owned(), export(path, config)];
-    start(&config.id, "triarch-blkd", "blkd", arguments, daemons)
+    let arguments = ["--export", &export(path, config), "--control-socket", "fd=4"];
+    let order = DaemonOrder {
+        program: "triarch-blkd",
+        arguments: arguments.map(str::to_owned).into(),
+        control: true,
+    };
+    start(&config.id, "blkd", order, daemons)
 }
 
 /// Starts the daemon of an interface whose tap `triarch-netd` serves; its socket.
@@ -74,28 +164,39 @@ pub(crate) fn start_net(
     daemons: Option<&Arc<dyn Daemons>>,
 ) -> Result<(Started, PathBuf), MachineError> {
     let [guest, host] = ports(config);
-    let arguments = vec!["--port".to_owned(), guest, "--port".to_owned(), host];
-    start(&config.id, "triarch-netd", "netd", arguments, daemons)
+    let order = DaemonOrder {
+        program: "triarch-netd",
+        arguments: vec!["--port".to_owned(), guest, "--port".to_owned(), host],
+        control: false,
+    };
+    start(&config.id, "netd", order, daemons)
 }
 
 fn start(
     id: &Option<String>,
-    program: &'static str,
     backend: &'static str,
-    arguments: Vec<String>,
+    order: DaemonOrder,
     daemons: Option<&Arc<dyn Daemons>>,
 ) -> Result<(Started, PathBuf), MachineError> {
     let failed = |error: Box<dyn Error + Send + Sync>| MachineError::device(id, error);
     let daemons = daemons.ok_or_else(|| failed(Forbidden(backend).into()))?.clone();
     let id = id.clone().unwrap_or_default();
-    let order = DaemonOrder { program, arguments };
-    let socket = daemons.start(&id, order).map_err(|error| failed(error.into()))?;
-    Ok((Started { daemons, id }, socket))
+    let sockets = daemons.start(&id, order).map_err(|error| failed(error.into()))?;
+    let started = Started {
+        daemons,
+        id,
+        control: sockets.control,
+        waiting: Vec::new(),
+    };
+    Ok((started, sockets.device))
 }
+
+/// What `triarch-blkd` calls the disk.
+const EXPORT: &str = "disk";
 
 /// What `triarch-blkd` is told of a disk.
 fn export(path: &str, config: &DiskConfig) -> String {
-    let mut text = format!(r#"name=disk,path="{path}",socket=fd=3"#);
+    let mut text = format!(r#"name={EXPORT},path="{path}",socket=fd=3"#);
     text += &format!(",num_queues={},queue_size={}", config.num_queues, config.queue_size);
     if let Some(serial) = &config.serial {
         text += &format!(r#",serial="{serial}""#);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use triarch_api::events::kind;
 use triarch_api::{
-    ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, Resize, ResizeDisk,
-    VmConfig, VsockConfig,
+    Answer, ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, Request,
+    Resize, ResizeDisk, VmConfig, VsockConfig,
 };
 use triarch_net::Tap;
 
@@ -93,7 +93,20 @@ impl Controller {
         });
     }
 
-    /// `vm.resize-disk`.
+    /// Lets a daemon of our own carry out what only it can: the resize of a disk it serves. Its answer is given when there is one, and
+    /// other requests need not wait for it. What is no daemon's business is given back.
+    pub(crate) fn pass_on(&mut self, request: Request, answer: Answer) -> Option<(Request, Answer)> {
+        if let Request::ResizeDisk(target) = &request
+            && request.check(self.phase).is_ok()
+            && let Some(daemon) = self.backends.as_mut().and_then(|backends| backends.daemon(&target.id))
+        {
+            daemon.resize_disk(target.desired_size, answer, &self.sandbox);
+            return None;
+        }
+        Some((request, answer))
+    }
+
+    /// `vm.resize-disk` of a disk that has no daemon of our own.
     pub(crate) fn resize_disk(&mut self, target: &ResizeDisk) -> Result<(), ApiError> {
         let mut disks = self.config.iter().flat_map(|config| config.disks.iter().flatten());
         let Some(disk) = disks.find(|disk| disk.id.as_deref() == Some(&*target.id)) else {

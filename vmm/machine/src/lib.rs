@@ -25,7 +25,7 @@ mod vhost;
 
 pub use build::Machine;
 pub use control::{Controller, Outcome};
-pub use daemons::{DaemonError, DaemonOrder, Daemons};
+pub use daemons::{DaemonError, DaemonOrder, DaemonSockets, Daemons};
 pub use error::MachineError;
 pub use inbox::{GuestEvent, Inbox, Message};
 pub use signals::{ENDED_AT_ONCE, HeldSignals, hold_signals, told_to_end};

@@ -26,7 +26,7 @@ fn config(api: &Api) -> Result<Value> {
 }
 
 /// Sends what must be refused with `status` and a sentence that has all of `words`.
-fn refused(api: &Api, route: &str, body: &Value, status: u16, words: &[&str]) -> Result<()> {
+pub(super) fn refused(api: &Api, route: &str, body: &Value, status: u16, words: &[&str]) -> Result<()> {
     let answer = api.request("PUT", route, Some(&body.to_string()))?;
     ensure!(
         answer.status == status,

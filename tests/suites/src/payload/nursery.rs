@@ -1,8 +1,9 @@
 //! Daemons that the VMM starts itself: `backend=blkd`.
 
 use super::data::pattern;
+use super::edit::refused;
 use super::ends::started_by;
-use super::guest::{Guest, builder, has_ended};
+use super::guest::{Guest, builder, has_ended, number};
 use crate::storage::soon;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::disk::DiskImage;
-use triarch_harness::suite::{Context, Outcome, Test};
+use triarch_harness::suite::{Context, Outcome, Test, patient};
 use triarch_harness::vm::Vm;
 
 /// This module's tests.
@@ -25,6 +26,12 @@ pub const TESTS: &[Test] = &[
         tells_why_a_daemon_did_not_start,
     ),
     Test::payload("nursery::serves_requests_only_if_told", serves_requests_only_if_told),
+    Test::payload("nursery::a_disk_grows_under_the_guest", a_disk_grows_under_the_guest),
+    Test::payload(
+        "nursery::nobody_waits_with_a_resize_for_a_stopped_daemon",
+        nobody_waits_for_a_stopped_daemon,
+    )
+    .within(Duration::from_secs(40)),
 ];
 
 const SIZE: u64 = 4 << 20;
@@ -76,7 +83,11 @@ fn family(vm: &Vm) -> Result<(u32, u32)> {
 }
 
 fn kill(pid: u32) -> Result<()> {
-    let status = Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
+    signal(pid, "KILL")
+}
+
+fn signal(pid: u32, name: &str) -> Result<()> {
+    let status = Command::new("kill").args(["-s", name, &pid.to_string()]).status()?;
     ensure!(status.success(), "kill: {status}");
     Ok(())
 }
@@ -201,5 +212,109 @@ fn serves_requests_only_if_told(context: &Context) -> Result<Outcome> {
         guest.expect_end(0)?;
         ensure!(has_ended(nursery), "the nursery is left behind");
     }
+    Ok(Outcome::Passed)
+}
+
+fn resize(size: u64) -> Value {
+    json!({ "id": "served", "desired_size": size })
+}
+
+/// Waits until the guest has seen that its disk has `size` bytes.
+fn wait_size(guest: &mut Guest, size: u64) -> Result<()> {
+    wait_until("the guest sees the new size", || {
+        Ok(number(&guest.ask("blk 0 info")?, "sectors")? == size / 512)
+    })
+}
+
+fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
+    let (mut guest, image) = start(context)?;
+    let api = guest.vm().api()?.clone();
+    guest.ask("blk 0 verify 0 8 1")?;
+    let grown = 4 * SIZE;
+    // The second time it has that size already.
+    for _ in 0..2 {
+        api.put("vm.resize-disk", Some(&resize(grown).to_string()))?;
+        wait_size(&mut guest, grown)?;
+    }
+    let last = grown / 512 - 8;
+    guest.ask(&format!("blk 0 write {last} 8 3"))?;
+    guest.ask("blk 0 flush")?;
+    ensure!(image.read(last * 512, 8 * 512)? == pattern(3, last, 8 * 512));
+    // In the words of a disk without a daemon.
+    refused(&api, "vm.resize-disk", &resize(SIZE), 400, &["lose data", "grow"])?;
+    refused(&api, "vm.resize-disk", &resize(grown + 1), 400, &["multiple", "512"])?;
+    let other = json!({ "id": "disk9", "desired_size": SIZE });
+    refused(&api, "vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
+    // The next daemon, which is asked while it starts, knows the size, and can be asked as well.
+    kill(family(guest.vm())?.1)?;
+    api.put("vm.resize-disk", Some(&resize(2 * grown).to_string()))?;
+    wait_size(&mut guest, 2 * grown)?;
+    guest.ask(&format!("blk 0 verify {last} 8 3"))?;
+    // So can the one that a boot brings.
+    api.put("vm.shutdown", None)?;
+    refused(&api, "vm.resize-disk", &resize(3 * grown), 409, &["Shutdown"])?;
+    api.put("vm.boot", None)?;
+    guest.wait_ready()?;
+    ensure!(number(&guest.ask("blk 0 info")?, "sectors")? == 2 * grown / 512);
+    api.put("vm.resize-disk", Some(&resize(3 * grown).to_string()))?;
+    wait_size(&mut guest, 3 * grown)?;
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn nobody_waits_for_a_stopped_daemon(context: &Context) -> Result<Outcome> {
+    let (mut guest, _image) = start(context)?;
+    let api = guest.vm().api()?.clone();
+    let (_, daemon) = family(guest.vm())?;
+    guest.ask("blk 0 verify 0 8 1")?;
+    for (size, waits) in [(2 * SIZE, false), (3 * SIZE, true)] {
+        signal(daemon, "STOP")?;
+        let asking = {
+            let api = api.clone();
+            thread::spawn(move || api.request("PUT", "vm.resize-disk", Some(&resize(size).to_string())))
+        };
+        // Everything else is answered as ever, also what the controller does.
+        for _ in 0..10 {
+            let asked = Instant::now();
+            api.put("vm.resize", Some(r#"{"desired_vcpus":1}"#))?;
+            ensure!(
+                asked.elapsed() < patient(Duration::from_secs(1)),
+                "{:?}",
+                asked.elapsed()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        ensure!(!asking.is_finished(), "a stopped daemon answered");
+        if !waits {
+            signal(daemon, "CONT")?;
+        }
+        let answer = asking.join().ok().context("a panic")??;
+        if waits {
+            let told = answer.status == 500 && answer.body.contains("did not answer within 5 s");
+            ensure!(told, "{} {}", answer.status, answer.body);
+            signal(daemon, "CONT")?;
+            // It may still do it, it said, or not.
+            api.put("vm.resize-disk", Some(&resize(size).to_string()))?;
+        } else {
+            ensure!(answer.is_success(), "{} {}", answer.status, answer.body);
+        }
+        wait_size(&mut guest, size)?;
+    }
+    // One that is killed meanwhile leaves the order to the next one, unless it had it already.
+    signal(daemon, "STOP")?;
+    let asking = {
+        let api = api.clone();
+        thread::spawn(move || api.request("PUT", "vm.resize-disk", Some(&resize(4 * SIZE).to_string())))
+    };
+    thread::sleep(Duration::from_millis(200));
+    signal(daemon, "KILL")?;
+    let answer = asking.join().ok().context("a panic")??;
+    if !answer.is_success() {
+        let told = answer.status == 500 && answer.body.contains("ended before it answered");
+        ensure!(told, "{} {}", answer.status, answer.body);
+        api.put("vm.resize-disk", Some(&resize(4 * SIZE).to_string()))?;
+    }
+    wait_size(&mut guest, 4 * SIZE)?;
+    guest.power_off()?;
     Ok(Outcome::Passed)
 }

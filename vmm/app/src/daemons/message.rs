@@ -10,7 +10,7 @@ pub(crate) const LARGEST: usize = 64 << 10;
 /// What the VMM wants.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order {
-    /// A daemon, which finds its listening socket as descriptor 3.
+    /// A daemon, which finds its listening socket as descriptor 3, and the one for orders, if it takes any, as descriptor 4.
     Start {
         /// The device it serves.
         id: String,
@@ -18,6 +18,8 @@ pub(crate) enum Order {
         program: String,
         /// Its arguments.
         arguments: Vec<String>,
+        /// It takes orders.
+        control: bool,
     },
     /// The end of a daemon.
     Stop {
@@ -29,8 +31,13 @@ pub(crate) enum Order {
 /// What became of an order.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// The daemon serves at this socket.
-    Listens(PathBuf),
+    /// The daemon serves.
+    Serves {
+        /// Where it serves the device.
+        device: PathBuf,
+        /// Where it takes orders, if it was to.
+        control: Option<PathBuf>,
+    },
     /// It is done.
     Done,
     /// It is not; the reason, in a sentence.

@@ -11,14 +11,13 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
-use triarch_machine::{DaemonError, DaemonOrder, Daemons};
+use triarch_machine::{DaemonError, DaemonOrder, DaemonSockets, Daemons};
 
 use message::{Answer, Order};
 
@@ -77,14 +76,15 @@ impl Nursery {
 }
 
 impl Daemons for Nursery {
-    fn start(&self, id: &str, order: DaemonOrder) -> Result<PathBuf, DaemonError> {
+    fn start(&self, id: &str, order: DaemonOrder) -> Result<DaemonSockets, DaemonError> {
         let order = Order::Start {
             id: id.to_owned(),
             program: order.program.to_owned(),
             arguments: order.arguments,
+            control: order.control,
         };
         match self.ask(&order)? {
-            Answer::Listens(socket) => Ok(socket),
+            Answer::Serves { device, control } => Ok(DaemonSockets { device, control }),
             Answer::Done => Err(DaemonError("the process that starts daemons said no socket".to_owned())),
             Answer::Failed(reason) => Err(DaemonError(reason)),
         }

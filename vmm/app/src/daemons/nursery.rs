@@ -14,13 +14,15 @@ use rustix::net::{RecvFlags, SendFlags};
 use tempfile::TempDir;
 
 use super::message::{self, Answer, Order};
-use super::ward::Ward;
+use super::ward::{PLACES, Ward};
 
 /// Serves the VMM at standard input until it is gone; then ends all daemons, and leaves nothing behind.
 pub(crate) fn run() -> ExitCode {
     close_inherited();
     let stdin = io::stdin();
     let socket = stdin.as_fd();
+    // Where daemons find their sockets, nothing else is ever put: between fork and exec it would be lost.
+    let _kept = PLACES.map(|place| rustix::io::fcntl_dupfd_cloexec(socket, place));
     match Nursery::new() {
         Ok(mut nursery) => {
             nursery.serve(socket);
@@ -53,6 +55,8 @@ struct Nursery {
     /// Where the sockets are; only this user finds them.
     dir: TempDir,
     wards: BTreeMap<String, Ward>,
+    /// How many were started, for names of sockets that nobody else has.
+    started: u64,
 }
 
 impl Nursery {
@@ -70,6 +74,7 @@ impl Nursery {
         Ok(Self {
             dir,
             wards: BTreeMap::new(),
+            started: 0,
         })
     }
 
@@ -95,15 +100,21 @@ impl Nursery {
 
     fn obey(&mut self, order: Order) -> Answer {
         match order {
-            Order::Start { id, program, arguments } => {
+            Order::Start {
+                id,
+                program,
+                arguments,
+                control,
+            } => {
                 // One that is there already is of another life of the device.
                 self.wards.remove(&id);
-                let socket = self.dir.path().join(format!("{}.sock", self.wards.len()));
-                let socket = free(socket);
-                match Ward::start(find(&program), arguments, &socket) {
+                let device = self.dir.path().join(format!("{}.sock", self.started));
+                self.started += 1;
+                let control = control.then(|| device.with_extension("control"));
+                match Ward::start(find(&program), arguments, &device, control.as_deref()) {
                     Ok(ward) => {
                         self.wards.insert(id, ward);
-                        Answer::Listens(socket)
+                        Answer::Serves { device, control }
                     }
                     Err(reason) => Answer::Failed(reason),
                 }
@@ -117,14 +128,6 @@ impl Nursery {
             },
         }
     }
-}
-
-/// The first of `path`, `path'`, `path''`... that is not there.
-fn free(mut path: PathBuf) -> PathBuf {
-    while path.symlink_metadata().is_ok() {
-        path.as_mut_os_string().push("'");
-    }
-    path
 }
 
 /// The program beside this one, or by its name where it is looked for.

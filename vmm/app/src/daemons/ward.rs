@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -29,22 +29,30 @@ const LAST_DELAY: Duration = Duration::from_secs(2);
 const PROVEN: Duration = Duration::from_secs(2);
 /// What is kept of the last line a daemon wrote.
 const LINE: usize = 512;
-/// The descriptor a daemon finds its listening socket as.
-const LISTENER: i32 = 3;
+/// The descriptors a daemon finds its listening sockets as: that of its device, and that for orders.
+pub(crate) const PLACES: [RawFd; 2] = [3, 4];
 
 /// A daemon that is looked after. Dropping it ends the daemon, and removes its sockets.
 pub(crate) struct Ward {
     end: Event,
     thread: Option<JoinHandle<()>>,
-    sockets: [PathBuf; 2],
+    sockets: Vec<PathBuf>,
 }
 
 impl Ward {
-    /// Starts `program` with `arguments`; returns when it serves. The error is a sentence.
-    pub(crate) fn start(program: PathBuf, arguments: Vec<String>, socket: &Path) -> Result<Self, String> {
+    /// Starts `program` with `arguments`, its device at `socket`, and taking orders at `control` if it is to; returns when it serves.
+    /// The error is a sentence.
+    pub(crate) fn start(
+        program: PathBuf,
+        arguments: Vec<String>,
+        socket: &Path,
+        control: Option<&Path>,
+    ) -> Result<Self, String> {
         let notify = socket.with_extension("notify");
         let failed = |error: io::Error| format!("cannot make the sockets of {}: {error}", program.display());
-        let listener = UnixListener::bind(socket).map_err(failed)?;
+        let paths = || std::iter::once(socket).chain(control);
+        let listeners: Result<Vec<_>, _> = paths().map(UnixListener::bind).collect();
+        let listeners = listeners.map_err(failed)?;
         let news = UnixDatagram::bind(&notify).map_err(failed)?;
         news.set_nonblocking(true).map_err(failed)?;
         let end = Event::new().map_err(failed)?;
@@ -52,7 +60,7 @@ impl Ward {
         let mut keeper = Keeper {
             program,
             arguments,
-            listener,
+            listeners,
             news,
             notify: notify.clone(),
             end: end.clone(),
@@ -62,7 +70,7 @@ impl Ward {
         let ward = Self {
             end,
             thread: Some(thread),
-            sockets: [socket.to_owned(), notify],
+            sockets: paths().chain([&*notify]).map(Path::to_owned).collect(),
         };
         match outcome.recv() {
             Ok(Ok(())) => Ok(ward),
@@ -94,8 +102,8 @@ impl Drop for Ward {
 struct Keeper {
     program: PathBuf,
     arguments: Vec<String>,
-    /// Where the VMM connects. It is the same for each daemon, so that nobody finds it closed.
-    listener: UnixListener,
+    /// Where the VMM connects. They are the same for each daemon, so that nobody finds them closed.
+    listeners: Vec<UnixListener>,
     /// Where the daemon says that it serves (sd_notify(3)).
     news: UnixDatagram,
     notify: PathBuf,
@@ -145,7 +153,12 @@ impl Keeper {
 
     fn spawn(&mut self) -> io::Result<Child> {
         self.last_line.clear();
-        let listener = self.listener.as_raw_fd();
+        let places = self
+            .listeners
+            .iter()
+            .map(AsRawFd::as_raw_fd)
+            .zip(PLACES)
+            .collect::<Vec<_>>();
         let mut command = Command::new(&self.program);
         command
             .args(&self.arguments)
@@ -157,16 +170,13 @@ impl Keeper {
         unsafe {
             command.pre_exec(move || {
                 rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
-                // A copy is not closed by exec; if it has the right number already, it is told so.
-                let done = match listener {
-                    LISTENER => libc::fcntl(LISTENER, libc::F_SETFD, 0),
-                    other => libc::dup2(other, LISTENER),
-                };
-                if done < 0 {
-                    Err(io::Error::last_os_error())
-                } else {
-                    Ok(())
+                for (listener, place) in &places {
+                    // A copy is not closed by exec. What is copied has another number: those are kept free (see the nursery).
+                    if libc::dup2(*listener, *place) < 0 {
+                        return Err(io::Error::last_os_error());
+                    }
                 }
+                Ok(())
             });
         }
         command.spawn()
