@@ -159,7 +159,18 @@ impl Listener {
         })
     }
 
-    /// Takes a socket over that another process listened on, at `path` if it is to be removed in the end.
+    /// Another process listens now, and removes the path when it ends: this one will not.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::Relaxed);
+    }
+
+    /// It is this process that removes the path in the end.
+    pub fn own(&self) {
+        self.left.store(false, Ordering::Relaxed);
+    }
+
+    /// Takes a socket over that another process listens on, at `path` if it is to be removed in the end: by the other process, until
+    /// this one is told that it [owns](Self::own) it.
     pub fn adopt(socket: OwnedFd, path: Option<PathBuf>) -> Self {
         let place = path.and_then(|path| {
             let file = fs::symlink_metadata(&path).ok()?;
@@ -172,7 +183,7 @@ impl Listener {
         Self {
             socket,
             path: place,
-            left: Arc::default(),
+            left: Arc::new(AtomicBool::new(true)),
         }
     }
 }

@@ -180,11 +180,7 @@ impl Daemon {
     /// The new one does not start, or the old one does not end.
     pub fn hand_over(&mut self) -> Result<()> {
         let mut old = self.process.take().context("no daemon runs")?;
-        let mut command = Command::new(&self.program);
-        command
-            .args(["--log-level", "debug", "--take-over"])
-            .arg(self.control_socket());
-        self.process = Some(Process::start(&mut command)?);
+        self.process = Some(Process::start(&mut self.successor(&self.program))?);
         let status = old.wait(soon())?;
         let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
         ensure!(
@@ -193,6 +189,20 @@ impl Daemon {
             old.last_words()
         );
         Ok(())
+    }
+
+    /// What would let `program` go on in its place.
+    pub fn successor(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(["--log-level", "debug", "--take-over"])
+            .arg(self.control_socket());
+        command
+    }
+
+    /// The program's file.
+    pub fn program(&self) -> &Path {
+        &self.program
     }
 
     /// Ends it as a crash would.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -100,13 +101,7 @@ impl Daemon {
 
     /// The sockets belong to another process now.
     pub(crate) fn leave(&self) {
-        for passage in self
-            .exports()
-            .iter()
-            .filter_map(|export| export.listener().passage().ok())
-        {
-            passage.leave();
-        }
+        self.exports().iter().for_each(|export| export.listener().leave());
         if let Some(control) = self.control() {
             control.leave();
         }
@@ -130,15 +125,17 @@ impl Daemon {
         Some(export)
     }
 
-    /// Starts the thread that accepts front ends.
-    pub fn start(self: &Arc<Self>) -> io::Result<JoinHandle<()>> {
+    /// Makes the thread that accepts front ends. It begins when `begin` says so, and ends at once when that is dropped.
+    pub fn prepare(self: &Arc<Self>, begin: Receiver<()>) -> io::Result<JoinHandle<()>> {
         let (daemon, confine) = (self.clone(), self.sandbox.clone());
         let body = move || {
             if let Err(error) = confine.enter(ThreadClass::BackEnd) {
                 tracing::error!("cannot confine a thread: {error}");
                 std::process::abort();
             }
-            daemon.accept();
+            if begin.recv().is_ok() {
+                daemon.accept();
+            }
         };
         self.sandbox.spawn("accept".to_owned(), Box::new(body))
     }

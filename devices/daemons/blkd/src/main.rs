@@ -4,7 +4,7 @@ use std::io::{Write, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 
 use anyhow::Context;
 use clap::Parser;
@@ -12,6 +12,8 @@ use triarch_api::server::Listener;
 use triarch_blkd::{ControlService, Daemon, End, ExportOptions, Taken, obey};
 use triarch_daemon::{Confinement, Control, LogOptions, SeccompMode, Signals, drop_privileges};
 use triarch_device_core::{Sandbox, ServiceManager, ThreadClass};
+
+const TAKE_OVER: &str = "cannot take over";
 
 /// Serves disks to virtual machines over vhost-user.
 #[derive(Debug, Parser)]
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     cli.log.start();
+    triarch_daemon::raise_descriptors();
     // Before there is another thread.
     let signals = Signals::hold().context("cannot hold signals back")?;
     let confinement = Confinement::new(cli.seccomp);
@@ -61,30 +64,32 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         let name = export.name.clone();
         daemon.add(export).with_context(|| format!("export {name}"))?;
     }
-    let mut control = cli.control_socket.as_deref().map(triarch_daemon::listen).transpose()?;
-    if let Some(socket) = &cli.take_over {
-        let (exports, listener) = Taken::ask(socket)
-            .and_then(Taken::confirm)
-            .context("cannot take over")?;
-        exports.into_iter().for_each(|export| daemon.put(export));
-        control = Some(listener);
+    let mut listener = cli.control_socket.as_deref().map(triarch_daemon::listen).transpose()?;
+    let mut taken = cli
+        .take_over
+        .as_deref()
+        .map(Taken::ask)
+        .transpose()
+        .context(TAKE_OVER)?;
+    if let Some(taken) = &mut taken {
+        listener = taken.take_control();
     }
     drop_privileges()?;
     let (end, ended) = channel();
-    let control = control.map(|listener| serve_control(listener, &daemon, &sandbox, end.clone()));
-    let control = control.transpose()?;
-    let accept = daemon.start().context("cannot start a thread")?;
-    let confine = sandbox.clone();
-    let wait = move || {
-        if let Err(error) = confine.enter(ThreadClass::Control) {
-            tracing::error!("cannot confine a thread: {error}");
-            std::process::abort();
-        }
-        signals.wait();
-        let _ = end.send(End::Told);
-    };
-    let waiting = sandbox.spawn("signals".to_owned(), Box::new(wait));
-    waiting.context("cannot start a thread")?;
+    wait_for_signals(signals, &sandbox, end.clone()).context("cannot start a thread")?;
+    let control = listener.map(|listener| prepare_control(listener, &daemon, &sandbox, end));
+    let mut control = control.transpose()?;
+    let (begin, begun) = channel();
+    let accept = daemon.prepare(begun).context("cannot start a thread")?;
+    if let Some(taken) = taken {
+        // As late as possible: what failed after this would leave guests without a daemon.
+        taken.confirm(&daemon).context(TAKE_OVER)?;
+    }
+    // The thread waits for it.
+    let _ = begin.send(());
+    if let Some(control) = &mut control {
+        control.begin();
+    }
     if let Some(manager) = ServiceManager::from_env() {
         manager.send("READY=1");
     }
@@ -100,12 +105,26 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves the control socket, with a thread for what takes longer than an answer may.
-fn serve_control(
+/// Tells `end` when a signal does.
+fn wait_for_signals(signals: Signals, sandbox: &Arc<dyn Sandbox>, end: Sender<End>) -> std::io::Result<()> {
+    let confine = sandbox.clone();
+    let wait = move || {
+        if let Err(error) = confine.enter(ThreadClass::Control) {
+            tracing::error!("cannot confine a thread: {error}");
+            std::process::abort();
+        }
+        signals.wait();
+        let _ = end.send(End::Told);
+    };
+    sandbox.spawn("signals".to_owned(), Box::new(wait)).map(drop)
+}
+
+/// Prepares to serve the control socket, with a thread for what takes longer than an answer may.
+fn prepare_control(
     listener: Listener,
     daemon: &Arc<Daemon>,
     sandbox: &Arc<dyn Sandbox>,
-    end: std::sync::mpsc::Sender<End>,
+    end: Sender<End>,
 ) -> anyhow::Result<Control> {
     daemon.set_control(listener.passage().context("cannot share the control socket")?);
     let (orders, received) = channel();
@@ -121,5 +140,5 @@ fn serve_control(
         .spawn("orders".to_owned(), Box::new(body))
         .context("cannot start a thread")?;
     let service = ControlService::new(daemon.clone(), orders);
-    Ok(Control::start(listener, Box::new(service), sandbox)?)
+    Ok(Control::prepare(listener, Box::new(service), sandbox)?)
 }

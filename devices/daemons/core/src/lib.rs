@@ -12,6 +12,7 @@
 pub mod backend;
 mod confine;
 mod control;
+mod limits;
 mod logging;
 #[allow(unsafe_code)] // capabilities
 mod privileges;
@@ -20,6 +21,7 @@ mod socket;
 
 pub use confine::{Confinement, SeccompMode};
 pub use control::{Control, ControlError};
+pub use limits::raise_descriptors;
 pub use logging::LogOptions;
 pub use privileges::{PrivilegeError, drop_privileges};
 pub use signals::Signals;

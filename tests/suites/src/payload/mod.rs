@@ -14,6 +14,7 @@ mod edit;
 mod ends;
 mod events;
 pub(crate) mod guest;
+mod hand_over;
 mod launch;
 mod log;
 mod memory;
@@ -53,6 +54,7 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         vsock::TESTS,
         vhost::TESTS,
+        hand_over::TESTS,
         vhost_net::TESTS,
         netd::TESTS,
         passt::TESTS,

@@ -42,7 +42,6 @@ pub const TESTS: &[Test] = &[
     Test::payload("vhost::blkd::blk_grows_while_it_runs", blk_grows_while_it_runs::<OURS>),
     Test::payload("vhost::blkd::the_data_path_can_be_chosen", data_path).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::limits_change_while_it_runs", limits_change).within(Duration::from_secs(30)),
-    Test::payload("vhost::blkd::another_process_goes_on", hand_over).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::is_confined_idle_and_ends", confined_and_idle).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::one_vm_has_a_disk", one_vm_has_a_disk).within(Duration::from_secs(20)),
     Test::payload(
@@ -68,15 +67,15 @@ pub const TESTS: &[Test] = &[
 ];
 
 const THEIRS: bool = false;
-const OURS: bool = true;
+pub(super) const OURS: bool = true;
 
 const SIZE: u64 = 8 << 20;
 
 /// A guest with a disk that a daemon serves.
-struct Rig {
-    guest: Guest,
-    daemon: Daemon,
-    image: DiskImage,
+pub(super) struct Rig {
+    pub(super) guest: Guest,
+    pub(super) daemon: Daemon,
+    pub(super) image: DiskImage,
     // Last: what is in it outlives the rest.
     _dir: tempfile::TempDir,
 }
@@ -106,7 +105,7 @@ impl Rig {
     }
 
     /// How the disk stands with its daemon.
-    fn link(&self) -> Result<serde_json::Value> {
+    pub(super) fn link(&self) -> Result<serde_json::Value> {
         storage::link(self.guest.vm())
     }
 
@@ -117,7 +116,7 @@ impl Rig {
 }
 
 /// Runs a test that has a daemon, or tells that there is none.
-fn with_daemon<const WHOSE: bool>(
+pub(super) fn with_daemon<const WHOSE: bool>(
     context: &Context,
     queues: u16,
     options: &str,
@@ -466,30 +465,6 @@ fn limits_change(context: &Context) -> Result<Outcome> {
             held.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n > 100)),
             "{metrics}"
         );
-        Ok(())
-    })
-}
-
-/// A new process takes the place of the old one, under load, again and again.
-fn hand_over(context: &Context) -> Result<Outcome> {
-    with_daemon::<OURS>(context, 2, ",num_queues=2", |rig| {
-        rig.guest.ask("blk 0 init queues=2")?;
-        let mut stalls = Vec::new();
-        for round in 0..10 {
-            rig.guest.send(&format!("blk 0 soak 3000 48 {round} 1000"))?;
-            thread::sleep(Duration::from_millis(5 + round * 3));
-            rig.daemon.hand_over()?;
-            let answer = rig.guest.answer().with_context(|| format!("round {round}"))?;
-            stalls.push(number(&answer, "stall_us")? / 1000);
-        }
-        stalls.sort_unstable();
-        let info = rig.daemon.control().request("GET", "blkd.info", None)?.body;
-        let info: serde_json::Value = serde_json::from_str(&info)?;
-        ensure!(info["exports"][0]["connected"] == true, "{info}");
-        figure(&format!(
-            "10 hand-overs under load; without an answer for {} ms (median), {} ms (longest)",
-            stalls[5], stalls[9]
-        ))?;
         Ok(())
     })
 }
