@@ -87,6 +87,11 @@ pub trait IoQueue: Send {
     /// Returns how many there were.
     fn completions(&mut self, done: &mut OnCompletion<'_>) -> usize;
 
+    /// Whether [`IoQueue::completions`] has something to do: for whoever looks again and again instead of waiting.
+    fn ready(&mut self) -> bool {
+        sys::is_readable(self.completion_fd()) || self.alarm_fd().is_some_and(sys::is_readable)
+    }
+
     /// Waits until every operation is complete and hands the completions out.
     ///
     /// # Errors

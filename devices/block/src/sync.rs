@@ -91,6 +91,10 @@ impl IoQueue for SyncQueue {
         count
     }
 
+    fn ready(&mut self) -> bool {
+        self.finished.len() > 0
+    }
+
     fn drain(&mut self, done: &mut OnCompletion<'_>) -> io::Result<()> {
         self.completions(done);
         Ok(())

@@ -183,6 +183,19 @@ pub(crate) fn alarm_file() -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+/// Whether there is something to read, without waiting.
+pub(crate) fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the one record and the time live as long as the call.
+    let ready = unsafe { libc::ppoll(&mut poll, 1, &now, std::ptr::null()) };
+    ready > 0
+}
+
 /// Makes an [`alarm_file`] readable in `nanos` nanoseconds, which are not zero.
 pub(crate) fn set_alarm(alarm: &File, nanos: u64) {
     let seconds = libc::time_t::try_from(nanos / 1_000_000_000).unwrap_or(libc::time_t::MAX);

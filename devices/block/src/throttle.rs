@@ -335,6 +335,10 @@ impl IoQueue for ThrottledQueue {
         count
     }
 
+    fn ready(&mut self) -> bool {
+        self.inner.ready() || !self.held.is_empty() && sys::is_readable(self.alarm.as_fd())
+    }
+
     fn drain(&mut self, done: &mut OnCompletion<'_>) -> io::Result<()> {
         // Whoever stops a queue does not wait for its limits. What it takes too much is credit.
         self.release(true);

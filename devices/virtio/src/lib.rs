@@ -18,7 +18,9 @@ mod transport;
 pub mod vsock;
 mod wait;
 
-pub use block::{Block, BlockError, BlockHandle, BlockStateV1, MAX_BLOCK_QUEUES, ResizeError, block_feature};
+pub use block::{
+    Block, BlockError, BlockHandle, BlockStateV1, LookCounters, MAX_BLOCK_QUEUES, ResizeError, block_feature,
+};
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};

@@ -239,6 +239,16 @@ impl VirtQueue {
         index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
     }
 
+    /// Whether there is a chain to pop, as far as the ring's index tells: for whoever looks again and again.
+    pub fn has_more(&self) -> bool {
+        let again = self
+            .tracking
+            .as_ref()
+            .is_some_and(|tracking| !tracking.again.is_empty());
+        let next = self.ring.next_avail();
+        !self.faulted && (again || self.offered().is_ok_and(|offered| offered != next))
+    }
+
     /// How many chains were completed, modulo 2^16, as the ring tells: what another process completed is counted.
     ///
     /// # Errors

@@ -98,6 +98,8 @@ pub struct Daemon {
     socket: PathBuf,
     /// Queues of the export, from its next start on.
     pub queues: u16,
+    /// Further options of an export of ours, beginning with a comma, from its next start on.
+    pub options: &'static str,
     process: Option<Process>,
 }
 
@@ -113,6 +115,7 @@ impl Daemon {
             program,
             socket: dir.join("disk.sock"),
             queues,
+            options: "",
             process: None,
         })
     }
@@ -157,9 +160,12 @@ impl Daemon {
 
     fn blkd(&self, command: &mut Command, disk: &Path) {
         let (disk, socket, queues) = (disk.display(), self.socket.display(), self.queues);
+        let options = self.options;
         command
             .arg("--export")
-            .arg(format!("name=served,path={disk},socket={socket},num_queues={queues}"))
+            .arg(format!(
+                "name=served,path={disk},socket={socket},num_queues={queues}{options}"
+            ))
             .args(["--log-level", "debug"])
             .arg("--control-socket")
             .arg(self.control_socket());

@@ -102,7 +102,8 @@ impl Export {
     }
 
     fn new(options: ExportOptions, disk: Arc<Disk>, listener: Listener) -> Result<Arc<Self>, ExportError> {
-        let device = Block::new(&options.name, disk, options.num_queues, options.queue_size)?;
+        let mut device = Block::new(&options.name, disk, options.num_queues, options.queue_size)?;
+        device.set_look(Duration::from_micros(options.poll_us.into()));
         Ok(Arc::new(Self {
             handle: device.handle(),
             device: Mutex::new(device),

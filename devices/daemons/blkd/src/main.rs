@@ -25,7 +25,7 @@ const TAKE_OVER: &str = "cannot take over";
 )]
 struct Cli {
     /// A disk: name=NAME,path=FILE,socket=PATH[,readonly=on][,num_queues=N][,queue_size=N][,direct=on][,io_uring=off][,serial=TEXT]
-    /// [,iops=N[,iops_burst=N]][,bw=BYTES[,bw_burst=BYTES]]
+    /// [,poll_us=N][,iops=N[,iops_burst=N]][,bw=BYTES[,bw_burst=BYTES]]
     #[arg(long = "export", value_name = "KEY=VALUE,...", required_unless_present_any = ["control_socket", "take_over"])]
     exports: Vec<ExportOptions>,
     /// Where to listen for questions and orders: a path, or fd=N

@@ -82,6 +82,12 @@ const RESUBMITTED: Family = family(
     EXPORT,
     "Requests that an earlier process had not finished, done again.",
 );
+const POLLS: Family = family(
+    "triarch_blkd_polls_total",
+    Kind::Counter,
+    &["export", "outcome"],
+    "Times that a queue of an export with poll_us looked for work before it slept.",
+);
 
 /// The text for a scrape.
 pub(crate) fn render(exports: &[Arc<Export>]) -> String {
@@ -126,6 +132,13 @@ pub(crate) fn render(exports: &[Arc<Export>]) -> String {
     each(REFUSED, &|export| get(&export.counters().refused));
     each(BROKEN, &|export| get(&export.counters().broken));
     each(RESUBMITTED, &|export| get(&export.counters().resubmitted));
+    let mut samples = Samples::new(&mut text, POLLS);
+    for export in exports {
+        let looks = export.handle().looks();
+        for (outcome, count) in [("found", looks.found), ("vain", looks.vain)] {
+            samples.add(&[&export.name(), &outcome], Value::Number(count));
+        }
+    }
     text
 }
 

@@ -19,11 +19,15 @@ const KEYS: &[&str] = &[
     "direct",
     "io_uring",
     "serial",
+    "poll_us",
     "iops",
     "iops_burst",
     "bw",
     "bw_burst",
 ];
+
+/// The longest time a queue may look for work, in microseconds. Stopping it waits for so long.
+const MAX_POLL: u32 = 100_000;
 
 /// Without a burst of its own, a limit lets this part of a second's worth go at once.
 const BURST_PART: u64 = 10;
@@ -40,6 +44,9 @@ pub enum OptionsError {
     /// The name would be no good one in logs, metrics and thread names.
     #[error("the name '{0}' is not made of 1 to 64 letters, digits, '.', '_' and '-'")]
     Name(String),
+    /// Nobody should wait for so long.
+    #[error("poll_us is at most {MAX_POLL}, not {0}")]
+    Poll(u32),
     /// A limit of nothing, or a burst of what is not limited.
     #[error("{0} must be at least 1, and a burst needs its limit")]
     Limit(&'static str),
@@ -112,9 +119,16 @@ pub struct ExportOptions {
     /// Serial number; by default one made from the file's identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// How long each queue looks for work before it sleeps, at most, in microseconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub poll_us: u32,
     /// How much it may do.
     #[serde(default)]
     pub limits: LimitOptions,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 fn one() -> u16 {
@@ -138,6 +152,9 @@ impl ExportOptions {
         let good = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         if !(1..=64).contains(&self.name.len()) || !self.name.bytes().all(good) {
             return Err(OptionsError::Name(self.name.clone()));
+        }
+        if self.poll_us > MAX_POLL {
+            return Err(OptionsError::Poll(self.poll_us));
         }
         self.limits.limits().map(drop)
     }
@@ -173,6 +190,7 @@ impl FromStr for ExportOptions {
             direct: kv.switch("direct")?.unwrap_or(false),
             io_uring: kv.switch("io_uring")?.unwrap_or(true),
             serial: kv.text("serial").map(str::to_owned),
+            poll_us: kv.number("poll_us")?.unwrap_or(0),
             limits: LimitOptions {
                 iops: kv.number("iops")?,
                 iops_burst: kv.number("iops_burst")?,
@@ -192,7 +210,7 @@ mod tests {
     #[test]
     fn an_export_is_read() {
         let all = "name=a-1,path=/x/y,socket=fd=3,readonly=on,num_queues=4,queue_size=64,direct=on,io_uring=off,serial=s,\
-                   iops=500,bw=1M,bw_burst=4M";
+                   poll_us=50,iops=500,bw=1M,bw_burst=4M";
         let read: ExportOptions = all.parse().expect("valid");
         let expected = ExportOptions {
             name: "a-1".into(),
@@ -204,6 +222,7 @@ mod tests {
             direct: true,
             io_uring: false,
             serial: Some("s".into()),
+            poll_us: 50,
             limits: LimitOptions {
                 iops: Some(500),
                 iops_burst: None,
@@ -230,6 +249,7 @@ mod tests {
         assert!(error("name=a b,path=b,socket=c").contains("'a b'"));
         assert!(error("nam=a").contains("no key 'nam'"));
         assert!(error("name=a,path=b,socket=c,num_queues=70000").contains("too large"));
+        assert!(error("name=a,path=b,socket=c,poll_us=100001").contains("100000, not 100001"));
         assert!(error("name=a,path=b,socket=c,iops=0").contains("iops"));
         assert!(error("name=a,path=b,socket=c,bw_burst=5").contains("needs its limit"));
     }

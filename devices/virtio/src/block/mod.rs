@@ -1,6 +1,7 @@
 //! The block device (virtio 1.2, 5.2) on the disk engine.
 
 mod config;
+mod polling;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -9,6 +10,7 @@ mod worker;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -17,7 +19,10 @@ use triarch_device_core::{ThreadClass, Worker};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use config::feature as block_feature;
+pub use polling::LookCounters;
+
 use config::feature;
+use polling::Looks;
 use worker::{Cache, Common, QueueWorker};
 
 use crate::{
@@ -71,6 +76,7 @@ pub struct BlockStateV1 {
 struct Shared {
     disk: Arc<Disk>,
     interrupt: Mutex<Option<Arc<dyn VirtioInterrupt>>>,
+    looks: Arc<Looks>,
 }
 
 /// Reaches the disk behind a device that the transport owns.
@@ -106,6 +112,11 @@ impl BlockHandle {
         self.0.disk.counters().read()
     }
 
+    /// What came of looking for work before sleeping ([`Block::set_look`]).
+    pub fn looks(&self) -> LookCounters {
+        self.0.looks.read()
+    }
+
     /// The disk itself.
     pub fn disk(&self) -> &Arc<Disk> {
         &self.0.disk
@@ -119,6 +130,7 @@ pub struct Block {
     queue_sizes: Vec<u16>,
     features: u64,
     cache: Arc<Cache>,
+    look: Duration,
     context: Option<DeviceContext>,
     workers: Vec<Option<Running>>,
 }
@@ -148,15 +160,24 @@ impl Block {
             shared: Arc::new(Shared {
                 disk,
                 interrupt: Mutex::new(None),
+                looks: Arc::default(),
             }),
             queue_sizes: vec![queue_size; queues.into()],
             cache: Arc::new(Cache {
                 writeback: AtomicBool::new(true),
                 flush: AtomicBool::new(false),
             }),
+            look: Duration::ZERO,
             context: None,
             workers: (0..queues).map(|_| None).collect(),
         })
+    }
+
+    /// Lets the threads of queues that start from now on look for work for `longest` at most before they sleep: requests that follow
+    /// each other are seen sooner, for a processor's time while they come. How long it is adapts to them; when none come, or with zero,
+    /// which it is in the beginning, nobody looks.
+    pub fn set_look(&mut self, longest: Duration) {
+        self.look = longest;
     }
 
     /// A handle that outlives the device's move into its transport.
@@ -265,6 +286,8 @@ impl VirtioDevice for Block {
             id: Arc::clone(&self.id),
             features: context.features,
             cache: Arc::clone(&self.cache),
+            look: self.look,
+            looks: Arc::clone(&self.shared.looks),
         };
         let kick = queue.kick().try_clone().map_err(host("a disk's notification"))?;
         let state = io

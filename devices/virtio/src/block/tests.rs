@@ -63,7 +63,7 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// Waits up to five seconds for something to become true.
-fn eventually(what: impl Fn() -> bool) -> bool {
+fn eventually(mut what: impl FnMut() -> bool) -> bool {
     for _ in 0..5000 {
         if what() {
             return true;

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use triarch_block::{Disk, IoBuf, IoQueue, Op, SERIAL_LEN};
 use triarch_device_core::RateLimit;
@@ -14,6 +15,7 @@ use vm_memory::atomic::GuestMemoryLoadGuard;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::polling::{Looks, Window};
 use super::request::{self, Parsed, Request, Segments, Status};
 use crate::{Chain, Segment, VirtQueue, iovecs, mark_written};
 
@@ -39,6 +41,8 @@ pub(super) struct QueueWorker {
     io: Box<dyn IoQueue>,
     lane: Lane,
     epoll: Epoll,
+    window: Window,
+    looks: Arc<Looks>,
 }
 
 /// What completions need, apart from the engine's queue that delivers them.
@@ -65,6 +69,9 @@ pub(super) struct Common {
     pub(super) id: Arc<str>,
     pub(super) features: u64,
     pub(super) cache: Arc<Cache>,
+    /// How long to look for work before sleeping, at most.
+    pub(super) look: Duration,
+    pub(super) looks: Arc<Looks>,
 }
 
 /// The write cache as the driver sees it.
@@ -98,7 +105,13 @@ impl QueueWorker {
             completed: false,
             log: RateLimit::default(),
         };
-        Ok(Self { io, lane, epoll })
+        Ok(Self {
+            io,
+            lane,
+            epoll,
+            window: Window::new(common.look),
+            looks: Arc::clone(&common.looks),
+        })
     }
 
     /// Gives the queue back once nothing is in flight.
@@ -128,7 +141,7 @@ impl QueueWorker {
                 self.io.completions(&mut |tag, result| lane.finish(tag, &result));
             }
             self.lane.signal();
-            fired = match self.wait(more && self.lane.has_room()) {
+            fired = match self.rest(more) {
                 Ok(fired) => fired,
                 Err(error) => {
                     tracing::error!(disk = %self.lane.id, %error, "cannot wait for work, the queue stands still");
@@ -141,6 +154,46 @@ impl QueueWorker {
             tracing::error!(disk = %lane.id, %error, "cannot wait for operations in flight");
         }
         self.lane.signal();
+    }
+
+    /// Waits for something to do, or only sees what there is if there may be `more` in the ring. Returns what is readable.
+    fn rest(&mut self, more: bool) -> io::Result<u64> {
+        if more && self.lane.has_room() {
+            return self.wait(true);
+        }
+        if !self.window.is_allowed() {
+            return self.wait(false);
+        }
+        let begun = Instant::now();
+        if !self.window.now().is_zero() {
+            let found = self.look(begun + self.window.now());
+            self.looks.count(found);
+            if found {
+                // Also an order to stop is seen, however much work there is.
+                return self.wait(true);
+            }
+        }
+        // From here on the driver is to notify; what it offered until then it need not have.
+        if self.lane.has_room() && self.lane.queue.arm() {
+            return self.wait(true);
+        }
+        let fired = self.wait(false)?;
+        self.window.adapt(begun.elapsed());
+        Ok(fired)
+    }
+
+    /// Looks for work until there is some or it is `end`. Returns whether there is.
+    fn look(&mut self, end: Instant) -> bool {
+        loop {
+            let offered = self.lane.has_room() && self.lane.queue.has_more();
+            if offered || self.io.in_flight() > 0 && self.io.ready() {
+                return true;
+            }
+            if Instant::now() >= end {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
     }
 
     /// Waits for something to do, or only looks if `busy`. Returns what is readable.
@@ -165,7 +218,8 @@ impl QueueWorker {
             }
             if let Some(chain) = self.lane.queue.pop() {
                 self.lane.start(&chain, &mut *self.io, vecs);
-            } else if !self.lane.queue.arm() {
+            } else if self.window.is_allowed() || !self.lane.queue.arm() {
+                // Whoever looks first needs no notification yet.
                 more = false;
                 break;
             }

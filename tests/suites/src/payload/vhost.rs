@@ -43,6 +43,7 @@ pub const TESTS: &[Test] = &[
     Test::payload("vhost::blkd::the_data_path_can_be_chosen", data_path).within(Duration::from_secs(60)),
     Test::payload("vhost::blkd::limits_change_while_it_runs", limits_change).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::is_confined_idle_and_ends", confined_and_idle).within(Duration::from_secs(30)),
+    Test::payload("vhost::blkd::polls_while_it_pays", polls).within(Duration::from_secs(30)),
     Test::payload("vhost::blkd::one_vm_has_a_disk", one_vm_has_a_disk).within(Duration::from_secs(20)),
     Test::payload(
         "vhost::blkd::blk_survives_resets_and_pauses",
@@ -519,24 +520,53 @@ fn confined_and_idle(context: &Context) -> Result<Outcome> {
                 );
             }
         }
-        // User and system time are the 12th and 13th field behind the name.
-        let time = || -> Result<Vec<String>> {
-            let stat = std::fs::read_to_string(proc("stat")?)?;
-            let fields = stat.rsplit_once(')').context("no name")?.1.split_whitespace();
-            Ok(fields.skip(11).take(2).map(str::to_owned).collect())
-        };
-        let before = time()?;
-        thread::sleep(Duration::from_secs(2));
-        ensure!(
-            time()? == before,
-            "it used the processor: {before:?}, then {:?}",
-            time()?
-        );
+        is_idle(rig)?;
         rig.daemon.signal("TERM")?;
         rig.daemon.expect_end()?;
         rig.wait_link("Disconnected")?;
         rig.restart()?;
         rig.guest.ask("blk 0 stress 100 8 13")?;
         Ok(())
+    })
+}
+
+/// The daemon uses no processor.
+fn is_idle(rig: &Rig) -> Result<()> {
+    // User and system time are the 12th and 13th field behind the name.
+    let time = || -> Result<Vec<String>> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", rig.daemon.pid()?))?;
+        let fields = stat.rsplit_once(')').context("no name")?.1.split_whitespace();
+        Ok(fields.skip(11).take(2).map(str::to_owned).collect())
+    };
+    // What it still does of what came before is soon over.
+    thread::sleep(Duration::from_millis(100));
+    let before = time()?;
+    thread::sleep(Duration::from_secs(2));
+    let after = time()?;
+    ensure!(after == before, "it used the processor: {before:?}, then {after:?}");
+    Ok(())
+}
+
+/// With `poll_us`, queues look for requests while they follow each other, and sleep when they do not.
+fn polls(context: &Context) -> Result<Outcome> {
+    with_daemon::<OURS>(context, 2, ",num_queues=2", |rig| {
+        rig.daemon.options = ",poll_us=5000";
+        rig.restart()?;
+        rig.wait_link("Connected")?;
+        rig.guest.ask("blk 0 init queues=2")?;
+        rig.guest.ask("blk 0 stress 300 2 7")?;
+        let found = |rig: &Rig| -> Result<u64> {
+            let metrics = rig.daemon.control().request("GET", "/metrics", None)?.body;
+            let name = r#"triarch_blkd_polls_total{export="served",outcome="found"} "#;
+            let count = metrics.lines().find_map(|line| line.strip_prefix(name)?.parse().ok());
+            count.with_context(|| format!("no {name}in {metrics}"))
+        };
+        ensure!(found(rig)? > 0, "it found nothing");
+        is_idle(rig)?;
+        // Another process goes on in the same way.
+        rig.daemon.hand_over()?;
+        rig.guest.ask("blk 0 stress 300 2 8")?;
+        ensure!(found(rig)? > 0, "the next one found nothing");
+        is_idle(rig)
     })
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -293,5 +294,57 @@ fn ranges_have_the_maximum_that_was_announced() {
     ] {
         assert_eq!(rig.simple(kind, 0, &range(0, maximum, 0), 0).status, OK);
         assert_eq!(rig.simple(kind, 0, &range(0, maximum + 1, 0), 0).status, IOERR);
+    }
+}
+
+#[test]
+fn a_worker_that_looks_needs_no_notification_and_sleeps_when_there_is_nothing() {
+    for (backend, event_idx) in [(Backend::Auto, false), (Backend::Sync, true)] {
+        let mut rig = Rig::with(false, backend, event_idx, u64::MAX);
+        let queue = rig.device.stop_queue(0).expect("the queue");
+        rig.device.set_look(Duration::from_millis(20));
+        rig.device.start_queue(queue).unwrap();
+        let handle = rig.device.handle();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut spared = 0;
+        for round in 0.. {
+            let data = pattern(round, 512);
+            let places = rig.offer(
+                &[&header(OUT, round % SECTORS)[..], &data].concat(),
+                1,
+                &Shape::default(),
+            );
+            let wants = rig.driver.wants_kick();
+            match wants {
+                true => rig.driver.kick(),
+                false => spared += 1,
+            }
+            let (_, used) = rig.driver.wait_used().expect("an answer");
+            rig.driver.set_used_event((round + 1) as u16);
+            assert_eq!(rig.collect(&places, used).status, OK);
+            if handle.looks().found >= 20 && spared >= 20 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{:?}, {spared}", handle.looks());
+        }
+        // With nothing to do it sleeps, and wants to be told again.
+        rig.offer(&header(GET_ID, 0), 21, &Shape::default());
+        rig.driver.kick();
+        rig.driver.wait_used().expect("an answer");
+        std::thread::sleep(Duration::from_millis(100));
+        rig.offer(&header(GET_ID, 0), 21, &Shape::default());
+        assert!(rig.driver.wants_kick());
+        let vain = handle.looks().vain;
+        assert!(vain > 0);
+        rig.driver.kick();
+        rig.driver.wait_used().expect("an answer");
+        // After its look, which is the last one.
+        eventually(|| handle.looks().vain > vain);
+        let before = handle.looks();
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(handle.looks(), before, "it looks while there is nothing");
+        let asked = Instant::now();
+        assert!(rig.device.stop_queue(0).is_some());
+        assert!(asked.elapsed() < Duration::from_secs(5));
     }
 }

@@ -117,6 +117,8 @@ impl Bench {
             id: "_test".into(),
             features,
             cache: Arc::clone(&cache),
+            look: Duration::ZERO,
+            looks: Arc::default(),
         };
         let state = QueueWorker::new(rig.driver.queue(), Box::new(recorder), &common).unwrap();
         let sandbox = rig.driver.context(0).sandbox;
@@ -215,6 +217,8 @@ fn one_round_serves_a_queue_full_at_most() {
             flush: AtomicBool::new(false),
         }),
         disk: Arc::clone(&disk),
+        look: Duration::ZERO,
+        looks: Arc::default(),
     };
     let mut worker = QueueWorker::new(driver.queue(), disk.queue(0, 64).unwrap(), &common).unwrap();
     driver
