@@ -12,13 +12,13 @@ use anyhow::{Context, Result};
 use crate::arch::Arch;
 use crate::{packages, tools};
 
-/// Programs of tests/fuzz, and functions of `triarch_api::fuzzing`.
-const TARGETS: [&str; 3] = ["http", "bodies", "flags"];
+/// Programs of tests/fuzz, and functions of `triarch_api::fuzzing` and `triarch_blkd::fuzzing`.
+const TARGETS: [&str; 4] = ["http", "bodies", "flags", "vhost_user"];
 /// What makes the compiler count branches, and remember what numbers are compared with.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
                      -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing";
 
-/// Feeds random input to the readers of requests, bodies and flags.
+/// Feeds random input to the readers of requests, bodies and flags, and to the back end of vhost-user.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this one
@@ -69,11 +69,21 @@ fn compile() -> Result<PathBuf> {
     Ok(directory().join(triple).join("release"))
 }
 
+/// Inputs to start from: files where they are no text.
+fn seeds(target: &str) -> Result<Vec<Vec<u8>>> {
+    let files = tools::top().join("tests/fuzz/seeds").join(target);
+    if !files.is_dir() {
+        return Ok(triarch_api::fuzzing::seeds(target));
+    }
+    let files = fs::read_dir(files)?;
+    files.map(|entry| Ok(fs::read(entry?.path())?)).collect()
+}
+
 fn fuzz(program: &std::path::Path, target: &str, seconds: u32) -> Result<()> {
     let (corpus, found) = (directory().join("corpus").join(target), directory().join("found"));
     fs::create_dir_all(&corpus)?;
     fs::create_dir_all(&found)?;
-    for (number, seed) in triarch_api::fuzzing::seeds(target).iter().enumerate() {
+    for (number, seed) in seeds(target)?.iter().enumerate() {
         fs::write(corpus.join(format!("seed-{number}")), seed)?;
     }
     let mut command = Command::new(program);

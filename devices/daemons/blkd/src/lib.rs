@@ -6,6 +6,8 @@
 mod control;
 mod daemon;
 mod export;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod hand_over;
 mod metrics;
 mod options;
