@@ -1,39 +1,49 @@
-//! QEMU as the front end of our storage daemon: a Linux of Debian's on a disk that `triarch-blkd` serves.
+//! QEMU as the front end of our storage daemon: a Linux of Debian's on a disk that `triarch-blkd` serves, and a machine that boots from one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::suites::Programs;
 use super::tally::{Tally, Verdict};
+use crate::arch::Arch;
 use crate::host::{self, Host, Kind, Options};
 use crate::qemu::DISK_QUEUES;
+use crate::root::Rig;
 use crate::tools;
 
-const NAME: &str = "nested::qemu::blkd_serves_qemu";
+type Test = fn(&Path) -> Result<()>;
+const TESTS: [(&str, Test); 2] = [
+    ("nested::qemu::blkd_serves_qemu", serve),
+    ("nested::qemu::blkd_boots_qemu", boot),
+];
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
 /// What each round writes.
 const PART: u64 = 8;
 /// How often the daemon is killed.
 const KILLS: u64 = 5;
+/// How long a boot may take.
+const BOOT: Duration = Duration::from_secs(60);
 const SOON: Duration = Duration::from_secs(10);
 
-/// Runs the test, if it is asked for.
+/// Runs the tests that are asked for.
 pub fn run(filters: &[String], programs: &Programs, tally: &mut Tally) {
-    if !super::selected(filters, NAME) {
-        return;
+    for (name, test) in TESTS {
+        if !super::selected(filters, name) {
+            continue;
+        }
+        let start = Instant::now();
+        let verdict = match test(&programs.blkd()) {
+            Ok(()) => Verdict::Passed,
+            Err(error) => Verdict::Failed(format!("{error:#}")),
+        };
+        tally.add(name, verdict, Some(start.elapsed()));
     }
-    let start = Instant::now();
-    let verdict = match serve(&programs.blkd()) {
-        Ok(()) => Verdict::Passed,
-        Err(error) => Verdict::Failed(format!("{error:#}")),
-    };
-    tally.add(NAME, verdict, Some(start.elapsed()));
 }
 
 /// A daemon that ends with this.
@@ -179,6 +189,95 @@ fn survives(host: &Host, daemon: &mut Daemon) -> Result<()> {
         check(host, daemon, part)?;
     }
     Ok(())
+}
+
+/// What SeaBIOS finds in the first sector, and runs at 0x7c00. It reads sector 7 with the same BIOS that read it, prints what is there to
+/// port 0xe9 up to the first zero, writes it to sector 9, and ends QEMU by port 0xf4.
+#[rustfmt::skip]
+const BOOT_SECTOR: [u8; 80] = [
+    0xea, 0x05, 0x7c, 0x00, 0x00,           // ljmp 0, begin
+    0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xd0,     // begin: xor ax, ax; mov ds, ax; mov ss, ax
+    0xbc, 0x00, 0x7c, 0xbe, 0x40, 0x7c,     // mov sp, 0x7c00; mov si, packet
+    0xb4, 0x42, 0xcd, 0x13, 0x72, 0x22,     // mov ah, 0x42 (extended read); int 0x13; jc fails
+    0x88, 0xd3, 0xbe, 0x00, 0x7e,           // mov bl, dl; mov si, 0x7e00
+    0xac, 0x84, 0xc0, 0x74, 0x04,           // next: lodsb; test al, al; jz ends
+    0xe6, 0xe9, 0xeb, 0xf7,                 // out 0xe9, al; jmp next
+    0xbe, 0x40, 0x7c, 0xc6, 0x44, 8, 9,     // ends: mov si, packet; mov byte [si + 8], 9
+    0x88, 0xda, 0xb8, 0x00, 0x43,           // mov dl, bl; mov ax, 0x4300 (extended write)
+    0xcd, 0x13, 0x72, 0x04,                 // int 0x13; jc fails
+    0xb0, GOOD, 0xeb, 0x02, 0xb0, BAD,      // mov al, GOOD; jmp leaves; fails: mov al, BAD
+    0xe6, 0xf4, 0xf4, 0xeb, 0xfd,           // leaves: out 0xf4, al; hlt; jmp to it
+    16, 0, 1, 0, 0x00, 0x7e, 0, 0,          // packet: 16 bytes, one sector, to 0:0x7e00,
+    7, 0, 0, 0, 0, 0, 0, 0,                 // number 7
+];
+/// What the boot sector ends QEMU with; its exit code is twice that, and one more.
+const GOOD: u8 = 0x10;
+const BAD: u8 = 0x11;
+
+/// QEMU's firmware boots a machine from the daemon's disk: what runs is what the daemon was given.
+fn boot(program: &Path) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let daemon = Daemon::start(program, dir.path())?;
+    let file = File::options().read(true).write(true).open(&daemon.image)?;
+    file.write_all_at(&BOOT_SECTOR, 0)?;
+    file.write_all_at(&[0x55, 0xaa], 510)?;
+    // No other run says the same.
+    let said = format!("served by triarch-blkd to {}", dir.path().display());
+    file.write_all_at(said.as_bytes(), 7 * 512)?;
+    let printed = dir.path().join("printed");
+    let mut command = Rig::get(Arch::X86_64)?.qemu();
+    command.args(["-accel", "tcg", "-machine", "q35,memory-backend=ram", "-m", "64M"]);
+    command.args(["-object", "memory-backend-memfd,id=ram,size=64M,share=on"]);
+    command.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+    ]);
+    for (flag, value) in [
+        ("-chardev", format!("socket,id=disk,path={}", daemon.socket.display())),
+        (
+            "-device",
+            format!("vhost-user-blk-pci,chardev=disk,num-queues={DISK_QUEUES},bootindex=0"),
+        ),
+        ("-chardev", format!("file,id=printed,path={}", printed.display())),
+        ("-device", "isa-debugcon,iobase=0xe9,chardev=printed".to_owned()),
+        ("-device", "isa-debug-exit,iobase=0xf4,iosize=4".to_owned()),
+    ] {
+        command.args([flag, &value]);
+    }
+    let ended = run_for(&mut command, BOOT)?;
+    let read = std::fs::read_to_string(&printed).unwrap_or_default();
+    let good = i32::from(GOOD) * 2 + 1;
+    ensure!(
+        ended.code() == Some(good),
+        "QEMU: {ended}; the boot sector printed '{read}'"
+    );
+    ensure!(read == said, "it printed '{read}', not '{said}'");
+    let mut written = vec![0; said.len()];
+    file.read_exact_at(&mut written, 9 * 512)?;
+    ensure!(written == said.as_bytes(), "it wrote something else");
+    Ok(())
+}
+
+/// Runs a program to its end, or for so long.
+fn run_for(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
+    let mut child = command.stdin(Stdio::null()).spawn().context("cannot start QEMU")?;
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("QEMU did not boot within {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 fn dir_of(daemon: &Daemon) -> &Path {
