@@ -3,8 +3,10 @@
 mod front_end;
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -23,6 +25,8 @@ const SET_VRING_KICK: u32 = 12;
 const SET_VRING_CALL: u32 = 13;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const SET_VRING_ENABLE: u32 = 18;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_CONFIG: u32 = 24;
 const GET_INFLIGHT_FD: u32 = 31;
 const SET_INFLIGHT_FD: u32 = 32;
 
@@ -175,6 +179,37 @@ fn a_region_is_made_when_asked_for() {
     let answer = back.ask(GET_INFLIGHT_FD, &shape);
     assert_eq!(answer[..8], (2u64 * 192).to_le_bytes());
     assert_eq!(answer[16..20], shape[16..20]);
+}
+
+/// A front end that has no driver yet, or none any more, answers its guest's questions from what it was told.
+#[test]
+fn another_size_is_told_while_there_is_no_driver() {
+    let (image, file) = (image(), memory(true));
+    let back = BackEnd::start(image.path());
+    back.tell(SET_PROTOCOL_FEATURES, &words(&[PROTOCOL | 1 << 5]), &[]);
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    ours.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+    back.tell(SET_BACKEND_REQ_FD, &[], &fds([&theirs]));
+    for grown in 2..5 {
+        // The first time without a driver, then with one, then after its reset.
+        back.ask(
+            GET_CONFIG,
+            &[0u32, 8, 0]
+                .map(u32::to_le_bytes)
+                .concat()
+                .into_iter()
+                .chain([0; 8])
+                .collect::<Vec<_>>(),
+        );
+        back.handle.resize(grown << 20).expect("resize");
+        let mut message = [0; 12];
+        (&ours).read_exact(&mut message).expect("a message");
+        assert_eq!(message[..4], [2, 0, 0, 0], "CONFIG_CHANGE_MSG");
+        match grown {
+            2 => prepare(&back, &file),
+            _ => back.tell(SET_FEATURES, &words(&[FEATURES ^ 1 << 32]), &[]),
+        }
+    }
 }
 
 #[test]

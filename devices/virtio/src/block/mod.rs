@@ -210,6 +210,11 @@ impl Block {
         Ok(())
     }
 
+    /// Tells `listener` of another size, until the driver is there to be told or the device is reset.
+    pub fn set_listener(&mut self, listener: Option<Arc<dyn VirtioInterrupt>>) {
+        self.set_interrupt(listener);
+    }
+
     fn set_interrupt(&self, interrupt: Option<Arc<dyn VirtioInterrupt>>) {
         *self.shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = interrupt;
     }

@@ -14,7 +14,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use triarch_block::{Disk, DiskOptions};
 use triarch_daemon::backend::{Session, SessionError, SessionStats, borrow};
 use triarch_device_core::NoSandbox;
-use triarch_virtio::Block;
+use triarch_virtio::{Block, BlockHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bytes of the guest's memory.
@@ -26,6 +26,8 @@ pub const QUEUES: u16 = 2;
 
 /// A back end in a thread of its own, and the socket that leads to it.
 pub struct BackEnd {
+    /// The disk.
+    pub handle: BlockHandle,
     socket: Option<UnixStream>,
     thread: Option<JoinHandle<(SessionError, SessionStats)>>,
 }
@@ -37,14 +39,16 @@ impl BackEnd {
         let (socket, theirs) = UnixStream::pair().expect("sockets");
         theirs.set_nonblocking(true).expect("non-blocking");
         socket.set_read_timeout(Some(Duration::from_secs(10))).expect("timeout");
+        let mut block = Block::new("test", disk, QUEUES, 64).expect("device");
+        let handle = block.handle();
         let thread = std::thread::spawn(move || {
-            let mut block = Block::new("test", disk, QUEUES, 64).expect("device");
             let stop = EventFd::new(EFD_NONBLOCK).expect("event");
             let mut session = Session::new(OwnedFd::from(theirs), &mut block, Arc::new(NoSandbox));
             let end = session.run(borrow(&stop));
             (end, session.stats())
         });
         Self {
+            handle,
             socket: Some(socket),
             thread: Some(thread),
         }

@@ -194,6 +194,7 @@ impl<'a> Session<'a> {
             SET_BACKEND_REQ_FD => {
                 let socket = ask.only_fd()?;
                 self.calls.set_back_channel(socket);
+                self.device.tell_changes(Some(self.calls.clone()));
             }
             GET_CONFIG => return self.get_config(&ask),
             SET_CONFIG => self.set_config(&ask)?,
@@ -509,11 +510,14 @@ impl<'a> Session<'a> {
         self.stop_all();
         if std::mem::take(&mut self.active) {
             self.device.reset();
+            // The front end is still there.
+            self.device.tell_changes(Some(self.calls.clone()));
         }
     }
 
     fn end(&mut self) {
         self.reset_device();
+        self.device.tell_changes(None);
     }
 }
 
