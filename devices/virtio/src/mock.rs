@@ -93,6 +93,17 @@ impl MockInterrupt {
     pub fn queue_count(&self, index: u16) -> u64 {
         self.queues.lock().expect("lock").get(&index).copied().unwrap_or(0)
     }
+    /// Waits until queue `index` had an interrupt: a device's thread interrupts a little after a request shows as used. `false` when none
+    /// came in five seconds.
+    pub fn wait_queue(&self, index: u16) -> bool {
+        (0..5000).any(|_| {
+            let came = self.queue_count(index) > 0;
+            if !came {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            came
+        })
+    }
     /// Configuration interrupts so far.
     pub fn config_count(&self) -> u64 {
         self.config.load(Ordering::SeqCst)

@@ -58,6 +58,7 @@ fn a_request_takes_a_bounded_number_of_bytes() {
     let head = driver.add(&[Desc::writable(DATA, 1 << 20)]);
     driver.kick();
     assert_eq!(driver.wait_used(), Some((head, REQUEST_MAX as u32)));
+    assert!(driver.interrupt.wait_queue(0));
     assert_eq!(driver.interrupt.queue_count(0), 1);
     rng.stop_queue(0).unwrap();
 }
