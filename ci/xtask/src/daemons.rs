@@ -89,7 +89,6 @@ const OPEN_VSWITCH: Daemon = Daemon {
         "usr/sbin/ovsdb-server",
         "usr/bin/ovsdb-tool",
         "usr/bin/ovs-vsctl",
-        "usr/bin/ovs-appctl",
     ],
     plugins: &["dpdk/pmds-25.0/librte_mempool_ring.so.25"],
     data: &["usr/share/openvswitch/vswitch.ovsschema"],

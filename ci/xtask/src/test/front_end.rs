@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use triarch_harness::process::Process;
 
 use super::suites::Programs;
 use super::tally::{Tally, Verdict};
@@ -249,7 +250,7 @@ fn boot(program: &Path) -> Result<()> {
     ] {
         command.args([flag, &value]);
     }
-    let ended = run_for(&mut command, BOOT)?;
+    let ended = Process::start(&mut command)?.wait(BOOT)?;
     let read = std::fs::read_to_string(&printed).unwrap_or_default();
     let good = i32::from(GOOD) * 2 + 1;
     ensure!(
@@ -261,23 +262,6 @@ fn boot(program: &Path) -> Result<()> {
     file.read_exact_at(&mut written, 9 * 512)?;
     ensure!(written == said.as_bytes(), "it wrote something else");
     Ok(())
-}
-
-/// Runs a program to its end, or for so long.
-fn run_for(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
-    let mut child = command.stdin(Stdio::null()).spawn().context("cannot start QEMU")?;
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            bail!("QEMU did not boot within {limit:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn dir_of(daemon: &Daemon) -> &Path {
