@@ -85,7 +85,8 @@ impl Request {
     }
 }
 
-/// Body of `vm.resize`: a target; what is absent stays as it is.
+/// Body of `vm.resize`: a target; what is absent stays as it is. A guest that runs is asked for another number of vCPUs, and a job tells
+/// what comes of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
@@ -142,9 +143,24 @@ pub struct VmInfo {
     /// The devices of the guest by their ids; absent without a guest.
     #[serde(default, skip_serializing_if = "DeviceTree::is_empty")]
     pub device_tree: DeviceTree,
+    /// How many vCPUs the guest has; absent without a guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<VcpuCounts>,
     /// How its devices stand with the daemons that serve them, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub links: BTreeMap<String, DeviceLink>,
+}
+
+/// How many vCPUs a guest has. Where the three differ, the guest has not done yet what it was asked for, or will not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct VcpuCounts {
+    /// It should have so many.
+    pub target: u32,
+    /// It was given so many.
+    pub present: u32,
+    /// Of these it had so many from its start, or has started since. `config.cpus.boot_vcpus` says the same.
+    pub started: u32,
 }
 
 /// Devices by their ids: each PCI function, and the device behind it.
@@ -218,6 +234,9 @@ pub enum ApiError {
     /// 409: not in this phase.
     #[error("{0}")]
     WrongPhase(String),
+    /// 429: not before something else is done.
+    #[error("{0}")]
+    Busy(String),
     /// 501: this build does not have it.
     #[error("{0}")]
     Unsupported(String),
@@ -233,6 +252,7 @@ impl ApiError {
             Self::BadRequest(_) => 400,
             Self::NotFound(_) => 404,
             Self::WrongPhase(_) => 409,
+            Self::Busy(_) => 429,
             Self::Unsupported(_) => 501,
             Self::Failed(_) => 500,
         }
@@ -244,6 +264,7 @@ impl ApiError {
         let (Self::BadRequest(text)
         | Self::NotFound(text)
         | Self::WrongPhase(text)
+        | Self::Busy(text)
         | Self::Unsupported(text)
         | Self::Failed(text)) = &mut self;
         if !text.starts_with(name) {

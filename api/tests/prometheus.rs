@@ -84,6 +84,7 @@ fn everything() -> Metrics {
                 transmit: direction,
             }],
         }],
+        hotplug: None,
         links: vec![LinkMetrics {
             id: ID.into(),
             connected: false,

@@ -3,7 +3,7 @@
 /// What can happen.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// Whose event it is: `vmm`, `vm`, `virtio-device`, `guest`, `job`.
+    /// Whose event it is: `vmm`, `vm`, `vcpu`, `virtio-device`, `guest`, `job`.
     pub source: &'static str,
     /// What happened.
     pub event: &'static str,
@@ -49,6 +49,9 @@ kinds! {
     VM_SHUTDOWN: "vm" "shutdown" [] "the guest has ended, by itself or by request";
     VM_FAILED: "vm" "failed" ["error"] "a vCPU cannot go on, the guest has ended";
     VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
+    VCPU_STARTED: "vcpu" "started" ["index"] "the guest started a vCPU that it was given while it ran";
+    VCPU_EJECTED: "vcpu" "ejected" ["index"] "the guest gave a vCPU back";
+    VCPU_REFUSED: "vcpu" "refused" ["index", "reason"] "the guest does not take a vCPU, or does not give it back";
     GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
     DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";

@@ -67,6 +67,39 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_vcpus",
+            Gauge,
+            &["count"],
+            "vCPUs the guest should have (target), was given (present), and has started (started).",
+        ),
+        |s, out| {
+            if let Some(hotplug) = &s.metrics.hotplug {
+                let counts = hotplug.counts;
+                for (name, count) in [
+                    ("target", counts.target),
+                    ("present", counts.present),
+                    ("started", counts.started),
+                ] {
+                    out.add(&[&name], Number(count.into()));
+                }
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_vcpu_changes_total",
+            Counter,
+            &["direction", "result"],
+            "vCPUs that a running guest was given (add) or asked for (remove), by what came of it: done, refused, timeout, replaced, reset.",
+        ),
+        |s, out| {
+            for (direction, result, count) in s.metrics.hotplug.iter().flat_map(|hotplug| &hotplug.changes) {
+                out.add(&[direction, result], Number(*count));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_vcpu_seconds_total",
             Counter,
             &["vcpu", "mode"],

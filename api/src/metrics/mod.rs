@@ -21,6 +21,8 @@ pub use text::{CONTENT_TYPE, Family, Kind, Samples, Value};
 pub struct Metrics {
     /// The vCPUs.
     pub vcpus: Vec<VcpuMetrics>,
+    /// How many of them the guest has, and what came of resizes.
+    pub hotplug: Option<CpuHotplugMetrics>,
     /// Guest memory.
     pub memory: Option<MemoryMetrics>,
     /// The memory balloon.
@@ -35,6 +37,15 @@ pub struct Metrics {
     pub links: Vec<LinkMetrics>,
     /// This process.
     pub process: Option<ProcessMetrics>,
+}
+
+/// How many vCPUs the guest has, and what came of resizes since the VM was created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuHotplugMetrics {
+    /// How many it has.
+    pub counts: crate::VcpuCounts,
+    /// vCPUs that came or went while it ran, or should have: direction, what came of it, how many.
+    pub changes: Vec<(&'static str, &'static str, u64)>,
 }
 
 /// A device that a daemon serves, since the boot or reset.

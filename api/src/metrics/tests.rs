@@ -65,6 +65,14 @@ fn full(id: &str) -> Metrics {
     };
     Metrics {
         vcpus: vec![vcpu(0, Some(times)), vcpu(1, None)],
+        hotplug: Some(CpuHotplugMetrics {
+            counts: crate::VcpuCounts {
+                target: 4,
+                present: 3,
+                started: 2,
+            },
+            changes: vec![("add", "done", 1), ("remove", "refused", 2)],
+        }),
         memory: Some(MemoryMetrics {
             size: 1 << 30,
             resident: Some(4096),

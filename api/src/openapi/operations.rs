@@ -21,7 +21,7 @@ struct Event {
     id: u64,
     /// Time since the VMM's start.
     timestamp: Timestamp,
-    /// Whose event it is: `vmm`, `vm`, `virtio-device`, `guest`, `job`.
+    /// Whose event it is: `vmm`, `vm`, `vcpu`, `virtio-device`, `guest`, `job`.
     source: String,
     /// What happened.
     event: String,
@@ -214,6 +214,9 @@ fn refusals(operation: Operation) -> Vec<u16> {
         .collect();
     if matches!(operation, Operation::RemoveDevice | Operation::ResizeDisk) {
         statuses.push(404);
+    }
+    if operation == Operation::Resize {
+        statuses.push(429);
     }
     statuses
 }

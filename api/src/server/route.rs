@@ -148,7 +148,7 @@ pub const ROUTES: &[Route] = &[
     put(
         "vm.resize",
         Operation::Resize,
-        "sets the number of vCPUs and the size of RAM, before the boot; the size of the balloon at any time ([below](#sizes))",
+        "sets the number of vCPUs, and the size of the balloon; before the boot also the size of RAM ([below](#sizes))",
     ),
     put(
         "vm.resize-disk",

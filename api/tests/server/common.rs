@@ -69,6 +69,7 @@ impl FakeVm {
             state: phase,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
+            vcpus: None,
             links: Default::default(),
         }));
     }
@@ -79,6 +80,7 @@ impl FakeVm {
             state: Phase::Created,
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
+            vcpus: None,
             links: Default::default(),
         }));
     }

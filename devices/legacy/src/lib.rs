@@ -8,6 +8,7 @@ mod clock;
 mod cmos;
 pub mod console;
 mod debug;
+mod hotplug;
 mod i8042;
 mod pl011;
 mod pl031;
@@ -20,6 +21,9 @@ mod serial;
 pub use clock::{Clock, HostClock};
 pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
 pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostPort};
+pub use hotplug::{
+    CpuHotplug, CpuHotplugConfig, CpuHotplugRestoreError, CpuHotplugStateV1, CpuSlot, CpuSlotStateV1, Removal,
+};
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
 pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};
 pub use pl031::{PL031_DATA, PL031_LOAD, PL031_SIZE, Pl031, Pl031StateV1};

@@ -36,6 +36,8 @@ pub struct Guest {
     functions: Vec<Function>,
     devices: Devices,
     processors: Option<Vec<smp::Processor>>,
+    /// Those that came while it ran, with their place in the MADT.
+    added: Vec<(u32, smp::Processor)>,
 }
 
 impl Guest {
@@ -68,6 +70,7 @@ extern "C" fn payload_main(argument: u64) -> ! {
         functions,
         devices: Devices::default(),
         processors: None,
+        added: Vec::new(),
     })
 }
 

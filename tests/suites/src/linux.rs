@@ -9,6 +9,7 @@ mod boot;
 mod clock;
 mod console;
 mod device_tree;
+mod hotplug;
 mod net;
 mod pause;
 mod power;
@@ -36,6 +37,7 @@ pub fn tests() -> Vec<Test> {
         net::TESTS,
         vsock::TESTS,
         pause::TESTS,
+        hotplug::TESTS,
     ]
     .concat()
 }

@@ -1,18 +1,20 @@
 //! What differs between processor architectures, behind the same names.
 //!
 //! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
-//! before its vCPUs), [`CpuPlan`] and [`create_vcpus`], [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
-//! devices that sit at fixed places), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs. No
+//! before its vCPUs), [`CpuPlan`], [`create_vcpus`] and [`create_later`], [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
+//! devices that sit at fixed places), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs, in
+//! [`CPU_HOTPLUG_NEEDS`] what a guest needs that gets CPUs while it runs. No
 //! other crate asks which architecture it is built for.
 
 mod common;
+mod starts;
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 pub use common::load::LoadError;
-pub use common::{AddressLimit, BoardConfig, BoardError, LoadConfig, NmiError, Vcpus};
+pub use common::{AddressLimit, BoardConfig, BoardError, CpuCount, LoadConfig, NmiError, Vcpus};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::*;

@@ -51,6 +51,8 @@ struct Processor {
     affinity: u64,
     enabled: bool,
     ran: bool,
+    /// It is known that the guest has started it since it was enabled.
+    told: bool,
     state: State,
 }
 
@@ -65,6 +67,7 @@ impl Processors {
             affinity,
             enabled: index < enabled,
             ran: index == 0,
+            told: index < enabled,
             state: if index == 0 { State::On } else { State::Off },
         };
         Self(affinities.into_iter().enumerate().map(processor).collect())
@@ -105,6 +108,37 @@ impl Processors {
     /// Whether processor `index` has been started and not stopped since.
     pub fn runs(&self, index: usize) -> bool {
         self.0.get(index).is_some_and(|p| p.state != State::Off)
+    }
+
+    /// Lets the guest start processor `index`.
+    pub fn enable(&mut self, index: usize) {
+        if let Some(processor) = self.0.get_mut(index).filter(|processor| !processor.enabled) {
+            processor.enabled = true;
+            processor.told = false;
+        }
+    }
+
+    /// Whether the guest may start processor `index`.
+    pub fn is_enabled(&self, index: usize) -> bool {
+        self.0.get(index).is_some_and(|processor| processor.enabled)
+    }
+
+    /// Takes processor `index` from the guest. It stops if it runs.
+    pub fn disable(&mut self, index: usize) {
+        if let Some(processor) = self.0.get_mut(index) {
+            processor.enabled = false;
+            processor.state = State::Off;
+        }
+    }
+
+    /// Whether the guest has started processor `index` since that was enabled while it ran; told once.
+    pub fn take_first_start(&mut self, index: usize) -> bool {
+        let Some(processor) = self.0.get_mut(index) else {
+            return false;
+        };
+        let first = !processor.told && processor.enabled && processor.state != State::Off;
+        processor.told |= first;
+        first
     }
 
     /// Where processor `index` starts, if it was started since this was asked last.
@@ -169,6 +203,29 @@ mod tests {
         assert!(cpus.take_start(1).is_some_and(|start| start.again));
         assert_eq!(cpus.call(9, CPU_OFF, [0; 3]), Answer::Value(DENIED));
         assert_eq!(cpus.call(0, 0x8400_0009, [0; 3]), Answer::Value(NOT_SUPPORTED));
+    }
+
+    #[test]
+    fn one_that_is_added_can_be_started_until_it_is_taken() {
+        let mut cpus = Processors::new(0..3, 1);
+        cpus.enable(2);
+        assert!(!cpus.take_first_start(2), "not yet");
+        assert_eq!(on(&mut cpus, 2), Answer::Value(SUCCESS));
+        assert_eq!([cpus.take_first_start(2), cpus.take_first_start(2)], [true, false]);
+        cpus.take_start(2);
+        cpus.enable(2);
+        assert!(!cpus.take_first_start(2), "it had it already");
+        cpus.disable(2);
+        assert!(!cpus.is_enabled(2) && cpus.is_enabled(0) && !cpus.is_enabled(9));
+        assert!(!cpus.runs(2), "whether the guest stopped it or not");
+        assert_eq!(on(&mut cpus, 2), Answer::Value(DENIED));
+        cpus.enable(2);
+        on(&mut cpus, 2);
+        assert!(cpus.take_first_start(2) && cpus.take_start(2).is_some_and(|start| start.again));
+        assert_eq!(on(&mut cpus, 1), Answer::Value(DENIED));
+        assert!(!cpus.take_first_start(0), "it was there from the start");
+        cpus.enable(9);
+        cpus.disable(9);
     }
 
     #[test]

@@ -43,8 +43,10 @@ pub enum Exit<'a> {
         /// The value.
         data: &'a [u8],
     },
-    /// Nothing happened: a signal, or the vCPU waits to be started by another. Run again.
+    /// Nothing happened: a signal. Run again.
     Interrupted,
+    /// The vCPU waits to be started by another, or has just been. Run again.
+    Waiting,
     /// The vCPU shut down (triple fault on x86): the machine resets.
     Shutdown,
     /// The guest asked its firmware interface for this (KVM_SYSTEM_EVENT_*; PSCI on ARM).
@@ -57,17 +59,33 @@ pub enum Exit<'a> {
     Failed(String),
 }
 
-/// The calls of a guest to its machine's firmware that KVM leaves to the VMM (some of PSCI on ARM), and what follows from them: which
-/// vCPUs run.
+/// Which vCPUs run: what the machine gives the guest, what the guest starts, and the calls to its machine's firmware by which it does
+/// so where KVM leaves that to the VMM (some of PSCI on ARM).
 pub trait Firmware: Send + Sync {
-    /// Serves the call `function` that vCPU `index`, `caller`, has just made.
-    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<(), HypervisorError>;
+    /// Serves the call `function` that vCPU `index`, `caller`, has just made; false when there is no such call.
+    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<bool, HypervisorError>;
 
-    /// Whether vCPU `index` is to run: one that the guest has not started, or has stopped, is not.
+    /// Whether vCPU `index` is to run: one that the guest does not have, has not started, or has stopped, is not.
     fn runs(&self, index: usize) -> bool;
 
     /// Puts vCPU `index` where the guest has started it, if it has since the last time. Called on the vCPU's own thread before it runs.
     fn prepare(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
+
+    /// Whether the guest has started vCPU `index` since it was given it by [`plug`](Self::plug); told once. Called on the vCPU's own
+    /// thread after [`prepare`](Self::prepare) and when it was woken.
+    fn started(&self, index: usize, vcpu: &Vcpu) -> bool;
+
+    /// Makes vCPU `index`, if the guest does not have it, as it is after a reset. Called on the vCPU's own thread while it does not run.
+    fn rest(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
+
+    /// Whether vCPU `index`, which the guest does not have, is as it is after a reset.
+    fn rested(&self, index: usize) -> bool;
+
+    /// Lets the guest start vCPU `index`, which has [`rested`](Self::rested).
+    fn plug(&self, index: usize);
+
+    /// Takes vCPU `index` from the guest. What runs of it is to be interrupted then.
+    fn unplug(&self, index: usize);
 }
 
 /// A vCPU. Only the thread that runs it uses it.
@@ -102,7 +120,8 @@ impl Vcpu {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             // EAGAIN: an application processor that waits to be started.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Ok(Exit::Interrupted),
+            Err(error) if error.errno() == libc::EAGAIN => return Ok(Exit::Waiting),
+            Err(error) if error.errno() == libc::EINTR => return Ok(Exit::Interrupted),
             Err(error) => return Err(error.into()),
         };
         // SAFETY: the page is mapped as long as `self.fd` lives, and this union field is valid whenever the exit is port I/O, which

@@ -1,17 +1,17 @@
 //! One built guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
 use triarch_api::{CpuTopology, DeviceLink, DeviceTree, MemoryConfig, VmConfig};
-use triarch_arch::{Board, BoardConfig, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
+use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::Topology;
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
-use triarch_legacy::SerialPort;
+use triarch_legacy::{CpuHotplug, SerialPort};
 use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
@@ -21,6 +21,7 @@ use vm_memory::GuestAddressSpace;
 
 use crate::backends::Backends;
 use crate::consoles::Consoles;
+use crate::cpus::CpuMeters;
 use crate::devices::{Devices, Host};
 use crate::metrics::GuestMeters;
 use crate::progress::Progress;
@@ -46,18 +47,20 @@ pub struct Machine {
     board: Board,
     /// The PCI root does not keep these alive.
     _buses: [Arc<Bus>; 2],
-    /// vCPUs the guest does not have yet.
-    _parked: Vec<Vcpu>,
+    /// vCPUs the guest never had.
+    parked: VecDeque<Vcpu>,
+    plan: CpuPlan,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
     vm: Vm,
     _memory: GuestMemoryHandle,
 }
 
 impl Machine {
-    /// Builds the guest `config` describes, ready to run its first instruction.
+    /// Builds the guest `config` describes, with `vcpus` vCPUs, ready to run its first instruction.
     pub(crate) fn build(
         kvm: &Kvm,
         config: &VmConfig,
+        vcpus: u32,
         consoles: &Consoles,
         backends: &Backends,
         sandbox: &Arc<dyn Sandbox>,
@@ -70,7 +73,12 @@ impl Machine {
         } = reports;
         progress.note("memory");
         let cpus = &config.cpus;
-        let mut plan = CpuPlan::new(kvm, cpus.boot_vcpus, cpus.max_vcpus, cpus.topology.map(topology))?;
+        let count = CpuCount {
+            boot: cpus.boot_vcpus,
+            now: vcpus,
+            max: cpus.max_vcpus,
+        };
+        let mut plan = CpuPlan::new(kvm, count, cpus.topology.map(topology))?;
         if let Some(bits) = cpus.max_phys_bits {
             plan.limit_address_bits(bits);
         }
@@ -97,13 +105,15 @@ impl Machine {
             io: layout::PCI_IO,
         };
         let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
-        let power = report.clone();
+        let (power, processors) = (report.clone(), report.clone());
         let board = Board::new(&BoardConfig {
             mmio: &mmio,
             pio: &pio,
             interrupts: &platform.interrupts,
             root: &root,
             memory_size: config.memory.size,
+            plan: &plan,
+            cpus_changed: Arc::new(move || processors(GuestEvent::Processors)),
             serial: consoles.serial.as_ref(),
             debug: consoles.debug.as_ref(),
             device_tree: has_device_tree(config),
@@ -133,7 +143,8 @@ impl Machine {
             devices,
             board,
             _buses,
-            _parked: parked,
+            parked: parked.into(),
+            plan,
             vm,
             _memory: memory,
         })
@@ -154,15 +165,60 @@ impl Machine {
     }
 
     /// What it counts.
-    pub(crate) fn meters(&self, config: &VmConfig) -> GuestMeters {
+    pub(crate) fn meters(&self, config: &VmConfig, cpus: &Arc<CpuMeters>) -> GuestMeters {
         GuestMeters {
             memory: MemoryConfig {
                 shared: config.memory.shared || config.needs_shared_memory(),
                 ..config.memory.clone()
             },
             vcpus: self.vcpus.metrics().to_vec(),
+            cpus: cpus.clone(),
             devices: self.devices.meters(),
         }
+    }
+
+    /// Its processors that come and go, if they can.
+    pub(crate) fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
+        self.board.cpus()
+    }
+
+    /// vCPUs it started with.
+    pub(crate) fn boot_vcpus(&self) -> u32 {
+        self.plan.boot_vcpus()
+    }
+
+    /// Makes the vCPUs with these indexes and their threads, if it never had them. They rest until the guest gets them.
+    pub(crate) fn ready_vcpus(&mut self, indexes: &[u32]) -> Result<(), MachineError> {
+        let needed = indexes.iter().max().map_or(0, |last| *last as usize + 1);
+        while self.vcpus.len() < needed {
+            let vcpu = match self.parked.pop_front() {
+                Some(vcpu) => vcpu,
+                None => triarch_arch::create_later(&self.vm, &self.plan, self.vcpus.len() as u32)?,
+            };
+            self.vcpus.add(vcpu)?;
+        }
+        for index in indexes {
+            self.vcpus.wait_rested(*index as usize)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest start vCPU `index`.
+    pub(crate) fn plug_vcpu(&self, index: u32) {
+        self.vcpus.plug(index as usize);
+    }
+
+    /// Takes vCPU `index`, which the guest has given back.
+    pub(crate) fn unplug_vcpu(&self, index: u32) {
+        if let Err(error) = self.vcpus.unplug(index as usize) {
+            tracing::error!("cannot stop a vCPU: {}", MachineError::from(error).chain());
+        }
+    }
+
+    /// Makes vCPU `index` look whether it was started.
+    pub(crate) fn nudge_vcpu(&self, index: u32) {
+        // A thread that cannot be signalled has ended.
+        let _ = self.vcpus.nudge(index as usize);
     }
 
     /// Its devices, as `vm.info` shows them.

@@ -17,8 +17,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::backends::{Backends, HandedTaps};
 use crate::build::{Machine, Reports};
 use crate::consoles::Consoles;
+use crate::cpus::Processors;
 use crate::daemons::Daemons;
 use crate::inbox::Outbox;
+use crate::metrics::GuestMeters;
 use crate::progress::Progress;
 use crate::resize::Resizes;
 use crate::signals::{Signal, Signals, told_to_end};
@@ -50,9 +52,9 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Owns the guest. Runs on the main thread.
 pub struct Controller {
-    outbox: Outbox,
+    pub(crate) outbox: Outbox,
     pub(crate) inbox: Inbox,
-    events: EventManager<Subscriber>,
+    pub(crate) events: EventManager<Subscriber>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
     /// Starts daemons for devices, if somebody may.
@@ -71,6 +73,7 @@ pub struct Controller {
     pub(crate) machine: Option<Machine>,
     /// What the guest was asked for and has not done yet.
     pub(crate) resizes: Resizes,
+    pub(crate) processors: Processors,
     serial_input: Option<SubscriberId>,
     /// How many guests were built.
     generation: u64,
@@ -124,6 +127,7 @@ impl Controller {
             backends: None,
             machine: None,
             resizes,
+            processors: Processors::default(),
             serial_input: None,
             generation: 0,
             outcome: None,
@@ -185,11 +189,13 @@ impl Controller {
 
     /// Builds the guest and lets it run (`vm.boot`). On error there is no guest, and the phase is what it was.
     pub fn boot(&mut self) -> Result<(), MachineError> {
-        self.job(Operation::Boot, |this, progress| this.start(progress, Cause::Client))
+        self.job(Operation::Boot, |this, progress| {
+            this.start(progress, Cause::Client, None)
+        })
     }
 
-    /// Builds the guest and lets it run.
-    fn start(&mut self, progress: Progress<'_>, cause: Cause) -> Result<(), MachineError> {
+    /// Builds the guest and lets it run, with `vcpus` vCPUs or as many as are configured.
+    fn start(&mut self, progress: Progress<'_>, cause: Cause, vcpus: Option<u32>) -> Result<(), MachineError> {
         let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
             return Ok(());
         };
@@ -206,9 +212,11 @@ impl Controller {
             events: self.inbox.events(),
             progress,
         };
-        let mut machine = Machine::build(&self.kvm, config, consoles, &backends, &self.sandbox, reports)?;
+        let vcpus = vcpus.unwrap_or(config.cpus.boot_vcpus);
+        let mut machine = Machine::build(&self.kvm, config, vcpus, consoles, &backends, &self.sandbox, reports)?;
         self.backends = Some(backends);
-        self.outbox.show_meters(Some(machine.meters(config)));
+        self.processors.begin(machine.cpus());
+        self.outbox.show_meters(self.meters(&machine));
         machine.resume()?;
         self.serial_input = machine.serial().map(|serial| {
             let input: Subscriber = Arc::new(Mutex::new(SerialInput(serial.clone())));
@@ -218,6 +226,12 @@ impl Controller {
         self.phase = Phase::Running;
         self.tell(&kind::VM_BOOTED, cause);
         Ok(())
+    }
+
+    /// What `machine` counts.
+    pub(crate) fn meters(&self, machine: &Machine) -> Option<GuestMeters> {
+        let config = self.config.as_ref()?;
+        Some(machine.meters(config, &self.processors.meters))
     }
 
     /// Makes an event of it. What a guest causes must not drown everything else.
@@ -262,6 +276,10 @@ impl Controller {
             }
             Message::Guest(..) => {}
             Message::HangUp { by_kernel } => self.hang_up(by_kernel),
+            Message::Tick => {
+                self.tick();
+                self.publish();
+            }
             Message::Alive => self.supervisor.alive(),
             Message::Patience => self.look_at_resizes(),
             Message::Resized => {
@@ -288,6 +306,8 @@ impl Controller {
                 let event = [("event", "panic".into())];
                 self.inbox.events().post_guest("panic", &kind::GUEST_PANIC, &event);
             }
+            GuestEvent::Processors => self.look_at_processors(),
+            GuestEvent::Vcpu(index, VcpuEvent::Started) => self.vcpu_started(index),
             // Published by whoever handles the event.
             GuestEvent::Link => {}
             GuestEvent::Balloon => self.balloon_stands(),
@@ -338,7 +358,10 @@ impl Controller {
     }
 
     fn info(&self) -> Option<VmInfo> {
-        let config = self.config.clone()?;
+        let mut config = self.config.clone()?;
+        let vcpus = self.publish_processors();
+        // Agents read there how many there are.
+        config.cpus.boot_vcpus = vcpus.map_or(config.cpus.boot_vcpus, |vcpus| vcpus.started);
         let lent = self
             .machine
             .as_ref()
@@ -351,6 +374,7 @@ impl Controller {
             state: self.phase,
             memory_actual_size,
             device_tree,
+            vcpus,
             links: self.machine.as_ref().map(Machine::links).unwrap_or_default(),
         })
     }
@@ -416,8 +440,10 @@ impl Controller {
     fn restart(&mut self, progress: Progress<'_>, cause: Cause) -> Result<(), MachineError> {
         self.tell(&kind::VM_REBOOTING, cause);
         progress.note("guest");
+        let vcpus = self.vcpu_target();
         self.end_machine();
-        let result = self.start(progress, cause);
+        let result = self.start(progress, cause, vcpus);
+        self.end_resize_with_guest(result.is_ok());
         let kind = if result.is_ok() {
             &kind::VM_REBOOTED
         } else {
@@ -430,6 +456,7 @@ impl Controller {
     /// Ends the guest and frees its disks and network interfaces; keeps its configuration and consoles.
     fn stop_guest(&mut self, progress: Progress<'_>) {
         progress.note("guest");
+        self.end_resize_with_guest(false);
         if self.end_machine() {
             self.tell(&kind::VM_SHUTDOWN, Cause::Client);
         }

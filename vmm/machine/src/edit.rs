@@ -20,20 +20,17 @@ impl Controller {
     pub(crate) fn resize(&mut self, target: &Resize) -> Result<(), ApiError> {
         self.tell(&kind::VM_RESIZING, Cause::Client);
         let running = self.machine.is_some();
+        let before = self.config.clone();
         self.change(|config| {
-            let vcpus = target.desired_vcpus.unwrap_or(config.cpus.boot_vcpus);
             let ram = target.desired_ram.unwrap_or(config.memory.size);
-            if running && vcpus != config.cpus.boot_vcpus {
-                return Err(unsupported(
-                    "this version cannot change the number of vCPUs of a running guest; shut it down first",
-                ));
-            }
             if running && ram != config.memory.size {
                 return Err(unsupported(
                     "this version cannot change the memory of a running guest; shut it down first",
                 ));
             }
-            config.cpus.boot_vcpus = vcpus;
+            if let Some(vcpus) = target.desired_vcpus.filter(|_| !running) {
+                config.cpus.boot_vcpus = vcpus;
+            }
             config.memory.size = ram;
             match (&mut config.balloon, target.desired_balloon) {
                 (Some(balloon), Some(bytes)) => balloon.size = bytes,
@@ -42,10 +39,17 @@ impl Controller {
             }
             Ok(())
         })?;
+        if let Some(vcpus) = target.desired_vcpus.filter(|_| running)
+            && let Err(error) = self.resize_vcpus(vcpus)
+        {
+            // All of it or nothing.
+            self.config = before;
+            return Err(error);
+        }
         if let Some(bytes) = target.desired_balloon {
             self.resize_balloon(bytes)?;
         }
-        if !self.resizes.any() {
+        if !self.resizes.any() && !self.processors.is_open() {
             self.tell(&kind::VM_RESIZED, Cause::Client);
         }
         Ok(())

@@ -28,6 +28,8 @@ pub enum Message {
         /// No process sent it.
         by_kernel: bool,
     },
+    /// Time has passed while something is expected of the guest.
+    Tick,
     /// It is time to tell the supervisor that the controller does its work.
     Alive,
     /// It is time to look whether the guest still does what it was asked for.
@@ -43,6 +45,8 @@ pub enum GuestEvent {
     Power(PowerEvent),
     /// A vCPU left the guest for good.
     Vcpu(usize, VcpuEvent),
+    /// It may have done something about processors that come or go.
+    Processors,
     /// A device lost its daemon or has one again; [`Machine`](crate::Machine) knows which.
     Link,
     /// Its balloon has another size, or a driver; [`Machine`](crate::Machine) knows which.

@@ -9,6 +9,7 @@ mod backends;
 mod build;
 mod consoles;
 mod control;
+mod cpus;
 mod daemons;
 mod devices;
 mod edit;

@@ -17,6 +17,8 @@ use triarch_virtio::balloon::BalloonHandle;
 use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
+use crate::cpus::CpuMeters;
+
 /// What devices count, by their ids.
 #[derive(Default)]
 pub(crate) struct DeviceMeters {
@@ -31,6 +33,7 @@ pub(crate) struct DeviceMeters {
 pub(crate) struct GuestMeters {
     pub(crate) memory: MemoryConfig,
     pub(crate) vcpus: Vec<Arc<Padded<VcpuMetrics>>>,
+    pub(crate) cpus: Arc<CpuMeters>,
     pub(crate) devices: DeviceMeters,
 }
 
@@ -72,6 +75,7 @@ impl GuestMeters {
         let devices = &self.devices;
         api::Metrics {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
+            hotplug: self.cpus.read(),
             memory: Some(api::MemoryMetrics {
                 size: self.memory.size,
                 resident: process.map(|process| resident(&self.memory, process)),
@@ -297,6 +301,7 @@ mod tests {
                 ..MemoryConfig::default()
             },
             vcpus: vec![Arc::default()],
+            cpus: Arc::default(),
             devices: DeviceMeters {
                 disks: vec![("d".into(), Arc::default())],
                 nics,

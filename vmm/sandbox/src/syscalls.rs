@@ -154,7 +154,7 @@ const BUILD: &[i64] = &[
     SYS_wait4,
 ];
 
-/// KVM, while the guest runs: entering it, what moving a BAR or an MSI means, and on ARM starting and stopping a vCPU.
+/// KVM, while the guest runs: entering it, what moving a BAR or an MSI means, starting and stopping a vCPU.
 const KVM_RUNNING: &[u64] = &[
     0xae80,      // KVM_RUN
     0x4008_ae6a, // KVM_SET_GSI_ROUTING
@@ -163,6 +163,7 @@ const KVM_RUNNING: &[u64] = &[
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
     0x4010_aeab, // KVM_GET_ONE_REG
     0x4010_aeac, // KVM_SET_ONE_REG
+    0x8004_ae98, // KVM_GET_MP_STATE
     0x4004_ae99, // KVM_SET_MP_STATE
     0x4020_aeae, // KVM_ARM_VCPU_INIT
 ];

@@ -45,7 +45,7 @@ impl Reason {
             Exit::PortOut { .. } => Self::PortWrite,
             Exit::MmioRead { .. } => Self::MmioRead,
             Exit::MmioWrite { .. } => Self::MmioWrite,
-            Exit::Interrupted => Self::Interrupted,
+            Exit::Interrupted | Exit::Waiting => Self::Interrupted,
             Exit::Shutdown => Self::Shutdown,
             Exit::SystemEvent(_) => Self::SystemEvent,
             Exit::Halted => Self::Halted,

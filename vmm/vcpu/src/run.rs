@@ -1,9 +1,11 @@
 //! The vCPU threads of a guest and their common state.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use triarch_device_core::metrics::Padded;
@@ -22,6 +24,8 @@ pub enum VcpuEvent {
     PowerOff,
     /// The guest crashed, by its own word.
     Crashed,
+    /// The guest has started this vCPU, which it was given while it ran.
+    Started,
     /// The vCPU cannot go on; the reason is for the operator.
     Failed(String),
 }
@@ -46,6 +50,12 @@ pub enum VcpuError {
         #[source]
         source: io::Error,
     },
+    /// It has not left the guest, or its thread has ended.
+    #[error("vCPU {index} is still busy with what it did for the guest before")]
+    Busy {
+        /// Index of the vCPU.
+        index: usize,
+    },
     /// No signal.
     #[error("cannot interrupt vCPU {index}")]
     Kick {
@@ -57,6 +67,9 @@ pub enum VcpuError {
     },
 }
 
+/// How long a vCPU that was given back may take to leave the guest, which it does at once unless the guest is about to end.
+const REST: Duration = Duration::from_secs(1);
+
 const PAUSE: u8 = 0;
 const RUN: u8 = 1;
 const STOP: u8 = 2;
@@ -66,8 +79,8 @@ const STOP: u8 = 2;
 struct Counts {
     /// Have begun, and have their names.
     begun: usize,
-    /// Are parked.
-    parked: usize,
+    /// Are parked, by their vCPUs.
+    parked: BTreeSet<usize>,
 }
 
 /// What all vCPU threads of a guest share.
@@ -77,7 +90,7 @@ struct Shared {
     counts: Mutex<Counts>,
     changed: Condvar,
     buses: Buses,
-    firmware: Option<Arc<dyn Firmware>>,
+    firmware: Arc<dyn Firmware>,
     events: Box<dyn Fn(usize, VcpuEvent) + Send + Sync>,
     log: RateLimit,
 }
@@ -101,58 +114,76 @@ impl Shared {
 
     /// What vCPU `index` should do; one that the guest has not started rests as if it were paused.
     fn want(&self, index: usize) -> u8 {
-        match (self.want.load(Ordering::SeqCst), &self.firmware) {
-            (RUN, Some(firmware)) if !firmware.runs(index) => PAUSE,
-            (want, _) => want,
+        match self.want.load(Ordering::SeqCst) {
+            RUN if !self.firmware.runs(index) => PAUSE,
+            want => want,
         }
     }
 
-    /// Parks the calling thread, that of vCPU `index`, while it should not run; false when it should end.
-    fn may_run(&self, index: usize) -> bool {
+    /// Parks the calling thread, that of `vcpu` with this index, while it should not run; false when it should end.
+    fn may_run(&self, index: usize, vcpu: &Vcpu) -> bool {
         if self.want(index) == RUN {
             return true;
         }
         let mut counts = self.counts();
-        counts.parked += 1;
-        self.changed.notify_all();
+        counts.parked.insert(index);
+        let mut news = true;
         let want = loop {
             match self.want(index) {
-                PAUSE => counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner),
+                PAUSE => {
+                    let rested = self.firmware.rested(index);
+                    if let Err(error) = self.firmware.rest(index, vcpu) {
+                        (self.events)(index, failed(&error));
+                    }
+                    // Only of news: those who are woken by it may be parked as well.
+                    if std::mem::take(&mut news) || rested != self.firmware.rested(index) {
+                        self.changed.notify_all();
+                    }
+                    counts = self.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
+                }
                 want => break want,
             }
         };
-        counts.parked -= 1;
+        counts.parked.remove(&index);
         want == RUN
     }
 
     /// Serves a call of vCPU `index` to firmware, which may start another vCPU. What went wrong, if so.
     fn call(&self, index: usize, vcpu: &Vcpu, function: u64) -> Option<VcpuEvent> {
-        let Some(firmware) = &self.firmware else {
-            let unknown = format!("the guest made the unknown call {function:#x}");
-            return Some(VcpuEvent::Failed(unknown));
-        };
-        let outcome = firmware.call(index, vcpu, function);
+        let outcome = self.firmware.call(index, vcpu, function);
         // Under the lock: a thread that has just found that it should not run has to hear of it.
+        self.look_again();
+        match outcome {
+            Ok(true) => None,
+            Ok(false) => Some(VcpuEvent::Failed(format!(
+                "the guest made the unknown call {function:#x}"
+            ))),
+            Err(error) => Some(failed(&error)),
+        }
+    }
+
+    /// Makes parked threads look whether they should run.
+    fn look_again(&self) {
         let _guard = self.counts();
         self.changed.notify_all();
-        outcome.err().map(|error| failed(&error))
     }
 }
 
 /// The vCPU threads of one guest. They start parked; all run, pause and stop together. Dropping the set stops them.
 pub struct VcpuSet {
     threads: Vec<JoinHandle<Vcpu>>,
+    sandbox: Arc<dyn Sandbox>,
     metrics: Vec<Arc<Padded<VcpuMetrics>>>,
     shared: Arc<Shared>,
 }
 
 impl VcpuSet {
-    /// Starts a thread `vcpuN` for each of `vcpus`, parked. `events` is called on those threads. Without `firmware` all of them run once
-    /// the set does, and KVM holds back those the guest has not started.
+    /// Starts a thread `vcpuN` for each of `vcpus`, parked. `events` is called on those threads. Once the set runs, `firmware` tells
+    /// which of them do.
     pub fn start(
         vcpus: Vec<Vcpu>,
         buses: Buses,
-        firmware: Option<Arc<dyn Firmware>>,
+        firmware: Arc<dyn Firmware>,
         sandbox: &Arc<dyn Sandbox>,
         events: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
     ) -> Result<Self, VcpuError> {
@@ -167,19 +198,76 @@ impl VcpuSet {
         });
         let mut set = Self {
             threads: Vec::with_capacity(vcpus.len()),
-            metrics: vcpus.iter().map(|_| Arc::default()).collect(),
+            sandbox: sandbox.clone(),
+            metrics: Vec::with_capacity(vcpus.len()),
             shared,
         };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let (shared, sandbox) = (set.shared.clone(), sandbox.clone());
-            let metrics = set.metrics[index].clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || run_thread(index, vcpu, &shared, &metrics, &*sandbox))
-                .map_err(|source| VcpuError::Spawn { index, source })?;
-            set.threads.push(thread);
+        for vcpu in vcpus {
+            set.spawn(vcpu)?;
         }
         Ok(set)
+    }
+
+    /// Starts the thread of the next vCPU, parked.
+    fn spawn(&mut self, vcpu: Vcpu) -> Result<(), VcpuError> {
+        let index = self.threads.len();
+        let (shared, sandbox) = (self.shared.clone(), self.sandbox.clone());
+        let metrics = Arc::<Padded<VcpuMetrics>>::default();
+        let theirs = metrics.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || run_thread(index, vcpu, &shared, &theirs, &*sandbox))
+            .map_err(|source| VcpuError::Spawn { index, source })?;
+        self.threads.push(thread);
+        self.metrics.push(metrics);
+        Ok(())
+    }
+
+    /// Adds a vCPU, whose index is the next, and which the guest does not have yet. Returns when its thread has its name.
+    pub fn add(&mut self, vcpu: Vcpu) -> Result<(), VcpuError> {
+        self.spawn(vcpu)?;
+        self.wait_begun();
+        Ok(())
+    }
+
+    /// Waits until vCPU `index`, which the guest does not have, can be plugged: its thread is parked, and has made an end of what it
+    /// did before.
+    pub fn wait_rested(&self, index: usize) -> Result<(), VcpuError> {
+        let deadline = Instant::now() + REST;
+        let mut counts = self.shared.counts();
+        while !(counts.parked.contains(&index) && self.shared.firmware.rested(index)) {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Err(VcpuError::Busy { index });
+            };
+            counts = self
+                .shared
+                .changed
+                .wait_timeout(counts, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(())
+    }
+
+    /// Lets the guest start vCPU `index`, after [`wait_rested`](Self::wait_rested).
+    pub fn plug(&self, index: usize) {
+        self.shared.firmware.plug(index);
+        self.shared.look_again();
+    }
+
+    /// Takes vCPU `index` from the guest; it parks as soon as it has left it, and can be given again by [`plug`](Self::plug).
+    pub fn unplug(&self, index: usize) -> Result<(), VcpuError> {
+        self.shared.firmware.unplug(index);
+        self.shared.look_again();
+        self.nudge(index)
+    }
+
+    /// Makes the thread of vCPU `index` leave the guest for a moment.
+    pub fn nudge(&self, index: usize) -> Result<(), VcpuError> {
+        match self.threads.get(index).filter(|thread| !thread.is_finished()) {
+            Some(thread) => kick(thread).map_err(|source| VcpuError::Kick { index, source }),
+            None => Ok(()),
+        }
     }
 
     /// Number of vCPUs.
@@ -200,6 +288,10 @@ impl VcpuSet {
     /// Lets the guest run. Returns when each thread has its name: whoever starts a guest pins its vCPUs by them, as libvirt does.
     pub fn resume(&self) {
         self.shared.set(RUN);
+        self.wait_begun();
+    }
+
+    fn wait_begun(&self) {
         let mut counts = self.shared.counts();
         while counts.begun < self.threads.len() {
             counts = self.shared.changed.wait(counts).unwrap_or_else(PoisonError::into_inner);
@@ -211,8 +303,8 @@ impl VcpuSet {
         self.shared.set(PAUSE);
         self.kick_all()?;
         let mut counts = self.shared.counts();
-        while counts.parked < self.threads.iter().filter(|t| !t.is_finished()).count() {
-            let wait = std::time::Duration::from_millis(10);
+        while counts.parked.len() < self.threads.iter().filter(|t| !t.is_finished()).count() {
+            let wait = Duration::from_millis(10);
             counts = self
                 .shared
                 .changed
@@ -259,7 +351,7 @@ fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetri
     }
     let _running = Running::enter(&vcpu);
     let switch = vcpu.immediate_exit();
-    while shared.may_run(index) {
+    while shared.may_run(index, &vcpu) {
         if let Some(event) = run_until_event(index, &mut vcpu, shared, metrics) {
             (shared.events)(index, event);
             // Whoever handles the event pauses or stops the set; until then this vCPU rests.
@@ -282,14 +374,21 @@ fn rest(shared: &Shared) {
 
 /// Runs the guest until the vCPU should not run any more (`None`) or something happened.
 fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &VcpuMetrics) -> Option<VcpuEvent> {
-    if let Some(Err(error)) = shared.firmware.as_ref().map(|firmware| firmware.prepare(index, vcpu)) {
+    if let Err(error) = shared.firmware.prepare(index, vcpu) {
         return Some(failed(&error));
     }
+    note_start(index, vcpu, shared);
     while shared.want.load(Ordering::SeqCst) == RUN {
         match vcpu.run() {
             Ok(Exit::Interrupted) => {
                 metrics.exited(Reason::Interrupted);
                 vcpu.immediate_exit().set(false);
+                // Whoever interrupts has something new: the guest may not have this vCPU any more.
+                return None;
+            }
+            Ok(Exit::Waiting) => {
+                metrics.exited(Reason::Interrupted);
+                note_start(index, vcpu, shared);
             }
             Ok(Exit::Call(function)) => {
                 metrics.exited(Reason::Call);
@@ -311,6 +410,13 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
         }
     }
     None
+}
+
+/// Reports it if the guest has just started the vCPU.
+fn note_start(index: usize, vcpu: &Vcpu, shared: &Shared) {
+    if shared.firmware.started(index, vcpu) {
+        (shared.events)(index, VcpuEvent::Started);
+    }
 }
 
 /// The error and its causes, for the operator.
@@ -335,7 +441,7 @@ fn dispatch(exit: Exit<'_>, shared: &Shared) -> Option<VcpuEvent> {
         Exit::MmioWrite { address, data } => note(shared, "write", address, mmio.write(address, data)),
         Exit::MmioRead { address, data } => note(shared, "read", address, mmio.read(address, data)),
         // Served where the vCPU is at hand.
-        Exit::Interrupted | Exit::Call(_) => {}
+        Exit::Interrupted | Exit::Waiting | Exit::Call(_) => {}
         Exit::Shutdown => return Some(VcpuEvent::Reset),
         Exit::SystemEvent(kind) => return Some(system_event(kind)),
         Exit::Halted => return Some(VcpuEvent::PowerOff),

@@ -172,6 +172,9 @@ pub(crate) struct Resize {
     /// What the balloon takes of it
     #[arg(long, value_name = "SIZE", value_parser = triarch_api::parse_size)]
     pub(crate) balloon: Option<u64>,
+    /// Wait until the guest has done its part, or has not
+    #[arg(long)]
+    pub(crate) wait: bool,
 }
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use triarch_api::flags::{self, FlagError};
+use triarch_api::jobs::{Job, JobState};
 use triarch_api::server::Method;
 use triarch_api::{Operation, RemoveDevice, Resize, ResizeDisk};
 use triarch_client::{Client, Response};
@@ -41,14 +42,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             let config = read(&file)?;
             session.put(Operation::Create, Some(config), &[])
         }
-        Command::Resize(target) => session.put_json(
-            Operation::Resize,
-            &Resize {
-                desired_vcpus: target.cpus,
-                desired_ram: target.memory,
-                desired_balloon: target.balloon,
-            },
-        ),
+        Command::Resize(target) => session.resize(&target),
         Command::ResizeDisk { id, size } => {
             let desired_size = size;
             session.put_json(Operation::ResizeDisk, &ResizeDisk { id, desired_size })
@@ -125,6 +119,24 @@ impl Session {
         };
         let response = progress::perform(&mut self.client, request)?;
         self.answer(response)
+    }
+
+    /// What a guest that runs has to do itself is a job, which is shown.
+    fn resize(&mut self, target: &cli::Resize) -> Result<(), Failure> {
+        let body = Resize {
+            desired_vcpus: target.cpus,
+            desired_ram: target.memory,
+            desired_balloon: target.balloon,
+        };
+        let before = jobs::last_of(&mut self.client, Operation::Resize);
+        self.put_json(Operation::Resize, &body)?;
+        let after = jobs::last_of(&mut self.client, Operation::Resize);
+        let same = |job: &Job| before.as_ref().is_some_and(|before| before.id == job.id);
+        match after.filter(|job| !same(job) || job.state == JobState::Running) {
+            Some(job) if target.wait => jobs::run(&mut self.client, Some(job.id), true, self.json),
+            Some(job) => jobs::show(&job, self.json),
+            None => Ok(()),
+        }
     }
 
     fn answer(&self, response: Response) -> Result<(), Failure> {

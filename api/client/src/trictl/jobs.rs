@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::thread;
 use std::time::Duration;
 
+use triarch_api::Operation;
 use triarch_api::jobs::{Job, JobState, Timestamp};
 use triarch_client::Client;
 
@@ -25,6 +26,20 @@ pub(crate) fn run(client: &mut Client, id: Option<u64>, watch: bool, json: bool)
         return print(&body);
     }
     print(&table(&understood(&target, &body, id.is_some())?))
+}
+
+/// The latest job that carries out `operation`. A VMM that does not know jobs has none.
+pub(crate) fn last_of(client: &mut Client, operation: Operation) -> Option<Job> {
+    let jobs: Vec<Job> = client.get_as("vm.jobs").unwrap_or_default();
+    jobs.into_iter().rfind(|job| job.kind == operation.name())
+}
+
+/// Shows one job.
+pub(crate) fn show(job: &Job, json: bool) -> Result<(), Failure> {
+    match json {
+        true => print(&serde_json::to_string(job).unwrap_or_default()),
+        false => print(&line(job)),
+    }
 }
 
 fn understood(target: &str, body: &str, single: bool) -> Result<Vec<Job>, Failure> {

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde::Deserialize;
 use triarch_api::server::Identity;
 use triarch_api::{
-    ConsoleConfig, ConsoleMode, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, NetConfig, VmConfig, VmInfo,
+    ConsoleConfig, ConsoleMode, CpusConfig, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, NetConfig,
+    VcpuCounts, VmConfig, VmInfo,
 };
 
 use crate::table::{Side, Table};
@@ -34,12 +35,13 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         state,
         memory_actual_size,
         device_tree,
+        vcpus,
         links,
     } = serde_json::from_str(body)?;
     let cpus = &config.cpus;
     let mut lines = vec![
         ("State", state.name().to_owned()),
-        ("vCPUs", format!("{} of {} at most", cpus.boot_vcpus, cpus.max_vcpus)),
+        ("vCPUs", processors(cpus, vcpus)),
         ("Memory", memory(&config, memory_actual_size)),
     ];
     if let Some(payload) = &config.payload {
@@ -67,6 +69,21 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         text.push_str(&daemons(&links).text());
     }
     Ok(text)
+}
+
+/// `2 of 4 at most`, and what is under way.
+fn processors(cpus: &CpusConfig, counts: Option<VcpuCounts>) -> String {
+    let mut text = format!("{} of {} at most", cpus.boot_vcpus, cpus.max_vcpus);
+    if let Some(VcpuCounts {
+        target,
+        present,
+        started,
+    }) = counts
+        && (target, present) != (started, started)
+    {
+        text.push_str(&format!("; it was given {present} and should have {target}"));
+    }
+    text
 }
 
 fn memory(config: &VmConfig, actual: u64) -> String {
@@ -283,6 +300,15 @@ data     disk   -             /b.img, 2 queues of 128
 _net2    net    -             tap0, 12:34:56:78:9a:bc, MTU 1500, 2 queues of 256
 _vsock3  vsock  -             cid 3, /v.sock
 "
+        );
+        let growing = body.replace(
+            r#""device_tree""#,
+            r#""vcpus":{"target":4,"present":3,"started":2},"device_tree""#,
+        );
+        assert!(
+            info(&growing)
+                .expect("a table")
+                .contains("vCPUs         2 of 4 at most; it was given 3 and should have 4\n")
         );
         let bare = r#"{"config":{},"state":"Created","memory_actual_size":536870912}"#;
         let text = info(bare).expect("a table");

@@ -1,6 +1,7 @@
 //! What the commands do.
 
 pub mod blk;
+pub mod hotplug;
 pub mod memory;
 pub mod net;
 pub mod pci;

@@ -77,13 +77,6 @@ fn processors_and_memory_are_resized(context: &Context) -> Result<Outcome> {
     refused(
         &api,
         "vm.resize",
-        &json!({ "desired_vcpus": 2 }),
-        501,
-        &["vCPUs", "running"],
-    )?;
-    refused(
-        &api,
-        "vm.resize",
         &json!({ "desired_ram": 1 << 30 }),
         501,
         &["memory", "running"],

@@ -15,6 +15,7 @@ mod ends;
 mod events;
 pub(crate) mod guest;
 mod hand_over;
+mod hotplug;
 mod launch;
 mod log;
 mod memory;
@@ -47,6 +48,8 @@ pub fn tests() -> Vec<Test> {
         backing::TESTS,
         balloon::TESTS,
         smp::TESTS,
+        hotplug::TESTS,
+        hotplug::SLOW,
         pci::TESTS,
         blk::TESTS,
         net::TESTS,

@@ -4,7 +4,9 @@ use std::io;
 use std::sync::Arc;
 
 use triarch_device_core::InterruptLine;
-use triarch_legacy::{Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort};
+use triarch_legacy::{
+    CpuHotplug, Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort,
+};
 use triarch_pci::Ecam;
 
 use super::layout::{self, interrupt};
@@ -14,6 +16,7 @@ use crate::{BoardConfig, BoardError};
 pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     button: Button,
+    cpus: Option<Arc<CpuHotplug>>,
 }
 
 /// How the operating system hears of the power button.
@@ -24,6 +27,9 @@ enum Button {
     Key(Arc<Pl061>),
 }
 
+/// `_STA` of a processor that the guest does not have: present, shown, functioning, not enabled. The GIC interface of each is there
+/// from the start.
+const PRESENT: u8 = 0xd;
 /// Pin of the power button.
 pub(super) const POWER_KEY: u8 = 3;
 
@@ -47,6 +53,7 @@ impl Board {
         };
         let rtc = Arc::new(Pl031::new(Arc::new(HostClock::new())));
         mmio.claim(layout::RTC, PL031_SIZE, rtc)?;
+        let mut cpus = None;
         let button = if config.device_tree {
             let keys = Arc::new(Pl061::new(line(interrupt::KEYS)?));
             mmio.claim(layout::KEYS, PL061_SIZE, keys.clone())?;
@@ -54,16 +61,22 @@ impl Board {
         } else {
             let events = Arc::new(Ged::new(line(interrupt::GED)?));
             mmio.claim(layout::GED, 1, events.clone())?;
+            cpus = Some(config.claim_processors(&events, layout::CPU_HOTPLUG, PRESENT)?);
             Button::Event(events)
         };
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         mmio.claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        Ok(Self { serial, button })
+        Ok(Self { serial, button, cpus })
     }
 
     /// The serial port, for its input.
     pub fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
         self.serial.as_ref()
+    }
+
+    /// The processors that come and go; a device tree knows of none.
+    pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
+        self.cpus.as_ref()
     }
 
     /// Asks the operating system to shut down.

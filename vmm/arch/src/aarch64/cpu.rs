@@ -3,7 +3,7 @@
 use kvm_bindings::{
     KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ,
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_ARM_VCPU_PTRAUTH_ADDRESS, KVM_ARM_VCPU_PTRAUTH_GENERIC,
-    KVM_ARM_VCPU_SVE, kvm_device_attr, kvm_vcpu_init,
+    KVM_ARM_VCPU_SVE, KVM_MP_STATE_STOPPED, kvm_device_attr, kvm_vcpu_init,
 };
 use std::sync::Arc;
 
@@ -15,7 +15,8 @@ use triarch_hypervisor::{Firmware, HypervisorError, Vcpu, Vm};
 
 use super::psci::Psci;
 use super::{Entry, Platform, layout, psci};
-use crate::Vcpus;
+use crate::starts::Starts;
+use crate::{CpuCount, Vcpus};
 
 /// Addresses of guests where the host does not tell.
 const DEFAULT_ADDRESS_BITS: u8 = 40;
@@ -61,8 +62,7 @@ pub enum CpuError {
 /// The processors of a guest, before they exist.
 pub struct CpuPlan {
     topology: Topology,
-    boot: u32,
-    max: u32,
+    count: CpuCount,
     address_bits: u8,
     features: Features,
 }
@@ -76,8 +76,9 @@ struct Features {
 }
 
 impl CpuPlan {
-    /// Plans `boot` vCPUs now and `max` at most, shaped by `topology` (flat when `None`).
-    pub fn new(kvm: &Kvm, boot: u32, max: u32, topology: Option<Topology>) -> Result<Self, CpuError> {
+    /// Plans the vCPUs of `count`, shaped by `topology` (flat when `None`).
+    pub fn new(kvm: &Kvm, count: CpuCount, topology: Option<Topology>) -> Result<Self, CpuError> {
+        let max = count.max;
         let allowed = kvm.get_max_vcpus().min(layout::MAX_VCPUS as usize);
         if max as usize > allowed {
             return Err(CpuError::TooMany {
@@ -93,8 +94,7 @@ impl CpuPlan {
         let has = |capability| kvm.check_extension(capability);
         Ok(Self {
             topology,
-            boot,
-            max,
+            count,
             address_bits: match kvm.get_host_ipa_limit() {
                 limit @ 32..=52 => limit as u8,
                 _ => DEFAULT_ADDRESS_BITS,
@@ -119,12 +119,18 @@ impl CpuPlan {
 
     /// vCPUs the guest starts with.
     pub fn boot_vcpus(&self) -> u32 {
-        self.boot
+        self.count.now
     }
 
     /// vCPUs it can have at most.
     pub fn max_vcpus(&self) -> u32 {
-        self.max
+        self.count.max
+    }
+
+    /// vCPUs it cannot give back, from the first on: the MADT tells that they are enabled (ACPI 6.5, 5.2.12.14). All that came
+    /// while a guest ran stay removable when that guest is reset.
+    pub fn fixed_vcpus(&self) -> u32 {
+        self.count.boot.min(self.count.now)
     }
 
     /// Their shape.
@@ -164,15 +170,15 @@ impl CpuPlan {
 /// Makes all vCPUs the guest may ever have, since KVM takes none once the GIC works, and starts the GIC. All but the first wait to be
 /// started by it; those the guest does not start with are parked, see [`psci`].
 pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpus, CpuError> {
-    platform.place_redistributors(plan.max)?;
+    platform.place_redistributors(plan.count.max)?;
     let mut target = kvm_vcpu_init::default();
     vm.fd()
         .get_preferred_target(&mut target)
         .map_err(HypervisorError::kvm("tell its kind of vCPU"))?;
     let forwarded = psci::forward(vm)?;
-    let made: Result<Vec<_>, _> = (0..plan.max)
+    let made: Result<Vec<_>, _> = (0..plan.count.max)
         .map(|index| {
-            let off = index > 0 && (forwarded || index < plan.boot);
+            let off = index > 0 && (forwarded || index < plan.count.now);
             create(vm, plan, &plan.init(&target, off), index)
         })
         .collect();
@@ -181,17 +187,24 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpu
     if plan.features.pmu {
         running.iter().try_for_each(start_pmu)?;
     }
-    let parked = running.split_off(plan.boot as usize);
-    let firmware = forwarded.then(|| {
-        let affinities = (0..plan.max).map(|index| plan.hardware_id(index));
-        let processors = Processors::new(affinities, plan.boot as usize);
-        Arc::new(Psci::new(processors, plan.init(&target, true))) as Arc<dyn Firmware>
-    });
+    let parked = running.split_off(plan.count.now as usize);
+    let firmware: Arc<dyn Firmware> = if forwarded {
+        let affinities = (0..plan.count.max).map(|index| plan.hardware_id(index));
+        let processors = Processors::new(affinities, plan.count.now as usize);
+        Arc::new(Psci::new(processors, plan.init(&target, true)))
+    } else {
+        Arc::new(Starts::new(plan.count.max, plan.count.now, KVM_MP_STATE_STOPPED))
+    };
     Ok(Vcpus {
         running,
         parked,
         firmware,
     })
+}
+
+/// There is none to be made later: all were made with the guest.
+pub fn create_later(_vm: &Vm, _plan: &CpuPlan, _index: u32) -> Result<Vcpu, CpuError> {
+    Err(HypervisorError::Capability("vCPUs that are made while the guest runs").into())
 }
 
 fn create(vm: &Vm, plan: &CpuPlan, init: &kvm_vcpu_init, index: u32) -> Result<Vcpu, CpuError> {

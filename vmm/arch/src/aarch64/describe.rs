@@ -21,7 +21,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
     let topology = plan.topology();
     let cpu = |index| ArmCpu {
         mpidr: plan.hardware_id(index),
-        enabled: index < plan.boot_vcpus(),
+        enabled: index < plan.fixed_vcpus(),
     };
     ArmAcpiConfig {
         placement: AcpiPlacement {
@@ -30,6 +30,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
             rsdp: layout::RSDP,
         },
         cpus: (0..plan.max_vcpus()).map(cpu).collect(),
+        cpu_hotplug: Some(layout::CPU_HOTPLUG),
         topology: arm::Topology {
             threads: topology.threads_per_core,
             cores: topology.cores_per_die,

@@ -6,7 +6,7 @@
 //! 0x0600_0000  GIC: ITS
 //! 0x0700_0000  GIC: redistributors, 128 KiB a vCPU
 //! 0x08ff_0000  GIC: distributor
-//! 0x0900_0000  PL011, then PL031, event register and keys, 64 KiB apart
+//! 0x0900_0000  PL011, then PL031, event register, keys and registers of processors, 64 KiB apart
 //! 0x1000_0000  32-bit BARs
 //! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
@@ -57,6 +57,8 @@ pub const RTC: u64 = 0x0901_0000;
 pub const GED: u64 = 0x0903_0000;
 /// Keys, for guests that boot by a device tree.
 pub const KEYS: u64 = 0x0904_0000;
+/// Registers of processors that come and go.
+pub const CPU_HOTPLUG: u64 = 0x0905_0000;
 
 /// Interrupt numbers of the GIC.
 pub mod interrupt {

@@ -11,7 +11,7 @@ mod psci;
 mod runtime;
 
 pub use board::Board;
-pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
+pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 
@@ -20,6 +20,10 @@ pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];
 
 /// Why the kernel cannot be handed what its boot protocol wants.
 pub use triarch_boot::arm64::FdtError as BootError;
+
+/// What an operating system needs to take CPUs while it runs.
+pub const CPU_HOTPLUG_NEEDS: &str =
+    "Linux needs version 6.11 or later, and somebody in the guest who brings new CPUs online";
 
 /// What to do on a host without /dev/kvm. The host kernel has KVM built in and starts it only at EL2.
 pub const WITHOUT_KVM: &str = "start this host's kernel at EL2 (`dmesg | grep kvm` tells why it has no KVM), not as a guest without nested virtualization";

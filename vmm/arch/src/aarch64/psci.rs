@@ -75,7 +75,7 @@ fn set_state(vcpu: &Vcpu, mp_state: u32) -> Result<(), HypervisorError> {
 }
 
 impl Firmware for Psci {
-    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<(), HypervisorError> {
+    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<bool, HypervisorError> {
         let mut arguments = [0; 3];
         for (argument, number) in arguments.iter_mut().zip(1..) {
             // One X register is two of the words that KVM counts.
@@ -83,9 +83,10 @@ impl Firmware for Psci {
         }
         let answer = self.processors().call(index, function as u32, arguments);
         match answer {
-            Answer::Value(value) => set_register(caller, X0, value as u64),
-            Answer::Stopped => set_state(caller, KVM_MP_STATE_STOPPED),
+            Answer::Value(value) => set_register(caller, X0, value as u64)?,
+            Answer::Stopped => set_state(caller, KVM_MP_STATE_STOPPED)?,
         }
+        Ok(true)
     }
 
     fn runs(&self, index: usize) -> bool {
@@ -104,5 +105,29 @@ impl Firmware for Psci {
         set_register(vcpu, PC, start.entry)?;
         set_register(vcpu, X0, start.context)?;
         set_state(vcpu, KVM_MP_STATE_RUNNABLE)
+    }
+
+    fn started(&self, index: usize, _vcpu: &Vcpu) -> bool {
+        self.processors().take_first_start(index)
+    }
+
+    /// KVM, which answers AFFINITY_INFO, has it stopped; its registers are reset when it is started again.
+    fn rest(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError> {
+        match self.processors().is_enabled(index) {
+            true => Ok(()),
+            false => set_state(vcpu, KVM_MP_STATE_STOPPED),
+        }
+    }
+
+    fn rested(&self, _index: usize) -> bool {
+        true
+    }
+
+    fn plug(&self, index: usize) {
+        self.processors().enable(index);
+    }
+
+    fn unplug(&self, index: usize) {
+        self.processors().disable(index);
     }
 }

@@ -9,12 +9,23 @@ use std::sync::Arc;
 use thiserror::Error;
 use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
-use triarch_legacy::PowerSink;
 use triarch_legacy::console::Console;
+use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 
 use crate::{Board, CpuPlan};
+
+/// How many processors a guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuCount {
+    /// As configured; a guest that was reset may have another number by then.
+    pub boot: u32,
+    /// At this start.
+    pub now: u32,
+    /// At most, ever.
+    pub max: u32,
+}
 
 /// The vCPUs of a guest.
 pub struct Vcpus {
@@ -22,8 +33,8 @@ pub struct Vcpus {
     pub running: Vec<Vcpu>,
     /// Those it may get later and that the architecture has to make now. They have to live as long as the VM.
     pub parked: Vec<Vcpu>,
-    /// Serves the calls to firmware that KVM leaves to the VMM, where there are any.
-    pub firmware: Option<Arc<dyn Firmware>>,
+    /// Tells which of them run.
+    pub firmware: Arc<dyn Firmware>,
 }
 
 /// Why the guest's processors could not be interrupted.
@@ -87,6 +98,10 @@ pub struct BoardConfig<'a> {
     pub root: &'a Arc<PciRoot>,
     /// Bytes of RAM.
     pub memory_size: u64,
+    /// The guest's processors.
+    pub plan: &'a CpuPlan,
+    /// Told when the guest did something about processors that come or go.
+    pub cpus_changed: Arc<dyn Fn() + Send + Sync>,
     /// What the serial port is connected to; no port without.
     pub serial: Option<&'a Arc<Console>>,
     /// What the debug port is connected to; no port without. Only a PC has one.
@@ -95,6 +110,23 @@ pub struct BoardConfig<'a> {
     pub device_tree: bool,
     /// Told when the guest ends or resets itself through a device. On ARM its vCPUs tell (PSCI).
     pub power: Arc<dyn PowerSink>,
+}
+
+impl BoardConfig<'_> {
+    /// Makes the registers at `at` of processors that come and go by notices through `events`. One that the guest does not have has the
+    /// status `absent`.
+    pub(crate) fn claim_processors(&self, events: &Arc<Ged>, at: u64, absent: u8) -> Result<Arc<CpuHotplug>, BusError> {
+        let (plan, changed) = (self.plan, self.cpus_changed.clone());
+        let config = CpuHotplugConfig {
+            max: plan.max_vcpus(),
+            present: plan.boot_vcpus(),
+            fixed: plan.fixed_vcpus(),
+            absent,
+        };
+        let cpus = Arc::new(CpuHotplug::new(config, Some(events.clone()), move || changed()));
+        self.mmio.claim(at, CpuHotplug::size(config.max), cpus.clone())?;
+        Ok(cpus)
+    }
 }
 
 /// What to load for whom.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use triarch_device_core::{AccessError, BusDevice, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostPort, ResetPort,
-    ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
+    CMOS_PORTS, Cmos, CpuHotplug, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PmTimer, PostPort,
+    ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam};
 
@@ -36,6 +36,7 @@ const RESET_PORT_OFFSET: u64 = 1;
 pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     events: Arc<Ged>,
+    cpus: Arc<CpuHotplug>,
 }
 
 impl Board {
@@ -88,12 +89,18 @@ impl Board {
         config
             .mmio
             .claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        Ok(Self { serial, events })
+        let cpus = config.claim_processors(&events, layout::CPU_HOTPLUG, 0)?;
+        Ok(Self { serial, events, cpus })
     }
 
     /// The serial port, for its input.
     pub fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
         self.serial.as_ref()
+    }
+
+    /// The processors that come and go.
+    pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
+        Some(&self.cpus)
     }
 
     /// Asks the operating system to shut down.

@@ -1,9 +1,11 @@
 //! vCPUs: CPUID, the registers the boot protocols ask for, the MSRs a firmware would have set.
 
 use std::arch::x86_64::{__cpuid, CpuidResult};
+use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_segment,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_cpuid_entry2,
+    kvm_msr_entry, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
@@ -12,7 +14,8 @@ use triarch_cpu_model::{CpuidEntry, CpuidTable, GuestCpu, Topology, TopologyErro
 use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
 
 use super::{Entry, Platform};
-use crate::Vcpus;
+use crate::starts::Starts;
+use crate::{CpuCount, Vcpus};
 
 /// Ids 255 and above cannot be addressed before a guest switches to x2APIC.
 const MAX_APIC_ID: u32 = 254;
@@ -66,8 +69,9 @@ pub struct CpuPlan {
 }
 
 impl CpuPlan {
-    /// Plans `boot` vCPUs now and `max` at most, shaped by `topology` (flat when `None`).
-    pub fn new(kvm: &Kvm, boot: u32, max: u32, topology: Option<Topology>) -> Result<Self, CpuError> {
+    /// Plans the vCPUs of `count`, shaped by `topology` (flat when `None`).
+    pub fn new(kvm: &Kvm, count: CpuCount, topology: Option<Topology>) -> Result<Self, CpuError> {
+        let CpuCount { now, max, .. } = count;
         let host_max = kvm.get_max_vcpus();
         if max as usize > host_max {
             return Err(CpuError::TooMany {
@@ -93,7 +97,7 @@ impl CpuPlan {
         Ok(Self {
             host,
             topology,
-            boot,
+            boot: now,
             max,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
         })
@@ -124,6 +128,11 @@ impl CpuPlan {
         self.max
     }
 
+    /// vCPUs it cannot give back, from the first on.
+    pub fn fixed_vcpus(&self) -> u32 {
+        1
+    }
+
     /// The APIC id of vCPU `index`.
     pub fn hardware_id(&self, index: u32) -> u32 {
         self.topology.apic_id(index)
@@ -147,8 +156,23 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, _platform: &Platform) -> Result<Vcp
     Ok(Vcpus {
         running: running?,
         parked: Vec::new(),
-        firmware: None,
+        firmware: Arc::new(Starts::new(plan.max, plan.boot, KVM_MP_STATE_UNINITIALIZED)),
     })
+}
+
+/// Makes a vCPU for a guest that runs already: the one with this index, which no other has.
+pub fn create_later(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
+    let vcpu = create_vcpu(vm, plan, index)?;
+    // KVM draws its map of APIC ids before a new vCPU is among them, and draws it again when a local APIC is set: without this, INIT
+    // would find nobody.
+    let apic = vcpu
+        .fd()
+        .get_lapic()
+        .map_err(HypervisorError::kvm("read a local APIC"))?;
+    vcpu.fd()
+        .set_lapic(&apic)
+        .map_err(HypervisorError::kvm("set a local APIC"))?;
+    Ok(vcpu)
 }
 
 fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {

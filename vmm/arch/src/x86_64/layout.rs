@@ -7,6 +7,7 @@
 //! 0x0010_0000  kernel
 //! 0xc000_0000  end of low RAM; 32-bit BARs
 //! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
+//! 0xfe00_0000  registers of processors that come and go
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs
 //! 0x1_0000_0000  RAM above the hole, then 64-bit BARs up to the CPU's last address
@@ -33,6 +34,8 @@ pub const ECAM_BUS_SIZE: u64 = 1 << 20;
 pub const PCI_BUSES: u64 = 1;
 /// I/O ports for BARs.
 pub const PCI_IO: Range<u16> = 0x1000..0xf000;
+/// Registers of processors that come and go.
+pub const CPU_HOTPLUG: u64 = 0xfe00_0000;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.

@@ -99,11 +99,13 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
     let cpu = |index| Cpu {
         apic_id: plan.hardware_id(index),
         enabled: index < plan.boot_vcpus(),
+        removable: index >= plan.fixed_vcpus(),
         node: 0,
     };
     AcpiConfig {
         placement: AcpiPlacement::PC,
         cpus: (0..plan.max_vcpus()).map(cpu).collect(),
+        cpu_hotplug: Some(layout::CPU_HOTPLUG),
         interrupts: InterruptConfig {
             lapic_base: layout::LOCAL_APIC as u32,
             ioapic: IoApic {

@@ -8,13 +8,17 @@ mod platform;
 mod syscalls;
 
 pub use board::Board;
-pub use cpu::{CpuError, CpuPlan, create_vcpus, set_entry};
+pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 pub use syscalls::OLDER_SYSCALLS;
 
 /// Why the kernel cannot be handed what its boot protocol wants.
 pub use triarch_boot::BootDataError as BootError;
+
+/// What an operating system needs to take CPUs while it runs.
+pub const CPU_HOTPLUG_NEEDS: &str =
+    "Linux needs CONFIG_ACPI_HOTPLUG_CPU, and somebody in the guest who brings new CPUs online";
 
 /// What to do on a host without /dev/kvm.
 pub const WITHOUT_KVM: &str =

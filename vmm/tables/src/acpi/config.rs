@@ -20,6 +20,8 @@ pub struct AcpiConfig {
     pub placement: AcpiPlacement,
     /// Processors that there are or may be later; the index is the ACPI processor UID.
     pub cpus: Vec<Cpu>,
+    /// Address of the registers by which they come and go; without, those that are enabled are all there will ever be.
+    pub cpu_hotplug: Option<u64>,
     /// Interrupt controllers.
     pub interrupts: InterruptConfig,
     /// Sleep, reset and PM timer.
@@ -63,6 +65,8 @@ pub struct Cpu {
     pub apic_id: u32,
     /// There from the start, or to be added later.
     pub enabled: bool,
+    /// Whether it can be given back while the guest runs.
+    pub removable: bool,
     /// Its NUMA node; not read without NUMA.
     pub node: u32,
 }

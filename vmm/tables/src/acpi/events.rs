@@ -2,7 +2,7 @@
 
 use acpi_tables::aml::{
     And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Interrupt, Local,
-    Method, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
+    Method, MethodCall, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
 };
 
 use super::config::{EventDevice, Register};
@@ -34,7 +34,8 @@ pub(super) fn power_button() -> Raw {
     ))
 }
 
-pub(super) fn event_device(device: &EventDevice) -> Raw {
+/// The device; `cpus` if processors come and go.
+pub(super) fn event_device(device: &EventDevice, cpus: bool) -> Raw {
     let (space, address) = match device.register {
         Register::Io(port) => (OpRegionSpace::SystemIO, u64::from(port)),
         Register::Memory(at) => (OpRegionSpace::SystemMemory, at),
@@ -53,15 +54,19 @@ pub(super) fn event_device(device: &EventDevice) -> Raw {
             FieldUpdateRule::WriteAsZeroes,
             vec![FieldEntry::Named(*b"EVNT", 8)],
         )),
-        event_method(),
+        event_method(cpus),
     ];
     Raw::of(&Device::new(Path::new("\\_SB_.GED_"), refs(&children)))
 }
 
 /// `_EVT`: reads the register once, then handles every bit.
-fn event_method() -> Raw {
+fn event_method(cpus: bool) -> Raw {
     let button = Path::new(POWER_BUTTON);
-    let handlers = [(EventBits::POWER_BUTTON, Raw::of(&Notify::new(&button, &BUTTON_PRESSED)))];
+    let mut handlers = vec![(EventBits::POWER_BUTTON, Raw::of(&Notify::new(&button, &BUTTON_PRESSED)))];
+    if cpus {
+        let scan = MethodCall::new(Path::new(super::cpus::SCAN), Vec::new());
+        handlers.push((EventBits::CPU, Raw::of(&scan)));
+    }
     let mut body = vec![Raw::of(&Store::new(&Local(0), &Path::new("EVNT")))];
     body.extend(
         handlers

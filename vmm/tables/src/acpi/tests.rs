@@ -17,9 +17,11 @@ fn machine(count: u32) -> AcpiConfig {
             .map(|apic_id| Cpu {
                 apic_id,
                 enabled: apic_id == 0,
+                removable: apic_id > 0,
                 node: 0,
             })
             .collect(),
+        cpu_hotplug: None,
         interrupts: InterruptConfig {
             lapic_base: 0xFEE0_0000,
             ioapic: IoApic {
@@ -320,6 +322,10 @@ fn the_largest_machine_fits_below_the_bios() {
     config.pci[0].prt = rotating_prt(&[16]);
     let built = build(&config).unwrap();
     assert!((built.tables.len() as u64) < AcpiPlacement::PC.tables_size);
+    let mut config = machine(254);
+    config.cpu_hotplug = Some(0xFE00_0000);
+    let built = build(&config).unwrap();
+    assert!((built.tables.len() as u64) < AcpiPlacement::PC.tables_size / 2);
 }
 
 #[test]
@@ -354,7 +360,11 @@ fn variants() -> Vec<AcpiConfig> {
         io: vec![],
         ..large.pci[0].clone()
     });
-    vec![machine(2), bare, large]
+    let mut growing = with_numa(machine(254));
+    growing.cpu_hotplug = Some(0xFE00_0000);
+    let mut far = machine(2);
+    far.cpu_hotplug = Some(0x12_3400_0000);
+    vec![machine(2), bare, large, growing, far]
 }
 
 /// Takes every table apart with ACPICA and compiles the name space again: no warning, no remark about an error.
@@ -405,7 +415,7 @@ proptest! {
         register in prop_oneof![any::<u16>().prop_map(Register::Io), any::<u64>().prop_map(Register::Memory)],
     ) {
         let mut config = machine(1);
-        config.cpus = ids.iter().map(|&(apic_id, enabled)| Cpu { apic_id, enabled, node: 0 }).collect();
+        config.cpus = ids.iter().map(|&(apic_id, enabled)| Cpu { apic_id, enabled, removable: true, node: 0 }).collect();
         let segment = &mut config.pci[0];
         segment.mmio = mmio
             .iter()

@@ -5,11 +5,36 @@ use crate::memory;
 use crate::smp::{Mailbox, Processor};
 use alloc::format;
 use alloc::string::String;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 const TRAMPOLINE: u64 = 0x9_0000;
 const STACK_BYTES: usize = 16384;
 const TSS_BYTES: usize = 104;
 const MAX: usize = 256;
+
+/// Registers of processors that come and go.
+pub const HOTPLUG: u64 = 0xfe00_0000;
+/// The event device's register.
+const EVENTS: u16 = 0x610;
+
+/// What the event device reports, once.
+pub fn take_events() -> Result<u8, String> {
+    Ok(super::io::inb(EVENTS))
+}
+
+/// The two blocks of memory of each processor that was ever started, kept for when it is started again.
+static BLOCKS: [[AtomicU64; 2]; MAX] = [const { [const { AtomicU64::new(0) }; 2] }; MAX];
+
+fn block_of(index: usize, which: usize, len: usize) -> Result<u64, String> {
+    match BLOCKS[index][which].load(Ordering::Relaxed) {
+        0 => {
+            let block = memory::block(len, 4096)?;
+            BLOCKS[index][which].store(block, Ordering::Relaxed);
+            Ok(block)
+        }
+        block => Ok(block),
+    }
+}
 
 unsafe extern "C" {
     static ap_trampoline: u8;
@@ -20,13 +45,14 @@ unsafe extern "C" {
 
 /// Makes TSS, stacks and mailbox for processor number `index` (1 and up) and leaves them for the trampoline.
 fn prepare(index: usize) -> Result<&'static Mailbox, String> {
-    let ring3 = memory::block(STACK_BYTES, 4096)?;
-    let ring0 = memory::block(4096, 4096)?;
+    let ring3 = block_of(index, 0, STACK_BYTES)?;
+    let ring0 = block_of(index, 1, 4096)?;
     // TSS and mailbox share the lower part of the ring-0 stack's page: the stubs use less than 200 bytes of it.
     let (tss, mailbox) = (ring0, ring0 + 256);
-    // SAFETY: fresh memory of ours; the descriptor table and the arguments are boot.s's, and no other processor reads
+    // SAFETY: memory of ours, whose processor does not run; the descriptor table and the arguments are boot.s's, and no other processor reads
     // this slot or the arguments now: processors are started one after another.
     unsafe {
+        core::ptr::write_bytes(ring0 as *mut u8, 0, 4096);
         ((tss + 4) as *mut u64).write_unaligned(ring0 + 4096);
         ((tss + 0x66) as *mut u16).write_unaligned(TSS_BYTES as u16);
         let slot = (&raw mut descriptor_table).cast::<u64>().add(5 + 2 * index);

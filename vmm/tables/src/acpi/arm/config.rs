@@ -12,6 +12,8 @@ pub struct ArmAcpiConfig {
     pub placement: AcpiPlacement,
     /// Processors that there are or may be later; the index is the ACPI processor UID.
     pub cpus: Vec<ArmCpu>,
+    /// Address of the registers by which they come and go; without, those that are enabled are all there will ever be.
+    pub cpu_hotplug: Option<u64>,
     /// Their shape; the product of its levels is the number of [`Self::cpus`].
     pub topology: Topology,
     /// The interrupt controller.

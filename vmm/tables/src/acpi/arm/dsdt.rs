@@ -1,19 +1,15 @@
 //! DSDT: the name space of an ARM machine.
 
-use acpi_tables::aml::{
-    BufferData, Device, EISAName, Interrupt, Memory32Fixed, Method, Name, Path, ResourceTemplate, Return, ZERO,
-};
+use acpi_tables::aml::{Device, EISAName, Interrupt, Memory32Fixed, Path, ResourceTemplate, ZERO};
 
 use super::super::config::Register;
 use super::super::dsdt::{REVISION, Raw, memory_claim, name, refs};
 use super::super::table::Table;
 use super::super::{cpus, events, pci};
-use super::config::{ArmAcpiConfig, ArmCpu, Gic, Uart};
+use super::config::{ArmAcpiConfig, ArmCpu, Uart};
 use super::madt::enabled_cpu_entry;
 
-/// Present, enabled, shown, functioning (ACPI 6.3.7).
-const STATUS_THERE: u8 = 0xf;
-/// The same without enabled: ARM's processors are always present, their GIC interfaces cannot come later.
+/// Present, shown, functioning, not enabled (ACPI 6.3.7): ARM's processors are always present, their GIC interfaces cannot come later.
 const STATUS_DISABLED: u8 = 0xd;
 
 pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
@@ -28,7 +24,7 @@ pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
     }
     if let Some(device) = &config.events {
         table.push_aml(&events::power_button());
-        table.push_aml(&events::event_device(device));
+        table.push_aml(&events::event_device(device, config.cpu_hotplug.is_some()));
     }
     table.finish()
 }
@@ -43,6 +39,9 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
     if let Some(Register::Memory(at)) = config.events.map(|device| device.register) {
         resources.push(memory_claim(at, 1));
     }
+    if let Some(at) = config.cpu_hotplug {
+        resources.push(memory_claim(at, cpus::registers_size(config.cpus.len())));
+    }
     Raw::of(&Device::new(
         Path::new("\\_SB_.MBRD"),
         vec![
@@ -54,27 +53,19 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
 }
 
 fn processors(config: &ArmAcpiConfig) -> Raw {
-    let mut children = vec![name("_HID", &"ACPI0010"), name("_CID", &EISAName::new("PNP0A05"))];
-    children.extend(
-        (0u32..)
-            .zip(&config.cpus)
-            .map(|(uid, cpu)| processor(uid, cpu, &config.gic)),
-    );
-    Raw::of(&Device::new(Path::new("\\_SB_.CPUS"), refs(&children)))
-}
-
-fn processor(uid: u32, cpu: &ArmCpu, gic: &Gic) -> Raw {
-    let status = if cpu.enabled { STATUS_THERE } else { STATUS_DISABLED };
-    let children = [
-        name("_HID", &"ACPI0007"),
-        name("_UID", &uid),
-        Raw::of(&Method::new(Path::new("_STA"), 0, false, vec![&Return::new(&status)])),
-        Raw::of(&Name::new(
-            Path::new("_MAT"),
-            &BufferData::new(enabled_cpu_entry(uid, cpu, gic)),
-        )),
-    ];
-    Raw::of(&Device::new(Path::new(&cpus::device_name(uid)), refs(&children)))
+    let processor = |(uid, cpu): (u32, &ArmCpu)| cpus::Processor {
+        entry: enabled_cpu_entry(uid, cpu, &config.gic),
+        status: if cpu.enabled {
+            cpus::STATUS_THERE
+        } else {
+            STATUS_DISABLED
+        },
+        // Those that the MADT tells to be enabled stay (ACPI 5.2.12.14).
+        removable: !cpu.enabled,
+        node: None,
+    };
+    let processors: Vec<_> = (0u32..).zip(&config.cpus).map(processor).collect();
+    cpus::processor_container(&processors, config.cpu_hotplug)
 }
 
 /// Its registers are those of the SBSA generic UART and more.

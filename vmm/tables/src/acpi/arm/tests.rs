@@ -18,6 +18,7 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
                 enabled: n < enabled,
             })
             .collect(),
+        cpu_hotplug: (enabled < cpus).then_some(0x0905_0000),
         topology: Topology {
             threads: 1,
             cores: cpus as u16,

@@ -1,0 +1,395 @@
+//! Processors come and go while the guest runs.
+
+use super::guest::{Guest, builder, is_arm, number};
+use super::payload_tests;
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+use triarch_harness::api::Api;
+use triarch_harness::suite::{Context, Outcome, Test, patient};
+
+payload_tests!("hotplug":
+    processors_come_and_go,
+    a_newer_target_replaces_what_the_guest_does_not_know_of,
+    while_a_removal_is_open_others_wait,
+    refusals_are_told,
+    wrong_targets_change_nothing,
+    a_reset_keeps_them_and_a_boot_does_not,
+    a_reset_ends_an_open_resize,
+    they_come_during_a_pause,
+);
+
+/// Those that take their time.
+pub const SLOW: &[Test] = &[
+    Test::payload("hotplug::a_guest_may_be_late", a_guest_may_be_late).within(Duration::from_secs(180)),
+    Test::payload(
+        "hotplug::many_rounds_leave_nothing_behind",
+        many_rounds_leave_nothing_behind,
+    )
+    .within(Duration::from_secs(300)),
+];
+
+/// Rounds of the soak test; `TRIARCH_HOTPLUG_ROUNDS` sets another number.
+const ROUNDS: u32 = 20;
+/// How long a job may take whose guest has done its part.
+const LIMIT: Duration = Duration::from_secs(10);
+
+fn start(context: &Context, cpus: &str) -> Result<(Guest, Api)> {
+    let guest = Guest::start(builder(context)?.set("--cpus", cpus).api())?;
+    let api = guest.vm().api()?.clone();
+    Ok((guest, api))
+}
+
+fn resize(api: &Api, vcpus: u32) -> Result<()> {
+    api.put("vm.resize", Some(&json!({ "desired_vcpus": vcpus }).to_string()))?;
+    Ok(())
+}
+
+fn refused(api: &Api, vcpus: u32, status: u16, words: &[&str]) -> Result<()> {
+    let body = json!({ "desired_vcpus": vcpus }).to_string();
+    let answer = api.request("PUT", "vm.resize", Some(&body))?;
+    ensure!(answer.status == status, "{} {}", answer.status, answer.body);
+    ensure!(words.iter().all(|word| answer.body.contains(word)), "{}", answer.body);
+    Ok(())
+}
+
+fn get(api: &Api, route: &str) -> Result<Value> {
+    Ok(serde_json::from_str(&api.request("GET", route, None)?.body)?)
+}
+
+/// Target, present and started vCPUs.
+fn counts(api: &Api) -> Result<[u64; 3]> {
+    let info = get(api, "vm.info")?;
+    let count = |name: &str| info["vcpus"][name].as_u64().context("no counts");
+    let counts = [count("target")?, count("present")?, count("started")?];
+    ensure!(info["config"]["cpus"]["boot_vcpus"] == counts[2], "{info}");
+    Ok(counts)
+}
+
+/// The last job that is a resize, once it has ended.
+fn last_job(api: &Api, limit: Duration) -> Result<Value> {
+    let deadline = Instant::now() + patient(limit);
+    loop {
+        let jobs = get(api, "vm.jobs")?;
+        let mut resizes = jobs.as_array().context("no jobs")?.iter();
+        let last = resizes.rfind(|job| job["kind"] == "vm.resize");
+        let last = last.context("no resize")?;
+        if last["state"] != "running" {
+            return Ok(last.clone());
+        }
+        if Instant::now() > deadline {
+            bail!("the job does not end: {last}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn done(api: &Api, phase: &str) -> Result<()> {
+    let job = last_job(api, LIMIT)?;
+    ensure!(job["state"] == "done" && job["phase"] == phase, "{job}");
+    Ok(())
+}
+
+fn failed(api: &Api, limit: Duration, words: &[&str]) -> Result<()> {
+    let job = last_job(api, limit)?;
+    let error = job["error"].as_str().unwrap_or_default();
+    ensure!(
+        job["state"] == "failed" && words.iter().all(|word| error.contains(word)),
+        "{job}"
+    );
+    Ok(())
+}
+
+/// Names of the threads.
+fn threads(guest: &Guest) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", guest.vm().pid()))? {
+        names.push(fs::read_to_string(task?.path().join("comm"))?.trim().to_owned());
+    }
+    Ok(names)
+}
+
+fn processors_come_and_go(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    ensure!(guest.ask("hot count")? == "4" && counts(&api)? == [1, 1, 1]);
+    let absent = if is_arm() { "0xd" } else { "0x0" };
+    ensure!(guest.ask("hot status 1")? == absent);
+    guest.refused("hot start 1")?;
+
+    resize(&api, 3)?;
+    ensure!(counts(&api)? == [3, 3, 1]);
+    ensure!(guest.ask("hot serve 2 5000")? == "started=2 ejected=0");
+    done(&api, "the guest started vCPUs 1, 2")?;
+    ensure!(counts(&api)? == [3, 3, 3]);
+    for index in [1, 2] {
+        guest.ask(&format!("hot ping {index}"))?;
+        ensure!(guest.ask(&format!("hot status {index}"))? == "0xf");
+        ensure!(threads(&guest)?.contains(&format!("vcpu{index}")));
+    }
+    let metrics = api.request("GET", "/metrics", None)?.body;
+    for line in [
+        "triarch_vcpus{count=\"started\"} 3",
+        "triarch_vcpu_changes_total{direction=\"add\",result=\"done\"} 2",
+        "triarch_vcpu_exits_total{vcpu=\"2\",reason=\"mmio_read\"}",
+    ] {
+        ensure!(metrics.contains(line), "no {line} in\n{metrics}");
+    }
+
+    resize(&api, 1)?;
+    ensure!(guest.ask("hot serve 2 5000")? == "started=0 ejected=2");
+    done(&api, "the guest gave back vCPUs 1, 2")?;
+    ensure!(counts(&api)? == [1, 1, 1] && guest.ask("hot status 2")? == absent);
+    resize(&api, 2)?;
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest started vCPU 1")?;
+    guest.ask("hot ping 1")?;
+
+    let events = get(&api, "vm.events?since=0&follow=false")?;
+    let named = |event: &Value| (event["event"].as_str() != Some("started")).then(|| event["event"].clone());
+    let vcpus = events.as_array().context("no events")?.iter();
+    let vcpus = vcpus.filter(|event| event["source"] == "vcpu");
+    let (ejected, started): (Vec<_>, Vec<_>) = vcpus.partition(|event| named(event).is_some());
+    ensure!((ejected.len(), started.len()) == (2, 3), "{events}");
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn a_newer_target_replaces_what_the_guest_does_not_know_of(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 1)?;
+    ensure!(!get(&api, "vm.jobs")?.to_string().contains("vm.resize"));
+    resize(&api, 4)?;
+    resize(&api, 4)?;
+    let jobs = || -> Result<usize> { Ok(get(&api, "vm.jobs")?.to_string().matches("vm.resize").count()) };
+    ensure!(jobs()? == 1);
+    resize(&api, 2)?;
+    ensure!(jobs()? == 2 && counts(&api)? == [2, 2, 1]);
+    let first = get(&api, "vm.job/2")?;
+    ensure!(first["error"] == "it was replaced by one to 2 vCPUs", "{first}");
+    // What was withdrawn was never announced: only the one that is left is.
+    ensure!(guest.ask("hot serve 1 5000")? == "started=1 ejected=0");
+    ensure!(guest.ask("hot next")? == "none");
+    ensure!(counts(&api)? == [2, 2, 2]);
+    Ok(Outcome::Passed)
+}
+
+fn while_a_removal_is_open_others_wait(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 3)?;
+    guest.ask("hot serve 2 5000")?;
+    done(&api, "the guest started vCPUs 1, 2")?;
+    resize(&api, 2)?;
+    resize(&api, 2)?;
+    for other in [1, 3, 4] {
+        refused(&api, other, 429, &["Too Many Requests", "vCPU 2"])?;
+    }
+    refused(&api, 5, 400, &["5", "4"])?;
+    ensure!(counts(&api)? == [2, 3, 3]);
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest gave back vCPU 2")?;
+    resize(&api, 1)?;
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest gave back vCPU 1")?;
+    Ok(Outcome::Passed)
+}
+
+fn refusals_are_told(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=3")?;
+    resize(&api, 2)?;
+    ensure!(guest.ask("hot events")? == "0x1" && guest.ask("hot next")? == "index=1 value=1");
+    guest.ask("hot ost 1 1 0x81")?;
+    failed(&api, LIMIT, &["does not take vCPU 1", "0x81"])?;
+    ensure!(counts(&api)? == [2, 2, 1]);
+    // The guest has it all the same, and is told once more by whoever asks again.
+    resize(&api, 2)?;
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest started vCPU 1")?;
+    resize(&api, 1)?;
+    ensure!(guest.ask("hot next")? == "index=1 value=3");
+    guest.ask("hot ost 1 3 0x84")?;
+    ensure!(counts(&api)? == [1, 2, 2]);
+    guest.ask("hot ost 1 3 0x82")?;
+    failed(&api, LIMIT, &["does not give back vCPU 1", "busy", "0x82"])?;
+    ensure!(counts(&api)? == [2, 2, 2]);
+    guest.ask("hot ping 1")?;
+    // A guest may give one back without being asked.
+    guest.ask("hot eject 1")?;
+    ensure!(counts(&api)? == [1, 1, 1]);
+    guest.ask("hot eject 0")?;
+    ensure!(counts(&api)? == [1, 1, 1]);
+    let metrics = api.request("GET", "/metrics", None)?.body;
+    for direction in ["add", "remove"] {
+        let line = format!("triarch_vcpu_changes_total{{direction=\"{direction}\",result=\"refused\"}} 1");
+        ensure!(metrics.contains(&line), "no {line} in\n{metrics}");
+    }
+    Ok(Outcome::Passed)
+}
+
+fn wrong_targets_change_nothing(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=2,max=4")?;
+    guest.ask("cpus")?;
+    refused(&api, 0, 400, &["desired_vcpus is 0", "between"])?;
+    refused(&api, 5, 400, &["desired_vcpus is 5", "4"])?;
+    refused(&api, u32::MAX, 400, &["4294967295"])?;
+    if is_arm() {
+        refused(&api, 1, 400, &["booted with", "2"])?;
+    }
+    let both = json!({ "desired_vcpus": 3, "desired_ram": 1 << 30 }).to_string();
+    let answer = api.request("PUT", "vm.resize", Some(&both))?;
+    ensure!(answer.status == 501, "{} {}", answer.status, answer.body);
+    ensure!(counts(&api)? == [2, 2, 2] && guest.ask("hot events")? == "0x0");
+    ensure!(!get(&api, "vm.jobs")?.to_string().contains("vm.resize"));
+    Ok(Outcome::Passed)
+}
+
+fn a_reset_keeps_them_and_a_boot_does_not(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 3)?;
+    guest.ask("hot serve 2 5000")?;
+    done(&api, "the guest started vCPUs 1, 2")?;
+    guest.send("pm reset")?;
+    guest.wait_ready()?;
+    ensure!(counts(&api)? == [3, 3, 3] && guest.ask("hot status 2")? == "0xf");
+    if !is_arm() {
+        ensure!(number(&guest.ask("cpus")?, "count")? == 3);
+    }
+    resize(&api, 2)?;
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest gave back vCPU 2")?;
+    api.put("vm.reboot", None)?;
+    guest.wait_ready()?;
+    ensure!(counts(&api)? == [2, 2, 2]);
+    api.put("vm.shutdown", None)?;
+    let info = get(&api, "vm.info")?;
+    ensure!(
+        info["config"]["cpus"]["boot_vcpus"] == 1 && info["vcpus"].is_null(),
+        "{info}"
+    );
+    api.put("vm.boot", None)?;
+    guest.wait_ready()?;
+    ensure!(counts(&api)? == [1, 1, 1]);
+    Ok(Outcome::Passed)
+}
+
+fn a_reset_ends_an_open_resize(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 3)?;
+    guest.send("pm reset")?;
+    guest.wait_ready()?;
+    done(&api, "the guest was reset and has 3 vCPUs")?;
+    ensure!(counts(&api)? == [3, 3, 3] && guest.ask("hot events")? == "0x0");
+    resize(&api, 1)?;
+    api.put("vm.reboot", None)?;
+    guest.wait_ready()?;
+    done(&api, "the guest was reset and has 1 vCPUs")?;
+    ensure!(number(&guest.ask("cpus")?, "count")? == 1);
+    resize(&api, 2)?;
+    api.put("vm.shutdown", None)?;
+    failed(&api, LIMIT, &["the guest has ended"])?;
+    Ok(Outcome::Passed)
+}
+
+fn they_come_during_a_pause(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    guest.vm().pause()?;
+    resize(&api, 3)?;
+    ensure!(counts(&api)? == [3, 3, 1]);
+    guest.vm().resume()?;
+    guest.vm().pause()?;
+    guest.vm().resume()?;
+    guest.ask("hot serve 2 5000")?;
+    done(&api, "the guest started vCPUs 1, 2")?;
+    guest.vm().pause()?;
+    guest.vm().resume()?;
+    guest.ask("hot ping 2")?;
+    resize(&api, 2)?;
+    guest.vm().pause()?;
+    refused(&api, 3, 429, &["Too Many Requests"])?;
+    guest.vm().resume()?;
+    guest.ask("hot serve 1 5000")?;
+    done(&api, "the guest gave back vCPU 2")?;
+    // One that is parked stays so.
+    for _ in 0..20 {
+        guest.vm().pause()?;
+        guest.vm().resume()?;
+    }
+    guest.ask("hot ping 1")?;
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn a_guest_may_be_late(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 2)?;
+    failed(&api, Duration::from_secs(60), &["did not look at vCPU 1", "30 s"])?;
+    ensure!(counts(&api)? == [2, 2, 1]);
+    guest.ask("hot serve 1 5000")?;
+    guest.ask("hot ping 1")?;
+    ensure!(counts(&api)? == [2, 2, 2]);
+    resize(&api, 1)?;
+    ensure!(guest.ask("hot next")? == "index=1 value=3");
+    failed(&api, Duration::from_secs(60), &["did not give back vCPU 1"])?;
+    ensure!(counts(&api)? == [2, 2, 2]);
+    guest.ask("hot eject 1")?;
+    ensure!(counts(&api)? == [1, 1, 1]);
+    Ok(Outcome::Passed)
+}
+
+/// Descriptors and threads.
+fn held(guest: &Guest) -> Result<[usize; 2]> {
+    let pid = guest.vm().pid();
+    let count = |what: &str| Ok::<_, anyhow::Error>(fs::read_dir(format!("/proc/{pid}/{what}"))?.count());
+    Ok([count("fd")?, count("task")?])
+}
+
+fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
+    let rounds = std::env::var("TRIARCH_HOTPLUG_ROUNDS")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let rounds: u32 = rounds.unwrap_or(ROUNDS);
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    let mut before = None;
+    let (mut answers, mut whole) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        // The guest waits for the notice already when it is asked.
+        for (target, phase) in [
+            (4, "the guest started vCPUs 1, 2, 3"),
+            (1, "the guest gave back vCPUs 1, 2, 3"),
+        ] {
+            guest.send("hot serve 3 5000")?;
+            let begin = Instant::now();
+            resize(&api, target)?;
+            answers.push(begin.elapsed());
+            guest.answer()?;
+            done(&api, phase)?;
+            whole.push(begin.elapsed());
+        }
+        // The first round makes what is kept. A client's connection is closed a moment after its answer.
+        let deadline = Instant::now() + patient(Duration::from_millis(500));
+        let mut now = held(&guest)?;
+        while before.is_none_or(|before| before != now) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+            now = held(&guest)?;
+        }
+        ensure!(*before.get_or_insert(now) == now, "round {round}: {before:?}, {now:?}");
+    }
+    let median = |times: &mut Vec<Duration>| {
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    };
+    let report = format!(
+        "{rounds} rounds of 3 vCPUs: answer {:?} median, {:?} at most; done {:?} median, {:?} at most; [descriptors, threads] {:?} throughout\n",
+        median(&mut answers),
+        answers.last().copied().unwrap_or_default(),
+        median(&mut whole),
+        whole.last().copied().unwrap_or_default(),
+        before.unwrap_or_default()
+    );
+    if let Some(file) = std::env::var_os("TRIARCH_HOTPLUG_REPORT") {
+        fs::write(file, report)?;
+    }
+    guest.power_off()?;
+    Ok(Outcome::Passed)
+}
