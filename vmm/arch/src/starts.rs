@@ -64,6 +64,10 @@ impl Firmware for Starts {
         Ok(())
     }
 
+    fn waits(&self, index: usize) -> bool {
+        self.get(index) == WAITING
+    }
+
     fn started(&self, index: usize, vcpu: &Vcpu) -> bool {
         // A state that cannot be read is asked for again at the next wake-up.
         let woken = || {
@@ -116,6 +120,7 @@ mod tests {
         assert!(starts.advance(1, LEFT, ABSENT) && starts.rested(1));
         starts.plug(1);
         assert!(starts.runs(1) && !starts.runs(2) && !starts.rested(1));
+        assert_eq!([0, 1, 2].map(|n| starts.waits(n)), [false, true, false]);
         starts.unplug(1);
         assert!(!starts.advance(1, WAITING, STARTED), "it is not the guest's any more");
         assert!(!starts.runs(1) && !starts.rested(1));

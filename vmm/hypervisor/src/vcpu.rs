@@ -71,6 +71,10 @@ pub trait Firmware: Send + Sync {
     /// Puts vCPU `index` where the guest has started it, if it has since the last time. Called on the vCPU's own thread before it runs.
     fn prepare(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
 
+    /// Whether vCPU `index`, which runs, may not have been started by the guest yet, so that [`started`](Self::started) has to be asked
+    /// when it leaves the guest. It does not change while the vCPU runs, but for what that returns.
+    fn waits(&self, index: usize) -> bool;
+
     /// Whether the guest has started vCPU `index` since it was given it by [`plug`](Self::plug); told once. Called on the vCPU's own
     /// thread after [`prepare`](Self::prepare) and when it was woken.
     fn started(&self, index: usize, vcpu: &Vcpu) -> bool;

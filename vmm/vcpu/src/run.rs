@@ -378,6 +378,8 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
         return Some(failed(&error));
     }
     note_start(index, vcpu, shared);
+    // Not every KVM leaves the guest when a vCPU is started, so any exit may be the first one after it.
+    let mut waits = shared.firmware.waits(index);
     while shared.want.load(Ordering::SeqCst) == RUN {
         match vcpu.run() {
             Ok(Exit::Interrupted) => {
@@ -388,7 +390,7 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
             }
             Ok(Exit::Waiting) => {
                 metrics.exited(Reason::Interrupted);
-                note_start(index, vcpu, shared);
+                waits = waits && !note_start(index, vcpu, shared);
             }
             Ok(Exit::Call(function)) => {
                 metrics.exited(Reason::Call);
@@ -402,6 +404,7 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
                 if let Some(event) = dispatch(exit, shared) {
                     return Some(event);
                 }
+                waits = waits && !note_start(index, vcpu, shared);
             }
             Err(error) => {
                 metrics.exited(Reason::Failed);
@@ -412,11 +415,13 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
     None
 }
 
-/// Reports it if the guest has just started the vCPU.
-fn note_start(index: usize, vcpu: &Vcpu, shared: &Shared) {
-    if shared.firmware.started(index, vcpu) {
+/// Reports it if the guest has just started the vCPU. Returns whether it has.
+fn note_start(index: usize, vcpu: &Vcpu, shared: &Shared) -> bool {
+    let started = shared.firmware.started(index, vcpu);
+    if started {
         (shared.events)(index, VcpuEvent::Started);
     }
+    started
 }
 
 /// The error and its causes, for the operator.

@@ -107,6 +107,11 @@ impl Firmware for Psci {
         set_state(vcpu, KVM_MP_STATE_RUNNABLE)
     }
 
+    /// What runs was started, and that is known before it does.
+    fn waits(&self, _index: usize) -> bool {
+        false
+    }
+
     fn started(&self, index: usize, _vcpu: &Vcpu) -> bool {
         self.processors().take_first_start(index)
     }
