@@ -22,7 +22,7 @@ use crate::daemons::Daemons;
 use crate::inbox::Outbox;
 use crate::metrics::GuestMeters;
 use crate::progress::Progress;
-use crate::resize::Resizes;
+use crate::resize::{Part, Resizes};
 use crate::signals::{Signal, Signals, told_to_end};
 use crate::supervisor::{Heartbeat, Supervisor};
 use crate::{GuestEvent, HeldSignals, Inbox, MachineError, Message};
@@ -54,7 +54,7 @@ type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 pub struct Controller {
     pub(crate) outbox: Outbox,
     pub(crate) inbox: Inbox,
-    pub(crate) events: EventManager<Subscriber>,
+    events: EventManager<Subscriber>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
     /// Starts daemons for devices, if somebody may.
@@ -276,12 +276,11 @@ impl Controller {
             }
             Message::Guest(..) => {}
             Message::HangUp { by_kernel } => self.hang_up(by_kernel),
-            Message::Tick => {
-                self.tick();
+            Message::Alive => self.supervisor.alive(),
+            Message::Patience => {
+                self.look_at_resizes();
                 self.publish();
             }
-            Message::Alive => self.supervisor.alive(),
-            Message::Patience => self.look_at_resizes(),
             Message::Resized => {
                 if let Some(machine) = &self.machine {
                     machine.terminal_resized();
@@ -380,7 +379,7 @@ impl Controller {
     }
 
     /// Shows everybody how things are now.
-    fn publish(&mut self) {
+    pub(crate) fn publish(&mut self) {
         self.outbox.publish(self.info());
         if self.told_phase != self.phase {
             self.told_phase = self.phase;
@@ -443,7 +442,7 @@ impl Controller {
         let vcpus = self.vcpu_target();
         self.end_machine();
         let result = self.start(progress, cause, vcpus);
-        self.end_resize_with_guest(result.is_ok());
+        self.end_processors(result.is_ok());
         let kind = if result.is_ok() {
             &kind::VM_REBOOTED
         } else {
@@ -456,10 +455,10 @@ impl Controller {
     /// Ends the guest and frees its disks and network interfaces; keeps its configuration and consoles.
     fn stop_guest(&mut self, progress: Progress<'_>) {
         progress.note("guest");
-        self.end_resize_with_guest(false);
         if self.end_machine() {
             self.tell(&kind::VM_SHUTDOWN, Cause::Client);
         }
+        self.end_processors(false);
         self.backends = None;
     }
 
@@ -470,7 +469,8 @@ impl Controller {
             let _ = self.events.remove_subscriber(id);
         }
         let existed = self.machine.take().is_some();
-        self.resizes.abandon();
+        // A guest that is built anew has as many vCPUs as it was to have; its balloon is empty.
+        self.resizes.abandon(Part::Balloon);
         if existed {
             self.phase = Phase::Shutdown;
         }

@@ -12,7 +12,7 @@ use triarch_net::Tap;
 
 use crate::backends::handed_tap;
 use crate::control::{Cause, Controller};
-use crate::resize::Part;
+use crate::resize::{Goal, Part};
 use crate::{Machine, MachineError, identity};
 
 impl Controller {
@@ -21,6 +21,7 @@ impl Controller {
         self.tell(&kind::VM_RESIZING, Cause::Client);
         let running = self.machine.is_some();
         let before = self.config.clone();
+        let begun = self.resizes.begun();
         self.change(|config| {
             let ram = target.desired_ram.unwrap_or(config.memory.size);
             if running && ram != config.memory.size {
@@ -49,7 +50,8 @@ impl Controller {
         if let Some(bytes) = target.desired_balloon {
             self.resize_balloon(bytes)?;
         }
-        if !self.resizes.any() && !self.processors.is_open() {
+        // A job, also one that has ended by now, tells of its end itself.
+        if !self.resizes.any() && self.resizes.begun() == begun {
             self.tell(&kind::VM_RESIZED, Cause::Client);
         }
         Ok(())
@@ -69,8 +71,13 @@ impl Controller {
         match balloon.status().actual {
             actual if actual == bytes => self.resizes.replace(Part::Balloon, bytes),
             actual => {
+                let goal = Goal {
+                    target: bytes,
+                    now: actual,
+                    end: bytes,
+                };
                 let (jobs, kind) = (self.inbox.jobs(), Operation::Resize.name());
-                self.resizes.begin(jobs, kind, Part::Balloon, actual, bytes);
+                self.resizes.begin(jobs, kind, Part::Balloon, "balloon", goal);
             }
         }
         Ok(())
@@ -82,19 +89,44 @@ impl Controller {
             return;
         };
         if self.resizes.stands(Part::Balloon, balloon.status().actual) {
+            self.end_resize(Part::Balloon, None, Ok(()));
+        }
+    }
+
+    /// The guest is not on its way to a size any more, and has come so far. What it has now is shown before its job has ended.
+    pub(crate) fn end_resize(&mut self, part: Part, phase: Option<&str>, result: Result<(), &str>) {
+        let Some(job) = self.resizes.end(part) else {
+            return;
+        };
+        self.publish();
+        if let Some(phase) = phase {
+            job.note(phase);
+        }
+        job.finish(result);
+        if result.is_ok() {
             self.tell(&kind::VM_RESIZED, Cause::Guest);
         }
     }
 
-    /// Gives up on what the guest does not do.
+    /// Time has passed while the guest is on its way to a size: tells it again, and gives up on what it does not do.
     pub(crate) fn look_at_resizes(&mut self) {
-        let machine = self.machine.as_ref();
-        self.resizes.look(self.phase == Phase::Running, |part| match part {
-            Part::Balloon => {
-                let status = machine?.balloon()?.status();
-                (!status.active).then(|| "it has no driver for its balloon".to_owned())
+        let runs = self.phase == Phase::Running;
+        if runs {
+            self.remind_of_processors();
+        }
+        for part in self.resizes.late(runs) {
+            match part {
+                Part::Vcpus => self.give_up_on_processors(),
+                Part::Balloon => {
+                    let mut reason = self.resizes.so_far(part);
+                    let balloon = self.machine.as_ref().and_then(Machine::balloon);
+                    if balloon.is_some_and(|balloon| !balloon.status().active) {
+                        reason.push_str(": it has no driver for its balloon");
+                    }
+                    self.end_resize(part, None, Err(&reason));
+                }
             }
-        });
+        }
     }
 
     /// Lets a daemon of our own carry out what only it can: the resize of a disk it serves. Its answer is given when there is one, and

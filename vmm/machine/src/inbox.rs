@@ -28,8 +28,6 @@ pub enum Message {
         /// No process sent it.
         by_kernel: bool,
     },
-    /// Time has passed while something is expected of the guest.
-    Tick,
     /// It is time to tell the supervisor that the controller does its work.
     Alive,
     /// It is time to look whether the guest still does what it was asked for.

@@ -1,7 +1,7 @@
 //! Sizes that a running guest has to bring about itself.
 //!
 //! Each is a target: it is answered at once, and a job follows the guest until it is there. The same target again is free, another one
-//! replaces it. A guest that stands still for too long has failed; the target stays, and the guest may get there later.
+//! replaces it. A guest that stands still for too long has failed; what it was asked for stays, and it may get there later.
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,38 +15,52 @@ use crate::control::watch;
 use crate::{Inbox, MachineError, Message};
 
 /// How long a guest may stand still before it reaches a target.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// How often that is looked at.
-const EVERY: Duration = Duration::from_secs(1);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What of a guest has a size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
+    /// Its vCPUs.
+    Vcpus,
     /// Bytes in the balloon.
     Balloon,
 }
 
 impl Part {
-    const ALL: [Self; 1] = [Self::Balloon];
-
-    /// The phase of its jobs.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Balloon => "balloon",
-        }
-    }
+    pub(crate) const ALL: [Self; 2] = [Self::Vcpus, Self::Balloon];
 
     /// What it is counted in.
     fn unit(self) -> &'static str {
         match self {
+            Self::Vcpus => "vCPUs",
             Self::Balloon => "bytes",
         }
     }
+
+    /// How often a guest that is on its way is looked at. One that should hear of vCPUs is told again by it.
+    fn every(self) -> Duration {
+        match self {
+            Self::Vcpus => Duration::from_millis(250),
+            Self::Balloon => Duration::from_secs(1),
+        }
+    }
+}
+
+/// What a guest is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Goal {
+    /// Which size it should have.
+    pub(crate) target: u64,
+    /// How far it is.
+    pub(crate) now: u64,
+    /// How far it is when it is there: of vCPUs those that come or go are counted, of the balloon all its bytes.
+    pub(crate) end: u64,
 }
 
 /// What the guest was asked for and has not done yet.
 struct Pending {
     target: u64,
+    end: u64,
     /// Where it stood last, and since when.
     last: u64,
     since: Instant,
@@ -56,6 +70,7 @@ struct Pending {
 /// The targets that the guest has not reached.
 pub(crate) struct Resizes {
     parts: [Option<Pending>; Part::ALL.len()],
+    begun: u64,
     alarm: Arc<Mutex<Alarm>>,
 }
 
@@ -65,12 +80,13 @@ impl Resizes {
         let timer = TimerFd::new().map_err(|error| MachineError::host("make a timer")(error.into()))?;
         let alarm = Arc::new(Mutex::new(Alarm {
             timer,
-            armed: false,
+            every: None,
             inbox,
         }));
         let parts = [const { None }; Part::ALL.len()];
         let resizes = Self {
             parts,
+            begun: 0,
             alarm: alarm.clone(),
         };
         Ok((resizes, alarm))
@@ -81,20 +97,27 @@ impl Resizes {
         self.parts.iter().any(Option::is_some)
     }
 
+    /// How many jobs there were.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun
+    }
+
     /// Where the guest is on its way to.
     pub(crate) fn target(&self, part: Part) -> Option<u64> {
         self.parts[part as usize].as_ref().map(|pending| pending.target)
     }
 
-    /// Follows the guest from `now` to `target`, by a job of `kind`, instead of what it was asked for before.
-    pub(crate) fn begin(&mut self, jobs: &Arc<JobBoard>, kind: &str, part: Part, now: u64, target: u64) {
-        self.replace(part, target);
+    /// Follows the guest to `goal`, by a job of `kind` that is in `phase`, instead of what it was asked for before.
+    pub(crate) fn begin(&mut self, jobs: &Arc<JobBoard>, kind: &str, part: Part, phase: &str, goal: Goal) {
+        self.replace(part, goal.target);
+        self.begun += 1;
         let job = jobs.begin(kind);
-        job.note(part.name());
-        job.progress(now, target, part.unit());
+        job.note(phase);
+        job.progress(goal.now, goal.end, part.unit());
         self.parts[part as usize] = Some(Pending {
-            target,
-            last: now,
+            target: goal.target,
+            end: goal.end,
+            last: goal.now,
             since: Instant::now(),
             job,
         });
@@ -104,84 +127,83 @@ impl Resizes {
     /// Ends the job for another target than `target`, if there is one.
     pub(crate) fn replace(&mut self, part: Part, target: u64) {
         if let Some(before) = self.parts[part as usize].take_if(|pending| pending.target != target) {
-            let unit = part.unit();
-            let reason = format!(
-                "it was replaced by another target, {target} {unit}, when there were {}",
-                before.last
-            );
+            let reason = format!("it was replaced by a target of {target} {}", part.unit());
             before.job.finish(Err(&reason));
         }
         self.set_alarm();
     }
 
-    /// The guest stands at `now`. Returns whether that is where it should be, and it was not before.
+    /// The guest is so far now. Returns whether that is where it should be, and its job is still to be [`end`](Self::end)ed.
     pub(crate) fn stands(&mut self, part: Part, now: u64) -> bool {
-        let slot = &mut self.parts[part as usize];
-        let Some(pending) = slot else { return false };
-        if pending.last != now {
-            (pending.last, pending.since) = (now, Instant::now());
-            pending.job.progress(now, pending.target, part.unit());
-        }
-        let Some(done) = slot.take_if(|pending| pending.target == now) else {
+        let Some(pending) = &mut self.parts[part as usize] else {
             return false;
         };
-        done.job.finish(Ok(()));
-        self.set_alarm();
-        true
+        if pending.last != now {
+            (pending.last, pending.since) = (now, Instant::now());
+            pending.job.progress(now, pending.end, part.unit());
+        }
+        pending.end == now
     }
 
-    /// Fails what has stood still for too long; `why` tells what is known of a part. While the guest stands still itself, it has all the
-    /// time.
-    pub(crate) fn look(&mut self, guest_runs: bool, why: impl Fn(Part) -> Option<String>) {
-        for part in Part::ALL {
-            let slot = &mut self.parts[part as usize];
-            if let Some(pending) = slot.as_mut().filter(|_| !guest_runs) {
-                pending.since = Instant::now();
-            }
-            if let Some(failed) = slot.take_if(|pending| pending.since.elapsed() >= PATIENCE) {
-                let (unit, seconds) = (part.unit(), PATIENCE.as_secs());
-                let mut reason = format!(
-                    "the guest is at {} {unit} of {} and has not moved for {seconds} s",
-                    failed.last, failed.target
-                );
-                if let Some(why) = why(part) {
-                    reason = format!("{reason}: {why}");
-                }
-                failed.job.finish(Err(&reason));
-            }
-        }
+    /// The guest is not on its way any more; returns the job that tells of it. Whoever sees that it has ended should see what it changed
+    /// as well, so this has to be shown before the job is finished.
+    pub(crate) fn end(&mut self, part: Part) -> Option<JobHandle> {
+        let pending = self.parts[part as usize].take()?;
         self.set_alarm();
+        Some(pending.job)
     }
 
     /// There is no guest any more that could do it.
-    pub(crate) fn abandon(&mut self) {
-        for pending in self.parts.iter_mut().filter_map(Option::take) {
-            pending.job.finish(Err("the guest ended before it was there"));
+    pub(crate) fn abandon(&mut self, part: Part) {
+        if let Some(job) = self.end(part) {
+            job.finish(Err("the guest ended before it was there"));
         }
-        self.set_alarm();
+    }
+
+    /// Where the guest has stood still for too long. While it stands still itself, it has all the time.
+    pub(crate) fn late(&mut self, guest_runs: bool) -> Vec<Part> {
+        let mut late = Vec::new();
+        for part in Part::ALL {
+            match &mut self.parts[part as usize] {
+                Some(pending) if !guest_runs => pending.since = Instant::now(),
+                Some(pending) if pending.since.elapsed() >= PATIENCE => late.push(part),
+                _ => {}
+            }
+        }
+        late
+    }
+
+    /// How far the guest is, for whoever wonders why it is not there.
+    pub(crate) fn so_far(&self, part: Part) -> String {
+        let Some(Pending { last, end, .. }) = &self.parts[part as usize] else {
+            return String::new();
+        };
+        let (unit, seconds) = (part.unit(), PATIENCE.as_secs());
+        format!("the guest is at {last} {unit} of {end} and has not moved for {seconds} s")
     }
 
     fn set_alarm(&self) {
-        let on = self.any();
-        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).set(on);
+        let pending = Part::ALL.into_iter().filter(|part| self.target(*part).is_some());
+        let every = pending.map(Part::every).min();
+        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).set(every);
     }
 }
 
 /// Leaves [`Message::Patience`] in the inbox while it is set.
 pub(crate) struct Alarm {
     timer: TimerFd,
-    armed: bool,
+    every: Option<Duration>,
     inbox: Inbox,
 }
 
 impl Alarm {
-    fn set(&mut self, on: bool) {
-        if std::mem::replace(&mut self.armed, on) == on {
+    fn set(&mut self, every: Option<Duration>) {
+        if std::mem::replace(&mut self.every, every) == every {
             return;
         }
-        let result = match on {
-            true => self.timer.reset(EVERY, Some(EVERY)),
-            false => self.timer.clear(),
+        let result = match every {
+            Some(every) => self.timer.reset(every, Some(every)),
+            None => self.timer.clear(),
         };
         if let Err(error) = result {
             tracing::error!("cannot set a timer, so nobody sees when the guest does nothing: {error}");
@@ -192,7 +214,7 @@ impl Alarm {
 impl MutEventSubscriber for Alarm {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         // A timer that was cleared meanwhile must not be waited for.
-        if self.armed {
+        if self.every.is_some() {
             let _ = self.timer.wait();
             self.inbox.post(Message::Patience);
         }
@@ -216,67 +238,93 @@ mod tests {
         (resizes, inbox)
     }
 
-    fn armed(resizes: &Resizes) -> bool {
-        resizes.alarm.lock().expect("lock").armed
+    fn every(resizes: &Resizes) -> Option<u64> {
+        let every = resizes.alarm.lock().expect("lock").every;
+        every.map(|every| every.as_millis() as u64)
     }
 
     fn job(inbox: &Inbox, id: u64) -> Job {
         inbox.jobs().get(id).expect("a job")
     }
 
+    fn begin(resizes: &mut Resizes, inbox: &Inbox, part: Part, now: u64, target: u64) {
+        let end = target;
+        resizes.begin(inbox.jobs(), "vm.resize", part, "phase", Goal { target, now, end });
+    }
+
     #[test]
     fn a_job_follows_the_guest_to_its_target() {
         let (mut resizes, inbox) = resizes();
-        assert!(!armed(&resizes));
-        resizes.begin(inbox.jobs(), "vm.resize", Part::Balloon, 10, 30);
-        assert!(armed(&resizes) && resizes.target(Part::Balloon) == Some(30));
+        assert_eq!(every(&resizes), None);
+        begin(&mut resizes, &inbox, Part::Balloon, 10, 30);
+        assert_eq!(every(&resizes), Some(1000));
+        assert_eq!(resizes.target(Part::Balloon), Some(30));
         assert!(!resizes.stands(Part::Balloon, 20));
         let progress = job(&inbox, 1).progress.expect("progress");
         assert_eq!((progress.done, progress.total, &*progress.unit), (20, 30, "bytes"));
         assert!(resizes.stands(Part::Balloon, 30));
-        assert!(!resizes.stands(Part::Balloon, 30), "once");
+        let ended = resizes.end(Part::Balloon).expect("a job");
+        assert_eq!(job(&inbox, 1).state, JobState::Running, "until it is finished");
+        assert!(!resizes.any() && every(&resizes).is_none());
+        ended.finish(Ok(()));
         assert_eq!(job(&inbox, 1).state, JobState::Done);
-        assert!(!armed(&resizes));
+        assert!(!resizes.stands(Part::Balloon, 30), "once");
+        assert!(resizes.end(Part::Balloon).is_none());
     }
 
     #[test]
     fn a_newer_target_replaces_one_and_the_same_does_not() {
         let (mut resizes, inbox) = resizes();
-        resizes.begin(inbox.jobs(), "vm.resize", Part::Balloon, 0, 30);
+        begin(&mut resizes, &inbox, Part::Balloon, 0, 30);
         resizes.replace(Part::Balloon, 30);
         assert_eq!(job(&inbox, 1).state, JobState::Running);
-        resizes.begin(inbox.jobs(), "vm.resize", Part::Balloon, 10, 0);
+        begin(&mut resizes, &inbox, Part::Balloon, 10, 0);
         let replaced = job(&inbox, 1).error.expect("an error");
-        assert!(
-            replaced.contains("replaced") && replaced.contains("0 bytes"),
-            "{replaced}"
-        );
-        resizes.abandon();
+        assert_eq!(replaced, "it was replaced by a target of 0 bytes");
+        assert_eq!((job(&inbox, 2).state, resizes.begun()), (JobState::Running, 2));
+        resizes.abandon(Part::Balloon);
         assert!(job(&inbox, 2).error.expect("an error").contains("guest ended"));
-        assert!(!armed(&resizes));
+        assert_eq!(every(&resizes), None);
     }
 
     #[test]
-    fn a_guest_that_stands_still_fails_unless_it_is_paused() {
+    fn parts_are_followed_side_by_side() {
         let (mut resizes, inbox) = resizes();
-        resizes.begin(inbox.jobs(), "vm.resize", Part::Balloon, 0, 30);
+        begin(&mut resizes, &inbox, Part::Balloon, 0, 30);
+        let goal = Goal {
+            target: 4,
+            now: 0,
+            end: 3,
+        };
+        resizes.begin(inbox.jobs(), "vm.resize", Part::Vcpus, "phase", goal);
+        assert_eq!(every(&resizes), Some(250));
+        assert_eq!(resizes.target(Part::Vcpus), Some(4));
+        assert!(!resizes.stands(Part::Vcpus, 2) && resizes.stands(Part::Vcpus, 3));
+        drop(resizes.end(Part::Vcpus));
+        assert_eq!(every(&resizes), Some(1000));
+        assert_eq!(resizes.target(Part::Balloon), Some(30));
+    }
+
+    #[test]
+    fn a_guest_that_stands_still_is_late_unless_it_is_paused() {
+        let (mut resizes, inbox) = resizes();
+        begin(&mut resizes, &inbox, Part::Balloon, 0, 30);
         resizes.stands(Part::Balloon, 10);
-        let late = |resizes: &mut Resizes| {
-            let pending = resizes.parts[0].as_mut().expect("pending");
+        let wait = |resizes: &mut Resizes| {
+            let pending = resizes.parts[Part::Balloon as usize].as_mut().expect("pending");
             pending.since = Instant::now()
                 .checked_sub(PATIENCE)
                 .expect("a machine that is up for so long");
         };
-        late(&mut resizes);
-        resizes.look(false, |_| None);
-        assert_eq!(job(&inbox, 1).state, JobState::Running, "paused");
-        late(&mut resizes);
-        resizes.look(true, |_| Some("no driver".into()));
-        let error = job(&inbox, 1).error.expect("an error");
-        assert!(
-            error.contains("at 10 bytes of 30") && error.ends_with("no driver"),
-            "{error}"
-        );
-        assert!(!armed(&resizes));
+        wait(&mut resizes);
+        assert_eq!(resizes.late(false), [], "paused");
+        assert_eq!(resizes.late(true), [], "and all the time again after it");
+        wait(&mut resizes);
+        resizes.stands(Part::Balloon, 11);
+        assert_eq!(resizes.late(true), [], "it moves");
+        wait(&mut resizes);
+        assert_eq!(resizes.late(true), [Part::Balloon]);
+        let text = resizes.so_far(Part::Balloon);
+        assert_eq!(text, "the guest is at 11 bytes of 30 and has not moved for 30 s");
     }
 }

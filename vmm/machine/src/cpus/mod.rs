@@ -1,49 +1,32 @@
 //! Processors that come and go while the guest runs.
 //!
 //! A resize is a target. The guest is told which processors it gets or should give back, and what it does about each is observed:
-//! that it starts one, gives one back, or refuses. [`Sizing`] knows what is still open; the controller keeps it, with the job that
-//! tells of it, until everything has been answered or the time is over.
+//! that it starts one, gives one back, or refuses. [`Sizing`] knows what is still open, [`Resizes`](crate::resize::Resizes) has the job
+//! that tells of it: both until everything has been answered or the guest has stood still for too long.
 
 mod sizing;
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
 use triarch_api::events::kind;
-use triarch_api::jobs::JobHandle;
 use triarch_api::metrics::CpuHotplugMetrics;
-use triarch_api::{ApiError, Handler, Operation, Phase, VcpuCounts};
+use triarch_api::{ApiError, Handler, Operation, VcpuCounts};
 use triarch_legacy::{CpuHotplug, CpuSlot};
-use vmm_sys_util::timerfd::TimerFd;
 
-use crate::control::{Controller, watch};
-use crate::{Inbox, MachineError, Message};
+use crate::control::Controller;
+use crate::resize::{Goal, PATIENCE, Part};
 use sizing::{Direction, News, Sizing, listed, news};
-
-/// How often an open resize is looked after.
-const TICK: Duration = Duration::from_millis(250);
-/// Ticks that a guest has for its answer, those of a pause not counted.
-const PATIENCE: u32 = 120;
-
-/// A resize that is under way.
-struct Open {
-    sizing: Sizing,
-    job: JobHandle,
-    timer: SubscriberId,
-    ticks: u32,
-}
 
 /// What the controller knows of the guest's processors.
 #[derive(Default)]
 pub(crate) struct Processors {
     /// How they stood when they were looked at last.
     known: Vec<CpuSlot>,
-    open: Option<Open>,
+    /// What the guest was asked for and has not done yet.
+    open: Option<Sizing>,
     pub(crate) meters: Arc<CpuMeters>,
 }
 
@@ -90,11 +73,6 @@ impl CpuMeters {
 }
 
 impl Processors {
-    /// Whether the guest was asked for something and has not done it yet.
-    pub(crate) fn is_open(&self) -> bool {
-        self.open.is_some()
-    }
-
     /// Begins with a guest that has just been built.
     pub(crate) fn begin(&mut self, cpus: Option<&Arc<CpuHotplug>>) {
         self.known = cpus.map(|cpus| cpus.slots()).unwrap_or_default();
@@ -119,12 +97,12 @@ impl Controller {
         check_range(target, &cpus)?;
         self.look_at_processors();
         if let Some(open) = &self.processors.open {
-            if open.sizing.target == target {
+            if open.target == target {
                 return Ok(());
             }
-            if open.sizing.direction == Direction::Remove {
+            if open.direction == Direction::Remove {
                 // Agents know these three words, and ask again later.
-                let waiting = listed(&open.sizing.waiting);
+                let waiting = listed(&open.waiting);
                 return Err(ApiError::Busy(format!(
                     "Too Many Requests: the guest has not given back {waiting} yet"
                 )));
@@ -135,38 +113,34 @@ impl Controller {
         if let Some(machine) = &mut self.machine {
             machine.ready_vcpus(&sizing.added)?;
         }
-        if let Some(open) = self.take_open() {
+        if let Some(open) = self.processors.open.take() {
             let meters = &self.processors.meters;
-            meters.count(open.sizing.direction, Outcome::Replaced, open.sizing.waiting.len());
-            open.job
-                .finish(Err(&format!("it was replaced by one to {target} vCPUs")));
+            meters.count(open.direction, Outcome::Replaced, open.waiting.len());
         }
-        if sizing.waiting.is_empty() {
-            return Ok(());
+        self.resizes.replace(Part::Vcpus, target.into());
+        if !sizing.waiting.is_empty() {
+            self.ask_for(sizing, &cpus);
         }
-        Ok(self.begin_resize(sizing, &cpus)?)
+        Ok(())
     }
 
-    fn begin_resize(&mut self, mut sizing: Sizing, cpus: &CpuHotplug) -> Result<(), MachineError> {
-        let ticker = Ticker::new(self.inbox()).map_err(MachineError::host("make a timer"))?;
+    fn ask_for(&mut self, mut sizing: Sizing, cpus: &CpuHotplug) {
         if let Some(machine) = &self.machine {
             // Those that run are shown with the others.
             self.outbox.show_meters(self.meters(machine));
             sizing.added.iter().for_each(|index| machine.plug_vcpu(*index));
         }
         sizing.ask(cpus);
-        let job = self.inbox.jobs().begin(Operation::Resize.name());
-        job.note(sizing.direction.phase());
-        job.progress(0, sizing.total() as u64, "vCPUs");
-        let timer = self.events.add_subscriber(Arc::new(Mutex::new(ticker)));
-        self.processors.open = Some(Open {
-            sizing,
-            job,
-            timer,
-            ticks: 0,
-        });
+        let goal = Goal {
+            target: sizing.target.into(),
+            now: 0,
+            end: sizing.total() as u64,
+        };
+        let (jobs, kind) = (self.inbox.jobs(), Operation::Resize.name());
+        self.resizes
+            .begin(jobs, kind, Part::Vcpus, sizing.direction.phase(), goal);
+        self.processors.open = Some(sizing);
         self.look_at_processors();
-        Ok(())
     }
 
     /// The guest did something about a processor, or may have.
@@ -183,11 +157,10 @@ impl Controller {
         let Some(open) = &mut self.processors.open else {
             return;
         };
-        all.iter().for_each(|one| open.sizing.hear(one));
-        let done = open.sizing.done.len();
-        open.job.progress(done as u64, open.sizing.total() as u64, "vCPUs");
-        if open.sizing.waiting.is_empty() {
-            self.end_resize();
+        all.iter().for_each(|one| open.hear(one));
+        self.resizes.stands(Part::Vcpus, open.done.len() as u64);
+        if open.waiting.is_empty() {
+            self.end_sizing();
         }
     }
 
@@ -218,94 +191,75 @@ impl Controller {
         }
     }
 
-    /// Time has passed while a resize is open.
-    pub(crate) fn tick(&mut self) {
-        let Some(machine) = self.machine.as_ref().filter(|_| self.phase == Phase::Running) else {
+    /// Time has passed while the guest runs and may have been asked for something.
+    pub(crate) fn remind_of_processors(&mut self) {
+        let Some(machine) = &self.machine else {
             return;
         };
-        if let (Some(open), Some(cpus)) = (&mut self.processors.open, machine.cpus()) {
-            open.ticks += 1;
+        if let (Some(open), Some(cpus)) = (&self.processors.open, machine.cpus()) {
             cpus.remind();
-            if open.sizing.direction == Direction::Add {
+            if open.direction == Direction::Add {
                 // Not every KVM tells when a vCPU is started; one that leaves it looks by itself.
-                open.sizing.waiting.iter().for_each(|index| machine.nudge_vcpu(*index));
+                open.waiting.iter().for_each(|index| machine.nudge_vcpu(*index));
             }
         }
         self.look_at_processors();
-        if self.processors.open.as_ref().is_some_and(|open| open.ticks >= PATIENCE) {
-            self.give_up();
-        }
     }
 
     /// All has been answered.
-    fn end_resize(&mut self) {
-        let Some(open) = self.take_open() else {
+    fn end_sizing(&mut self) {
+        let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        let Sizing {
-            direction,
-            done,
-            refused,
-            ..
-        } = &open.sizing;
-        let meters = &self.processors.meters;
-        meters.count(*direction, Outcome::Done, done.len());
-        meters.count(*direction, Outcome::Refused, refused.len());
-        open.job.note(&direction.outcome(done));
-        if refused.is_empty() {
-            open.job.finish(Ok(()));
-            self.inbox.events().post(&kind::VM_RESIZED, &[]);
+        self.count_answers(&sizing);
+        let phase = sizing.direction.outcome(&sizing.done);
+        if sizing.refused.is_empty() {
+            self.end_resize(Part::Vcpus, Some(&phase), Ok(()));
         } else {
-            open.job.finish(Err(&open.sizing.refusal()));
+            self.end_resize(Part::Vcpus, Some(&phase), Err(&sizing.failure()));
         }
     }
 
-    /// The time is over.
-    fn give_up(&mut self) {
-        let (Some(open), Some(cpus)) = (
-            self.take_open(),
-            self.machine.as_ref().and_then(|machine| machine.cpus().cloned()),
+    /// The guest has not answered everything, and the time is over.
+    pub(crate) fn give_up_on_processors(&mut self) {
+        let (Some(sizing), Some(cpus)) = (
+            self.processors.open.take(),
+            self.machine.as_ref().and_then(|machine| machine.cpus()),
         ) else {
             return;
         };
-        let sizing = &open.sizing;
         if sizing.direction == Direction::Remove {
             sizing.waiting.iter().for_each(|index| cpus.leave(*index));
         }
+        self.count_answers(&sizing);
+        let meters = &self.processors.meters;
+        meters.count(sizing.direction, Outcome::Timeout, sizing.waiting.len());
+        let text = sizing.late(&self.processors.known, PATIENCE);
+        let phase = sizing.direction.outcome(&sizing.done);
+        self.end_resize(Part::Vcpus, Some(&phase), Err(&text));
+    }
+
+    fn count_answers(&self, sizing: &Sizing) {
         let meters = &self.processors.meters;
         meters.count(sizing.direction, Outcome::Done, sizing.done.len());
         meters.count(sizing.direction, Outcome::Refused, sizing.refused.len());
-        meters.count(sizing.direction, Outcome::Timeout, sizing.waiting.len());
-        open.job.note(&sizing.direction.outcome(&sizing.done));
-        let text = sizing.late(&self.processors.known, TICK * PATIENCE);
-        open.job.finish(Err(&text));
     }
 
-    /// The guest is gone: an open resize ends. One that is built anew has what was asked for.
-    pub(crate) fn end_resize_with_guest(&mut self, rebuilt: bool) {
-        let Some(open) = self.take_open() else {
+    /// The guest is gone: what it was asked for ends. One that is built anew has as many as were asked for.
+    pub(crate) fn end_processors(&mut self, rebuilt: bool) {
+        let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        let Sizing {
-            direction,
-            target,
-            waiting,
-            ..
-        } = &open.sizing;
-        self.processors.meters.count(*direction, Outcome::Reset, waiting.len());
+        let Sizing { direction, target, .. } = sizing;
+        self.count_answers(&sizing);
+        let meters = &self.processors.meters;
+        meters.count(direction, Outcome::Reset, sizing.waiting.len());
         if rebuilt {
-            open.job.note(&format!("the guest was reset and has {target} vCPUs"));
-            open.job.finish(Ok(()));
+            let phase = format!("the guest was reset and has {}", counted(target));
+            self.end_resize(Part::Vcpus, Some(&phase), Ok(()));
         } else {
-            open.job.finish(Err("the guest has ended"));
+            self.resizes.abandon(Part::Vcpus);
         }
-    }
-
-    fn take_open(&mut self) -> Option<Open> {
-        let open = self.processors.open.take()?;
-        // It was added by us and is removed nowhere else.
-        let _ = self.events.remove_subscriber(open.timer);
-        Some(open)
     }
 
     /// How many processors a guest that is reset starts with.
@@ -327,7 +281,7 @@ impl Controller {
         let count = |of: fn(&CpuSlot) -> bool| self.processors.known.iter().filter(|slot| of(slot)).count() as u32;
         let present = count(|slot| slot.present);
         Some(VcpuCounts {
-            target: self.processors.open.as_ref().map_or(present, |open| open.sizing.target),
+            target: self.processors.open.as_ref().map_or(present, |open| open.target),
             present,
             started: count(|slot| slot.started),
         })
@@ -355,29 +309,7 @@ fn check_range(target: u32, cpus: &CpuHotplug) -> Result<(), ApiError> {
     )))
 }
 
-/// Leaves [`Message::Tick`] in the inbox again and again.
-struct Ticker {
-    timer: TimerFd,
-    inbox: Inbox,
-}
-
-impl Ticker {
-    fn new(inbox: Inbox) -> io::Result<Self> {
-        let mut timer = TimerFd::new()?;
-        timer.reset(TICK, Some(TICK))?;
-        Ok(Self { timer, inbox })
-    }
-}
-
-impl MutEventSubscriber for Ticker {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        // How many were missed does not matter.
-        let _ = self.timer.wait();
-        self.inbox.post(Message::Tick);
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        use std::os::fd::AsRawFd;
-        watch(ops, self.timer.as_raw_fd());
-    }
+/// `1 vCPU`, `3 vCPUs`.
+fn counted(vcpus: u32) -> String {
+    format!("{vcpus} vCPU{}", if vcpus == 1 { "" } else { "s" })
 }

@@ -166,6 +166,15 @@ impl Sizing {
         format!("the guest {what} {}", reasons.join(", "))
     }
 
+    /// Why it failed, when everything was answered.
+    pub(super) fn failure(&self) -> String {
+        let refusal = self.refusal();
+        match self.direction {
+            Direction::Add => format!("{refusal}: {}", triarch_arch::CPU_HOTPLUG_NEEDS),
+            Direction::Remove => refusal,
+        }
+    }
+
     /// What did not happen in time. `slots` is how things stand.
     pub(super) fn late(&self, slots: &[CpuSlot], patience: Duration) -> String {
         let seconds = patience.as_secs();

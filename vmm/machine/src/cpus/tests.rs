@@ -1,6 +1,7 @@
 //! Targets and guests of all kinds, against the device that both use.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use triarch_device_core::BusDevice;
@@ -226,6 +227,7 @@ fn what_comes_of_it_is_told_in_words() {
         sizing.refusal(),
         "the guest does not take vCPU 1 (busy, _OST status 0x82)"
     );
+    assert!(sizing.failure().contains("0x82): Linux needs"), "{}", sizing.failure());
     let world = World::new(1);
     let late = sizing.late(&world.known, Duration::from_secs(30));
     assert!(
