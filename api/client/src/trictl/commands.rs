@@ -128,15 +128,17 @@ impl Session {
             desired_ram: target.memory,
             desired_balloon: target.balloon,
         };
-        let before = jobs::last_of(&mut self.client, Operation::Resize);
+        let before = jobs::of(&mut self.client, Operation::Resize);
         self.put_json(Operation::Resize, &body)?;
-        let after = jobs::last_of(&mut self.client, Operation::Resize);
-        let same = |job: &Job| before.as_ref().is_some_and(|before| before.id == job.id);
-        match after.filter(|job| !same(job) || job.state == JobState::Running) {
-            Some(job) if target.wait => jobs::run(&mut self.client, Some(job.id), true, self.json),
-            Some(job) => jobs::show(&job, self.json),
-            None => Ok(()),
-        }
+        let after = jobs::of(&mut self.client, Operation::Resize);
+        let is_new = |job: &&Job| before.iter().all(|before| before.id != job.id);
+        // vCPUs and the balloon have one each. A target that was asked for before has the same job still.
+        let shown = after.iter().filter(|job| is_new(job) || job.state == JobState::Running);
+        let show = |job: &Job| match target.wait {
+            true => jobs::run(&mut self.client, Some(job.id), true, self.json),
+            false => jobs::show(job, self.json),
+        };
+        shown.map(show).fold(Ok(()), Result::and)
     }
 
     fn answer(&self, response: Response) -> Result<(), Failure> {

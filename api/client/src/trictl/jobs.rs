@@ -28,10 +28,10 @@ pub(crate) fn run(client: &mut Client, id: Option<u64>, watch: bool, json: bool)
     print(&table(&understood(&target, &body, id.is_some())?))
 }
 
-/// The latest job that carries out `operation`. A VMM that does not know jobs has none.
-pub(crate) fn last_of(client: &mut Client, operation: Operation) -> Option<Job> {
+/// The jobs that carry out `operation`. A VMM that does not know jobs has none.
+pub(crate) fn of(client: &mut Client, operation: Operation) -> Vec<Job> {
     let jobs: Vec<Job> = client.get_as("vm.jobs").unwrap_or_default();
-    jobs.into_iter().rfind(|job| job.kind == operation.name())
+    jobs.into_iter().filter(|job| job.kind == operation.name()).collect()
 }
 
 /// Shows one job.
