@@ -13,6 +13,7 @@ use triarch_harness::suite::{Context, Outcome, Test, patient};
 payload_tests!("hotplug":
     processors_come_and_go,
     a_newer_target_replaces_what_the_guest_does_not_know_of,
+    what_the_guest_never_saw_is_taken_back_at_once,
     while_a_removal_is_open_others_wait,
     refusals_are_told,
     wrong_targets_change_nothing,
@@ -186,6 +187,20 @@ fn a_newer_target_replaces_what_the_guest_does_not_know_of(context: &Context) ->
     ensure!(guest.ask("hot next")? == "none");
     done(&api, "the guest started vCPU 1")?;
     ensure!(counts(&api)? == [2, 2, 2]);
+    Ok(Outcome::Passed)
+}
+
+fn what_the_guest_never_saw_is_taken_back_at_once(context: &Context) -> Result<Outcome> {
+    let (mut guest, api) = start(context, "boot=1,max=4")?;
+    resize(&api, 3)?;
+    resize(&api, 1)?;
+    done(&api, "the guest gave back vCPUs 1, 2")?;
+    ensure!(counts(&api)? == [1, 1, 1] && guest.ask("hot next")? == "none");
+    let events = get(&api, "vm.events?since=0&follow=false")?;
+    let told = events.as_array().context("no events")?.iter();
+    let told = told.filter(|event| event["source"] == "vm" && event["event"] == "resized");
+    ensure!(told.count() == 1, "{events}");
+    guest.power_off()?;
     Ok(Outcome::Passed)
 }
 
