@@ -7,7 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, NetBackend, OnDisconnect, VhostMode,
+    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod, NetBackend, OnDisconnect,
+    VhostMode,
 };
 
 /// A whole VM.
@@ -153,6 +154,8 @@ pub struct MemoryConfig {
     /// Bytes that may be added while the guest runs. Agents read it back from `vm.info` before they ask for more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<u64>,
+    /// By what they are added.
+    pub hotplug_method: HotplugMethod,
     /// Other processes may map it (vhost-user devices need that).
     pub shared: bool,
     /// Take it from the host's huge page pool.
@@ -173,6 +176,7 @@ impl Default for MemoryConfig {
         Self {
             size: 512 << 20,
             hotplug_size: None,
+            hotplug_method: HotplugMethod::Acpi,
             shared: false,
             hugepages: false,
             hugepage_size: None,

@@ -15,6 +15,7 @@ pub mod flags;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod jobs;
+mod memory;
 pub mod metrics;
 #[cfg(feature = "openapi")]
 pub mod openapi;
@@ -35,6 +36,7 @@ pub use config::{
     MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
 pub use datapath::DataPath;
+pub use memory::HotplugMethod;
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{

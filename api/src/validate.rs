@@ -143,6 +143,7 @@ impl VmConfig {
                 "memory.mergeable works on private pages only, and vhost-user devices share them; switch it off".into(),
             ));
         }
+        memory.validate_hotplug()?;
         if memory.mergeable && (memory.shared || memory.hugepages) {
             return Err(ConfigError::Conflict(
                 "memory.mergeable works on private small pages only; switch memory.shared and memory.hugepages off"

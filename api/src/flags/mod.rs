@@ -96,8 +96,10 @@ pub fn memory(text: &str) -> Result<MemoryConfig, FlagError> {
         "prefault",
         "thp",
         "mergeable",
+        "hotplug_size",
+        "hotplug_method",
     ];
-    let elsewhere = ["hotplug_size", "hotplugged_size", "hotplug_method", "reserve"];
+    let elsewhere = ["hotplugged_size", "reserve"];
     let kv = KeyValues::parse("--memory", text, &known, &elsewhere)?;
     set(&mut config.size, kv.size("size")?);
     set(&mut config.shared, kv.switch("shared")?);
@@ -106,6 +108,8 @@ pub fn memory(text: &str) -> Result<MemoryConfig, FlagError> {
     set(&mut config.prefault, kv.switch("prefault")?);
     set(&mut config.thp, kv.switch("thp")?);
     set(&mut config.mergeable, kv.switch("mergeable")?);
+    config.hotplug_size = kv.size("hotplug_size")?;
+    set(&mut config.hotplug_method, kv.get("hotplug_method")?);
     Ok(config)
 }
 
@@ -323,6 +327,12 @@ mod tests {
         assert_eq!(cpus("boot=3").expect("cpus").max_vcpus, 3);
         assert_eq!(memory("1G").expect("memory").size, 1 << 30);
         assert!(memory("size=1G,shared=on").expect("memory").shared);
+        let more = memory("size=1G,hotplug_method=virtio-mem,hotplug_size=8G").expect("memory");
+        assert_eq!(
+            (more.hotplug_size, more.hotplug_method),
+            (Some(8 << 30), crate::HotplugMethod::VirtioMem)
+        );
+        assert!(memory("size=1G,hotplug_method=both").is_err());
         let n = net("fd=[5,6],mac=12:34:56:78:9a:bc").expect("net");
         assert_eq!((n.fds, n.num_queues), (Some(vec![5, 6]), 4));
         let served = disk("vhost_user=on,vhost_socket=s,on_disconnect=error-after=30").expect("disk");

@@ -85,7 +85,8 @@ impl Machine {
         let ram = layout::ram_ranges(config.memory.size);
         let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(config))?);
         // Most of what cannot be addressed is more than the host has, which is the better thing to say.
-        layout::check_ram(config.memory.size, plan.address_bits())?;
+        let room = config.memory.hotplug_room();
+        layout::check_ram(config.memory.size, room, plan.address_bits())?;
         let vm = Vm::new(kvm)?;
         // Before the interrupt controllers: making those leaves a grace period open in KVM, and a memory slot made after them waits
         // for its end, 8 ms of a start of 10.
@@ -101,7 +102,7 @@ impl Machine {
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let windows = BarAllocator {
             mmio32: layout::MMIO32,
-            mmio64: layout::mmio64(config.memory.size, plan.address_bits()),
+            mmio64: layout::mmio64(config.memory.size, room, plan.address_bits()),
             io: layout::PCI_IO,
         };
         let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));

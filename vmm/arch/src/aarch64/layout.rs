@@ -6,11 +6,12 @@
 //! 0x0600_0000  GIC: ITS
 //! 0x0700_0000  GIC: redistributors, 128 KiB a vCPU
 //! 0x08ff_0000  GIC: distributor
-//! 0x0900_0000  PL011, then PL031, event register, keys and registers of processors, 64 KiB apart
+//! 0x0900_0000  PL011, then PL031, event register, keys, registers of processors and of memory that come and go, 64 KiB apart
 //! 0x1000_0000  32-bit BARs
 //! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
-//! ...          64-bit BARs, from the first GiB behind RAM to the end of what a guest can address
+//! ...          room for memory that comes later, from a multiple of 2 GiB on
+//! ...          64-bit BARs, from a multiple of 1 GiB to the end of what a guest can address
 //! ```
 
 use std::ops::Range;
@@ -20,6 +21,7 @@ use triarch_tables::efi::RUNTIME_ALIGN;
 use vm_memory::GuestAddress;
 
 use crate::AddressLimit;
+use crate::common::hotplug_room;
 
 /// First address of RAM.
 pub const RAM: u64 = 0x4000_0000;
@@ -59,6 +61,8 @@ pub const GED: u64 = 0x0903_0000;
 pub const KEYS: u64 = 0x0904_0000;
 /// Registers of processors that come and go.
 pub const CPU_HOTPLUG: u64 = 0x0905_0000;
+/// Registers of memory that comes and goes.
+pub const MEMORY_HOTPLUG: u64 = 0x0906_0000;
 
 /// Interrupt numbers of the GIC.
 pub mod interrupt {
@@ -109,17 +113,22 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     vec![(GuestAddress(RAM), size)]
 }
 
-/// Checks that a guest with addresses of `address_bits` reaches all of `size` bytes of RAM.
-pub fn check_ram(size: u64, address_bits: u8) -> Result<(), AddressLimit> {
-    AddressLimit::check(size, RAM.checked_add(size), address_bits)
+/// Where `hotplug_size` bytes of memory may come that a guest with `ram_size` bytes of RAM does not start with; `None` beyond 64 bits.
+/// How they are divided: `hotplug_room` in `common/mod.rs`.
+pub fn hotplug(ram_size: u64, hotplug_size: u64) -> Option<Range<u64>> {
+    hotplug_room(RAM.checked_add(ram_size), hotplug_size)
 }
 
-/// 64-bit BARs: from the end of RAM to the end of the address space.
-pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
-    let start = RAM
-        .saturating_add(ram_size)
-        .checked_next_multiple_of(MMIO64_ALIGN)
-        .unwrap_or(u64::MAX);
+/// Checks that a guest with addresses of `address_bits` reaches all of `size` bytes of RAM, and of `hotplug_size` that may come.
+pub fn check_ram(size: u64, hotplug_size: u64, address_bits: u8) -> Result<(), AddressLimit> {
+    let end = hotplug(size, hotplug_size).map(|room| room.end);
+    AddressLimit::check(size, hotplug_size, end, address_bits)
+}
+
+/// 64-bit BARs: from the end of RAM, and of the room for more, to the end of the address space.
+pub fn mmio64(ram_size: u64, hotplug_size: u64, address_bits: u8) -> Range<u64> {
+    let start = hotplug(ram_size, hotplug_size).and_then(|room| room.end.checked_next_multiple_of(MMIO64_ALIGN));
+    let start = start.unwrap_or(u64::MAX);
     // BARs of 64 bits lie above those of 32.
     let start = start.max(1 << 32);
     let end = 1u64 << address_bits.clamp(32, USUAL_ADDRESS_BITS);
@@ -135,17 +144,30 @@ mod tests {
     #[test]
     fn memory_ends_where_addresses_do() {
         assert_eq!(ram_ranges(GIB), [(GuestAddress(RAM), GIB)]);
-        assert_eq!(check_ram(1023 * GIB, 40), Ok(()));
-        let error = check_ram(1024 * GIB, 40).unwrap_err().to_string();
+        assert_eq!(check_ram(1023 * GIB, 0, 40), Ok(()));
+        let error = check_ram(1024 * GIB, 0, 40).unwrap_err().to_string();
         assert!(error.contains("1048576 MiB") && error.contains("40 bits"), "{error}");
-        assert!(check_ram(u64::MAX, 48).is_err());
+        assert!(check_ram(u64::MAX, 0, 48).is_err());
+        assert_eq!(check_ram(GIB, 1022 * GIB, 40), Ok(()));
+        let error = check_ram(GIB, 1023 * GIB, 40).unwrap_err().to_string();
+        assert!(error.contains("room for 1047552 MiB more"), "{error}");
+    }
+
+    #[test]
+    fn more_memory_comes_between_ram_and_the_64_bit_window() {
+        assert_eq!(hotplug(GIB, GIB), Some(2 * GIB..3 * GIB));
+        assert_eq!(mmio64(GIB, GIB, 40).start, 4 * GIB);
+        assert_eq!(hotplug(2 * GIB, 3 * GIB / 2), Some(4 * GIB..11 * GIB / 2));
+        assert_eq!(mmio64(2 * GIB, 3 * GIB / 2, 40).start, 6 * GIB);
+        assert_eq!(hotplug(GIB, u64::MAX), None);
+        assert!(mmio64(GIB, u64::MAX, 40).is_empty());
     }
 
     #[test]
     fn the_64_bit_window_follows_ram() {
-        assert_eq!(mmio64(GIB, 40), 4 * GIB..1 << 40);
-        assert_eq!(mmio64(6 * GIB + 4096, 40).start, 8 * GIB);
-        assert!(mmio64(1 << 52, 40).is_empty());
+        assert_eq!(mmio64(GIB, 0, 40), 4 * GIB..1 << 40);
+        assert_eq!(mmio64(6 * GIB + 4096, 0, 40).start, 8 * GIB);
+        assert!(mmio64(1 << 52, 0, 40).is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub(crate) mod load;
 
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -48,23 +49,48 @@ pub enum NmiError {
     Kvm(#[source] io::Error),
 }
 
-/// RAM that ends beyond what guests can address on this host.
+/// Where memory starts that comes while the guest runs: the largest block by which Linux takes memory, on x86 with 64 GiB or more.
+/// What lies across blocks it refuses.
+const HOTPLUG_ALIGN: u64 = 2 << 30;
+
+/// The room for memory that comes while the guest runs: `size` bytes behind RAM that ends at `ram_end`. It is empty when there is
+/// nothing to come, and `None` when it would end beyond 64 bits.
+///
+/// By ACPI the room fills from its start, one memory device behind the other. For virtio-mem it is one region, or, with zones, one
+/// for each zone that has a `hotplug_size`, in their order.
+pub(crate) fn hotplug_room(ram_end: Option<u64>, size: u64) -> Option<Range<u64>> {
+    let ram_end = ram_end?;
+    if size == 0 {
+        return Some(ram_end..ram_end);
+    }
+    let start = ram_end.checked_next_multiple_of(HOTPLUG_ALIGN)?;
+    Some(start..start.checked_add(size)?)
+}
+
+/// RAM, or room for more of it, that ends beyond what guests can address on this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error(
-    "{mib} MiB of memory do not fit into the addresses of {bits} bits that this host gives guests; lower --memory size"
+    "{mib} MiB of memory{} do not fit into the addresses of {bits} bits that this host gives guests; lower --memory size{}",
+    match .room { 0 => String::new(), room => format!(" and room for {} MiB more", room >> 20) },
+    if *.room == 0 { "" } else { " or hotplug_size" }
 )]
 pub struct AddressLimit {
     mib: u64,
+    room: u64,
     bits: u8,
 }
 
 impl AddressLimit {
-    /// Checks that `size` bytes of RAM that end at `end` (`None`: beyond 64 bits) can be addressed.
-    pub(crate) fn check(size: u64, end: Option<u64>, bits: u8) -> Result<(), Self> {
+    /// Checks that `size` bytes of RAM and `room` for more that end at `end` (`None`: beyond 64 bits) can be addressed.
+    pub(crate) fn check(size: u64, room: u64, end: Option<u64>, bits: u8) -> Result<(), Self> {
         let limit = 1u64.checked_shl(u32::from(bits)).unwrap_or(u64::MAX);
         match end {
             Some(end) if end <= limit => Ok(()),
-            _ => Err(Self { mib: size >> 20, bits }),
+            _ => Err(Self {
+                mib: size >> 20,
+                room,
+                bits,
+            }),
         }
     }
 }

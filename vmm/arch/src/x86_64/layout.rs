@@ -8,9 +8,11 @@
 //! 0xc000_0000  end of low RAM; 32-bit BARs
 //! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0xfe00_0000  registers of processors that come and go
+//! 0xfe01_0000  registers of memory that comes and goes
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs
-//! 0x1_0000_0000  RAM above the hole, then 64-bit BARs up to the CPU's last address
+//! 0x1_0000_0000  RAM above the hole, then room for memory that comes later, from a multiple of 2 GiB on, then 64-bit BARs, from a
+//!                multiple of 1 GiB up to the CPU's last address
 //! ```
 
 use std::ops::Range;
@@ -19,6 +21,7 @@ use triarch_boot::MemRange;
 use vm_memory::GuestAddress;
 
 use crate::AddressLimit;
+use crate::common::hotplug_room;
 
 /// Where the hole for devices below 4 GiB starts.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -36,6 +39,8 @@ pub const PCI_BUSES: u64 = 1;
 pub const PCI_IO: Range<u16> = 0x1000..0xf000;
 /// Registers of processors that come and go.
 pub const CPU_HOTPLUG: u64 = 0xfe00_0000;
+/// Registers of memory that comes and goes.
+pub const MEMORY_HOTPLUG: u64 = 0xfe01_0000;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.
@@ -63,19 +68,30 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
-/// Checks that a guest with addresses of `address_bits` reaches all of `size` bytes of RAM.
-pub fn check_ram(size: u64, address_bits: u8) -> Result<(), AddressLimit> {
-    let end = match size.saturating_sub(LOW_RAM_END) {
-        0 => Some(size),
-        high => HIGH_RAM.checked_add(high),
-    };
-    AddressLimit::check(size, end, address_bits)
+/// Where memory above the hole ends, also that of a guest without any; `None` beyond 64 bits.
+fn high_ram_end(size: u64) -> Option<u64> {
+    HIGH_RAM.checked_add(size.saturating_sub(LOW_RAM_END))
 }
 
-/// 64-bit BARs: from the end of RAM to the end of what a CPU with `address_bits` can reach.
-pub fn mmio64(ram_size: u64, address_bits: u8) -> Range<u64> {
-    let ram_end = HIGH_RAM + ram_size.saturating_sub(LOW_RAM_END);
-    let start = ram_end.next_multiple_of(MMIO64_ALIGN);
+/// Where `hotplug_size` bytes of memory may come that a guest with `ram_size` bytes of RAM does not start with; `None` beyond 64 bits.
+/// How they are divided: `hotplug_room` in `common/mod.rs`.
+pub fn hotplug(ram_size: u64, hotplug_size: u64) -> Option<Range<u64>> {
+    hotplug_room(high_ram_end(ram_size), hotplug_size)
+}
+
+/// Checks that a guest with addresses of `address_bits` reaches all of `size` bytes of RAM, and of `hotplug_size` that may come.
+pub fn check_ram(size: u64, hotplug_size: u64, address_bits: u8) -> Result<(), AddressLimit> {
+    let end = match (size, hotplug_size) {
+        (..=LOW_RAM_END, 0) => Some(size),
+        _ => hotplug(size, hotplug_size).map(|room| room.end),
+    };
+    AddressLimit::check(size, hotplug_size, end, address_bits)
+}
+
+/// 64-bit BARs: from the end of RAM, and of the room for more, to the end of what a CPU with `address_bits` can reach.
+pub fn mmio64(ram_size: u64, hotplug_size: u64, address_bits: u8) -> Range<u64> {
+    let start = hotplug(ram_size, hotplug_size).and_then(|room| room.end.checked_next_multiple_of(MMIO64_ALIGN));
+    let start = start.unwrap_or(u64::MAX);
     // The last 64 KiB stay free: some operating systems reserve them.
     let end = (1u64 << address_bits.clamp(36, 52)) - (64 << 10);
     start..end.max(start)
@@ -99,21 +115,47 @@ mod tests {
 
     #[test]
     fn memory_ends_where_addresses_do() {
-        assert_eq!(check_ram(1023 * GIB, 40), Ok(()));
-        assert!(check_ram(u64::MAX, 52).is_err());
-        let error = check_ram(1024 * GIB, 40).unwrap_err().to_string();
+        assert_eq!(check_ram(1023 * GIB, 0, 40), Ok(()));
+        assert_eq!(check_ram(3 * GIB, 0, 32), Ok(()));
+        assert!(check_ram(u64::MAX, 0, 52).is_err());
+        let error = check_ram(1024 * GIB, 0, 40).unwrap_err().to_string();
         assert!(
-            error.starts_with("1048576 MiB of memory") && error.contains("40 bits"),
+            error.starts_with("1048576 MiB of memory do not") && error.contains("40 bits"),
             "{error}"
         );
     }
 
     #[test]
-    fn the_64_bit_window_follows_ram() {
-        assert_eq!(mmio64(GIB, 40).start, 4 * GIB);
-        assert_eq!(mmio64(5 * GIB + 4096, 40), 7 * GIB..(1 << 40) - 65536);
+    fn room_for_more_memory_ends_where_addresses_do() {
+        assert_eq!(check_ram(GIB, 1020 * GIB, 40), Ok(()));
+        let error = check_ram(GIB, 1021 * GIB, 40).unwrap_err().to_string();
         assert!(
-            mmio64(1 << 52, 36).is_empty(),
+            error.contains("1024 MiB of memory and room for 1045504 MiB more")
+                && error.ends_with("size or hotplug_size"),
+            "{error}"
+        );
+        assert!(check_ram(GIB, GIB, 32).is_err());
+        assert!(check_ram(GIB, u64::MAX, 52).is_err());
+    }
+
+    #[test]
+    fn more_memory_comes_between_ram_and_the_64_bit_window() {
+        assert_eq!(hotplug(GIB, 3 * GIB / 2), Some(4 * GIB..11 * GIB / 2));
+        assert_eq!(mmio64(GIB, 3 * GIB / 2, 40).start, 6 * GIB);
+        assert_eq!(hotplug(4 * GIB, GIB), Some(6 * GIB..7 * GIB));
+        assert_eq!(mmio64(4 * GIB, GIB, 40).start, 7 * GIB);
+        let none = hotplug(4 * GIB, 0).expect("no room is room enough");
+        assert!(none.is_empty() && mmio64(4 * GIB, 0, 40).start == 5 * GIB);
+        assert_eq!(hotplug(GIB, u64::MAX), None);
+        assert!(mmio64(GIB, u64::MAX, 40).is_empty());
+    }
+
+    #[test]
+    fn the_64_bit_window_follows_ram() {
+        assert_eq!(mmio64(GIB, 0, 40).start, 4 * GIB);
+        assert_eq!(mmio64(5 * GIB + 4096, 0, 40), 7 * GIB..(1 << 40) - 65536);
+        assert!(
+            mmio64(1 << 52, 0, 36).is_empty(),
             "no room is an empty window, not a wrapped one"
         );
     }

@@ -1,0 +1,88 @@
+//! How a guest's memory changes while it runs.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ConfigError;
+use crate::config::MemoryConfig;
+
+/// By what a running guest gets more memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum HotplugMethod {
+    /// Memory devices of ACPI (DIMMs).
+    #[default]
+    Acpi,
+    /// A virtio-mem device.
+    VirtioMem,
+}
+
+impl FromStr for HotplugMethod {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "acpi" => Ok(Self::Acpi),
+            "virtio-mem" => Ok(Self::VirtioMem),
+            _ => Err("write acpi or virtio-mem"),
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// Bytes of the room for memory that comes while the guest runs.
+    pub fn hotplug_room(&self) -> u64 {
+        self.hotplug_size.unwrap_or(0)
+    }
+
+    /// Checks how it may change.
+    pub(crate) fn validate_hotplug(&self) -> Result<(), ConfigError> {
+        if self.hotplug_method == HotplugMethod::VirtioMem {
+            return Err(ConfigError::Conflict(
+                "memory.hotplug_method is VirtioMem, which this version does not have; write Acpi or leave it out"
+                    .into(),
+            ));
+        }
+        match self.size.checked_add(self.hotplug_room()) {
+            Some(_) => Ok(()),
+            None => Err(ConfigError::Range {
+                field: "memory.hotplug_size".into(),
+                value: format!("{} bytes", self.hotplug_room()),
+                allowed: "less than 2^64 bytes together with memory.size".into(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_have_the_names_of_both_worlds() {
+        assert_eq!("acpi".parse(), Ok(HotplugMethod::Acpi));
+        assert_eq!("virtio-mem".parse(), Ok(HotplugMethod::VirtioMem));
+        assert!("Acpi".parse::<HotplugMethod>().is_err());
+        let text = r#"{"hotplug_method": "VirtioMem", "hotplug_size": 4096}"#;
+        let config: MemoryConfig = serde_json::from_str(text).expect("a configuration");
+        assert_eq!(config.hotplug_method, HotplugMethod::VirtioMem);
+        assert_eq!(
+            (config.hotplug_room(), MemoryConfig::default().hotplug_room()),
+            (4096, 0)
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_added_is_refused() {
+        let config = |method, hotplug_size| MemoryConfig {
+            hotplug_method: method,
+            hotplug_size: Some(hotplug_size),
+            ..MemoryConfig::default()
+        };
+        assert_eq!(config(HotplugMethod::Acpi, 8 << 30).validate_hotplug(), Ok(()));
+        let refused = |config: MemoryConfig| config.validate_hotplug().expect_err("refused").to_string();
+        assert!(refused(config(HotplugMethod::Acpi, u64::MAX)).contains("memory.hotplug_size"));
+        assert!(refused(config(HotplugMethod::VirtioMem, 8 << 30)).contains("VirtioMem"));
+    }
+}
