@@ -1,60 +1,15 @@
 //! Processors that come and go: a register block that the methods of `\_SB.CPUS` use (triarch-tables, `acpi/cpus.rs`).
 //!
-//! All registers have 32 bits and are accessed as such. What is not listed reads as zero and ignores writes.
-//!
-//! | offset | access | register |
-//! |---|---|---|
-//! | 0x00 | read | number of processors there may ever be |
-//! | 0x04 | read | takes the next notice: bits 7 to 0 the value for `Notify` (1 look whether it is there, 3 eject it), bits 31 to 8 the processor; 0: there is none |
-//! | 0x10 + 0x10 n + 0x0 | read | processor n: `_STA` |
-//! | 0x10 + 0x10 n + 0x4 | write | `_EJ0`: 1 gives it back |
-//! | 0x10 + 0x10 n + 0x8 | write | `_OST`, first argument: what the next is about |
-//! | 0x10 + 0x10 n + 0xc | write | `_OST`, second argument: what came of it |
-//!
-//! Each processor has registers of its own, so there is no selector, hence no lock in the guest and no state between two accesses.
+//! The registers are those of `registers.rs`, 0x10 bytes a processor. Its status is `_STA`.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use triarch_device_core::{AccessError, BusDevice};
 
+use super::registers::{self, Line, Notice, Slots, THERE, Talk};
 use crate::{Ged, GedEvents};
-
-/// Bytes of the registers that all share, and of those of each processor.
-const STRIDE: u64 = 0x10;
-/// Present, enabled, shown, functioning (ACPI 6.5, 6.3.7).
-const THERE: u32 = 0xf;
-/// Values for `Notify` (ACPI 6.5, 5.6.6), and the first argument of `_OST`.
-const DEVICE_CHECK: u32 = 1;
-const EJECT_REQUEST: u32 = 3;
-/// First arguments of `_OST` that mean the same (ACPI 6.5, 6.3.5): a bus check, an ejection that the guest began.
-const BUS_CHECK: u32 = 0;
-const EJECTION: u32 = 0x103;
-/// Second arguments of `_OST` that decide nothing: success is told by other means, and these two say that it goes on.
-const SUCCESS: u32 = 0;
-const INSERTING: u32 = 0x80;
-const EJECTING: u32 = 0x84;
-
-/// What the guest is to be told of a processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Notice {
-    /// It is there.
-    Check,
-    /// It should be given back.
-    Eject,
-}
-
-impl Notice {
-    fn value(self) -> u32 {
-        match self {
-            Self::Check => DEVICE_CHECK,
-            Self::Eject => EJECT_REQUEST,
-        }
-    }
-}
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Slot {
@@ -62,12 +17,7 @@ struct Slot {
     /// The guest may know that it is there.
     seen: bool,
     started: bool,
-    notice: Option<Notice>,
-    /// It was asked back, and the guest neither gave it nor refused.
-    asked_back: bool,
-    /// First argument of the last `_OST`.
-    event: u32,
-    refusal: Option<u32>,
+    talk: Talk,
 }
 
 /// How a processor stands.
@@ -112,11 +62,7 @@ pub struct CpuHotplug {
     slots: Mutex<Vec<Slot>>,
     fixed: u32,
     absent: u8,
-    /// Where interrupts come from; a machine without ACPI has no such device and hears of nothing.
-    events: Option<Arc<Ged>>,
-    /// Called when the guest did something, and not again before [`slots`](CpuHotplug::slots).
-    changed: Box<dyn Fn() + Send + Sync>,
-    told: AtomicBool,
+    line: Line,
 }
 
 /// What is saved of a processor.
@@ -129,8 +75,8 @@ pub struct CpuSlotStateV1 {
     pub seen: bool,
     /// The guest has started it.
     pub started: bool,
-    /// Value of `Notify` the guest has not taken: 0, 1 or 3.
-    pub notice: u8,
+    /// What the guest has not heard.
+    pub notice: Option<Notice>,
     /// It was asked back, and the guest has not answered.
     pub asked_back: bool,
     /// First argument of the last `_OST`.
@@ -156,14 +102,6 @@ pub enum CpuHotplugRestoreError {
         /// Processors of the machine.
         expected: u32,
     },
-    /// No notice of ours.
-    #[error("processor {index} has the unknown notice {notice}")]
-    Notice {
-        /// The processor.
-        index: usize,
-        /// What it has.
-        notice: u8,
-    },
     /// The guest cannot run without.
     #[error("processor {index}, which every guest of this machine has, is not there")]
     Fixed {
@@ -175,7 +113,7 @@ pub enum CpuHotplugRestoreError {
 impl CpuHotplug {
     /// Bytes of the registers of a machine with at most `max` processors.
     pub fn size(max: u32) -> u64 {
-        STRIDE * (u64::from(max) + 1)
+        registers::size::<Self>(max)
     }
 
     /// Processors as a guest finds them at its start. `changed` is called on the vCPU thread that did something of interest; it must
@@ -191,9 +129,7 @@ impl CpuHotplug {
             slots: Mutex::new((0..config.max).map(slot).collect()),
             fixed: config.fixed,
             absent: config.absent,
-            events,
-            changed: Box::new(changed),
-            told: AtomicBool::new(false),
+            line: Line::new(events, GedEvents::CPUS, changed),
         }
     }
 
@@ -204,23 +140,16 @@ impl CpuHotplug {
             if !slot.present && (index as u64) < u64::from(self.fixed) {
                 return Err(CpuHotplugRestoreError::Fixed { index });
             }
-            let notice = match u32::from(slot.notice) {
-                0 => None,
-                DEVICE_CHECK => Some(Notice::Check),
-                EJECT_REQUEST => Some(Notice::Eject),
-                _ => {
-                    let notice = slot.notice;
-                    return Err(CpuHotplugRestoreError::Notice { index, notice });
-                }
-            };
             restored.push(Slot {
                 present: slot.present,
                 seen: slot.seen,
                 started: slot.started,
-                notice,
-                asked_back: slot.asked_back,
-                event: slot.event,
-                refusal: None,
+                talk: Talk {
+                    notice: slot.notice,
+                    asked_back: slot.asked_back,
+                    event: slot.event,
+                    refusal: None,
+                },
             });
         }
         let mut slots = self.lock();
@@ -233,7 +162,7 @@ impl CpuHotplug {
         *slots = restored;
         drop(slots);
         self.remind();
-        self.tell();
+        self.line.tell();
         Ok(())
     }
 
@@ -243,9 +172,9 @@ impl CpuHotplug {
             present: slot.present,
             seen: slot.seen,
             started: slot.started,
-            notice: slot.notice.map_or(0, |notice| notice.value() as u8),
-            asked_back: slot.asked_back,
-            event: slot.event,
+            notice: slot.talk.notice,
+            asked_back: slot.talk.asked_back,
+            event: slot.talk.event,
         };
         CpuHotplugStateV1 {
             slots: self.lock().iter().map(slot).collect(),
@@ -254,13 +183,13 @@ impl CpuHotplug {
 
     /// How all processors stand. What happens from now on is told again.
     pub fn slots(&self) -> Vec<CpuSlot> {
-        self.told.store(false, Ordering::SeqCst);
+        self.line.looked();
         let view = |slot: &mut Slot| CpuSlot {
             present: slot.present,
             seen: slot.seen,
             started: slot.started,
-            unheard: slot.notice.is_some(),
-            refusal: slot.refusal.take(),
+            unheard: slot.talk.notice.is_some(),
+            refusal: slot.talk.refusal.take(),
         };
         self.lock().iter_mut().map(view).collect()
     }
@@ -282,10 +211,9 @@ impl CpuHotplug {
                 *slot = Slot::default();
                 slot.present = true;
             }
-            slot.notice = Some(Notice::Check);
-            (slot.asked_back, slot.refusal) = (false, None);
+            slot.talk.offer();
         }
-        self.notify();
+        self.line.notify();
     }
 
     /// Asks the guest for processor `index`.
@@ -299,18 +227,16 @@ impl CpuHotplug {
                 *slot = Slot::default();
                 return Removal::Withdrawn;
             }
-            slot.notice = Some(Notice::Eject);
-            (slot.asked_back, slot.refusal) = (true, None);
+            slot.talk.ask_back();
         }
-        self.notify();
+        self.line.notify();
         Removal::Asked
     }
 
     /// Does not want processor `index` back any more. The guest may have heard that it was wanted, and can still give it.
     pub fn leave(&self, index: u32) {
         if let Some(slot) = self.lock().get_mut(index as usize) {
-            slot.asked_back = false;
-            slot.notice = slot.notice.filter(|notice| *notice != Notice::Eject);
+            slot.talk.leave();
         }
     }
 
@@ -323,41 +249,33 @@ impl CpuHotplug {
 
     /// Interrupts the guest once more if there is something it has not heard: before its driver is there, an interrupt is lost.
     pub fn remind(&self) {
-        if self.lock().iter().any(|slot| slot.notice.is_some()) {
-            self.notify();
+        if self.lock().iter().any(|slot| slot.talk.notice.is_some()) {
+            self.line.notify();
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn notify(&self) {
-        if let Some(events) = &self.events {
-            events.notify(GedEvents::CPUS);
-        }
+impl Slots for CpuHotplug {
+    fn count(&self) -> u32 {
+        self.max()
     }
 
-    fn tell(&self) {
-        if !self.told.swap(true, Ordering::SeqCst) {
-            (self.changed)();
-        }
-    }
-
-    /// The next notice, which the guest has heard then.
     fn take_notice(&self) -> u32 {
         let mut slots = self.lock();
-        for (index, slot) in (0u32..).zip(slots.iter_mut()) {
-            if let Some(notice) = slot.notice.take() {
-                slot.seen |= slot.present;
-                return index << 8 | notice.value();
-            }
-        }
-        0
+        let talks = slots.iter_mut().map(|slot| &mut slot.talk).enumerate();
+        let Some((slot, notice)) = registers::take_notice(talks) else {
+            return 0;
+        };
+        slots[slot].seen |= slots[slot].present;
+        notice
     }
 
-    fn status(&self, index: usize) -> u32 {
-        match self.lock().get_mut(index) {
+    fn status(&self, slot: usize) -> u32 {
+        match self.lock().get_mut(slot) {
             Some(slot) if slot.present => {
                 slot.seen = true;
                 THERE
@@ -366,75 +284,40 @@ impl CpuHotplug {
         }
     }
 
-    /// `_EJ0`; also without having been asked.
-    fn eject(&self, index: usize) {
-        match self.lock().get_mut(index) {
-            Some(slot) if slot.present && index as u64 >= u64::from(self.fixed) => *slot = Slot::default(),
+    /// Also without having been asked.
+    fn eject(&self, slot: usize) {
+        match self.lock().get_mut(slot) {
+            Some(processor) if processor.present && slot as u64 >= u64::from(self.fixed) => {
+                *processor = Slot::default();
+            }
             _ => return,
         }
-        self.tell();
+        self.line.tell();
     }
 
-    /// `_OST`: of interest is only that the guest refuses what it was asked for.
-    fn answer(&self, index: usize, status: u32) {
-        {
-            let mut slots = self.lock();
-            let Some(slot) = slots.get_mut(index).filter(|slot| slot.present) else {
-                return;
-            };
-            let refused = match slot.event {
-                EJECT_REQUEST | EJECTION => slot.asked_back && !matches!(status, SUCCESS | EJECTING),
-                DEVICE_CHECK | BUS_CHECK => !slot.started && !matches!(status, SUCCESS | INSERTING),
-                _ => false,
-            };
-            if !refused {
-                return;
-            }
-            slot.asked_back = false;
-            slot.refusal = Some(status);
+    fn event(&self, slot: usize, event: u32) {
+        if let Some(slot) = self.lock().get_mut(slot) {
+            slot.talk.event = event;
         }
-        self.tell();
+    }
+
+    fn answer(&self, slot: usize, status: u32) {
+        let refused = match self.lock().get_mut(slot) {
+            Some(slot) if slot.present => slot.talk.answer(status, !slot.started),
+            _ => false,
+        };
+        if refused {
+            self.line.tell();
+        }
     }
 }
 
 impl BusDevice for CpuHotplug {
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
-        let value = match (offset, data.len()) {
-            (0x0, 4) => self.lock().len() as u32,
-            (0x4, 4) => self.take_notice(),
-            (_, 4) if offset.is_multiple_of(4) => match processor(offset) {
-                Some((index, 0x0)) => self.status(index),
-                _ => 0,
-            },
-            _ => return Err(AccessError::BadAccess),
-        };
-        data.copy_from_slice(&value.to_le_bytes());
-        Ok(())
+        registers::read(self, offset, data)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), AccessError> {
-        let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else {
-            return Err(AccessError::BadAccess);
-        };
-        if !offset.is_multiple_of(4) {
-            return Err(AccessError::BadAccess);
-        }
-        match processor(offset) {
-            Some((index, 0x4)) if value == 1 => self.eject(index),
-            Some((index, 0x8)) => {
-                if let Some(slot) = self.lock().get_mut(index) {
-                    slot.event = value;
-                }
-            }
-            Some((index, 0xc)) => self.answer(index, value),
-            _ => {}
-        }
-        Ok(())
+        registers::write(self, offset, data)
     }
-}
-
-/// The processor whose register is at `offset`, and the register's offset from its first.
-fn processor(offset: u64) -> Option<(usize, u64)> {
-    let index = (offset / STRIDE).checked_sub(1)?;
-    Some((usize::try_from(index).ok()?, offset % STRIDE))
 }

@@ -1,9 +1,11 @@
 //! What comes and goes while a guest runs, as its ACPI code sees it.
 
 mod cpus;
+mod registers;
 #[cfg(test)]
 mod tests;
 
 pub use cpus::{
     CpuHotplug, CpuHotplugConfig, CpuHotplugRestoreError, CpuHotplugStateV1, CpuSlot, CpuSlotStateV1, Removal,
 };
+pub use registers::Notice;

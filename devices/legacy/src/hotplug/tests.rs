@@ -185,10 +185,6 @@ fn a_saved_state_goes_on_elsewhere() {
         CpuHotplugRestoreError::Count { found: 3, expected: 4 }
     );
     assert_eq!(
-        refused(|s| s.slots[2].notice = 2),
-        CpuHotplugRestoreError::Notice { index: 2, notice: 2 }
-    );
-    assert_eq!(
         refused(|s| s.slots[0].present = false),
         CpuHotplugRestoreError::Fixed { index: 0 }
     );
