@@ -30,6 +30,7 @@ mod fadt;
 mod madt;
 mod numa;
 mod pci;
+mod slots;
 mod table;
 #[cfg(test)]
 mod tests;
