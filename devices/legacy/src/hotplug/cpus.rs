@@ -17,6 +17,8 @@ struct Slot {
     /// The guest may know that it is there.
     seen: bool,
     started: bool,
+    /// The guest answered that it has taken it over.
+    accepted: bool,
     talk: Talk,
 }
 
@@ -75,6 +77,8 @@ pub struct CpuSlotStateV1 {
     pub seen: bool,
     /// The guest has started it.
     pub started: bool,
+    /// The guest has said that it took it over.
+    pub accepted: bool,
     /// What the guest has not heard.
     pub notice: Option<Notice>,
     /// It was asked back, and the guest has not answered.
@@ -144,6 +148,7 @@ impl CpuHotplug {
                 present: slot.present,
                 seen: slot.seen,
                 started: slot.started,
+                accepted: slot.accepted,
                 talk: Talk {
                     notice: slot.notice,
                     asked_back: slot.asked_back,
@@ -172,6 +177,7 @@ impl CpuHotplug {
             present: slot.present,
             seen: slot.seen,
             started: slot.started,
+            accepted: slot.accepted,
             notice: slot.talk.notice,
             asked_back: slot.talk.asked_back,
             event: slot.talk.event,
@@ -303,7 +309,11 @@ impl Slots for CpuHotplug {
 
     fn answer(&self, slot: usize, status: u32) {
         let refused = match self.lock().get_mut(slot) {
-            Some(slot) if slot.present => slot.talk.answer(status, !slot.started),
+            Some(slot) if slot.present => {
+                // One that is told twice of a processor may answer an error the second time, as Linux 6.1 does, and has it all the same.
+                slot.accepted |= matches!(slot.talk.event, 0 | 1) && status == 0;
+                slot.talk.answer(status, !slot.started && !slot.accepted)
+            }
             _ => false,
         };
         if refused {

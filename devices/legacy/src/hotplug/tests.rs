@@ -118,6 +118,32 @@ fn refusals_are_told_once_and_only_when_something_was_asked() {
 }
 
 #[test]
+fn a_guest_that_is_told_twice_does_not_refuse() {
+    let m = machine();
+    m.cpus.offer(2);
+    m.read(4);
+    m.ost(2, 1, 0);
+    m.cpus.offer(2);
+    assert_eq!(m.read(4), 0x201);
+    m.ost(2, 1, 1);
+    assert_eq!((m.cpus.slots()[2].refusal, m.told()), (None, 0), "it has it already");
+    m.cpus.offer(3);
+    m.read(4);
+    m.cpus.ask_back(3);
+    m.ost(3, 1, 1);
+    assert_eq!(m.cpus.slots()[3].refusal, None, "it is wanted back by now");
+    m.read(4);
+    m.ost(3, 3, 1);
+    assert_eq!(m.cpus.slots()[3].refusal, Some(1));
+    // Another one in the same place is another one.
+    m.write(0x34, 1);
+    m.cpus.offer(2);
+    m.read(4);
+    m.ost(2, 1, 1);
+    assert_eq!(m.cpus.slots()[2].refusal, Some(1));
+}
+
+#[test]
 fn the_first_is_never_given_back_and_none_twice() {
     let m = machine();
     m.write(0x14, 1);
@@ -162,6 +188,7 @@ fn a_saved_state_goes_on_elsewhere() {
     let m = machine();
     m.cpus.offer(2);
     m.read(4);
+    m.ost(2, 1, 0);
     m.cpus.ask_back(1);
     m.write(0x28, 3);
     let state = m.cpus.state();
@@ -174,6 +201,8 @@ fn a_saved_state_goes_on_elsewhere() {
     assert_eq!([other.read(4), other.read(4)], [0x103, 0]);
     other.write(0x2c, 1);
     assert_eq!(other.cpus.slots()[1].refusal, Some(1));
+    other.ost(2, 1, 1);
+    assert_eq!(other.cpus.slots()[2].refusal, None, "it took it over before");
 
     let refused = |change: fn(&mut CpuHotplugStateV1)| {
         let mut state = state.clone();
