@@ -216,10 +216,17 @@ impl Machine {
         }
     }
 
-    /// Makes vCPU `index` look whether it was started.
+    /// Makes vCPU `index` look whether it was started, if it would not be known otherwise.
     pub(crate) fn nudge_vcpu(&self, index: u32) {
-        // A thread that cannot be signalled has ended.
-        let _ = self.vcpus.nudge(index as usize);
+        if self.vcpu_waits(index) {
+            // A thread that cannot be signalled has ended.
+            let _ = self.vcpus.nudge(index as usize);
+        }
+    }
+
+    /// Whether vCPU `index`, which the guest has, may be started without that being known at once.
+    pub(crate) fn vcpu_waits(&self, index: u32) -> bool {
+        self.vcpus.waits(index as usize)
     }
 
     /// Its devices, as `vm.info` shows them.

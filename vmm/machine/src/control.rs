@@ -194,7 +194,7 @@ impl Controller {
         })
     }
 
-    /// Builds the guest and lets it run, with `vcpus` vCPUs or as many as are configured.
+    /// Builds the guest and lets it run, with `vcpus` vCPUs or as many as the last one had or are configured.
     fn start(&mut self, progress: Progress<'_>, cause: Cause, vcpus: Option<u32>) -> Result<(), MachineError> {
         let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
             return Ok(());
@@ -212,7 +212,7 @@ impl Controller {
             events: self.inbox.events(),
             progress,
         };
-        let vcpus = vcpus.unwrap_or(config.cpus.boot_vcpus);
+        let vcpus = vcpus.unwrap_or(self.processors.at_boot(config.cpus.boot_vcpus));
         let mut machine = Machine::build(&self.kvm, config, vcpus, consoles, &backends, &self.sandbox, reports)?;
         self.backends = Some(backends);
         self.processors.begin(machine.cpus());
@@ -360,7 +360,8 @@ impl Controller {
         let mut config = self.config.clone()?;
         let vcpus = self.publish_processors();
         // Agents read there how many there are.
-        config.cpus.boot_vcpus = vcpus.map_or(config.cpus.boot_vcpus, |vcpus| vcpus.started);
+        let at_boot = self.processors.at_boot(config.cpus.boot_vcpus);
+        config.cpus.boot_vcpus = vcpus.map_or(at_boot, |vcpus| vcpus.started);
         let lent = self
             .machine
             .as_ref()
@@ -455,6 +456,7 @@ impl Controller {
     /// Ends the guest and frees its disks and network interfaces; keeps its configuration and consoles.
     fn stop_guest(&mut self, progress: Progress<'_>) {
         progress.note("guest");
+        self.keep_processors();
         if self.end_machine() {
             self.tell(&kind::VM_SHUTDOWN, Cause::Client);
         }
@@ -490,6 +492,7 @@ impl Controller {
             self.tell(&kind::VM_DELETED, Cause::Client);
         }
         self.taps.clear();
+        self.processors.forget_size();
         self.phase = Phase::Absent;
     }
 }

@@ -40,6 +40,9 @@ impl Controller {
             }
             Ok(())
         })?;
+        if target.desired_vcpus.is_some() && !running {
+            self.processors.forget_size();
+        }
         if let Some(vcpus) = target.desired_vcpus.filter(|_| running)
             && let Err(error) = self.resize_vcpus(vcpus)
         {

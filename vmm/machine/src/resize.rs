@@ -17,6 +17,9 @@ use crate::{Inbox, MachineError, Message};
 /// How long a guest may stand still before it reaches a target.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How often a guest is looked at that may do something unasked.
+const WATCH: Duration = Duration::from_secs(1);
+
 /// What of a guest has a size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -71,6 +74,8 @@ struct Pending {
 pub(crate) struct Resizes {
     parts: [Option<Pending>; Part::ALL.len()],
     begun: u64,
+    /// Whether the guest may do something without a target that nobody tells of.
+    watched: bool,
     alarm: Arc<Mutex<Alarm>>,
 }
 
@@ -87,6 +92,7 @@ impl Resizes {
         let resizes = Self {
             parts,
             begun: 0,
+            watched: false,
             alarm: alarm.clone(),
         };
         Ok((resizes, alarm))
@@ -160,6 +166,12 @@ impl Resizes {
         }
     }
 
+    /// Has the guest looked at now and then, also without a target, or not any more.
+    pub(crate) fn watch(&mut self, watched: bool) {
+        self.watched = watched;
+        self.set_alarm();
+    }
+
     /// Where the guest has stood still for too long. While it stands still itself, it has all the time.
     pub(crate) fn late(&mut self, guest_runs: bool) -> Vec<Part> {
         let mut late = Vec::new();
@@ -184,7 +196,7 @@ impl Resizes {
 
     fn set_alarm(&self) {
         let pending = Part::ALL.into_iter().filter(|part| self.target(*part).is_some());
-        let every = pending.map(Part::every).min();
+        let every = pending.map(Part::every).chain(self.watched.then_some(WATCH)).min();
         self.alarm.lock().unwrap_or_else(PoisonError::into_inner).set(every);
     }
 }
@@ -284,6 +296,24 @@ mod tests {
         assert_eq!((job(&inbox, 2).state, resizes.begun()), (JobState::Running, 2));
         resizes.abandon(Part::Balloon);
         assert!(job(&inbox, 2).error.expect("an error").contains("guest ended"));
+        assert_eq!(every(&resizes), None);
+    }
+
+    #[test]
+    fn a_guest_is_watched_without_a_target() {
+        let (mut resizes, inbox) = resizes();
+        resizes.watch(true);
+        assert_eq!((every(&resizes), resizes.any()), (Some(1000), false));
+        let goal = Goal {
+            target: 2,
+            now: 0,
+            end: 1,
+        };
+        resizes.begin(inbox.jobs(), "vm.resize", Part::Vcpus, "phase", goal);
+        assert_eq!(every(&resizes), Some(250));
+        resizes.abandon(Part::Vcpus);
+        assert_eq!(every(&resizes), Some(1000));
+        resizes.watch(false);
         assert_eq!(every(&resizes), None);
     }
 

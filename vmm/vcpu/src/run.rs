@@ -270,6 +270,11 @@ impl VcpuSet {
         }
     }
 
+    /// Whether vCPU `index` has to look by itself whether the guest has started it.
+    pub fn waits(&self, index: usize) -> bool {
+        self.shared.firmware.waits(index)
+    }
+
     /// Number of vCPUs.
     pub fn len(&self) -> usize {
         self.threads.len()

@@ -27,6 +27,8 @@ pub(crate) struct Processors {
     known: Vec<CpuSlot>,
     /// What the guest was asked for and has not done yet.
     open: Option<Sizing>,
+    /// How many a guest that was shut down was to have: as many as the next one starts with.
+    kept: Option<u32>,
     pub(crate) meters: Arc<CpuMeters>,
 }
 
@@ -56,6 +58,15 @@ impl CpuMeters {
         self.changes[direction as usize][outcome as usize].fetch_add(processors as u64, Ordering::Relaxed);
     }
 
+    /// Everything about `sizing`; `end` is what became of those of which nothing was heard.
+    fn count_all(&self, sizing: &Sizing, end: Outcome) {
+        for (direction, side, done) in sizing.sides() {
+            self.count(direction, Outcome::Done, done);
+            self.count(direction, Outcome::Refused, side.refused.len());
+            self.count(direction, end, side.waiting.len());
+        }
+    }
+
     fn show(&self, counts: Option<VcpuCounts>) {
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counts;
     }
@@ -76,6 +87,16 @@ impl Processors {
     /// Begins with a guest that has just been built.
     pub(crate) fn begin(&mut self, cpus: Option<&Arc<CpuHotplug>>) {
         self.known = cpus.map(|cpus| cpus.slots()).unwrap_or_default();
+    }
+
+    /// How many a guest starts with that is configured to have `boot`.
+    pub(crate) fn at_boot(&self, boot: u32) -> u32 {
+        self.kept.unwrap_or(boot)
+    }
+
+    /// The next guest starts with what is configured.
+    pub(crate) fn forget_size(&mut self) {
+        self.kept = None;
     }
 }
 
@@ -100,9 +121,9 @@ impl Controller {
             if open.target == target {
                 return Ok(());
             }
-            if open.direction == Direction::Remove {
+            if !open.going.waiting.is_empty() {
                 // Agents know these three words, and ask again later.
-                let waiting = listed(&open.waiting);
+                let waiting = listed(&open.going.waiting);
                 return Err(ApiError::Busy(format!(
                     "Too Many Requests: the guest has not given back {waiting} yet"
                 )));
@@ -114,11 +135,10 @@ impl Controller {
             machine.ready_vcpus(&sizing.added)?;
         }
         if let Some(open) = self.processors.open.take() {
-            let meters = &self.processors.meters;
-            meters.count(open.direction, Outcome::Replaced, open.waiting.len());
+            self.processors.meters.count_all(&open, Outcome::Replaced);
         }
         self.resizes.replace(Part::Vcpus, target.into());
-        if !sizing.waiting.is_empty() {
+        if !sizing.is_empty() {
             self.ask_for(sizing, &cpus);
         }
         Ok(())
@@ -137,8 +157,7 @@ impl Controller {
             end: sizing.total() as u64,
         };
         let (jobs, kind) = (self.inbox.jobs(), Operation::Resize.name());
-        self.resizes
-            .begin(jobs, kind, Part::Vcpus, sizing.direction.phase(), goal);
+        self.resizes.begin(jobs, kind, Part::Vcpus, sizing.phase(), goal);
         self.processors.open = Some(sizing);
         self.look_at_processors();
     }
@@ -154,14 +173,28 @@ impl Controller {
         for one in &all {
             self.report(one);
         }
+        self.watch_idle();
         let Some(open) = &mut self.processors.open else {
             return;
         };
         all.iter().for_each(|one| open.hear(one));
-        self.resizes.stands(Part::Vcpus, open.done.len() as u64);
-        if open.waiting.is_empty() {
+        self.resizes.stands(Part::Vcpus, open.done() as u64);
+        if open.is_over() {
             self.end_sizing();
         }
+    }
+
+    /// vCPUs that the guest has and did not start.
+    fn idle(&self) -> impl Iterator<Item = u32> {
+        let idle = |(index, slot): (u32, &CpuSlot)| (slot.present && !slot.started).then_some(index);
+        (0u32..).zip(&self.processors.known).filter_map(idle)
+    }
+
+    /// Not every KVM tells when a vCPU is started; one that leaves it looks by itself, so it is made to now and then.
+    fn watch_idle(&mut self) {
+        let machine = self.machine.as_ref();
+        let watched = machine.is_some_and(|machine| self.idle().any(|index| machine.vcpu_waits(index)));
+        self.resizes.watch(watched);
     }
 
     /// The guest has started vCPU `index`.
@@ -196,13 +229,10 @@ impl Controller {
         let Some(machine) = &self.machine else {
             return;
         };
-        if let (Some(open), Some(cpus)) = (&self.processors.open, machine.cpus()) {
+        if let (Some(_), Some(cpus)) = (&self.processors.open, machine.cpus()) {
             cpus.remind();
-            if open.direction == Direction::Add {
-                // Not every KVM tells when a vCPU is started; one that leaves it looks by itself.
-                open.waiting.iter().for_each(|index| machine.nudge_vcpu(*index));
-            }
         }
+        self.idle().for_each(|index| machine.nudge_vcpu(index));
         self.look_at_processors();
     }
 
@@ -211,13 +241,9 @@ impl Controller {
         let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        self.count_answers(&sizing);
-        let phase = sizing.direction.outcome(&sizing.done);
-        if sizing.refused.is_empty() {
-            self.end_resize(Part::Vcpus, Some(&phase), Ok(()));
-        } else {
-            self.end_resize(Part::Vcpus, Some(&phase), Err(&sizing.failure()));
-        }
+        self.processors.meters.count_all(&sizing, Outcome::Done);
+        let (phase, failure) = (sizing.outcome(), sizing.failure());
+        self.end_resize(Part::Vcpus, Some(&phase), failure.as_deref().map_or(Ok(()), Err));
     }
 
     /// The guest has not answered everything, and the time is over.
@@ -228,38 +254,31 @@ impl Controller {
         ) else {
             return;
         };
-        if sizing.direction == Direction::Remove {
-            sizing.waiting.iter().for_each(|index| cpus.leave(*index));
-        }
-        self.count_answers(&sizing);
-        let meters = &self.processors.meters;
-        meters.count(sizing.direction, Outcome::Timeout, sizing.waiting.len());
+        sizing.going.waiting.iter().for_each(|index| cpus.leave(*index));
+        self.processors.meters.count_all(&sizing, Outcome::Timeout);
         let text = sizing.late(&self.processors.known, PATIENCE);
-        let phase = sizing.direction.outcome(&sizing.done);
+        let phase = sizing.outcome();
         self.end_resize(Part::Vcpus, Some(&phase), Err(&text));
-    }
-
-    fn count_answers(&self, sizing: &Sizing) {
-        let meters = &self.processors.meters;
-        meters.count(sizing.direction, Outcome::Done, sizing.done.len());
-        meters.count(sizing.direction, Outcome::Refused, sizing.refused.len());
     }
 
     /// The guest is gone: what it was asked for ends. One that is built anew has as many as were asked for.
     pub(crate) fn end_processors(&mut self, rebuilt: bool) {
+        self.watch_idle();
         let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        let Sizing { direction, target, .. } = sizing;
-        self.count_answers(&sizing);
-        let meters = &self.processors.meters;
-        meters.count(direction, Outcome::Reset, sizing.waiting.len());
+        self.processors.meters.count_all(&sizing, Outcome::Reset);
         if rebuilt {
-            let phase = format!("the guest was reset and has {}", counted(target));
+            let phase = format!("the guest was reset and has {}", counted(sizing.target));
             self.end_resize(Part::Vcpus, Some(&phase), Ok(()));
         } else {
             self.resizes.abandon(Part::Vcpus);
         }
+    }
+
+    /// The guest is about to be shut down; the next one starts with as many processors.
+    pub(crate) fn keep_processors(&mut self) {
+        self.processors.kept = self.vcpu_target().or(self.processors.kept);
     }
 
     /// How many processors a guest that is reset starts with.

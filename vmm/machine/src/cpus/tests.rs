@@ -46,12 +46,12 @@ impl World {
         self.look();
         match &self.open {
             Some(open) if open.target == target => return true,
-            Some(open) if open.direction == Direction::Remove => return false,
+            Some(open) if !open.going.waiting.is_empty() => return false,
             _ => {}
         }
         let mut sizing = Sizing::plan(&self.known, target);
         self.open = None;
-        if !sizing.waiting.is_empty() {
+        if !sizing.is_empty() {
             self.plugged.extend(&sizing.added);
             sizing.ask(&self.cpus);
             self.open = Some(sizing);
@@ -71,14 +71,14 @@ impl World {
             }
         }
         self.known = slots;
-        if self.open.as_ref().is_some_and(|open| open.waiting.is_empty()) {
+        if self.open.as_ref().is_some_and(Sizing::is_over) {
             self.open = None;
         }
     }
 
     fn time_out(&mut self) {
         if let Some(open) = self.open.take() {
-            open.waiting.iter().for_each(|index| self.cpus.leave(*index));
+            open.going.waiting.iter().for_each(|index| self.cpus.leave(*index));
         }
         self.look();
     }
@@ -133,7 +133,7 @@ impl World {
         assert_eq!(started, self.online, "what is told to be started is");
         if let Some(open) = &self.open {
             let late = Sizing::plan(&self.known, open.target);
-            assert!(!open.waiting.is_empty() && (FIXED..=MAX).contains(&late.target));
+            assert!(!open.is_over() && (FIXED..=MAX).contains(&late.target));
         }
     }
 }
@@ -184,9 +184,6 @@ proptest! {
         world.time_out();
         prop_assert!(world.resize(target), "nothing is open");
         while world.serve(0) {}
-        // A removal leaves those alone that the guest once refused to start; the same target again tells it of them.
-        prop_assert!(world.resize(target), "nothing is open");
-        while world.serve(0) {}
         world.check();
         prop_assert!(world.open.is_none());
         prop_assert_eq!(world.plugged.len() as u32, target);
@@ -199,8 +196,8 @@ fn the_lowest_come_and_the_idle_go_first() {
     let mut world = World::new(2);
     let plan = Sizing::plan(&world.known, 4);
     assert_eq!(
-        (plan.direction, plan.added, plan.waiting),
-        (Direction::Add, vec![2, 3], vec![2, 3])
+        (plan.added, plan.coming.waiting, plan.going.waiting),
+        (vec![2, 3], vec![2, 3], vec![])
     );
     world.resize(4);
     // The guest hears of both and starts the upper one only.
@@ -208,36 +205,104 @@ fn the_lowest_come_and_the_idle_go_first() {
     world.read(0x4);
     world.start(3);
     world.look();
-    assert_eq!(Sizing::plan(&world.known, 3).waiting, [2]);
+    assert_eq!(Sizing::plan(&world.known, 3).going.waiting, [2]);
     let again = Sizing::plan(&world.known, 4);
-    assert_eq!((again.added, again.waiting), (vec![], vec![2]));
-    assert!(Sizing::plan(&World::new(3).known, 3).waiting.is_empty());
+    assert_eq!((again.added, again.coming.waiting), (vec![], vec![2]));
+    assert!(Sizing::plan(&World::new(3).known, 3).is_empty());
+}
+
+#[test]
+fn a_target_below_what_was_never_started_waits_for_the_rest() {
+    let mut world = World::new(1);
+    world.resize(5);
+    // The guest hears of the first of them only.
+    world.read(0x4);
+    assert!(world.resize(3));
+    let open = world.open.clone().expect("two have not started");
+    assert_eq!((open.withdrawn.as_slice(), open.is_over()), ([3, 4].as_slice(), false));
+    assert_eq!(
+        (open.coming.waiting.as_slice(), open.going.waiting.len()),
+        ([1, 2].as_slice(), 0)
+    );
+    assert_eq!(
+        (open.total(), open.done(), open.phase()),
+        (4, 2, "the guest has to start vCPUs")
+    );
+    while world.serve(0) {}
+    assert!(world.open.is_none() && world.online.len() == 3);
+    // One that it knows of has to be asked for, and then both are waited for.
+    world.resize(5);
+    world.read(0x4);
+    world.read(0x4);
+    world.resize(4);
+    let mut open = world.open.clone().expect("nothing has happened");
+    assert_eq!(open.phase(), "the guest has to give back vCPUs and to start others");
+    assert!(!world.resize(5), "not while the guest may give it back");
+    open.hear(&News::Gone(4));
+    assert_eq!((open.is_over(), open.phase()), (false, "the guest has to start vCPUs"));
+    open.hear(&News::Started(3));
+    assert_eq!(
+        (open.is_over(), &*open.outcome()),
+        (true, "the guest gave back vCPU 4; the guest started vCPU 3")
+    );
 }
 
 #[test]
 fn what_comes_of_it_is_told_in_words() {
     let mut sizing = Sizing::plan(&World::new(1).known, 4);
+    assert_eq!(sizing.outcome(), "the guest started none");
     sizing.hear(&News::Started(2));
     sizing.hear(&News::Started(2));
     sizing.hear(&News::Refused(1, 0x82));
-    assert_eq!((sizing.total(), sizing.waiting.as_slice()), (3, [3].as_slice()));
-    assert_eq!(Direction::Add.outcome(&sizing.done), "the guest started vCPU 2");
-    assert_eq!(Direction::Remove.outcome(&[]), "the guest gave back none");
-    assert_eq!(
-        sizing.refusal(),
-        "the guest does not take vCPU 1 (busy, _OST status 0x82)"
-    );
-    assert!(sizing.failure().contains("0x82): Linux needs"), "{}", sizing.failure());
+    assert_eq!((sizing.total(), sizing.coming.waiting.as_slice()), (3, [3].as_slice()));
+    assert_eq!(sizing.outcome(), "the guest started vCPU 2");
+    let failure = sizing.failure().expect("a refusal");
+    let refusal = "the guest does not take vCPU 1 (busy, _OST status 0x82)";
+    assert!(failure.starts_with(&format!("{refusal}: Linux needs")), "{failure}");
     let world = World::new(1);
     let late = sizing.late(&world.known, Duration::from_secs(30));
+    let begin = "the guest has vCPU 3 and did not bring it online within 30 s";
     assert!(
-        late.starts_with("the guest has vCPU 3 and did not bring them online within 30 s"),
+        late.starts_with(begin) && late.ends_with(&format!("; {refusal}")),
         "{late}"
     );
-    assert!(
-        late.ends_with("; the guest does not take vCPU 1 (busy, _OST status 0x82)"),
-        "{late}"
+
+    let mut world = World::new(4);
+    let mut sizing = Sizing::plan(&world.known, 2);
+    sizing.ask(&world.cpus);
+    world.look();
+    assert_eq!(sizing.outcome(), "the guest gave back none");
+    let late = sizing.late(&world.known, Duration::from_secs(30));
+    assert_eq!(
+        late,
+        "the guest did not hear within 30 s that it should give back vCPUs 3, 2"
     );
+    sizing.hear(&News::Refused(3, 1));
+    sizing.hear(&News::Gone(2));
+    assert_eq!(sizing.outcome(), "the guest gave back vCPU 2");
+    let failure = sizing.failure().expect("a refusal");
+    assert_eq!(
+        failure,
+        "the guest does not give back vCPU 3 (failure, _OST status 0x1)"
+    );
+    sizing.withdrawn = vec![5, 6];
+    let outcome = "vCPUs 5, 6 were taken back before the guest saw them; the guest gave back vCPU 2";
+    assert_eq!(sizing.outcome(), outcome);
+}
+
+#[test]
+fn sizes_are_counted_whole() {
+    let (meters, world) = (CpuMeters::default(), World::new(3));
+    let mut sizing = Sizing::plan(&world.known, 1);
+    sizing.withdrawn = vec![4];
+    sizing.hear(&News::Gone(2));
+    meters.count_all(&sizing, Outcome::Replaced);
+    let counts = |direction: Direction, outcome: Outcome| {
+        meters.changes[direction as usize][outcome as usize].load(Ordering::Relaxed)
+    };
+    assert_eq!(counts(Direction::Remove, Outcome::Done), 2);
+    assert_eq!(counts(Direction::Remove, Outcome::Replaced), 1);
+    assert_eq!(counts(Direction::Add, Outcome::Done), 0);
 }
 
 #[test]
