@@ -23,6 +23,9 @@ pub const PATIENCE: &str = "TRIARCH_PATIENCE";
 
 /// The environment variable that says how often tests kill a daemon, when it is not as often as they do by themselves.
 pub const KILLS: &str = "TRIARCH_KILLS";
+/// The environment variable that says how often soak tests let something come and go in a running guest, when it is not as often as
+/// they do by themselves. With it they have all the time they need.
+pub const ROUNDS: &str = "TRIARCH_HOTPLUG_ROUNDS";
 /// The environment variable that names a file to which tests add a line with what they measured.
 pub const FIGURES: &str = "TRIARCH_FIGURES";
 
@@ -31,6 +34,14 @@ pub fn kills() -> u64 {
     let named = std::env::var(KILLS).ok().and_then(|text| text.parse().ok());
     let is_slow = std::env::var_os(PATIENCE).is_some();
     named.unwrap_or(if is_slow { 4 } else { 20 })
+}
+
+/// How often something comes and goes: as [`ROUNDS`] says, else `few` times.
+pub fn rounds(few: u32) -> u32 {
+    std::env::var(ROUNDS)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(few)
 }
 
 /// Adds a line to the file that [`FIGURES`] names, if any.
@@ -60,6 +71,9 @@ fn patience() -> u32 {
     let factor = std::env::var(PATIENCE).ok().and_then(|text| text.parse().ok());
     factor.unwrap_or(1)
 }
+
+/// The time limit of a test that somebody wants to take its time.
+const SOAK: Duration = Duration::from_secs(3600);
 
 /// What a test needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +140,8 @@ pub struct Test {
     pub timeout: Duration,
     /// Whether it runs a VM: where /dev/kvm cannot be used it is skipped.
     pub needs_kvm: bool,
+    /// Whether it takes longer when [`ROUNDS`] says so.
+    pub is_soak: bool,
 }
 
 impl Test {
@@ -137,6 +153,7 @@ impl Test {
             run,
             timeout: Duration::from_secs(10),
             needs_kvm: true,
+            is_soak: false,
         }
     }
 
@@ -148,15 +165,26 @@ impl Test {
             run,
             timeout: Duration::from_secs(180),
             needs_kvm: true,
+            is_soak: false,
         }
     }
 
     /// After this it has failed, on this machine.
     pub fn limit(&self) -> Duration {
+        if self.is_soak && std::env::var_os(ROUNDS).is_some() {
+            return SOAK;
+        }
         match self.level {
             Level::Payload => patient(self.timeout),
             Level::Nested => self.timeout,
         }
+    }
+
+    /// The same test, which repeats something as often as [`rounds`] tells.
+    #[must_use]
+    pub const fn soak(mut self) -> Self {
+        self.is_soak = true;
+        self
     }
 
     /// The same test, which runs no VM.

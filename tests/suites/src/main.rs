@@ -7,6 +7,7 @@ use triarch_harness::suite;
 
 mod bad_input;
 mod framework;
+mod held;
 mod linux;
 mod payload;
 mod storage;

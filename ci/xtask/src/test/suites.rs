@@ -255,8 +255,10 @@ fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
         .cwd(&host.path(""))
         .timeout(LIMIT)
         .env(suite::PATIENCE, PATIENCE);
-    if let Ok(kills) = env::var(suite::KILLS) {
-        exec = exec.env(suite::KILLS, &kills);
+    for variable in [suite::KILLS, suite::ROUNDS] {
+        if let Ok(value) = env::var(variable) {
+            exec = exec.env(variable, &value);
+        }
     }
     let wanted = env::var_os(suite::FIGURES);
     if wanted.is_some() {

@@ -16,6 +16,7 @@ mod events;
 pub(crate) mod guest;
 mod hand_over;
 mod hotplug;
+mod hotplug_soak;
 mod launch;
 mod log;
 mod memory;
@@ -50,6 +51,7 @@ pub fn tests() -> Vec<Test> {
         smp::TESTS,
         hotplug::TESTS,
         hotplug::SLOW,
+        hotplug_soak::TESTS,
         pci::TESTS,
         blk::TESTS,
         net::TESTS,
