@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 mod api;
+mod client;
+mod hotplug;
 mod vhost_user;
 
 use crate::arch::Arch;
@@ -56,6 +58,8 @@ pub enum Args {
         #[arg(long, value_enum, default_value = "release")]
         profile: Profile,
     },
+    /// How soon what comes and goes in a running guest is there and gone
+    Hotplug(hotplug::Args),
     /// A guest's disk served by a daemon and by the VMM, under triarch and under QEMU
     VhostUser(vhost_user::Args),
 }
@@ -78,6 +82,7 @@ pub fn run(args: &Args) -> Result<()> {
             requests,
             profile,
         } => api::run(starts, turns, requests, profile),
+        Args::Hotplug(args) => hotplug::run(args),
         Args::VhostUser(args) => vhost_user::run(args),
     }
 }

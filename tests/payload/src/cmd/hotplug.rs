@@ -2,7 +2,7 @@
 
 use crate::arch::io::Mmio;
 use crate::arch::smp as arch;
-use crate::clock::Deadline;
+use crate::clock::{self, Deadline};
 use crate::shell::{Args, Reply};
 use crate::{Guest, interrupts, pci};
 use alloc::format;
@@ -53,7 +53,7 @@ impl Controller {
     }
 }
 
-/// `hot count|status|next|eject|ost|start|ping|events|serve`
+/// `hot count|status|next|eject|ost|start|ping|events|serve|timed`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let cpus = Controller::find(guest)?;
     let what = args.word("what")?;
@@ -87,7 +87,11 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             added.ok_or("it was not started")?.1.ping()?;
             String::new()
         }
-        "serve" => serve(guest, &cpus, args)?,
+        "serve" => serve(guest, &cpus, args)?.0,
+        "timed" => {
+            let (answer, us) = serve(guest, &cpus, args)?;
+            format!("{answer} us={us}")
+        }
         other => return Err(format!("hot {other}?")),
     })
 }
@@ -106,11 +110,13 @@ fn start(guest: &mut Guest, index: u32) -> Result<(), String> {
     Ok(())
 }
 
-/// `hot serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds.
-fn serve(guest: &mut Guest, cpus: &Controller, args: &mut Args) -> Reply {
+/// `hot serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds. `hot timed` also
+/// tells how many microseconds it took from the first interrupt on.
+fn serve(guest: &mut Guest, cpus: &Controller, args: &mut Args) -> Result<(String, u64), String> {
     let wanted = args.number("N")?;
     let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
     let (mut started, mut ejected) = (0u64, 0u64);
+    let mut heard = None;
     while started + ejected < wanted {
         if deadline.left().is_none() {
             return Err(format!("started={started} ejected={ejected} and no more notices"));
@@ -119,6 +125,7 @@ fn serve(guest: &mut Guest, cpus: &Controller, args: &mut Args) -> Reply {
             interrupts::sleep(0, interrupts::count(0), 200_000);
             continue;
         }
+        heard.get_or_insert_with(clock::ticks);
         while let Some((index, value)) = cpus.next() {
             match value {
                 CHECK => {
@@ -139,5 +146,6 @@ fn serve(guest: &mut Guest, cpus: &Controller, args: &mut Args) -> Reply {
             }
         }
     }
-    Ok(format!("started={started} ejected={ejected}"))
+    let us = heard.map_or(0, |heard| clock::nanoseconds(clock::ticks() - heard) / 1000);
+    Ok((format!("started={started} ejected={ejected}"), us))
 }

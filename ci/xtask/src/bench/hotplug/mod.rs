@@ -1,0 +1,171 @@
+//! `cargo xtask bench hotplug`: what comes and goes in a running guest: how soon the API answers, how soon it is there, and how often it can
+//! be done in a second.
+//!
+//! Each subject is a module with one function that measures it and returns rows; [`SUBJECTS`] lists them.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::client::{Client, config, quantile};
+use super::shown;
+use crate::arch::Arch;
+use crate::build::{self, Profile};
+use crate::{payload, table, tools};
+
+mod vcpus;
+
+/// What to measure, and how often.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Times that everything comes and goes on one guest
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Guests to which it comes for the first time
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    guests: u32,
+    /// Only subjects whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// How triarch is compiled
+    #[arg(long, value_enum, default_value = "release")]
+    profile: Profile,
+}
+
+/// What can come and go, and how it is measured.
+const SUBJECTS: [(&str, Measure); 1] = [("vCPUs", vcpus::measure)];
+
+type Measure = fn(&Setup) -> Result<Vec<Row>>;
+
+/// What subjects start VMs from.
+struct Setup {
+    program: PathBuf,
+    kernel: PathBuf,
+    rounds: u32,
+    guests: u32,
+}
+
+impl Setup {
+    /// A configuration with `fields` in it: JSON, with a comma behind each.
+    fn config(&self, fields: &str, serial: &str) -> String {
+        let config = config(&self.kernel, serial);
+        format!("{{{fields}{}", config.trim_start_matches('{'))
+    }
+}
+
+/// A line of the table.
+struct Row {
+    name: String,
+    /// What no median is to exceed, if there is such a thing.
+    goal: &'static str,
+    figures: Figures,
+}
+
+/// What a line tells.
+enum Figures {
+    /// Microseconds, of which the table shows milliseconds.
+    Times(Vec<f64>),
+    /// One number: the name of the line tells what it counts.
+    One(f64),
+}
+
+impl Row {
+    fn times(name: impl Into<String>, goal: &'static str, times: Vec<f64>) -> Self {
+        let (name, figures) = (name.into(), Figures::Times(times));
+        Self { name, goal, figures }
+    }
+
+    fn one(name: impl Into<String>, goal: &'static str, value: f64) -> Self {
+        let (name, figures) = (name.into(), Figures::One(value));
+        Self { name, goal, figures }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        let figures = match &self.figures {
+            Figures::Times(times) => [0.5, 0.99, 1.0].map(|part| shown(quantile(times, part) / 1000.0)),
+            Figures::One(value) => [shown(*value), String::new(), String::new()],
+        };
+        let names = [self.name.clone(), self.goal.to_owned()];
+        names.into_iter().chain(figures).collect()
+    }
+}
+
+/// Carries out the benchmark.
+///
+/// # Errors
+/// A VM does not start, or does not do what it is asked for.
+pub fn run(args: &Args) -> Result<()> {
+    let setup = Setup {
+        program: build::program(Arch::native(), args.profile, "triarch", "triarch")?,
+        kernel: payload::build(Arch::native())?,
+        rounds: args.rounds,
+        guests: args.guests,
+    };
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|only| name.contains(only));
+    let subjects: Vec<_> = SUBJECTS.into_iter().filter(|(name, _)| wanted(name)).collect();
+    ensure!(!subjects.is_empty(), "there is no such subject");
+    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let before = load();
+    let mut lines = vec![["", "goal", "median", "p99", "most"].map(str::to_owned).to_vec()];
+    for (name, measure) in subjects {
+        let what = format!("{name}: {} guests, then {} rounds", setup.guests, setup.rounds);
+        let rows = tools::step(&what, || measure(&setup)).context(name)?;
+        lines.extend(rows.iter().map(Row::cells));
+    }
+    println!("{}", table::format(&lines));
+    let first = |load: &str| load.split(' ').next().unwrap_or_default().to_owned();
+    println!("load average before {}, after {}", first(&before), first(&load()));
+    Ok(())
+}
+
+/// How long a guest may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The last job of `kind`, once it is done.
+fn last_job(client: &mut Client, kind: &str) -> Result<Value> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let jobs = client.get("vm.jobs")?;
+        let mut all = jobs.as_array().context("no jobs")?.iter();
+        let job = all.rfind(|job| job["kind"] == kind).context("no such job")?;
+        ensure!(job["state"] != "failed", "{job}");
+        if job["state"] == "done" {
+            return Ok(job.clone());
+        }
+        ensure!(Instant::now() < deadline, "it does not end: {job}");
+        // Not all the time: the guest shares the processors.
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+fn us(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_shows_milliseconds_or_a_number() {
+        let row = Row::times("answer, ms", "5", vec![1000.0, 2500.0, 250_000.0]);
+        assert_eq!(row.cells(), ["answer, ms", "5", "2.50", "250", "250"]);
+        assert_eq!(Row::one("rounds", "", 12.0).cells(), ["rounds", "", "12.00", "", ""]);
+    }
+
+    #[test]
+    fn fields_are_added_to_a_configuration() {
+        let setup = Setup {
+            program: PathBuf::new(),
+            kernel: "k".into(),
+            rounds: 1,
+            guests: 1,
+        };
+        let config = setup.config(r#""cpus":{"boot_vcpus":1},"#, "{}");
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["cpus"]["boot_vcpus"], 1);
+        assert_eq!(config["payload"]["kernel"], "k");
+    }
+}
