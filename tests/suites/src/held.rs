@@ -54,6 +54,19 @@ impl Held {
         })
     }
 
+    /// What process `pid` holds when it has nothing to do: as much as a little later.
+    pub fn at_rest(pid: u32) -> Result<Self> {
+        let mut last = Self::of(pid)?;
+        let mut same = 0;
+        while same < 5 {
+            thread::sleep(Duration::from_millis(20));
+            let now = Self::of(pid)?;
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+        }
+        Ok(last)
+    }
+
     /// Fails if process `pid` holds more than it did, or less, also after a moment. Returns what it holds.
     pub fn is_all_of(&self, pid: u32) -> Result<Self> {
         let deadline = Instant::now() + MOMENT;

@@ -36,7 +36,7 @@ fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
         }
         // The first rounds make what is kept.
         if round == 2 {
-            before = Some(Held::of(guest.vm().pid())?);
+            before = Some(Held::at_rest(guest.vm().pid())?);
         }
         if let Some(before) = &before {
             before

@@ -16,6 +16,7 @@ mod events;
 pub(crate) mod guest;
 mod hand_over;
 mod hotplug;
+mod hotplug_random;
 mod hotplug_soak;
 mod launch;
 mod log;
@@ -52,6 +53,7 @@ pub fn tests() -> Vec<Test> {
         hotplug::TESTS,
         hotplug::SLOW,
         hotplug_soak::TESTS,
+        hotplug_random::TESTS,
         pci::TESTS,
         blk::TESTS,
         net::TESTS,
