@@ -2,10 +2,15 @@
 //!
 //! Intel SDM volume 2A (CPUID); AMD APM volume 3, appendix E. Hygon's and AMD's leaves are the same, Zhaoxin's and Intel's are.
 
-use crate::{Topology, Vendor};
+use serde::{Deserialize, Serialize};
+
+use crate::{Topology, Vendor, bounded};
+
+/// Entries of a table that somebody else wrote: as many as KVM takes.
+const MAX_ENTRIES: usize = 256;
 
 /// The answer of one leaf and subleaf.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CpuidEntry {
     /// Input EAX.
     pub leaf: u32,
@@ -24,8 +29,19 @@ pub struct CpuidEntry {
 }
 
 /// All answers of a CPU.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(from = "Entries")]
 pub struct CpuidTable(Vec<CpuidEntry>);
+
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Entries(#[serde(deserialize_with = "bounded::list::<_, _, MAX_ENTRIES>")] Vec<CpuidEntry>);
+
+impl From<Entries> for CpuidTable {
+    fn from(read: Entries) -> Self {
+        read.0.into_iter().collect()
+    }
+}
 
 impl FromIterator<CpuidEntry> for CpuidTable {
     /// Of two entries for one leaf and subleaf the later one counts.
@@ -322,36 +338,10 @@ fn intel_caches(table: &mut CpuidTable, t: &Topology) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Reads a recorded table: `CPUID LEAF: EAX-EBX-ECX-EDX [SL subleaf]`, hexadecimal.
-    fn recorded(text: &str) -> CpuidTable {
-        let hex = |s: &str| u32::from_str_radix(s, 16).expect("hexadecimal");
-        let entry = |line: &str| {
-            let (leaf, rest) = line.strip_prefix("CPUID ")?.split_once(": ")?;
-            let registers: Vec<u32> = rest.get(..35)?.split('-').map(hex).collect();
-            let subleaf = rest
-                .split_once("[SL ")
-                .and_then(|(_, s)| s.split_once(']'))
-                .map(|(s, _)| hex(s));
-            let [eax, ebx, ecx, edx] = registers[..] else {
-                return None;
-            };
-            let (leaf, indexed) = (hex(leaf), subleaf.is_some());
-            Some(CpuidEntry {
-                leaf,
-                subleaf: subleaf.unwrap_or(0),
-                indexed,
-                eax,
-                ebx,
-                ecx,
-                edx,
-            })
-        };
-        text.lines().filter_map(entry).collect()
-    }
+    use crate::tests::recorded::cpuid as recorded;
 
     fn hygon() -> CpuidTable {
-        recorded(include_str!("../testdata/hygon-c86-3350.txt"))
+        recorded(include_str!("../testdata/x86/hygon-0900f22.txt"))
     }
 
     fn guest(host: &CpuidTable, index: u32, topology: Topology) -> CpuidTable {
@@ -390,11 +380,11 @@ mod tests {
     fn vendors_are_told_apart() {
         assert_eq!(hygon().vendor(), Vendor::Hygon);
         assert_eq!(
-            recorded(include_str!("../testdata/amd-milan.txt")).vendor(),
+            recorded(include_str!("../testdata/x86/amd-milan.txt")).vendor(),
             Vendor::Amd
         );
         assert_eq!(
-            recorded(include_str!("../testdata/intel-sapphirerapids.txt")).vendor(),
+            recorded(include_str!("../testdata/x86/intel-sapphirerapids.txt")).vendor(),
             Vendor::Intel
         );
         assert!(Vendor::Hygon.is_amd_like() && !Vendor::Zhaoxin.is_amd_like());
@@ -422,9 +412,9 @@ mod tests {
     #[test]
     fn every_vendor_gets_leaf_b() {
         for text in [
-            include_str!("../testdata/hygon-c86-3350.txt"),
-            include_str!("../testdata/amd-milan.txt"),
-            include_str!("../testdata/intel-sapphirerapids.txt"),
+            include_str!("../testdata/x86/hygon-0900f22.txt"),
+            include_str!("../testdata/x86/amd-milan.txt"),
+            include_str!("../testdata/x86/intel-sapphirerapids.txt"),
         ] {
             let table = guest(&recorded(text), 5, SMT2);
             let smt = table.get(0xb, 0).expect("SMT level");
@@ -440,7 +430,11 @@ mod tests {
 
     #[test]
     fn intel_caches_are_shared_by_the_guests_threads() {
-        let table = guest(&recorded(include_str!("../testdata/intel-sapphirerapids.txt")), 0, SMT2);
+        let table = guest(
+            &recorded(include_str!("../testdata/x86/intel-sapphirerapids.txt")),
+            0,
+            SMT2,
+        );
         for e in table.entries().iter().filter(|e| e.leaf == 4 && e.eax >> 5 & 7 != 0) {
             let expected = if e.eax >> 5 & 7 >= 3 { 7 } else { 1 };
             assert_eq!((e.eax >> 14 & 0xfff, e.eax >> 26), (expected, 3));
@@ -464,7 +458,7 @@ mod tests {
             packages: 1,
         };
         let table = guest(
-            &recorded(include_str!("../testdata/intel-sapphirerapids.txt")),
+            &recorded(include_str!("../testdata/x86/intel-sapphirerapids.txt")),
             3,
             topology,
         );
