@@ -11,6 +11,7 @@ mod held;
 mod linux;
 mod payload;
 mod storage;
+mod switches;
 
 fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {

@@ -1,15 +1,11 @@
 //! Network interfaces whose packets a daemon moves: one guest with two of them, and a switch between the two.
 
-mod ovs;
-
 use super::guest::{Guest, builder, field, number};
 use crate::storage::{soon, wait_link, wait_state};
+use crate::switches::{Program, Switch, skipped};
 use anyhow::{Context as _, Result, ensure};
-use std::path::PathBuf;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
-use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome, Test};
 
 /// This module's tests.
@@ -20,8 +16,12 @@ pub const TESTS: &[Test] = &[
         several_pairs(c, Program::Testpmd)
     })
     .within(LONG),
-    Test::payload("vhost_net::testpmd_may_die", |c| may_die(c, Program::Testpmd)).within(LONG),
-    Test::payload("vhost_net::netd_may_die", |c| may_die(c, Program::Netd)).within(LONG),
+    Test::payload("vhost_net::testpmd_may_die", |c| may_die(c, Program::Testpmd, DIRECT)).within(LONG),
+    Test::payload("vhost_net::netd_may_die", |c| may_die(c, Program::Netd, DIRECT)).within(LONG),
+    Test::payload("vhost_net::netd_may_die_behind_the_relay", |c| {
+        may_die(c, Program::Netd, RELAY)
+    })
+    .within(LONG),
     Test::payload("vhost_net::ovs::moves_frames", |c| {
         moves_frames(c, Program::OpenVswitch)
     })
@@ -30,7 +30,7 @@ pub const TESTS: &[Test] = &[
         several_pairs(c, Program::OpenVswitch)
     })
     .within(LONG),
-    Test::payload("vhost_net::ovs::may_die", |c| may_die(c, Program::OpenVswitch)).within(LONG),
+    Test::payload("vhost_net::ovs::may_die", |c| may_die(c, Program::OpenVswitch, DIRECT)).within(LONG),
     Test::payload("vhost_net::the_link_goes_down_when_told_so", |c| {
         link_down(c, Program::Testpmd)
     })
@@ -38,134 +38,27 @@ pub const TESTS: &[Test] = &[
 ];
 
 const LONG: Duration = Duration::from_secs(90);
-const TESTPMD: &str = "dpdk-testpmd";
-const NETD: &str = "triarch-netd";
+/// Options that choose who works on the guest's rings, and who does.
+const DIRECT: (&str, &str) = ("", "direct");
+const RELAY: (&str, &str) = (",datapath=relay", "relay");
 const MAC: &str = "52:54:00:00:0a:01";
-
-/// Which switch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Program {
-    Testpmd,
-    Netd,
-    OpenVswitch,
-}
-
-impl Program {
-    /// Whether it connects to the VMM, which listens.
-    fn connects(self) -> bool {
-        self == Self::OpenVswitch
-    }
-
-    /// How often it is killed. Open vSwitch takes seconds to start.
-    fn kills(self) -> u64 {
-        if self == Self::OpenVswitch { 2 } else { 5 }
-    }
-}
-
-/// A switch with two ports.
-struct Switch {
-    kind: Program,
-    program: PathBuf,
-    /// Open vSwitch's.
-    database: Option<ovs::Database>,
-    sockets: [PathBuf; 2],
-    pairs: u16,
-    process: Option<Process>,
-}
-
-impl Switch {
-    fn start(&mut self) -> Result<()> {
-        self.process = None;
-        if let Some(database) = &self.database {
-            self.process = Some(Process::start(&mut database.switch())?);
-            return Ok(());
-        }
-        for socket in &self.sockets {
-            let _ = std::fs::remove_file(socket);
-        }
-        let mut command = Command::new(&self.program);
-        match self.kind {
-            Program::Netd => self.netd(&mut command),
-            _ => self.testpmd(&mut command),
-        }
-        self.process = Some(Process::start(&mut command)?);
-        let deadline = Instant::now() + 2 * soon();
-        while !self.sockets.iter().all(|socket| socket.exists()) {
-            let words = self.process.as_ref().map(Process::last_words).unwrap_or_default();
-            ensure!(Instant::now() < deadline, "the switch does not listen{words}");
-            thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
-    }
-
-    /// Without huge pages, PCI or files of its own; its two threads share a CPU.
-    fn testpmd(&self, command: &mut Command) {
-        command.args([
-            "--lcores",
-            "0@0,1@0",
-            "--no-pci",
-            "--no-huge",
-            "--no-shconf",
-            "--no-telemetry",
-        ]);
-        command.args(["-m", "256"]);
-        for plugin in ["librte_mempool_ring.so.25", "librte_net_vhost.so.25"] {
-            command.arg("-d").arg(self.program.with_extension("d").join(plugin));
-        }
-        let pairs = self.pairs;
-        for (n, socket) in self.sockets.iter().enumerate() {
-            let port = format!("net_vhost{n},iface={},queues={pairs}", socket.display());
-            command.arg("--vdev").arg(port);
-        }
-        command.args(["--", "--forward-mode=io", "--auto-start", "--total-num-mbufs=4096"]);
-        command.arg(format!("--rxq={pairs}")).arg(format!("--txq={pairs}"));
-        // Without a terminal it ends at once unless it has something to print now and then.
-        command.arg("--stats-period=60");
-    }
-
-    fn netd(&self, command: &mut Command) {
-        for (n, socket) in self.sockets.iter().enumerate() {
-            let port = format!("name=port{n},socket={}", socket.display());
-            command.arg("--port").arg(port);
-        }
-    }
-}
 
 /// A guest with two interfaces that a switch connects.
 struct Rig {
     guest: Guest,
     switch: Switch,
-    // Last: what is in it outlives the rest.
-    _dir: tempfile::TempDir,
 }
 
 impl Rig {
     /// `None` where the switch is missing. `options` are further ones of both interfaces, beginning with a comma.
     fn start(context: &Context, kind: Program, pairs: u16, options: &str) -> Result<Option<Self>> {
-        let program = match kind {
-            Program::Testpmd => context.images.path(TESTPMD).ok(),
-            Program::Netd => Some(context.triarch.with_file_name(NETD)).filter(|path| path.exists()),
-            Program::OpenVswitch => context.images.path(ovs::PROGRAM).ok(),
-        };
-        let Some(program) = program else { return Ok(None) };
-        let dir = tempfile::Builder::new().prefix("switch").tempdir_in(&context.dir)?;
-        let sockets = ["one.sock", "two.sock"].map(|name| dir.path().join(name));
-        let database = match kind {
-            Program::OpenVswitch => Some(ovs::Database::start(&program, dir.path(), &sockets)?),
-            _ => None,
-        };
-        let mut switch = Switch {
-            kind,
-            program,
-            database,
-            sockets,
-            pairs,
-            process: None,
+        let Some(mut switch) = Switch::find(kind, context, pairs)? else {
+            return Ok(None);
         };
         switch.start()?;
         let mut vm = builder(context)?.api();
         for (n, id) in ["served", "other"].into_iter().enumerate() {
-            let (socket, queues) = (switch.sockets[n].display(), 2 * pairs);
+            let (socket, queues) = (switch.socket(n).display(), 2 * pairs);
             let mac = if n == 0 { format!(",mac={MAC}") } else { String::new() };
             let mode = if kind.connects() { ",vhost_mode=server" } else { "" };
             let flag = format!("vhost_user=on,socket={socket},num_queues={queues},id={id}{mac}{mode}{options}");
@@ -174,7 +67,6 @@ impl Rig {
         Ok(Some(Self {
             guest: Guest::start(vm)?,
             switch,
-            _dir: dir,
         }))
     }
 
@@ -215,15 +107,11 @@ fn with_switch(
     test: impl FnOnce(&mut Rig) -> Result<()>,
 ) -> Result<Outcome> {
     let Some(mut rig) = Rig::start(context, kind, pairs, options)? else {
-        return Ok(Outcome::Skipped("the switch is missing".into()));
+        return skipped();
     };
     test(&mut rig).with_context(|| {
-        let switch = rig.switch.process.as_ref().map(Process::last_words);
-        let vmm = rig.guest.vm().last_words();
-        format!(
-            "the VMM's last words:{vmm}; the switch's:{}",
-            switch.unwrap_or_default()
-        )
+        let (vmm, switch) = (rig.guest.vm().last_words(), rig.switch.last_words());
+        format!("the VMM's last words:{vmm}; the switch's:{switch}")
     })?;
     rig.guest.power_off()?;
     Ok(Outcome::Passed)
@@ -281,15 +169,16 @@ fn several_pairs(context: &Context, kind: Program) -> Result<Outcome> {
     })
 }
 
-fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
-    with_switch(context, kind, (1, ""), |rig| {
+/// The switch is killed while frames flow. `path` has the option that chooses who works on the guest's rings, and who does.
+fn may_die(context: &Context, kind: Program, (option, path): (&str, &str)) -> Result<Outcome> {
+    with_switch(context, kind, (1, option), |rig| {
         rig.settle()?;
         for round in 0..kind.kills() {
             rig.cross(0, 1000 * (round + 1), "")?;
             // It dies while frames flow; the link stays up.
             rig.guest.send("net 0 send 400 7 200")?;
             thread::sleep(Duration::from_millis(round));
-            rig.switch.process = None;
+            rig.switch.kill();
             wait_link(rig.guest.vm(), "without a daemon", |link| {
                 link["state"] == "Disconnected"
             })?;
@@ -297,10 +186,16 @@ fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
             rig.guest.answer()?;
             let link = wait_state(rig.guest.vm(), "Connected")?;
             ensure!(link["reconnects"].as_u64() == Some(round + 1), "{link}");
+            ensure!(link["datapath"] == path, "not {path}: {link}");
             ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 1);
             rig.settle()?;
         }
         rig.cross(1, 9000, "")?;
+        // Only what passes through the VMM is counted by it.
+        let counters = rig.guest.vm().api()?.request("GET", "vm.counters", None)?.body;
+        let counters: serde_json::Value = serde_json::from_str(&counters)?;
+        let sent = counters["served"]["tx_frames"].as_u64();
+        ensure!((sent > Some(0)) == (path == "relay"), "{path}: {counters}");
         Ok(())
     })
 }
@@ -308,7 +203,7 @@ fn may_die(context: &Context, kind: Program) -> Result<Outcome> {
 fn link_down(context: &Context, kind: Program) -> Result<Outcome> {
     with_switch(context, kind, (1, ",on_disconnect=error-after=1"), |rig| {
         rig.settle()?;
-        rig.switch.process = None;
+        rig.switch.kill();
         wait_state(rig.guest.vm(), "Failing")?;
         ensure!(number(&rig.guest.ask("net 0 info")?, "link")? & 1 == 0);
         // Nobody waits for frames that go nowhere.
