@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use triarch_device_core::{Event, Sandbox, ThreadClass, Worker};
+use triarch_vhost_protocol::MAX_CONFIG;
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
@@ -136,13 +137,17 @@ impl VhostUser {
     /// Reads the configuration space where only the daemon knows it. Without one, or one that answers late, it reads as zero.
     fn ask_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let Ok(at) = u32::try_from(offset) else {
+        let place = usize::try_from(offset).ok();
+        let end = place.and_then(|at| at.checked_add(data.len()));
+        // Nothing is behind that, and some daemons end the connection over such a question.
+        let end = end.filter(|end| *end <= MAX_CONFIG as usize);
+        let (Some(at), Some(end)) = (place, end) else {
             return;
         };
         let (reply, answer) = sync_channel(1);
-        self.order(Command::Read(at, data.len(), reply));
+        self.order(Command::Read(end, reply));
         let bytes = answer.recv_timeout(ACCESS).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(bytes) {
+        for (to, from) in data.iter_mut().zip(bytes.into_iter().skip(at)) {
             *to = from;
         }
     }

@@ -172,12 +172,13 @@ impl Session {
         }
     }
 
-    /// Reads `length` bytes at `at` of the configuration space; none if the daemon has none there.
-    pub(crate) fn read_config(&self, at: u32, length: usize, wake: &Wake) -> Result<Vec<u8>, LinkError> {
+    /// Reads the first `length` bytes of the configuration space; none if the daemon has not as many. It is always read from its beginning:
+    /// daemons made with QEMU's libvhost-user answer with that, whichever place they are asked for.
+    pub(crate) fn read_config(&self, length: usize, wake: &Wake) -> Result<Vec<u8>, LinkError> {
         if !self.has(protocol::CONFIG) || length == 0 {
             return Ok(Vec::new());
         }
-        let question = ConfigRange::encode_with(at, &vec![0; length]);
+        let question = ConfigRange::encode_with(0, &vec![0; length]);
         self.connection.send(Request::GET_CONFIG, 0, &question, &[], wake)?;
         let mut answer = self.connection.receive(Request::GET_CONFIG, wake)?;
         if answer.is_empty() {
@@ -195,7 +196,7 @@ impl Session {
 
     /// Reads the configuration space again.
     pub(crate) fn refresh(&mut self, wake: &Wake) -> Result<(), LinkError> {
-        self.offer.config = self.read_config(0, self.config_length, wake)?;
+        self.offer.config = self.read_config(self.config_length, wake)?;
         Ok(())
     }
 

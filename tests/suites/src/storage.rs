@@ -206,6 +206,11 @@ impl Daemon {
         command
     }
 
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// The program's file.
     pub fn program(&self) -> &Path {
         &self.program

@@ -48,9 +48,9 @@ pub(crate) enum Command {
     State(StateOrder),
     /// The driver is gone; all its queues have stopped. Urgent.
     Reset(SyncSender<()>),
-    /// The driver reads so many bytes at this place of the configuration space.
-    Read(u32, usize, SyncSender<Vec<u8>>),
-    /// It writes there.
+    /// The driver reads the configuration space, as far as its first so many bytes.
+    Read(usize, SyncSender<Vec<u8>>),
+    /// It writes at this place of it.
     Write(u32, Vec<u8>, SyncSender<()>),
 }
 
@@ -208,8 +208,8 @@ impl Engine {
                 self.check(done);
             }
             Command::Start(queue) => self.start(*queue),
-            Command::Read(at, length, reply) => {
-                let read = |session: &Session| session.read_config(at, length, &self.shared.wake);
+            Command::Read(length, reply) => {
+                let read = |session: &Session| session.read_config(length, &self.shared.wake);
                 let (bytes, done) = match self.session().map_or(Ok(Vec::new()), read) {
                     Ok(bytes) => (bytes, Ok(())),
                     Err(error) => (Vec::new(), Err(error)),

@@ -1,12 +1,11 @@
 //! Devices of any type, whose driver and daemon know more of it than the VMM.
 
 use triarch_memory::GuestMemory;
+use triarch_vhost_protocol::MAX_CONFIG;
 use triarch_virtio::{Chain, DeviceId, feature};
 
 use super::{Kind, Offer};
 
-/// The longest configuration space that the protocol knows (VHOST_USER_MAX_CONFIG_SIZE).
-const CONFIG: usize = 256;
 /// Feature bits of device types (virtio 1.2, 6): the others are about rings and the transport.
 const TYPE_FEATURES: u64 = ((1 << 24) - 1) | (0x3fff << 50);
 
@@ -64,7 +63,7 @@ impl Kind for DaemonGeneric {
     }
 
     fn writable(&self, _features: u64, at: usize, data: &[u8]) -> bool {
-        at.checked_add(data.len()).is_some_and(|end| end <= CONFIG)
+        at.checked_add(data.len()).is_some_and(|end| end <= MAX_CONFIG as usize)
     }
 
     fn asks(&self) -> bool {

@@ -70,7 +70,7 @@ pub const TESTS: &[Test] = &[
 const THEIRS: bool = false;
 pub(super) const OURS: bool = true;
 
-const SIZE: u64 = 8 << 20;
+pub(super) const SIZE: u64 = 8 << 20;
 
 /// A guest with a disk that a daemon serves.
 pub(super) struct Rig {
@@ -84,17 +84,27 @@ pub(super) struct Rig {
 impl Rig {
     /// `None` where the daemon is missing. `options` are further ones of the disk, beginning with a comma.
     fn start<const WHOSE: bool>(context: &Context, queues: u16, options: &str) -> Result<Option<Self>> {
+        let whose = if WHOSE == OURS { Program::Blkd } else { Program::Qemu };
+        Self::with(context, whose, queues, |daemon| ("--disk", daemon.flag(options)))
+    }
+
+    /// The same with a device that `flag` says, a flag and its value.
+    pub(super) fn with(
+        context: &Context,
+        whose: Program,
+        queues: u16,
+        flag: impl FnOnce(&Daemon) -> (&'static str, String),
+    ) -> Result<Option<Self>> {
         // Apart from the VM's own directory: the daemon's sockets stay behind.
         let dir = tempfile::Builder::new().prefix("daemon").tempdir_in(&context.dir)?;
-        let whose = if WHOSE == OURS { Program::Blkd } else { Program::Qemu };
         let Some(mut daemon) = Daemon::find(whose, context, dir.path(), queues) else {
             return Ok(None);
         };
         let image = DiskImage::with(dir.path().join("disk"), &pattern(1, 0, SIZE as usize))?;
         daemon.start(image.path())?;
-        let vm = builder(context)?.api().flag("--disk", daemon.flag(options));
+        let (name, value) = flag(&daemon);
         Ok(Some(Self {
-            guest: Guest::start(vm)?,
+            guest: Guest::start(builder(context)?.api().flag(name, value))?,
             daemon,
             image,
             _dir: dir,
@@ -114,6 +124,24 @@ impl Rig {
     fn wait_link(&self, state: &str) -> Result<serde_json::Value> {
         storage::wait_state(self.guest.vm(), state)
     }
+
+    /// The daemon dies some times under load and is back at once; requests go the way `way` before and after it. The driver has two
+    /// queues.
+    pub(super) fn outlives_daemons(&mut self, way: &str) -> Result<()> {
+        ensure!(self.link()?["datapath"] == way, "not {way}: {}", self.link()?);
+        for round in 0..4 {
+            self.guest.send(&format!("blk 0 soak 2000 48 {round} 1000"))?;
+            // Somewhere under load.
+            thread::sleep(patient(Duration::from_millis(5 + 8 * round)));
+            self.daemon.kill();
+            self.restart()?;
+            self.guest.answer().with_context(|| format!("{way}: round {round}"))?;
+        }
+        let link = self.wait_link("Connected")?;
+        ensure!(link["datapath"] == way, "not {way}: {link}");
+        ensure!(link["reconnects"].as_u64() >= Some(4), "it did not come back: {link}");
+        Ok(())
+    }
 }
 
 /// Runs a test that has a daemon, or tells that there is none.
@@ -123,7 +151,12 @@ pub(super) fn with_daemon<const WHOSE: bool>(
     options: &str,
     test: impl FnOnce(&mut Rig) -> Result<()>,
 ) -> Result<Outcome> {
-    match Rig::start::<WHOSE>(context, queues, options)? {
+    on_rig(Rig::start::<WHOSE>(context, queues, options)?, test)
+}
+
+/// The same with what was started.
+pub(super) fn on_rig(rig: Option<Rig>, test: impl FnOnce(&mut Rig) -> Result<()>) -> Result<Outcome> {
+    match rig {
         None => Ok(Outcome::Skipped(storage::missing())),
         Some(mut rig) => {
             test(&mut rig).with_context(|| {
@@ -283,17 +316,9 @@ fn data_path(context: &Context) -> Result<Outcome> {
         (",datapath=relay", "relay"),
     ] {
         let outcome = with_daemon::<OURS>(context, 2, &format!(",num_queues=2{option}"), |rig| {
-            ensure!(rig.link()?["datapath"] == way, "{option}: {}", rig.link()?);
             rig.guest.ask("blk 0 init queues=2")?;
-            for round in 0..4 {
-                rig.guest.send(&format!("blk 0 soak 2000 48 {round} 1000"))?;
-                thread::sleep(patient(Duration::from_millis(5)));
-                rig.daemon.kill();
-                rig.restart()?;
-                rig.guest.answer().with_context(|| format!("{option}: round {round}"))?;
-            }
-            let link = rig.wait_link("Connected")?;
-            ensure!(link["datapath"] == way, "{option}: {link}");
+            rig.outlives_daemons(way).with_context(|| format!("with `{option}`"))?;
+            let link = rig.link()?;
             ensure!(link["resubmitted"].as_u64() > Some(0), "nothing was in flight: {link}");
             Ok(())
         })?;
