@@ -74,7 +74,7 @@ fn tap_or_daemon() -> serde_json::Value {
     serde_json::json!([
         { "properties": {
             "vhost_user": { "const": false }, "vhost_socket": nothing, "backend": { "const": "vmm" },
-            "vhost_mode": { "const": "Client" }, "on_disconnect": { "const": "stall" },
+            "vhost_mode": { "const": "Client" }, "on_disconnect": { "const": "stall" }, "datapath": { "const": "auto" },
         } },
         { "required": ["backend", "tap"], "properties": {
             "backend": { "const": "netd" }, "tap": text, "vhost_user": { "const": false }, "vhost_socket": nothing,
@@ -398,6 +398,9 @@ pub struct NetConfig {
     /// What happens while there is no daemon: packets wait, or after a time the link goes down.
     #[serde(skip_serializing_if = "OnDisconnect::is_stall")]
     pub on_disconnect: OnDisconnect,
+    /// Who works on the guest's rings.
+    #[serde(skip_serializing_if = "DataPath::is_auto")]
+    pub datapath: DataPath,
     /// Offer TCP segmentation offload to the guest.
     pub offload_tso: bool,
     /// Offer UDP fragmentation and segmentation offload to the guest.
@@ -427,6 +430,7 @@ impl Default for NetConfig {
             vhost_socket: None,
             vhost_mode: VhostMode::Client,
             on_disconnect: OnDisconnect::Stall,
+            datapath: DataPath::Auto,
             offload_tso: true,
             offload_ufo: true,
             offload_csum: true,

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::validate::{ConfigError, DISK_QUEUE_SIZES, NET_QUEUE_SIZES, range, validate_queues};
-use crate::{DiskConfig, NetConfig, VmConfig};
+use crate::{DataPath, DiskConfig, NetConfig, VmConfig};
 
 /// Bytes of a tag (virtio 1.2, 5.11.4).
 const TAG: usize = 36;
@@ -126,6 +126,9 @@ pub struct FsConfig {
     /// What happens to requests while there is no daemon.
     #[serde(default, skip_serializing_if = "OnDisconnect::is_stall")]
     pub on_disconnect: OnDisconnect,
+    /// Who works on the guest's rings.
+    #[serde(default, skip_serializing_if = "DataPath::is_auto")]
+    pub datapath: DataPath,
     /// Name in the API; `_fs2` and so on when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -141,6 +144,7 @@ impl FsConfig {
             num_queues: one(),
             queue_size: fs_queue_size(),
             on_disconnect: OnDisconnect::Stall,
+            datapath: DataPath::Auto,
             id: None,
         }
     }
@@ -168,6 +172,9 @@ pub struct GenericVhostUserConfig {
     /// Descriptors of each of its queues: powers of two.
     #[cfg_attr(feature = "openapi", schemars(schema_with = "queue_sizes"))]
     pub queue_sizes: Vec<u16>,
+    /// Who works on the guest's rings.
+    #[serde(default, skip_serializing_if = "DataPath::is_auto")]
+    pub datapath: DataPath,
     /// Name in the API; `_generic_vhost_user3` and so on when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -323,9 +330,10 @@ pub(crate) fn validate_net(field: &str, net: &NetConfig) -> Result<(), ConfigErr
         return validate_switched(field, net);
     }
     if !net.vhost_user {
-        if net.vhost_socket.is_some() || !net.vhost_mode.is_client() || !net.on_disconnect.is_stall() {
+        let plain = net.on_disconnect.is_stall() && net.datapath.is_auto();
+        if net.vhost_socket.is_some() || !net.vhost_mode.is_client() || !plain {
             return Err(ConfigError::Conflict(format!(
-                "{field}.vhost_socket, {field}.vhost_mode and {field}.on_disconnect need {field}.vhost_user switched on"
+                "{field}.vhost_socket, {field}.vhost_mode, {field}.on_disconnect and {field}.datapath need {field}.vhost_user switched on"
             )));
         }
         return Ok(());
@@ -436,6 +444,7 @@ mod tests {
             device_type: 26,
             socket: "/s".into(),
             queue_sizes: queue_sizes.to_vec(),
+            datapath: DataPath::Auto,
             id: None,
         }
     }
@@ -487,7 +496,7 @@ mod tests {
         assert!(refusal(|n| n.tap = Some("tap0".into())).contains("net[0].tap cannot be had with net[0].vhost_user"));
         assert!(refusal(|n| n.vhost_socket = None).contains("net[0].vhost_socket is missing"));
         let idle = |n: &mut NetConfig| (n.vhost_user, n.vhost_socket, n.vhost_mode) = (false, None, VhostMode::Server);
-        assert!(refusal(idle).contains("vhost_mode and net[0].on_disconnect need"));
+        assert!(refusal(idle).contains("vhost_mode, net[0].on_disconnect and net[0].datapath need"));
         assert!(refusal(|n| n.vhost_user = false).contains("need net[0].vhost_user switched on"));
     }
 

@@ -183,6 +183,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
         "socket",
         "vhost_mode",
         "on_disconnect",
+        "datapath",
         "id",
     ];
     let kv = KeyValues::parse("--net", text, &known, &["iommu", "pci_segment"])?;
@@ -213,6 +214,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     config.vhost_socket = served::socket(&kv)?;
     config.vhost_mode = served::mode(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
+    set(&mut config.datapath, kv.get("datapath")?);
     config.id = kv.text("id").map(str::to_owned);
     Ok(config)
 }

@@ -24,7 +24,15 @@ pub(super) fn mode(kv: &KeyValues<'_>) -> Result<VhostMode, FlagError> {
 
 /// `--fs tag=TAG,socket=PATH,...`
 pub fn fs(text: &str) -> Result<FsConfig, FlagError> {
-    let known = ["tag", "socket", "num_queues", "queue_size", "on_disconnect", "id"];
+    let known = [
+        "tag",
+        "socket",
+        "num_queues",
+        "queue_size",
+        "on_disconnect",
+        "datapath",
+        "id",
+    ];
     let kv = KeyValues::parse("--fs", text, &known, &["pci_segment", "pci_device_id"])?;
     let Some(tag) = kv.text("tag") else {
         return kv.refuse("it needs what the guest mounts it by; write tag=NAME".to_owned());
@@ -36,13 +44,14 @@ pub fn fs(text: &str) -> Result<FsConfig, FlagError> {
     set(&mut config.num_queues, kv.number("num_queues")?);
     set(&mut config.queue_size, kv.number("queue_size")?);
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
+    set(&mut config.datapath, kv.get("datapath")?);
     config.id = kv.text("id").map(str::to_owned);
     Ok(config)
 }
 
 /// `--generic-vhost-user device_type=TYPE,socket=PATH,queue_sizes=[N,...]`
 pub fn generic_vhost_user(text: &str) -> Result<GenericVhostUserConfig, FlagError> {
-    let known = ["device_type", "virtio_id", "socket", "queue_sizes", "id"];
+    let known = ["device_type", "virtio_id", "socket", "queue_sizes", "datapath", "id"];
     let kv = KeyValues::parse("--generic-vhost-user", text, &known, &["pci_segment", "pci_device_id"])?;
     let Some(kind) = kv.text("device_type").or(kv.text("virtio_id")) else {
         return kv
@@ -66,6 +75,7 @@ pub fn generic_vhost_user(text: &str) -> Result<GenericVhostUserConfig, FlagErro
         device_type,
         socket: socket.into(),
         queue_sizes,
+        datapath: kv.get("datapath")?.unwrap_or_default(),
         id: kv.text("id").map(str::to_owned),
     })
 }

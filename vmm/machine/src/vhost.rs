@@ -28,14 +28,8 @@ pub(crate) fn open_disk(
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
-    let options = PeerOptions {
-        data_path: match config.datapath {
-            triarch_api::DataPath::Auto => DataPath::Auto,
-            triarch_api::DataPath::Direct => DataPath::Direct,
-            triarch_api::DataPath::Relay => DataPath::Relay,
-        },
-        ..peer(endpoint(&config.id, socket, config.vhost_mode)?, config.on_disconnect)
-    };
+    let endpoint = endpoint(&config.id, socket, config.vhost_mode)?;
+    let options = peer(endpoint, config.on_disconnect, config.datapath);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
@@ -56,14 +50,14 @@ pub(crate) fn open_net(
     };
     let kind = DaemonNet::new(options, counters);
     let endpoint = endpoint(&config.id, socket, config.vhost_mode)?;
-    let options = peer(endpoint, config.on_disconnect);
+    let options = peer(endpoint, config.on_disconnect, config.datapath);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
 /// Finds the daemon of a file system.
 pub(crate) fn open_fs(config: &FsConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonFs::new(&config.tag, config.num_queues, config.queue_size);
-    let options = peer(config.socket.clone().into(), config.on_disconnect);
+    let options = peer(config.socket.clone().into(), config.on_disconnect, config.datapath);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
@@ -75,7 +69,8 @@ pub(crate) fn open_generic(
     // A valid one is below 64.
     let id = u16::try_from(config.device_type).unwrap_or(u16::MAX);
     let kind = DaemonGeneric::new(id, config.queue_sizes.clone());
-    let options = peer(config.socket.clone().into(), triarch_api::OnDisconnect::Stall);
+    let stall = triarch_api::OnDisconnect::Stall;
+    let options = peer(config.socket.clone().into(), stall, config.datapath);
     open(&config.id, Arc::new(kind), options, sandbox)
 }
 
@@ -91,10 +86,14 @@ fn endpoint(id: &Option<String>, socket: Option<&Path>, mode: VhostMode) -> Resu
     }
 }
 
-fn peer(endpoint: Endpoint, on_disconnect: triarch_api::OnDisconnect) -> PeerOptions {
+fn peer(endpoint: Endpoint, on_disconnect: triarch_api::OnDisconnect, datapath: triarch_api::DataPath) -> PeerOptions {
     PeerOptions {
         endpoint,
-        data_path: DataPath::Auto,
+        data_path: match datapath {
+            triarch_api::DataPath::Auto => DataPath::Auto,
+            triarch_api::DataPath::Direct => DataPath::Direct,
+            triarch_api::DataPath::Relay => DataPath::Relay,
+        },
         on_disconnect: match on_disconnect {
             triarch_api::OnDisconnect::Stall => OnDisconnect::Stall,
             triarch_api::OnDisconnect::ErrorAfter(seconds) => {
