@@ -36,6 +36,8 @@ mod sandbox;
 mod smp;
 mod trictl;
 mod vhost;
+mod vhost_fs;
+mod vhost_generic;
 mod vhost_net;
 mod vsock;
 
@@ -61,6 +63,8 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         vsock::TESTS,
         vhost::TESTS,
+        vhost_generic::TESTS,
+        vhost_fs::TESTS,
         hand_over::TESTS,
         vhost_net::TESTS,
         netd::TESTS,
