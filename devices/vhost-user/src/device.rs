@@ -65,6 +65,11 @@ impl VhostUserHandle {
     pub fn status(&self) -> LinkStatus {
         self.0.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// Waits until the daemon's configuration space, as the guest knows it, `is_so`, and no longer than `patience`. Returns whether it is.
+    pub fn wait_config(&self, patience: Duration, is_so: impl Fn(&[u8]) -> bool) -> bool {
+        self.0.peer.wait_known(patience, is_so)
+    }
 }
 
 /// A virtio device that a daemon serves. Its thread is called `{id}_vu`. What kind it is tells its [`Kind`](crate::Kind).

@@ -1,7 +1,7 @@
 //! A daemon as the configuration of a VM names it. It outlives the guest's resets, and what guests were told of it stays true.
 
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub struct Peer {
     pub(crate) kind: Arc<dyn Kind>,
     /// What guests know of it.
     known: Mutex<Offer>,
+    /// Rung when that changes.
+    learnt: Condvar,
     /// The connection it was asked on, for the first device.
     first: Mutex<Option<Session>>,
 }
@@ -100,6 +102,7 @@ impl Peer {
             options,
             kind,
             known: Mutex::new(session.offer.clone()),
+            learnt: Condvar::new(),
             first: Mutex::new(Some(session)),
         }))
     }
@@ -126,6 +129,19 @@ impl Peer {
     /// What guests know of it.
     pub(crate) fn known(&self) -> MutexGuard<'_, Offer> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on guests know this configuration space.
+    pub(crate) fn learn(&self, config: &Vec<u8>) {
+        self.known().config.clone_from(config);
+        self.learnt.notify_all();
+    }
+
+    /// Waits until guests know a configuration space that `is_so`, no longer than `patience`. Returns whether they do.
+    pub(crate) fn wait_known(&self, patience: Duration, is_so: impl Fn(&[u8]) -> bool) -> bool {
+        let other = |known: &mut Offer| !is_so(&known.config);
+        let waited = self.learnt.wait_timeout_while(self.known(), patience, other);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Whether nobody took the connection yet that it was asked on.

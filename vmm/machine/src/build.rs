@@ -15,6 +15,7 @@ use triarch_legacy::{CpuHotplug, SerialPort};
 use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
+use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::BlockHandle;
 use triarch_virtio::balloon::BalloonHandle;
 use vm_memory::GuestAddressSpace;
@@ -262,6 +263,11 @@ impl Machine {
     /// How its devices stand with their daemons, by their ids.
     pub(crate) fn links(&self) -> BTreeMap<String, DeviceLink> {
         self.devices.links()
+    }
+
+    /// What tells of the daemon of device `id`, if it has one.
+    pub(crate) fn daemon(&self, id: &str) -> Option<VhostUserHandle> {
+        self.devices.daemon(id).cloned()
     }
 
     /// Asks the guest's operating system to shut down.

@@ -11,11 +11,14 @@ use triarch_api::server::Method;
 use triarch_api::{Answer, ApiError, DiskConfig, NetConfig, Operation, Reply};
 use triarch_client::Client;
 use triarch_device_core::{Sandbox, ThreadClass};
+use triarch_vhost_user::VhostUserHandle;
 
 use crate::MachineError;
 
 /// How long a daemon may take to answer an order; one that was killed is back by then.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long what it did may take to reach the device.
+const HEARSAY: Duration = Duration::from_secs(2);
 
 /// Starts daemons. All calls come from the controller's thread.
 pub trait Daemons: Send + Sync {
@@ -77,9 +80,15 @@ impl Started {
         self.id == id && self.control.is_some()
     }
 
-    /// Has the daemon of a disk make it `size` bytes large; the guest hears of it from the daemon. A thread waits for it and gives
-    /// `answer`: nothing else has to wait for a daemon that hangs.
-    pub(crate) fn resize_disk(&mut self, size: u64, answer: Answer, sandbox: &Arc<dyn Sandbox>) {
+    /// Has the daemon of a disk make it `size` bytes large; `device`, and so the guest, hears of it from the daemon. A thread waits for it
+    /// and gives `answer`: nothing else has to wait for a daemon that hangs.
+    pub(crate) fn resize_disk(
+        &mut self,
+        size: u64,
+        device: Option<VhostUserHandle>,
+        answer: Answer,
+        sandbox: &Arc<dyn Sandbox>,
+    ) {
         let Some(control) = self.control.clone() else {
             return;
         };
@@ -91,6 +100,10 @@ impl Started {
                 std::process::abort();
             }
             let done = resize(&id, control, size).map(|()| Reply::Done);
+            if let (Ok(_), Some(device)) = (&done, device) {
+                // A daemon that died in between tells it when it is back: the disk has its size all the same.
+                device.wait_config(HEARSAY, |config| has_size(config, size));
+            }
             answer.send(done.map_err(|error| error.of_route(Operation::ResizeDisk.name())));
         };
         match sandbox.spawn(format!("{}_resize", self.id), Box::new(body)) {
@@ -120,6 +133,12 @@ enum OrderError {
     Ended { id: String },
     #[error("cannot ask the daemon of the disk '{id}'")]
     Other { id: String, source: triarch_client::Error },
+}
+
+/// Whether the configuration space of a disk (virtio 1.2, 5.2.4) tells of `size` bytes or more.
+fn has_size(config: &[u8], size: u64) -> bool {
+    let sectors = config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    sectors >= size / 512
 }
 
 /// Asks the daemon at `control` to make its disk `size` bytes large.

@@ -244,6 +244,14 @@ impl Devices {
         self.daemons.iter().map(link).collect()
     }
 
+    /// What tells of the daemon of device `id`, if it has one.
+    pub(crate) fn daemon(&self, id: &str) -> Option<&VhostUserHandle> {
+        self.daemons
+            .iter()
+            .find(|(name, _)| name == id)
+            .map(|(_, handle)| handle)
+    }
+
     /// What the devices count.
     pub(crate) fn meters(&self) -> DeviceMeters {
         let disk = |(id, handle): &(String, BlockHandle)| (id.clone(), handle.disk().counters().clone());

@@ -139,7 +139,8 @@ impl Controller {
             && request.check(self.phase).is_ok()
             && let Some(daemon) = self.backends.as_mut().and_then(|backends| backends.daemon(&target.id))
         {
-            daemon.resize_disk(target.desired_size, answer, &self.sandbox);
+            let device = self.machine.as_ref().and_then(|machine| machine.daemon(&target.id));
+            daemon.resize_disk(target.desired_size, device, answer, &self.sandbox);
             return None;
         }
         Some((request, answer))

@@ -483,7 +483,7 @@ impl Engine {
         }
         let known = peer.known().clone();
         let differs = peer.kind.asks() || self.shared.config(&session.offer) != self.shared.config(&known);
-        peer.known().config.clone_from(&session.offer.config);
+        peer.learn(&session.offer.config);
         if differs && let Some(context) = &self.context {
             tracing::info!(device = %self.shared.id, "the daemon changed the {}", peer.kind.noun());
             if let Err(error) = context.interrupt.config() {

@@ -219,11 +219,20 @@ fn resize(size: u64) -> Value {
     json!({ "id": "served", "desired_size": size })
 }
 
-/// Waits until the guest has seen that its disk has `size` bytes.
-fn wait_size(guest: &mut Guest, size: u64) -> Result<()> {
-    wait_until("the guest sees the new size", || {
-        Ok(number(&guest.ask("blk 0 info")?, "sectors")? == size / 512)
-    })
+/// Has its disk made `size` bytes large.
+fn grow(guest: &mut Guest, size: u64) -> Result<()> {
+    guest
+        .vm()
+        .api()?
+        .put("vm.resize-disk", Some(&resize(size).to_string()))?;
+    sees(guest, size)
+}
+
+/// The guest sees the size when the answer has come.
+fn sees(guest: &mut Guest, size: u64) -> Result<()> {
+    let info = guest.ask("blk 0 info")?;
+    ensure!(number(&info, "sectors")? == size / 512, "{info}");
+    Ok(())
 }
 
 fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
@@ -233,8 +242,7 @@ fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
     let grown = 4 * SIZE;
     // The second time it has that size already.
     for _ in 0..2 {
-        api.put("vm.resize-disk", Some(&resize(grown).to_string()))?;
-        wait_size(&mut guest, grown)?;
+        grow(&mut guest, grown)?;
     }
     let last = grown / 512 - 8;
     guest.ask(&format!("blk 0 write {last} 8 3"))?;
@@ -247,8 +255,7 @@ fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
     refused(&api, "vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
     // The next daemon, which is asked while it starts, knows the size, and can be asked as well.
     kill(family(guest.vm())?.1)?;
-    api.put("vm.resize-disk", Some(&resize(2 * grown).to_string()))?;
-    wait_size(&mut guest, 2 * grown)?;
+    grow(&mut guest, 2 * grown)?;
     guest.ask(&format!("blk 0 verify {last} 8 3"))?;
     // So can the one that a boot brings.
     api.put("vm.shutdown", None)?;
@@ -256,8 +263,7 @@ fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
     api.put("vm.boot", None)?;
     guest.wait_ready()?;
     ensure!(number(&guest.ask("blk 0 info")?, "sectors")? == 2 * grown / 512);
-    api.put("vm.resize-disk", Some(&resize(3 * grown).to_string()))?;
-    wait_size(&mut guest, 3 * grown)?;
+    grow(&mut guest, 3 * grown)?;
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
@@ -298,7 +304,7 @@ fn nobody_waits_for_a_stopped_daemon(context: &Context) -> Result<Outcome> {
         } else {
             ensure!(answer.is_success(), "{} {}", answer.status, answer.body);
         }
-        wait_size(&mut guest, size)?;
+        sees(&mut guest, size)?;
     }
     // One that is killed meanwhile leaves the order to the next one, unless it had it already.
     signal(daemon, "STOP")?;
@@ -314,7 +320,7 @@ fn nobody_waits_for_a_stopped_daemon(context: &Context) -> Result<Outcome> {
         ensure!(told, "{} {}", answer.status, answer.body);
         api.put("vm.resize-disk", Some(&resize(4 * SIZE).to_string()))?;
     }
-    wait_size(&mut guest, 4 * SIZE)?;
+    sees(&mut guest, 4 * SIZE)?;
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
