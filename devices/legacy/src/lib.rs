@@ -14,6 +14,8 @@ mod pl011;
 mod pl031;
 mod pl061;
 mod port;
+#[cfg(test)]
+mod port_rig;
 mod power;
 mod primecell;
 mod serial;

@@ -385,49 +385,26 @@ impl BusDevice for Pl011 {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
 
     use proptest::prelude::*;
     use triarch_device_core::mock::CountingLine;
 
     use super::*;
     use crate::console::Backend;
+    use crate::port_rig::PortRig;
 
-    struct Rig {
-        port: Pl011,
-        line: Arc<CountingLine>,
-        client: UnixStream,
-        _dir: tempfile::TempDir,
-    }
+    type Rig = PortRig<Pl011>;
 
     fn rig() -> Rig {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("serial");
-        let console = Arc::new(Console::open(&Backend::Socket(path.clone())).unwrap());
-        let line = Arc::new(CountingLine::default());
-        let port = Pl011::new(console, line.clone());
-        let client = UnixStream::connect(&path).unwrap();
-        port.on_event();
-        Rig {
-            port,
-            line,
-            client,
-            _dir: dir,
-        }
+        Rig::new(|console, line| Pl011::new(console, line))
     }
 
     impl Rig {
         fn get(&self, offset: u64) -> u32 {
-            let mut value = [0; 4];
-            self.port.read(offset, &mut value).unwrap();
-            u32::from_le_bytes(value)
+            u32::from_le_bytes(self.read(offset))
         }
         fn set(&self, offset: u64, value: u32) {
-            self.port.write(offset, &value.to_le_bytes()).unwrap();
-        }
-        fn send(&mut self, bytes: &[u8]) {
-            self.client.write_all(bytes).unwrap();
-            self.port.on_event();
+            self.write(offset, value.to_le_bytes());
         }
     }
 
@@ -437,9 +414,10 @@ mod tests {
         let id = |from: u64| (0..4).fold(0, |id, n| id | (rig.get(from + 4 * n) & 0xff) << (8 * n));
         assert_eq!(id(0xfe0), 0x0034_1011);
         assert_eq!(id(0xff0), 0xb105_f00d);
-        let mut half = [0; 2];
-        rig.port.read(FLAGS, &mut half).unwrap();
-        assert_eq!(u16::from_le_bytes(half), FLAG_MODEM | FLAG_TX_EMPTY | FLAG_RX_EMPTY);
+        assert_eq!(
+            u16::from_le_bytes(rig.read(FLAGS)),
+            FLAG_MODEM | FLAG_TX_EMPTY | FLAG_RX_EMPTY
+        );
     }
 
     #[test]

@@ -289,49 +289,26 @@ impl Trigger for Line {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
 
+    use triarch_device_core::BusDevice as _;
     use triarch_device_core::mock::CountingLine;
 
     use super::*;
-    use crate::console::Backend;
-    use triarch_device_core::BusDevice as _;
+    use crate::port_rig::PortRig;
 
-    struct Rig {
-        serial: Serial,
-        line: Arc<CountingLine>,
-        client: UnixStream,
-        _dir: tempfile::TempDir,
-    }
+    type Rig = PortRig<Serial>;
 
     fn rig() -> Rig {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("serial");
-        let console = Arc::new(Console::open(&Backend::Socket(path.clone())).unwrap());
-        let line = Arc::new(CountingLine::default());
-        let serial = Serial::new(console, line.clone());
-        let client = UnixStream::connect(&path).unwrap();
-        serial.on_event();
-        Rig {
-            serial,
-            line,
-            client,
-            _dir: dir,
-        }
+        Rig::new(|console, line| Serial::new(console, line))
     }
 
     impl Rig {
         fn get(&self, register: u8) -> u8 {
-            let mut value = [0];
-            self.serial.read(u64::from(register), &mut value).unwrap();
-            value[0]
+            let [value] = self.read(register.into());
+            value
         }
         fn set(&self, register: u8, value: u8) {
-            self.serial.write(u64::from(register), &[value]).unwrap();
-        }
-        fn send(&mut self, bytes: &[u8]) {
-            self.client.write_all(bytes).unwrap();
-            self.serial.on_event();
+            self.write(register.into(), [value]);
         }
         fn cause(&self) -> u8 {
             self.get(INTERRUPT_ID) & 0x0f
@@ -362,8 +339,8 @@ mod tests {
         let mut idle = 0;
         while got.len() < pasted.len() && idle < 500 {
             // What an event loop does: sleep until the console's descriptor is readable.
-            if crate::console::readable(rig.serial.console(), 10) {
-                rig.serial.on_event();
+            if crate::console::readable(rig.port.console(), 10) {
+                rig.port.on_event();
             } else {
                 idle += 1;
             }
@@ -415,9 +392,9 @@ mod tests {
         assert_eq!(rig.get(LINE_CONTROL), LCR_DIVISOR_LATCH | 3);
         rig.set(LINE_CONTROL, 3);
         assert_eq!(rig.get(LINE_STATUS) & LSR_DATA_READY, 0);
-        assert!(crate::console::readable(rig.serial.console(), 0));
-        rig.serial.on_event();
-        assert_eq!(rig.serial.state().received.len(), 36);
+        assert!(crate::console::readable(rig.port.console(), 0));
+        rig.port.on_event();
+        assert_eq!(rig.port.state().received.len(), 36);
     }
 
     #[test]
@@ -429,19 +406,19 @@ mod tests {
         assert_eq!(rig.get(DATA), b'!');
         assert_eq!(rig.get(LINE_STATUS) & LSR_DATA_READY, 0);
         rig.set(MODEM_CONTROL, 0);
-        assert!(crate::console::readable(rig.serial.console(), 0));
-        rig.serial.on_event();
-        assert_eq!(rig.serial.state().received, b"from outside");
+        assert!(crate::console::readable(rig.port.console(), 0));
+        rig.port.on_event();
+        assert_eq!(rig.port.state().received, b"from outside");
     }
 
     #[test]
     fn odd_accesses_are_refused() {
         let rig = rig();
-        assert_eq!(rig.serial.read(0, &mut [0; 2]), Err(AccessError::BadAccess));
-        assert_eq!(rig.serial.write(0, &[0; 4]), Err(AccessError::BadAccess));
-        assert_eq!(rig.serial.read(8, &mut [0]), Err(AccessError::BadAccess));
-        assert_eq!(rig.serial.write(256, &[0]), Err(AccessError::BadAccess));
-        assert_eq!(rig.serial.write(0, &[]), Err(AccessError::BadAccess));
+        assert_eq!(rig.port.read(0, &mut [0; 2]), Err(AccessError::BadAccess));
+        assert_eq!(rig.port.write(0, &[0; 4]), Err(AccessError::BadAccess));
+        assert_eq!(rig.port.read(8, &mut [0]), Err(AccessError::BadAccess));
+        assert_eq!(rig.port.write(256, &[0]), Err(AccessError::BadAccess));
+        assert_eq!(rig.port.write(0, &[]), Err(AccessError::BadAccess));
     }
 
     #[test]
@@ -451,17 +428,17 @@ mod tests {
         rig.set(7, 0x5a);
         rig.send(b"abc");
         assert_eq!(rig.cause(), IIR_DATA_READY);
-        let state = rig.serial.state();
+        let state = rig.port.state();
         assert!(state.transmitter_empty);
         let line = Arc::new(CountingLine::default());
-        let restored = Serial::restore(&state, rig.serial.console().clone(), line).unwrap();
+        let restored = Serial::restore(&state, rig.port.console().clone(), line).unwrap();
         assert_eq!(restored.state(), state);
         let long = SerialStateV1 {
             received: vec![0; 65],
             ..state
         };
         let line = Arc::new(CountingLine::default());
-        let refused = Serial::restore(&long, rig.serial.console().clone(), line);
+        let refused = Serial::restore(&long, rig.port.console().clone(), line);
         assert_eq!(refused.err(), Some(SerialRestoreError::Fifo(65)));
     }
 }

@@ -106,17 +106,22 @@ fn ringing(
     })
 }
 
+/// Has a daemon log that is [`ringing`], with an event, which is given back with the log.
+fn logged(
+    told: &Arc<AtomicUsize>,
+    this: impl Fn(&mut Conversation, &Received) -> bool + Send + Sync + 'static,
+) -> (Rig, Event, Arc<PageLog>) {
+    let mut rig = Rig::with(ringing(told, this), |_| {});
+    rig.wait(|s| s.state == LinkState::Connected);
+    let event = Event::new().expect("an event");
+    let log = rig.device.start_log(Some(event.clone())).expect("it can");
+    (rig, event, log.expect("a driver"))
+}
+
 #[test]
 fn a_daemon_rings_when_it_marked_pages() {
     let told = Arc::default();
-    let mut rig = Rig::with(ringing(&told, |_, _| false), |_| {});
-    rig.wait(|s| s.state == LinkState::Connected);
-    let event = Event::new().expect("an event");
-    let log = rig
-        .device
-        .start_log(Some(event.clone()))
-        .expect("it can")
-        .expect("a driver");
+    let (_rig, event, log) = logged(&told, |_, _| false);
     assert!(event.clear(), "rung");
     assert_eq!(taken(&log), [0]);
     assert_eq!(told.load(SeqCst), 1);
@@ -125,18 +130,10 @@ fn a_daemon_rings_when_it_marked_pages() {
 #[test]
 fn one_that_does_not_ring_logs_all_the_same() {
     let told = Arc::default();
-    let fails = |talk: &mut Conversation, received: &Received| {
+    let (rig, event, log) = logged(&told, |talk, received| {
         talk.reply(received.request, &1u64.encode());
         true
-    };
-    let mut rig = Rig::with(ringing(&told, fails), |_| {});
-    rig.wait(|s| s.state == LinkState::Connected);
-    let event = Event::new().expect("an event");
-    let log = rig
-        .device
-        .start_log(Some(event.clone()))
-        .expect("it can")
-        .expect("a driver");
+    });
     assert_eq!((taken(&log), event.clear()), (vec![0], false));
     assert_eq!(rig.handle.status().reconnects, 0);
 }
@@ -144,14 +141,10 @@ fn one_that_does_not_ring_logs_all_the_same() {
 #[test]
 fn one_that_leaves_over_the_event_is_not_told_again() {
     let told = Arc::default();
-    let leaves = |talk: &mut Conversation, _: &Received| {
+    let (rig, _event, log) = logged(&told, |talk, _| {
         talk.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
         true
-    };
-    let mut rig = Rig::with(ringing(&told, leaves), |_| {});
-    rig.wait(|s| s.state == LinkState::Connected);
-    let event = Event::new().expect("an event");
-    let log = rig.device.start_log(Some(event)).expect("it can").expect("a driver");
+    });
     rig.wait(|s| s.reconnects == 1 && s.state == LinkState::Connected);
     assert_eq!(taken(&log), [0], "it logs");
     assert_eq!(told.load(SeqCst), 1);
