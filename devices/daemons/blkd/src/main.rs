@@ -1,6 +1,5 @@
 //! The storage daemon.
 
-use std::io::{Write, stderr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use clap::Parser;
 use triarch_api::server::Listener;
 use triarch_blkd::{ControlService, Daemon, End, ExportOptions, Taken, obey};
 use triarch_daemon::{Confinement, Control, LogOptions, SeccompMode, Signals, drop_privileges};
-use triarch_device_core::{Sandbox, ServiceManager, ThreadClass};
+use triarch_device_core::{Sandbox, ThreadClass};
 
 const TAKE_OVER: &str = "cannot take over";
 
@@ -42,14 +41,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Whoever should read it may be gone.
-            let _ = writeln!(stderr(), "triarch-blkd: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    triarch_daemon::exit_code("triarch-blkd", run(Cli::parse()))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -90,10 +82,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if let Some(control) = &mut control {
         control.begin();
     }
-    if let Some(manager) = ServiceManager::from_env() {
-        manager.send("READY=1");
-    }
-    confinement.enter()?;
+    triarch_daemon::ready(&confinement)?;
     let how = ended.recv().context("nobody is left to end the process")?;
     daemon.end();
     let _ = accept.join();

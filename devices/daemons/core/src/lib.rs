@@ -7,7 +7,7 @@
 //! 3. It opens what takes privileges: files, taps, sockets ([`listen`]).
 //! 4. [`drop_privileges`], then [`Confinement::new`]: from here on threads come from [`Confinement::sandbox`].
 //! 5. [`Control::start`], which serves the control socket, and the threads that do the work.
-//! 6. [`Confinement::enter`] on the main thread, which waits in [`Signals::wait`] and ends everything.
+//! 6. [`ready`] on the main thread, which waits in [`Signals::wait`] and ends everything. [`exit_code`] tells what went wrong.
 
 pub mod backend;
 mod confine;
@@ -16,6 +16,7 @@ mod limits;
 mod logging;
 #[allow(unsafe_code)] // capabilities
 mod privileges;
+mod program;
 mod signals;
 mod socket;
 
@@ -24,5 +25,6 @@ pub use control::{Control, ControlError};
 pub use limits::raise_descriptors;
 pub use logging::LogOptions;
 pub use privileges::{PrivilegeError, drop_privileges};
+pub use program::{exit_code, ready};
 pub use signals::Signals;
 pub use socket::listen;

@@ -1,13 +1,11 @@
 //! `triarch-netd`: a switch between guests over vhost-user, taps and network cards.
 
-use std::io::{Write, stderr};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
 use triarch_daemon::{Confinement, Control, LogOptions, SeccompMode, Signals, drop_privileges, listen};
-use triarch_device_core::ServiceManager;
 use triarch_netd::control::Steward;
 use triarch_netd::plane::{PlaneHandle, PlaneOptions};
 use triarch_netd::switch::table::TableLimits;
@@ -44,14 +42,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Whoever should read it may be gone.
-            let _ = writeln!(stderr(), "triarch-netd: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    triarch_daemon::exit_code("triarch-netd", run(Cli::parse()))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -90,10 +81,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let control = control
         .map(|listener| Control::start(listener, Box::new(steward.service()), &sandbox))
         .transpose()?;
-    if let Some(manager) = ServiceManager::from_env() {
-        manager.send("READY=1");
-    }
-    confinement.enter()?;
+    triarch_daemon::ready(&confinement)?;
     tracing::info!("the switch runs");
     signals.wait();
     tracing::info!("the switch ends");
