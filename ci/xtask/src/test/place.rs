@@ -44,7 +44,7 @@ const NOT_ON_HYGON: [&str; 12] = [
 ];
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does.
-const NOT_ON_ARM: [&str; 32] = [
+const NOT_ON_ARM: [&str; 37] = [
     "vhost::pauses_without_a_daemon",
     "vhost::requests_fail_when_told_so",
     "vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
@@ -69,6 +69,11 @@ const NOT_ON_ARM: [&str; 32] = [
     "payload::vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
     "payload::vhost::blkd::requests_fail_when_told_so",
     "payload::vhost::blkd::another_disk_is_refused",
+    "payload::vhost::generic::qemus_daemon_serves_one",
+    "payload::vhost::generic::blkd_serves_one",
+    "payload::vhost::generic::blkd_serves_one_behind_the_relay",
+    "payload::vhost_fs::open_files_move_to_another_daemon",
+    "payload::vhost_net::netd_may_die_behind_the_relay",
     "payload::vhost_net::ovs::moves_frames",
     "payload::vhost_net::ovs::serves_several_pairs",
     "payload::vhost_net::ovs::may_die",
