@@ -156,6 +156,9 @@ pub struct MemoryConfig {
     pub hotplug_size: Option<u64>,
     /// By what they are added.
     pub hotplug_method: HotplugMethod,
+    /// Bytes of them that the guest has, or should have, by virtio-mem.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
     /// Other processes may map it (vhost-user devices need that).
     pub shared: bool,
     /// Take it from the host's huge page pool.
@@ -177,6 +180,7 @@ impl Default for MemoryConfig {
             size: 512 << 20,
             hotplug_size: None,
             hotplug_method: HotplugMethod::Acpi,
+            hotplugged_size: None,
             shared: false,
             hugepages: false,
             hugepage_size: None,

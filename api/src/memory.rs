@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::ConfigError;
 use crate::config::MemoryConfig;
 
+/// The smallest block by which virtio-mem adds and removes memory, in bytes.
+const BLOCK: u64 = 2 << 20;
+
 /// By what a running guest gets more memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
@@ -36,14 +39,39 @@ impl MemoryConfig {
         self.hotplug_size.unwrap_or(0)
     }
 
+    /// Checks what of the room a guest has by virtio-mem, which gives it blocks of 2 MiB, or of a huge page.
+    fn validate_blocks(&self) -> Result<(), ConfigError> {
+        let (room, plugged) = (self.hotplug_room(), self.hotplugged_size.unwrap_or(0));
+        if self.hotplug_method != HotplugMethod::VirtioMem {
+            return match plugged {
+                0 => Ok(()),
+                _ => Err(ConfigError::Conflict(
+                    "memory.hotplugged_size needs memory.hotplug_method VirtioMem".into(),
+                )),
+            };
+        }
+        let block = BLOCK.max(self.hugepage_size.unwrap_or(0));
+        for (field, bytes, most) in [
+            ("memory.hotplug_size", room, u64::MAX),
+            ("memory.hotplugged_size", plugged, room),
+        ] {
+            if bytes > most || !bytes.is_multiple_of(block) {
+                return Err(ConfigError::Range {
+                    field: field.into(),
+                    value: format!("{bytes} bytes"),
+                    allowed: match field {
+                        "memory.hotplug_size" => format!("a multiple of {block} bytes"),
+                        _ => format!("a multiple of {block} bytes, at most memory.hotplug_size"),
+                    },
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Checks how it may change.
     pub(crate) fn validate_hotplug(&self) -> Result<(), ConfigError> {
-        if self.hotplug_method == HotplugMethod::VirtioMem {
-            return Err(ConfigError::Conflict(
-                "memory.hotplug_method is VirtioMem, which this version does not have; write Acpi or leave it out"
-                    .into(),
-            ));
-        }
+        self.validate_blocks()?;
         match self.size.checked_add(self.hotplug_room()) {
             Some(_) => Ok(()),
             None => Err(ConfigError::Range {
@@ -83,6 +111,21 @@ mod tests {
         assert_eq!(config(HotplugMethod::Acpi, 8 << 30).validate_hotplug(), Ok(()));
         let refused = |config: MemoryConfig| config.validate_hotplug().expect_err("refused").to_string();
         assert!(refused(config(HotplugMethod::Acpi, u64::MAX)).contains("memory.hotplug_size"));
-        assert!(refused(config(HotplugMethod::VirtioMem, 8 << 30)).contains("VirtioMem"));
+        assert_eq!(config(HotplugMethod::VirtioMem, 8 << 30).validate_hotplug(), Ok(()));
+        assert!(refused(config(HotplugMethod::VirtioMem, 1 << 20)).contains("multiple of 2097152"));
+        let plugged = |method, hotplugged_size| MemoryConfig {
+            hotplugged_size: Some(hotplugged_size),
+            ..config(method, 8 << 30)
+        };
+        assert_eq!(plugged(HotplugMethod::VirtioMem, 8 << 30).validate_hotplug(), Ok(()));
+        for bytes in [(8 << 30) + BLOCK, BLOCK / 2, u64::MAX] {
+            assert!(refused(plugged(HotplugMethod::VirtioMem, bytes)).contains("memory.hotplugged_size"));
+        }
+        assert!(refused(plugged(HotplugMethod::Acpi, BLOCK)).contains("VirtioMem"));
+        let huge = MemoryConfig {
+            hugepage_size: Some(1 << 30),
+            ..plugged(HotplugMethod::VirtioMem, BLOCK)
+        };
+        assert!(refused(huge).contains("1073741824"));
     }
 }

@@ -37,7 +37,6 @@ const MISSED: &[&str] = &[
     "sev_snp",
     "tdx",
     // Memory.
-    "hotplugged_size",
     "numa",
     "zones",
 ];

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use triarch_api::Phase;
 use triarch_api::metrics::{
-    BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics, MemoryMetrics,
-    Metrics, NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics, Requests, Source, VcpuMetrics, VsockMetrics,
-    render,
+    BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics,
+    MemoryDeviceMetrics, MemoryMetrics, Metrics, NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics,
+    Requests, Source, VcpuMetrics, VsockMetrics, render,
 };
 
 /// Prints each family as `TYPE NAME SAMPLES`, and the value of one disk's label.
@@ -63,7 +63,14 @@ fn everything() -> Metrics {
         memory: Some(MemoryMetrics {
             size: 1 << 40,
             resident: Some(1 << 39),
+            slots: 3,
         }),
+        memories: vec![MemoryDeviceMetrics {
+            id: ID.into(),
+            plugged: u64::MAX,
+            refused: vec![("nack", 1)],
+            ..MemoryDeviceMetrics::default()
+        }],
         disks: vec![DiskMetrics {
             id: ID.into(),
             queues: vec![DiskQueueMetrics {

@@ -98,8 +98,9 @@ pub fn memory(text: &str) -> Result<MemoryConfig, FlagError> {
         "mergeable",
         "hotplug_size",
         "hotplug_method",
+        "hotplugged_size",
     ];
-    let elsewhere = ["hotplugged_size", "reserve"];
+    let elsewhere = ["reserve"];
     let kv = KeyValues::parse("--memory", text, &known, &elsewhere)?;
     set(&mut config.size, kv.size("size")?);
     set(&mut config.shared, kv.switch("shared")?);
@@ -110,6 +111,7 @@ pub fn memory(text: &str) -> Result<MemoryConfig, FlagError> {
     set(&mut config.mergeable, kv.switch("mergeable")?);
     config.hotplug_size = kv.size("hotplug_size")?;
     set(&mut config.hotplug_method, kv.get("hotplug_method")?);
+    config.hotplugged_size = kv.size("hotplugged_size")?;
     Ok(config)
 }
 

@@ -167,6 +167,19 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_memory_slots",
+            Gauge,
+            &[],
+            "Memory slots of KVM that the guest's RAM is in.",
+        ),
+        |s, out| {
+            if let Some(memory) = s.metrics.memory {
+                out.add(&[], Number(memory.slots));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_balloon_bytes",
             Gauge,
             &["balloon", "of"],
@@ -235,6 +248,54 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
         |s, out| {
             if let Some(age) = s.metrics.balloon.as_ref().and_then(|balloon| balloon.age) {
                 out.add(&[], Time(age));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_memory_device_bytes",
+            Gauge,
+            &["device", "of"],
+            "What the host wants plugged (requested), what the guest has plugged (plugged), and what it can reach (reachable).",
+        ),
+        |s, out| {
+            for memory in &s.metrics.memories {
+                for (of, bytes) in [
+                    ("requested", memory.requested),
+                    ("plugged", memory.plugged),
+                    ("reachable", memory.reachable),
+                ] {
+                    out.add(&[&memory.id, &of], Number(bytes));
+                }
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_memory_device_bytes_total",
+            Counter,
+            &["device", "operation"],
+            "Memory that the guest plugged (plug) and unplugged (unplug).",
+        ),
+        |s, out| {
+            for memory in &s.metrics.memories {
+                out.add(&[&memory.id, &"plug"], Number(memory.plugged_total));
+                out.add(&[&memory.id, &"unplug"], Number(memory.unplugged_total));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_memory_device_refused_total",
+            Counter,
+            &["device", "answer"],
+            "Requests of the guest's driver that were answered with NACK, BUSY or ERROR.",
+        ),
+        |s, out| {
+            for memory in &s.metrics.memories {
+                for (answer, count) in &memory.refused {
+                    out.add(&[&memory.id, answer], Number(*count));
+                }
             }
         },
     ),

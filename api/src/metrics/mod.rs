@@ -27,6 +27,8 @@ pub struct Metrics {
     pub memory: Option<MemoryMetrics>,
     /// The memory balloon.
     pub balloon: Option<BalloonMetrics>,
+    /// Memory devices.
+    pub memories: Vec<MemoryDeviceMetrics>,
     /// The disks.
     pub disks: Vec<DiskMetrics>,
     /// The network interfaces.
@@ -93,6 +95,8 @@ pub struct MemoryMetrics {
     /// Bytes of it that the host's memory holds, if the host tells. Private memory is told together with the few hundred KiB of the
     /// VMM's own.
     pub resident: Option<u64>,
+    /// Memory slots of KVM it is in.
+    pub slots: u64,
 }
 
 /// A memory balloon since it was made: at boot, and anew at each reset. Everything but ages is bytes.
@@ -118,6 +122,25 @@ pub struct BalloonMetrics {
     pub events: Vec<(&'static str, u64)>,
     /// How long ago that was.
     pub age: Option<u64>,
+}
+
+/// A memory device (virtio-mem) since it was made: at boot, and anew at each reset. Everything but requests is bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MemoryDeviceMetrics {
+    /// The device's id.
+    pub id: String,
+    /// What the host wants plugged.
+    pub requested: u64,
+    /// What is plugged.
+    pub plugged: u64,
+    /// What the guest can reach: parts of the region with something plugged.
+    pub reachable: u64,
+    /// What was plugged.
+    pub plugged_total: u64,
+    /// What was unplugged.
+    pub unplugged_total: u64,
+    /// Requests that were not granted, by answer.
+    pub refused: Vec<(&'static str, u64)>,
 }
 
 /// A disk.

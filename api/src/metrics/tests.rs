@@ -76,6 +76,7 @@ fn full(id: &str) -> Metrics {
         memory: Some(MemoryMetrics {
             size: 1 << 30,
             resident: Some(4096),
+            slots: 2,
         }),
         balloon: Some(BalloonMetrics {
             id: id.into(),
@@ -86,6 +87,15 @@ fn full(id: &str) -> Metrics {
             age: Some(1_500_000_000),
             ..BalloonMetrics::default()
         }),
+        memories: vec![MemoryDeviceMetrics {
+            id: id.into(),
+            requested: 8192,
+            plugged: 4096,
+            reachable: 6,
+            plugged_total: 7,
+            unplugged_total: 8,
+            refused: vec![("nack", 1), ("busy", 2)],
+        }],
         disks: vec![DiskMetrics {
             id: id.into(),
             queues: vec![disk_queue(0), disk_queue(3)],

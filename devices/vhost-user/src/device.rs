@@ -2,15 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use triarch_device_core::{Event, Sandbox, ThreadClass, Worker};
+use triarch_memory::{GuestMemory, GuestRegion};
 use triarch_vhost_protocol::MAX_CONFIG;
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
 use crate::engine::{Command, Engine};
+use crate::room::with_rooms;
 use crate::{Kind, LinkError, LinkState, LinkStatus, Offer, Own, PageLog, Peer, PeerError};
 
 /// How long a driver that reads or writes the configuration space waits for the daemon.
@@ -27,6 +29,8 @@ pub(crate) struct Shared {
     /// Bytes of the configuration space that the driver wrote, by their offsets. Each daemon is told them.
     written: Mutex<BTreeMap<usize, u8>>,
     pub(crate) status: Mutex<LinkStatus>,
+    /// Where memory comes and goes in parts.
+    rooms: OnceLock<Vec<Arc<GuestRegion>>>,
     pub(crate) notify: Notify,
 }
 
@@ -34,6 +38,11 @@ impl Shared {
     /// What the driver wrote into the configuration space.
     pub(crate) fn written(&self) -> MutexGuard<'_, BTreeMap<usize, u8>> {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest's memory as the daemon is told of it.
+    pub(crate) fn whole(&self, memory: &GuestMemory) -> GuestMemory {
+        with_rooms(memory, self.rooms.get().map_or(&[], Vec::as_slice))
     }
 
     /// The configuration space as the guest reads it, with a daemon that offers this.
@@ -112,6 +121,7 @@ impl VhostUser {
                 reconnects: 0,
                 resubmitted: 0,
             }),
+            rooms: OnceLock::new(),
             notify,
         });
         let (commands, orders) = channel();
@@ -128,6 +138,12 @@ impl VhostUser {
             commands,
             worker: Some(worker.map_err(PeerError::Thread)?),
         })
+    }
+
+    /// Shows daemons all of `rooms`, where memory of the guest comes and goes in parts. Only before the driver comes, and once.
+    pub fn show_rooms(&self, rooms: Vec<Arc<GuestRegion>>) {
+        // A second time would be a fault of ours, and changes nothing.
+        let _ = self.shared.rooms.set(rooms);
     }
 
     /// A handle that outlives the device's move into its transport.

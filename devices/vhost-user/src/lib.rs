@@ -35,6 +35,7 @@ mod peer;
 #[allow(unsafe_code)] // descriptors of others' events
 mod raw;
 mod relay;
+mod room;
 mod session;
 mod shadow;
 mod state;

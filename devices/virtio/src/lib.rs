@@ -9,6 +9,7 @@ mod block;
 mod chain;
 mod console;
 mod device;
+pub mod mem;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 pub mod net;

@@ -29,6 +29,8 @@ pub struct Platform {
     pub map: Vec<MapEntry>,
     /// Number of modules (initramfs).
     pub modules: u32,
+    /// Where memory devices have memory, if they have: nothing but the tests uses it.
+    pub rooms: Vec<Range<u64>>,
 }
 
 impl Platform {
@@ -50,10 +52,19 @@ impl Platform {
         arenas
     }
 
+    /// Takes the region of a memory device for test RAM, which it is as far as it is plugged.
+    pub fn add_room(&mut self, room: Range<u64>) {
+        if !self.rooms.contains(&room) {
+            self.rooms.push(room);
+        }
+    }
+
     /// Whether `range` lies in test RAM whole.
     pub fn is_arena(&self, range: &Range<u64>) -> bool {
-        self.arenas()
+        let arenas = self.arenas();
+        arenas
             .iter()
+            .chain(&self.rooms)
             .any(|arena| arena.start <= range.start && range.end <= arena.end)
     }
 }

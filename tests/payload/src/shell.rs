@@ -110,6 +110,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "blk" => cmd::blk::run(guest, &mut args),
         "net" => cmd::net::run(guest, &mut args),
         "balloon" => cmd::plug::balloon(guest, &mut args),
+        "vmem" => cmd::plug::vmem(guest, &mut args),
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),

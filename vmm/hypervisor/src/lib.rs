@@ -11,7 +11,7 @@ mod vm;
 
 pub use interrupts::{Interrupts, Line};
 pub use vcpu::{Exit, Firmware, ImmediateExit, Vcpu};
-pub use vm::{IoEventFds, Vm};
+pub use vm::{IoEventFds, MemorySlots, Vm};
 
 use std::io;
 

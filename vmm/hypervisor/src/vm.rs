@@ -1,7 +1,10 @@
 //! One virtual machine in the kernel.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
@@ -12,11 +15,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{HypervisorError, Vcpu};
 
-#[derive(Default)]
-struct Slots {
-    used: Vec<Slot>,
-}
-
 #[derive(Clone, Copy)]
 struct Slot {
     number: u32,
@@ -24,11 +22,78 @@ struct Slot {
     len: u64,
 }
 
+/// The memory slots of a VM: what guest memory its vCPUs reach. Clones are of the same VM, and keep it.
+#[derive(Clone)]
+pub struct MemorySlots {
+    fd: Arc<VmFd>,
+    /// Those in use, by GPA.
+    used: Arc<Mutex<BTreeMap<u64, Slot>>>,
+    max: u32,
+    /// How many those are, for whoever counts.
+    count: Arc<AtomicU64>,
+}
+
+impl MemorySlots {
+    /// Gives one region to the guest. The caller keeps its mapping alive for as long as the VM lives or until
+    /// [`unmap_region`](Self::unmap_region).
+    pub fn map_region(&self, region: &GuestRegion) -> Result<(), HypervisorError> {
+        let mut used = self.used();
+        let taken: BTreeSet<u32> = used.values().map(|slot| slot.number).collect();
+        let free = (0u32..).zip(&taken).find(|(number, taken)| number != *taken);
+        let number = free.map_or(taken.len() as u32, |(number, _)| number);
+        if number >= self.max {
+            return Err(HypervisorError::Capability("a free memory slot"));
+        }
+        let slot = Slot {
+            number,
+            gpa: region.start_addr().raw_value(),
+            len: region.len(),
+        };
+        self.set(slot, region.as_ptr() as u64, false)?;
+        used.insert(slot.gpa, slot);
+        self.count.store(used.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Takes the region at `gpa` away from the guest.
+    pub fn unmap_region(&self, gpa: u64) -> Result<(), HypervisorError> {
+        let mut used = self.used();
+        let Some(slot) = used.get(&gpa) else {
+            return Ok(());
+        };
+        self.set(Slot { len: 0, ..*slot }, 0, false)?;
+        used.remove(&gpa);
+        self.count.store(used.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// How many are in use. It does not keep the VM.
+    pub fn count(&self) -> &Arc<AtomicU64> {
+        &self.count
+    }
+
+    fn used(&self) -> MutexGuard<'_, BTreeMap<u64, Slot>> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, slot: Slot, host_address: u64, log: bool) -> Result<(), HypervisorError> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.number,
+            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr: slot.gpa,
+            memory_size: slot.len,
+            userspace_addr: host_address,
+        };
+        // SAFETY: either the slot is deleted (length 0), or the address is the start of a mapping of this length which the
+        // caller keeps alive while the slot exists.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(HypervisorError::kvm("map guest memory"))
+    }
+}
+
 /// A VM and its memory slots.
 pub struct Vm {
     fd: Arc<VmFd>,
-    slots: Mutex<Slots>,
-    max_slots: u32,
+    slots: MemorySlots,
     max_vcpus: usize,
 }
 
@@ -41,10 +106,16 @@ impl Vm {
                 other => break other.map_err(HypervisorError::kvm("create a VM"))?,
             }
         };
+        let fd = Arc::new(fd);
+        let slots = MemorySlots {
+            fd: fd.clone(),
+            used: Arc::default(),
+            max: kvm.get_nr_memslots() as u32,
+            count: Arc::default(),
+        };
         Ok(Self {
-            fd: Arc::new(fd),
-            slots: Mutex::default(),
-            max_slots: kvm.get_nr_memslots() as u32,
+            fd,
+            slots,
             max_vcpus: kvm.get_max_vcpus(),
         })
     }
@@ -64,6 +135,11 @@ impl Vm {
         self.fd.check_extension(capability)
     }
 
+    /// What of memory the guest reaches, for whoever changes that while it runs.
+    pub fn memory_slots(&self) -> &MemorySlots {
+        &self.slots
+    }
+
     /// Gives all regions of `memory` to the guest.
     pub fn map_memory(&self, memory: &GuestMemory) -> Result<(), HypervisorError> {
         memory.iter().try_for_each(|region| self.map_region(region))
@@ -72,59 +148,21 @@ impl Vm {
     /// Gives one region to the guest. The caller keeps its mapping alive for as long as this VM lives or until
     /// [`unmap_region`](Self::unmap_region).
     pub fn map_region(&self, region: &GuestRegion) -> Result<(), HypervisorError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = (0..self.max_slots)
-            .find(|n| slots.used.iter().all(|s| s.number != *n))
-            .ok_or(HypervisorError::Capability("a free memory slot"))?;
-        let slot = Slot {
-            number,
-            gpa: region.start_addr().raw_value(),
-            len: region.len(),
-        };
-        self.set_slot(slot, region.as_ptr() as u64, false)?;
-        slots.used.push(slot);
-        Ok(())
+        self.slots.map_region(region)
     }
 
     /// Takes the region at `gpa` away from the guest.
     pub fn unmap_region(&self, gpa: u64) -> Result<(), HypervisorError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(at) = slots.used.iter().position(|s| s.gpa == gpa) else {
-            return Ok(());
-        };
-        self.set_slot(
-            Slot {
-                len: 0,
-                ..slots.used[at]
-            },
-            0,
-            false,
-        )?;
-        slots.used.swap_remove(at);
-        Ok(())
+        self.slots.unmap_region(gpa)
     }
 
     /// Switches the dirty log of the region at `gpa` on or off.
     pub fn log_dirty_pages(&self, region: &GuestRegion, on: bool) -> Result<(), HypervisorError> {
-        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let gpa = region.start_addr().raw_value();
-        match slots.used.iter().find(|s| s.gpa == gpa) {
-            Some(slot) => self.set_slot(*slot, region.as_ptr() as u64, on),
+        let used = self.slots.used();
+        match used.get(&region.start_addr().raw_value()) {
+            Some(slot) => self.slots.set(*slot, region.as_ptr() as u64, on),
             None => Ok(()),
         }
-    }
-
-    fn set_slot(&self, slot: Slot, host_address: u64, log: bool) -> Result<(), HypervisorError> {
-        let region = kvm_userspace_memory_region {
-            slot: slot.number,
-            flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
-            guest_phys_addr: slot.gpa,
-            memory_size: slot.len,
-            userspace_addr: host_address,
-        };
-        // SAFETY: either the slot is deleted (length 0), or the address is the start of a mapping of this length which the
-        // caller keeps alive while the slot exists.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(HypervisorError::kvm("map guest memory"))
     }
 
     /// Makes the vCPU with APIC id or index `id`.

@@ -24,6 +24,7 @@ use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::cpus::CpuMeters;
 use crate::devices::{Devices, Host};
+use crate::memory::virtio_mem;
 use crate::metrics::GuestMeters;
 use crate::progress::Progress;
 use crate::{GuestEvent, MachineError};
@@ -130,6 +131,8 @@ impl Machine {
             sandbox: sandbox.clone(),
             events: events.clone(),
             report: report.clone(),
+            rooms: virtio_mem::rooms(config, &ram_options(config))?,
+            slots: vm.memory_slots().clone(),
         };
         let devices = Devices::build(config, consoles, backends, host, progress)?;
         progress.note("kernel");
@@ -176,6 +179,7 @@ impl Machine {
             vcpus: self.vcpus.metrics().to_vec(),
             cpus: cpus.clone(),
             devices: self.devices.meters(),
+            slots: self.vm.memory_slots().count().clone(),
         }
     }
 
@@ -258,6 +262,11 @@ impl Machine {
     /// Its balloon, if it has one.
     pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
         self.devices.balloon()
+    }
+
+    /// Its memory devices.
+    pub(crate) fn memories(&self) -> &[virtio_mem::Named] {
+        self.devices.memories()
     }
 
     /// How its devices stand with their daemons, by their ids.

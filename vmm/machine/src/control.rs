@@ -310,6 +310,7 @@ impl Controller {
             // Published by whoever handles the event.
             GuestEvent::Link => {}
             GuestEvent::Balloon => self.balloon_stands(),
+            GuestEvent::Memory => self.memory_stands(),
             GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
                 let error = MachineError::Guest { index, reason };
                 let text = error.to_string();
@@ -367,7 +368,8 @@ impl Controller {
             .as_ref()
             .and_then(Machine::balloon)
             .map_or(0, |balloon| balloon.actual());
-        let memory_actual_size = config.memory.size.saturating_sub(lent);
+        let plugged = self.machine.as_ref().map_or(0, Machine::plugged);
+        let memory_actual_size = (config.memory.size + plugged).saturating_sub(lent);
         let device_tree = self.machine.as_ref().map(Machine::device_tree).unwrap_or_default();
         Some(VmInfo {
             config,
@@ -444,6 +446,9 @@ impl Controller {
         self.end_machine();
         let result = self.start(progress, cause, vcpus);
         self.end_processors(result.is_ok());
+        if result.is_err() {
+            self.abandon_memory();
+        }
         let kind = if result.is_ok() {
             &kind::VM_REBOOTED
         } else {
@@ -461,6 +466,7 @@ impl Controller {
             self.tell(&kind::VM_SHUTDOWN, Cause::Client);
         }
         self.end_processors(false);
+        self.abandon_memory();
         self.backends = None;
     }
 

@@ -11,7 +11,8 @@ use triarch_api::{
     BalloonConfig, DeviceLink, DeviceNode, DeviceTree, DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
 };
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
-use triarch_memory::{Discarder, GuestMemoryHandle};
+use triarch_hypervisor::MemorySlots;
+use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_vhost_user::{Peer, VhostUserHandle};
@@ -26,6 +27,7 @@ use triarch_virtio::{
 use crate::backends::{Backends, DiskEnd, NetEnd};
 use crate::build::Report;
 use crate::consoles::Consoles;
+use crate::memory::virtio_mem::{self, Room};
 use crate::metrics::DeviceMeters;
 use crate::progress::Progress;
 use crate::{GuestEvent, MachineError, vhost};
@@ -40,6 +42,9 @@ pub(crate) struct Host {
     pub(crate) sandbox: Arc<dyn Sandbox>,
     pub(crate) events: Arc<EventLog>,
     pub(crate) report: Report,
+    /// Where memory devices have their memory.
+    pub(crate) rooms: Vec<Room>,
+    pub(crate) slots: MemorySlots,
 }
 
 /// The PCI devices of a guest.
@@ -53,6 +58,9 @@ pub(crate) struct Devices {
     nics: Vec<(String, NetCounters)>,
     vsocks: Vec<(String, VsockHandle)>,
     balloon: Option<(String, BalloonHandle)>,
+    memories: Vec<virtio_mem::Named>,
+    /// Where memory comes and goes, as daemons know it.
+    rooms: Vec<Arc<GuestRegion>>,
     resizer: Option<ConsoleResizer>,
 }
 
@@ -75,10 +83,14 @@ impl Devices {
             nics: Vec::new(),
             vsocks: Vec::new(),
             balloon: None,
+            memories: Vec::new(),
+            rooms: Vec::new(),
             resizer: None,
         };
         progress.note("devices");
-        let total = count(config, consoles);
+        let rooms = std::mem::take(&mut devices.host.rooms);
+        devices.rooms = virtio_mem::shared(&rooms)?;
+        let total = count(config, consoles) + rooms.len();
         for (disk, end) in config.disks.iter().flatten().zip(&backends.disks) {
             devices.add_disk(progress, total, disk, end)?;
         }
@@ -126,7 +138,23 @@ impl Devices {
             })?;
             devices.balloon = handle;
         }
+        for room in rooms {
+            devices.add_memory(progress, total, room)?;
+        }
         Ok(devices)
+    }
+
+    fn add_memory(&mut self, progress: Progress<'_>, total: usize, room: Room) -> Result<(), MachineError> {
+        let host = &self.host;
+        let (memory, slots, report) = (host.memory.clone(), host.slots.clone(), host.report.clone());
+        let mut handle = None;
+        self.add(progress, total, &Some(room.id.clone()), |id| {
+            let device = virtio_mem::device(room, &memory, &slots, &report)?;
+            handle = Some((id.to_owned(), device.handle()));
+            Ok(Box::new(device))
+        })?;
+        self.memories.extend(handle);
+        Ok(())
     }
 
     fn add_disk(
@@ -161,9 +189,10 @@ impl Devices {
     ) -> Result<(), MachineError> {
         let host = &self.host;
         let (sandbox, report, events) = (host.sandbox.clone(), host.report.clone(), host.events.clone());
-        let mut handle = None;
+        let (mut handle, rooms) = (None, self.rooms.clone());
         self.add(progress, total, id, |id| {
             let device = vhost::device(id, peer, &sandbox, &report, &events)?;
+            device.show_rooms(rooms);
             handle = Some((id.to_owned(), device.handle()));
             Ok(Box::new(device))
         })?;
@@ -217,6 +246,11 @@ impl Devices {
         self.balloon.as_ref().map(|(_, balloon)| balloon)
     }
 
+    /// The memory devices.
+    pub(crate) fn memories(&self) -> &[virtio_mem::Named] {
+        &self.memories
+    }
+
     /// The devices, each behind the PCI function that presents it.
     pub(crate) fn tree(&self) -> DeviceTree {
         let nodes = self.slots.iter().flat_map(|(id, address)| {
@@ -260,6 +294,7 @@ impl Devices {
             nics: self.nics.clone(),
             vsocks: self.vsocks.clone(),
             balloon: self.balloon.clone(),
+            memories: self.memories.clone(),
             daemons: self.daemons.clone(),
         }
     }

@@ -22,8 +22,17 @@ impl Controller {
         let running = self.machine.is_some();
         let before = self.config.clone();
         let begun = self.resizes.begun();
+        let size = before.as_ref().map_or(0, |config| config.memory.size);
+        let by_blocks = target.desired_ram.filter(|_| self.has_virtio_mem());
+        let plugged = by_blocks.map(|bytes| self.plan_memory(size, bytes)).transpose()?;
         self.change(|config| {
-            let ram = target.desired_ram.unwrap_or(config.memory.size);
+            if plugged.is_some() {
+                config.memory.hotplugged_size = plugged.filter(|bytes| *bytes > 0);
+            }
+            let ram = target
+                .desired_ram
+                .filter(|_| plugged.is_none())
+                .unwrap_or(config.memory.size);
             if running && ram != config.memory.size {
                 return Err(unsupported(
                     "this version cannot change the memory of a running guest; shut it down first",
@@ -49,6 +58,9 @@ impl Controller {
             // All of it or nothing.
             self.config = before;
             return Err(error);
+        }
+        if let Some(bytes) = plugged {
+            self.resize_memory(0, bytes, Operation::Resize)?;
         }
         if let Some(bytes) = target.desired_balloon {
             self.resize_balloon(bytes)?;
@@ -120,6 +132,7 @@ impl Controller {
         for part in self.resizes.late(runs) {
             match part {
                 Part::Vcpus => self.give_up_on_processors(),
+                Part::Memory(at) => self.give_up_on_memory(at),
                 Part::Balloon => {
                     let mut reason = self.resizes.so_far(part);
                     let balloon = self.machine.as_ref().and_then(Machine::balloon);

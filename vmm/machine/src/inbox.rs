@@ -49,6 +49,8 @@ pub enum GuestEvent {
     Link,
     /// Its balloon has another size, or a driver; [`Machine`](crate::Machine) knows which.
     Balloon,
+    /// It has plugged or unplugged memory; [`Machine`](crate::Machine) knows how much.
+    Memory,
 }
 
 /// Sends messages to the controller, from any thread, without ever waiting for it.

@@ -16,6 +16,7 @@ mod edit;
 mod error;
 mod identity;
 mod inbox;
+mod memory;
 mod metrics;
 mod progress;
 mod resize;

@@ -4,6 +4,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
@@ -14,6 +16,7 @@ use triarch_device_core::metrics::{BUCKET_BOUNDS, Latencies, Padded};
 use triarch_vcpu::VcpuMetrics;
 use triarch_vhost_user::{LinkState, VhostUserHandle};
 use triarch_virtio::balloon::BalloonHandle;
+use triarch_virtio::mem::MemHandle;
 use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
@@ -27,6 +30,7 @@ pub(crate) struct DeviceMeters {
     pub(crate) vsocks: Vec<(String, VsockHandle)>,
     pub(crate) daemons: Vec<(String, VhostUserHandle)>,
     pub(crate) balloon: Option<(String, BalloonHandle)>,
+    pub(crate) memories: Vec<(String, MemHandle)>,
 }
 
 /// What one guest counts. It holds counters only: a disk or tap is not kept open by it.
@@ -35,6 +39,8 @@ pub(crate) struct GuestMeters {
     pub(crate) vcpus: Vec<Arc<Padded<VcpuMetrics>>>,
     pub(crate) cpus: Arc<CpuMeters>,
     pub(crate) devices: DeviceMeters,
+    /// Memory slots of KVM.
+    pub(crate) slots: Arc<AtomicU64>,
 }
 
 /// What can be read at any time.
@@ -77,10 +83,12 @@ impl GuestMeters {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
             hotplug: self.cpus.read(),
             memory: Some(api::MemoryMetrics {
-                size: self.memory.size,
+                size: self.memory.size + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
                 resident: process.map(|process| resident(&self.memory, process)),
+                slots: self.slots.load(Relaxed),
             }),
             balloon: devices.balloon.as_ref().map(|(id, b)| balloon(id, b)),
+            memories: devices.memories.iter().map(|(id, m)| memory(id, m)).collect(),
             disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
             nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
             vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
@@ -131,6 +139,23 @@ fn balloon(id: &str, balloon: &BalloonHandle) -> api::BalloonMetrics {
         memory: told.map(|told| told.bytes().collect()).unwrap_or_default(),
         events: told.map(|told| told.events().collect()).unwrap_or_default(),
         age: told.map(|told| age(told.at)),
+    }
+}
+
+fn memory(id: &str, memory: &MemHandle) -> api::MemoryDeviceMetrics {
+    let counters = memory.counters();
+    api::MemoryDeviceMetrics {
+        id: id.to_owned(),
+        requested: memory.requested(),
+        plugged: memory.plugged(),
+        reachable: memory.open(),
+        plugged_total: counters.plugged,
+        unplugged_total: counters.unplugged,
+        refused: vec![
+            ("nack", counters.nack),
+            ("busy", counters.busy),
+            ("error", counters.error),
+        ],
     }
 }
 
@@ -302,12 +327,14 @@ mod tests {
             },
             vcpus: vec![Arc::default()],
             cpus: Arc::default(),
+            slots: Arc::default(),
             devices: DeviceMeters {
                 disks: vec![("d".into(), Arc::default())],
                 nics,
                 vsocks: Vec::new(),
                 daemons: Vec::new(),
                 balloon: None,
+                memories: Vec::new(),
             },
         }));
         let metrics = meters.gather();

@@ -3,6 +3,7 @@
 //! Each is a target: it is answered at once, and a job follows the guest until it is there. The same target again is free, another one
 //! replaces it. A guest that stands still for too long has failed; what it was asked for stays, and it may get there later.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,22 +22,22 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 const WATCH: Duration = Duration::from_secs(1);
 
 /// What of a guest has a size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Part {
     /// Its vCPUs.
     Vcpus,
     /// Bytes in the balloon.
     Balloon,
+    /// Bytes plugged in a memory device.
+    Memory(usize),
 }
 
 impl Part {
-    pub(crate) const ALL: [Self; 2] = [Self::Vcpus, Self::Balloon];
-
     /// What it is counted in.
     fn unit(self) -> &'static str {
         match self {
             Self::Vcpus => "vCPUs",
-            Self::Balloon => "bytes",
+            Self::Balloon | Self::Memory(_) => "bytes",
         }
     }
 
@@ -44,7 +45,7 @@ impl Part {
     fn every(self) -> Duration {
         match self {
             Self::Vcpus => Duration::from_millis(250),
-            Self::Balloon => Duration::from_secs(1),
+            Self::Balloon | Self::Memory(_) => Duration::from_secs(1),
         }
     }
 }
@@ -72,7 +73,7 @@ struct Pending {
 
 /// The targets that the guest has not reached.
 pub(crate) struct Resizes {
-    parts: [Option<Pending>; Part::ALL.len()],
+    parts: BTreeMap<Part, Pending>,
     begun: u64,
     /// Whether the guest may do something without a target that nobody tells of.
     watched: bool,
@@ -88,9 +89,8 @@ impl Resizes {
             every: None,
             inbox,
         }));
-        let parts = [const { None }; Part::ALL.len()];
         let resizes = Self {
-            parts,
+            parts: BTreeMap::new(),
             begun: 0,
             watched: false,
             alarm: alarm.clone(),
@@ -100,7 +100,7 @@ impl Resizes {
 
     /// Whether the guest is on its way to anything.
     pub(crate) fn any(&self) -> bool {
-        self.parts.iter().any(Option::is_some)
+        !self.parts.is_empty()
     }
 
     /// How many jobs there were.
@@ -108,9 +108,14 @@ impl Resizes {
         self.begun
     }
 
+    /// What it is on its way to.
+    pub(crate) fn parts(&self) -> Vec<Part> {
+        self.parts.keys().copied().collect()
+    }
+
     /// Where the guest is on its way to.
     pub(crate) fn target(&self, part: Part) -> Option<u64> {
-        self.parts[part as usize].as_ref().map(|pending| pending.target)
+        self.parts.get(&part).map(|pending| pending.target)
     }
 
     /// Follows the guest to `goal`, by a job of `kind` that is in `phase`, instead of what it was asked for before.
@@ -120,19 +125,21 @@ impl Resizes {
         let job = jobs.begin(kind);
         job.note(phase);
         job.progress(goal.now, goal.end, part.unit());
-        self.parts[part as usize] = Some(Pending {
+        let pending = Pending {
             target: goal.target,
             end: goal.end,
             last: goal.now,
             since: Instant::now(),
             job,
-        });
+        };
+        self.parts.insert(part, pending);
         self.set_alarm();
     }
 
     /// Ends the job for another target than `target`, if there is one.
     pub(crate) fn replace(&mut self, part: Part, target: u64) {
-        if let Some(before) = self.parts[part as usize].take_if(|pending| pending.target != target) {
+        let other = self.target(part).is_some_and(|before| before != target);
+        if other && let Some(before) = self.parts.remove(&part) {
             let reason = format!("it was replaced by a target of {target} {}", part.unit());
             before.job.finish(Err(&reason));
         }
@@ -141,7 +148,7 @@ impl Resizes {
 
     /// The guest is so far now. Returns whether that is where it should be, and its job is still to be [`end`](Self::end)ed.
     pub(crate) fn stands(&mut self, part: Part, now: u64) -> bool {
-        let Some(pending) = &mut self.parts[part as usize] else {
+        let Some(pending) = self.parts.get_mut(&part) else {
             return false;
         };
         if pending.last != now {
@@ -154,7 +161,7 @@ impl Resizes {
     /// The guest is not on its way any more; returns the job that tells of it. Whoever sees that it has ended should see what it changed
     /// as well, so this has to be shown before the job is finished.
     pub(crate) fn end(&mut self, part: Part) -> Option<JobHandle> {
-        let pending = self.parts[part as usize].take()?;
+        let pending = self.parts.remove(&part)?;
         self.set_alarm();
         Some(pending.job)
     }
@@ -175,11 +182,11 @@ impl Resizes {
     /// Where the guest has stood still for too long. While it stands still itself, it has all the time.
     pub(crate) fn late(&mut self, guest_runs: bool) -> Vec<Part> {
         let mut late = Vec::new();
-        for part in Part::ALL {
-            match &mut self.parts[part as usize] {
-                Some(pending) if !guest_runs => pending.since = Instant::now(),
-                Some(pending) if pending.since.elapsed() >= PATIENCE => late.push(part),
-                _ => {}
+        for (part, pending) in &mut self.parts {
+            if !guest_runs {
+                pending.since = Instant::now();
+            } else if pending.since.elapsed() >= PATIENCE {
+                late.push(*part);
             }
         }
         late
@@ -187,7 +194,7 @@ impl Resizes {
 
     /// How far the guest is, for whoever wonders why it is not there.
     pub(crate) fn so_far(&self, part: Part) -> String {
-        let Some(Pending { last, end, .. }) = &self.parts[part as usize] else {
+        let Some(Pending { last, end, .. }) = self.parts.get(&part) else {
             return String::new();
         };
         let (unit, seconds) = (part.unit(), PATIENCE.as_secs());
@@ -195,8 +202,8 @@ impl Resizes {
     }
 
     fn set_alarm(&self) {
-        let pending = Part::ALL.into_iter().filter(|part| self.target(*part).is_some());
-        let every = pending.map(Part::every).chain(self.watched.then_some(WATCH)).min();
+        let every = self.parts.keys().map(|part| part.every());
+        let every = every.chain(self.watched.then_some(WATCH)).min();
         self.alarm.lock().unwrap_or_else(PoisonError::into_inner).set(every);
     }
 }
@@ -341,7 +348,7 @@ mod tests {
         begin(&mut resizes, &inbox, Part::Balloon, 0, 30);
         resizes.stands(Part::Balloon, 10);
         let wait = |resizes: &mut Resizes| {
-            let pending = resizes.parts[Part::Balloon as usize].as_mut().expect("pending");
+            let pending = resizes.parts.get_mut(&Part::Balloon).expect("pending");
             pending.since = Instant::now()
                 .checked_sub(PATIENCE)
                 .expect("a machine that is up for so long");

@@ -107,7 +107,7 @@ fn pieces(memory: &GuestMemory, at: GuestAddress, len: u64) -> impl Iterator<Ite
 }
 
 /// Gives `len` bytes from `offset` of `region` back, which are whole pages of its own.
-fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
+pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
     let shared = region.flags() & libc::MAP_SHARED != 0;
     match region.file_offset().filter(|_| shared) {
         // Unmapping would leave the pages in the file.
@@ -127,7 +127,7 @@ fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn advise(region: &GuestRegion, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+pub(crate) fn advise(region: &GuestRegion, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
     let start = region
         .get_host_address(MemoryRegionAddress(offset))
         .map_err(io::Error::other)?;

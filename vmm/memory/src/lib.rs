@@ -6,9 +6,11 @@
 
 mod discard;
 mod ram;
+mod sparse;
 
 pub use discard::{DiscardError, Discarder};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
+pub use sparse::SparseMemory;
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};

@@ -175,11 +175,11 @@ fn map_region(
         size,
         page: 1,
     })?;
-    advise(&region, options)?;
+    advise_region(&region, options)?;
     Ok(region)
 }
 
-fn map<B: Bitmap>(
+pub(crate) fn map<B: Bitmap>(
     size: u64,
     bitmap: B,
     flags: libc::c_int,
@@ -194,7 +194,7 @@ fn map<B: Bitmap>(
     builder.build()
 }
 
-fn advise(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {
+pub(crate) fn advise_region(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {
     let thp = if options.thp {
         libc::MADV_HUGEPAGE
     } else {
@@ -272,7 +272,7 @@ fn check_host_has(total: u64) -> Result<(), MemoryError> {
     Ok(())
 }
 
-fn memfd(size: u64, options: &RamOptions) -> Result<File, MemoryError> {
+pub(crate) fn memfd(size: u64, options: &RamOptions) -> Result<File, MemoryError> {
     let failed = |source| MemoryError::MemFd { size, source };
     let name = CString::new("guest-ram").unwrap_or_default();
     let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;

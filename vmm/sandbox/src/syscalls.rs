@@ -121,6 +121,9 @@ const SHARED: &[i64] = &[
 /// Giving memory that other processes map back to the host.
 const MEMORY: &[i64] = &[SYS_fallocate];
 
+/// Letting a guest reach memory, and taking it away.
+const MEMORY_SLOTS: &[u64] = &[0x4020_ae46]; // KVM_SET_USER_MEMORY_REGION
+
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
     SYS_clone,
@@ -270,7 +273,11 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
                 SYS_statx,
             ]))
             .collect(),
-        ThreadClass::Memory => base.chain(calls(EVENTS)).chain(calls(MEMORY)).collect(),
+        ThreadClass::Memory => base
+            .chain(calls(EVENTS))
+            .chain(calls(MEMORY))
+            .chain(ioctls(MEMORY_SLOTS))
+            .collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))
             .chain(calls(SOCKETS))

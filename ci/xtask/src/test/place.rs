@@ -44,7 +44,7 @@ const NOT_ON_HYGON: [&str; 12] = [
 ];
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does.
-const NOT_ON_ARM: [&str; 37] = [
+const NOT_ON_ARM: [&str; 50] = [
     "vhost::pauses_without_a_daemon",
     "vhost::requests_fail_when_told_so",
     "vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
@@ -82,6 +82,19 @@ const NOT_ON_ARM: [&str; 37] = [
     "payload::netd::ends_well_with_a_tap",
     "payload::passt::a_guest_has_an_address_and_sockets",
     "payload::passt::it_may_die",
+    "payload::virtio_mem::grows_and_shrinks",
+    "payload::virtio_mem::what_is_not_plugged_is_no_memory",
+    "payload::virtio_mem::wrong_requests_change_nothing",
+    "payload::virtio_mem::a_guest_that_spreads_out_gets_no_more",
+    "payload::virtio_mem::targets_are_jobs",
+    "payload::virtio_mem::what_cannot_be_is_refused",
+    "payload::virtio_mem::resets_return_it",
+    "payload::virtio_mem::pauses_keep_it",
+    "payload::virtio_mem::disks_reach_it",
+    "payload::virtio_mem::it_may_go_under_a_disk",
+    "payload::virtio_mem::room_costs_nothing",
+    "payload::virtio_mem::a_guest_may_stand_still",
+    "payload::virtio_mem::many_rounds_leave_nothing_behind",
 ];
 
 /// A host and the tests it is for.

@@ -258,7 +258,10 @@ impl Engine {
     /// Has the daemon log which pages it writes, also the one after it, or no longer. Fails when there is one and it cannot.
     fn log_pages(&mut self, on: bool, written: Option<Event>) -> Result<Option<Arc<PageLog>>, LinkError> {
         self.pages = match &self.context {
-            Some(context) if on => Some(Arc::new(PageLog::new(&context.memory.memory(), written)?)),
+            Some(context) if on => {
+                let memory = self.shared.whole(&context.memory.memory());
+                Some(Arc::new(PageLog::new(&memory, written)?))
+            }
             _ => None,
         };
         match self.announce_log() {
@@ -317,13 +320,13 @@ impl Engine {
         session.set_features(context.features, wake)?;
         session.set(kind.settings(context.features), wake)?;
         if way.is_none() {
-            let memory = context.memory.memory();
+            let memory = self.shared.whole(&context.memory.memory());
             *way = Some(if session.direct {
-                session.share(&[&*memory], wake)?;
+                session.share(&[&memory], wake)?;
                 Way::Direct
             } else {
                 let rings = Shadow::new(beyond(&memory), kind.queue_sizes())?;
-                session.share(&[&*memory, rings.memory()], wake)?;
+                session.share(&[&memory, rings.memory()], wake)?;
                 Way::Relay(rings)
             });
             session.announce(kind.queue_sizes().len() as u16, wake)?;

@@ -4,7 +4,7 @@ use crate::Guest;
 use crate::clock;
 use crate::data;
 use crate::dev::Setup;
-use crate::dev::blk::{Blk, MAX_SECTORS, SoakPlan, feature, request};
+use crate::dev::blk::{Blk, MAX_SECTORS, SoakPlan, check, feature, request};
 use crate::dev::load::Plan;
 use crate::shell::{Args, Reply};
 use crate::virtio::ring::Segment;
@@ -43,6 +43,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
                 .map(|()| String::new())
         }
         "raw" => raw(disk, args),
+        "dma" => dma(disk, args),
         "stress" => {
             let (blocks, depth) = (args.number("BLOCKS")?, args.number_to("DEPTH", 128)?);
             let start = clock::ticks();
@@ -54,6 +55,21 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         "load" => load(disk, args, &arenas),
         other => Err(format!("blk {other}?")),
     }
+}
+
+/// `dma in|out SECTOR COUNT ADDR [ms=N]`: without a buffer of the driver's.
+fn dma(disk: &mut Blk, args: &mut Args) -> Reply {
+    let write = args.word("in|out")? == "in";
+    let kind = if write { request::IN } else { request::OUT };
+    let (sector, count) = (args.number("SECTOR")?, args.number_to("COUNT", MAX_SECTORS)?);
+    let segment = Segment {
+        address: args.number("ADDR")?,
+        len: count as u32 * 512,
+        write,
+    };
+    let ms = args.option("ms", 5000);
+    let status = disk.request_within(kind, sector, &[segment], ms);
+    status.and_then(check).map(|()| String::new())
 }
 
 fn info(disk: &mut Blk) -> Reply {

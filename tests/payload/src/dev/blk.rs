@@ -114,7 +114,7 @@ impl Driver for Blk {
 }
 
 /// A status byte in words.
-pub(super) fn check(status: u8) -> Result<(), String> {
+pub fn check(status: u8) -> Result<(), String> {
     match status {
         0 => Ok(()),
         1 => Err("status 1 (I/O error)".into()),
@@ -147,9 +147,14 @@ impl Blk {
 
     /// One request of any type, with the data segments given, on the next queue; its status byte.
     pub fn request(&mut self, kind: u32, sector: u64, segments: &[Segment]) -> Result<u8, String> {
+        self.request_within(kind, sector, segments, TIMEOUT_MS)
+    }
+
+    /// The same, for one that may never be answered.
+    pub fn request_within(&mut self, kind: u32, sector: u64, segments: &[Segment], ms: u64) -> Result<u8, String> {
         let queue = self.next_queue();
         self.begin(queue, kind, sector, segments)?;
-        let done = self.queues[queue].wait(Deadline::after_ms(TIMEOUT_MS));
+        let done = self.queues[queue].wait(Deadline::after_ms(ms));
         done.ok_or_else(|| format!("no answer, device status {:#x}", self.transport.status()))?;
         Ok(self.header.bytes()[128])
     }

@@ -7,6 +7,7 @@ pub mod flood;
 pub mod load;
 pub mod net;
 pub mod rng;
+pub mod vmem;
 pub mod vsock;
 
 use crate::Guest;
@@ -24,16 +25,18 @@ use blk::Blk;
 use console::Console;
 use net::Net;
 use rng::Rng;
+use vmem::Vmem;
 use vsock::Vsock;
 
 /// Virtio device types that have a driver here.
-pub const KINDS: [(&str, u16); 6] = [
+pub const KINDS: [(&str, u16); 7] = [
     ("net", 1),
     ("blk", 2),
     ("console", 3),
     ("rng", 4),
     ("balloon", 5),
     ("vsock", 19),
+    ("vmem", 24),
 ];
 
 /// Receive buffers of a NIC's queue pair unless told otherwise.
@@ -117,6 +120,7 @@ pub struct Devices {
     rng: BTreeMap<usize, Box<Rng>>,
     vsock: BTreeMap<usize, Box<Vsock>>,
     balloon: BTreeMap<usize, Box<Balloon>>,
+    vmem: BTreeMap<usize, Box<Vmem>>,
 }
 
 fn function(functions: &[Function], name: &str, index: usize) -> Result<Function, String> {
@@ -176,7 +180,7 @@ macro_rules! accessors {
     };
 }
 
-accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon);
+accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem);
 
 /// Splits `blk0` into its name and number.
 pub fn device_name(word: &str) -> Result<(&str, usize), String> {

@@ -39,6 +39,7 @@ mod vhost;
 mod vhost_fs;
 mod vhost_generic;
 mod vhost_net;
+mod virtio_mem;
 mod vsock;
 
 use triarch_harness::suite::Test;
@@ -51,6 +52,8 @@ pub fn tests() -> Vec<Test> {
         memory::TESTS,
         backing::TESTS,
         balloon::TESTS,
+        virtio_mem::TESTS,
+        virtio_mem::SLOW,
         smp::TESTS,
         hotplug::TESTS,
         hotplug::SLOW,

@@ -58,6 +58,7 @@ pub unsafe fn read(address: u64) -> Result<Platform, &'static str> {
         cmdline,
         map: map.chunks_exact(step).map(entry).collect::<Vec<_>>(),
         modules: u32::from(number("linux,initrd-start").is_some()),
+        rooms: alloc::vec::Vec::new(),
     })
 }
 

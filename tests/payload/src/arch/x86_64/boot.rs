@@ -77,6 +77,7 @@ pub unsafe fn read(address: u64) -> Result<Platform, &'static str> {
         cmdline,
         map,
         modules: info.module_count,
+        rooms: alloc::vec::Vec::new(),
     })
 }
 
