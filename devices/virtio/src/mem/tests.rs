@@ -429,6 +429,8 @@ impl Model {
     }
 
     fn answer(&mut self, kind: u16, addr: u64, count: u16) -> (u16, u16) {
+        // More than there are cannot be right; a few too many show it as well.
+        let count = count.min(2 * BLOCKS as u16);
         let all: Vec<u64> = (0..u64::from(count)).map(|n| addr.wrapping_add(n * BLOCK)).collect();
         let known = all
             .iter()
