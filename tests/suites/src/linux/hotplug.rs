@@ -1,5 +1,6 @@
 //! vCPUs come and go under a stock kernel.
 
+use crate::held::Held;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::thread;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use triarch_harness::api::Api;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
-use triarch_harness::suite::{Context, Outcome, Test};
+use triarch_harness::suite::{Context, Outcome, Test, figure, rounds};
 
 /// On ARM kernels can do it from 6.11 on.
 pub const TESTS: &[Test] = &[
@@ -15,11 +16,12 @@ pub const TESTS: &[Test] = &[
         true => Ok(Outcome::Skipped("ARM kernels can add CPUs from 6.11 on".into())),
         false => come_and_go(c, Kernel::V6_1),
     })
-    .within(Duration::from_secs(300)),
+    .within(Duration::from_secs(600)),
     Test::nested("hotplug::vcpus_come_and_go_under_linux_6_12", |c| {
         come_and_go(c, Kernel::V6_12)
     })
-    .within(Duration::from_secs(300)),
+    .within(Duration::from_secs(600))
+    .soak(),
     Test::nested("hotplug::a_kernel_that_cannot_is_told_of", |c| match is_arm() {
         true => cannot(c),
         false => Ok(Outcome::Skipped("x86 kernels can all add CPUs".into())),
@@ -125,6 +127,36 @@ impl Subject {
         Ok(())
     }
 
+    /// One vCPU comes and goes `count` times, and afterwards the VMM holds what it held before.
+    fn many_rounds(&self, count: u32) -> Result<()> {
+        let pid = self.guest.vm().pid();
+        let before = Held::at_rest(pid)?;
+        self.guest.shell("dmesg -c >/dev/null")?;
+        let begin = Instant::now();
+        for round in 1..=count {
+            let what = || format!("round {round} of {count}");
+            self.resize(2)?;
+            self.bring_online(1, 1)?;
+            self.done("the guest started vCPU 1").with_context(what)?;
+            if round % 50 == 0 || round == count {
+                self.has(2).with_context(what)?;
+            }
+            self.resize(1)?;
+            self.done("the guest gave back vCPU 1").with_context(what)?;
+            before.is_all_of(pid).with_context(what)?;
+        }
+        let took = begin.elapsed();
+        self.has(1)?;
+        let complaints = self
+            .guest
+            .shell("dmesg | grep -e 'ACPI.*Error' -e 'cut here' || true")?;
+        ensure!(complaints.trim().is_empty(), "{complaints}");
+        let after = Held::of(pid)?;
+        figure(&format!(
+            "{count} rounds of a vCPU under Linux: {took:.1?}; first {before}; last {after}"
+        ))
+    }
+
     /// How much of the load is done.
     fn good(&self) -> Result<u64> {
         Ok(self.guest.shell("wc -l </load/good")?.trim().parse()?)
@@ -164,6 +196,9 @@ fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
         .guest
         .shell("touch /load/stop; cat /load/bad 2>/dev/null || true; dmesg | grep -e 'ACPI.*Error' || true")?;
     ensure!(bad.trim().is_empty(), "{bad}");
+    if kernel == Kernel::V6_12 {
+        subject.many_rounds(rounds(2))?;
+    }
     subject.guest.power_off()?;
     Ok(Outcome::Passed)
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use std::time::{Duration, Instant};
-use triarch_harness::suite::{Context, Outcome, Test, figure, rounds};
+use triarch_harness::suite::{Context, Outcome, Test, figure, is_patient, rounds};
 
 use super::hotplug::{done, resize, start};
 use crate::held::Held;
@@ -16,7 +16,7 @@ pub const TESTS: &[Test] = &[Test::payload(
 .soak()];
 
 fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
-    let rounds = rounds(20);
+    let rounds = rounds(if is_patient() { 6 } else { 20 });
     let (mut guest, api) = start(context, "boot=1,max=4")?;
     let mut before = None;
     let (mut answers, mut whole) = (Vec::new(), Vec::new());
