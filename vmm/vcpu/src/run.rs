@@ -223,11 +223,10 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Adds a vCPU, whose index is the next, and which the guest does not have yet. Returns when its thread has its name.
+    /// Adds a vCPU, whose index is the next, and which the guest does not have yet. Its thread has begun, and has its name, when
+    /// [`wait_rested`](Self::wait_rested) has returned: several that are added begin side by side.
     pub fn add(&mut self, vcpu: Vcpu) -> Result<(), VcpuError> {
-        self.spawn(vcpu)?;
-        self.wait_begun();
-        Ok(())
+        self.spawn(vcpu)
     }
 
     /// Waits until vCPU `index`, which the guest does not have, can be plugged: its thread is parked, and has made an end of what it
