@@ -102,9 +102,13 @@ impl fmt::Display for Held {
     }
 }
 
-/// What a descriptor is, without what makes it this one: `socket:[123]` is `socket`.
+/// What a descriptor is, without what makes it this one: `socket:[123]` is `socket`, and `anon_inode:[eventfd]` is that.
 fn kind(target: &str) -> String {
-    target.split(":[").next().unwrap_or(target).to_owned()
+    let kind = match target.split_once(":[") {
+        Some((kind, id)) if id.starts_with(|c: char| c.is_ascii_digit()) => kind,
+        _ => target,
+    };
+    kind.to_owned()
 }
 
 /// Mappings, and KiB that the process wrote to outside of the guest's memory.
@@ -120,4 +124,37 @@ fn memory(smaps: &str) -> (usize, u64) {
         }
     }
     (mappings, private)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_does_not_belong_to_the_guest_counts() {
+        let smaps = "7f00-7f10 rw-p 0\nSize: 64 kB\nPrivate_Dirty: 8 kB\n\
+            7f20-9f20 rw-s 0\nSize: 524288 kB\nPrivate_Dirty: 1000 kB\n\
+            a000-a010 rw-p 0\nSize: 64 kB\nPrivate_Dirty: 4 kB\n";
+        assert_eq!(memory(smaps), (3, 12));
+        assert_eq!(
+            ["socket:[7]", "anon_inode:[eventfd]", "/dev/kvm"].map(kind),
+            ["socket", "anon_inode:[eventfd]", "/dev/kvm"]
+        );
+    }
+
+    #[test]
+    fn what_is_not_given_back_is_seen() {
+        let held = Held::of(std::process::id()).expect("this process");
+        assert_eq!(held.difference(&held), None);
+        let more = |change: fn(&mut Held)| {
+            let mut now = held.clone();
+            change(&mut now);
+            held.difference(&now)
+        };
+        assert!(more(|now| *now.descriptors.entry("socket".into()).or_default() += 1).is_some());
+        assert!(more(|now| *now.threads.entry("vcpu9".into()).or_default() += 1).is_some());
+        assert!(more(|now| now.mappings += 1).is_some());
+        assert_eq!(more(|now| now.private_kib += SLACK_KIB), None);
+        assert!(more(|now| now.private_kib += SLACK_KIB + 1).is_some());
+    }
 }
