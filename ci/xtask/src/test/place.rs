@@ -9,7 +9,7 @@ use crate::host::{Kind, Options};
 use crate::kernels::Version;
 
 /// The tests on a second ARM host: those that see another processor and another KVM.
-const SECOND_ARM: [&str; 15] = [
+const SECOND_ARM: [&str; 16] = [
     "boot::linux_6_1_on_1_cpu",
     "boot::linux_6_1_on_4_cpus",
     "boot::linux_6_12_on_1_cpu",
@@ -21,6 +21,7 @@ const SECOND_ARM: [&str; 15] = [
     "power::a_panic_resets",
     "hotplug::vcpus_come_and_go_under_linux_6_12",
     "payload::hotplug::processors_come_and_go",
+    "payload::hotplug::any_order_is_as_a_model_says",
     "payload::boot::says_hello",
     "payload::smp::starts_sixteen",
     "payload::smp::interrupts_others",
