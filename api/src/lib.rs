@@ -9,6 +9,7 @@ pub mod audit;
 mod backend;
 mod balloon;
 mod config;
+mod cpu_features;
 mod datapath;
 pub mod events;
 pub mod flags;
@@ -35,6 +36,7 @@ pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
     MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
 };
+pub use cpu_features::{CpuDescription, CpuFeatures, CpuSignature};
 pub use datapath::DataPath;
 pub use memory::HotplugMethod;
 pub use operation::{Operation, Phase};

@@ -78,13 +78,15 @@ pub enum Operation {
     AddVsock,
     /// `vm.remove-device`.
     RemoveDevice,
+    /// `vmm.cpu-features`.
+    CpuFeatures,
     /// `vmm.shutdown`: end the process.
     VmmShutdown,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -104,6 +106,7 @@ impl Operation {
         Self::AddGenericVhostUser,
         Self::AddVsock,
         Self::RemoveDevice,
+        Self::CpuFeatures,
         Self::VmmShutdown,
     ];
 
@@ -129,6 +132,7 @@ impl Operation {
             Self::AddGenericVhostUser => "vm.add-generic-vhost-user",
             Self::AddVsock => "vm.add-vsock",
             Self::RemoveDevice => "vm.remove-device",
+            Self::CpuFeatures => "vmm.cpu-features",
             Self::VmmShutdown => "vmm.shutdown",
         }
     }
@@ -149,7 +153,7 @@ impl Operation {
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume => &[Paused],
             Self::Shutdown | Self::Reboot | Self::ResizeDisk => &[Running, Paused],
-            Self::VmmShutdown => &Phase::ALL,
+            Self::CpuFeatures | Self::VmmShutdown => &Phase::ALL,
         }
     }
 
@@ -195,12 +199,15 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_create_and_the_end_works_without_a_vm() {
+    fn nothing_but_create_the_end_and_what_asks_of_the_host_works_without_a_vm() {
         let accepted: Vec<_> = Operation::ALL
             .into_iter()
             .filter(|o| o.check(Phase::Absent).is_ok())
             .collect();
-        assert_eq!(accepted, [Operation::Create, Operation::VmmShutdown]);
+        assert_eq!(
+            accepted,
+            [Operation::Create, Operation::CpuFeatures, Operation::VmmShutdown]
+        );
     }
 
     /// Where an operation that succeeds leads; `None`: it leaves the phase as it is.

@@ -6,7 +6,9 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, VmConfig, VsockConfig};
+use crate::{
+    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, VmConfig, VsockConfig,
+};
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub enum Request {
     AddVsock(VsockConfig),
     /// Take a device away.
     RemoveDevice(RemoveDevice),
+    /// Tell what CPUs guests can have here, and what the guest that is there has.
+    CpuFeatures,
     /// End the process.
     VmmShutdown,
 }
@@ -70,6 +74,7 @@ impl Request {
             Self::AddGenericVhostUser(_) => Operation::AddGenericVhostUser,
             Self::AddVsock(_) => Operation::AddVsock,
             Self::RemoveDevice(_) => Operation::RemoveDevice,
+            Self::CpuFeatures => Operation::CpuFeatures,
             Self::VmmShutdown => Operation::VmmShutdown,
         }
     }
@@ -77,6 +82,11 @@ impl Request {
     /// The route's name, for messages and audit lines.
     pub fn name(&self) -> &'static str {
         self.operation().name()
+    }
+
+    /// Whether it only asks: nothing changes, and nobody records it.
+    pub fn is_question(&self) -> bool {
+        matches!(self, Self::CpuFeatures)
     }
 
     /// Whether a VM in `phase` accepts the request; if not, what the client is told.
@@ -128,6 +138,8 @@ pub struct RemoveDevice {
 pub enum Reply {
     /// Done, nothing to tell.
     Done,
+    /// What the CPUs can do.
+    CpuFeatures(Box<CpuFeatures>),
 }
 
 /// Body of `vm.info`.

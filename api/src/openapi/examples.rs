@@ -45,6 +45,16 @@ pub(super) fn of_answer(route: &str) -> Value {
             "_disk0": { "read_ops": 310, "read_bytes": 12_697_600, "read_latency_min": 41, "read_latency_max": 902, "read_latency_avg": 77 },
             "net0": { "rx_frames": 12, "rx_bytes": 1_210, "tx_frames": 9, "tx_bytes": 846 },
         })),
+        "vmm.cpu-features" => one(json!({
+            "host": {
+                "architecture": "x86_64", "vendor": "HygonGenuine",
+                "signature": { "family": 24, "model": 16, "stepping": 0 },
+                "kernel": "6.12.0", "tsc_khz": 2_600_000, "tsc_scaling": true,
+                "features": ["pni", "aes", "avx2", "sha_ni"],
+                "values": { "physical_address_bits": 48, "xsave_area_size": 832 },
+                "unnamed": [],
+            },
+        })),
         "vm.events" => one(json!([event()])),
         "vm.jobs" => one(json!([job()])),
         "vm.job/{id}" => one(job()),

@@ -9,8 +9,8 @@ use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice, Resize, ResizeDisk,
-    VmConfig, VmInfo, VsockConfig,
+    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice, Resize,
+    ResizeDisk, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -80,6 +80,7 @@ impl Contract {
                 contract.answer = match operation {
                     Operation::Info => vec![(JSON, reference::<VmInfo>(generator))],
                     Operation::Counters => vec![(JSON, reference::<Counters>(generator))],
+                    Operation::CpuFeatures => vec![(JSON, reference::<CpuFeatures>(generator))],
                     _ => Vec::new(),
                 };
                 contract.failures.push(500);
@@ -242,6 +243,7 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         | Operation::Reboot
         | Operation::PowerButton
         | Operation::Nmi
+        | Operation::CpuFeatures
         | Operation::VmmShutdown => None,
     }
 }

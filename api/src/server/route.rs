@@ -101,6 +101,11 @@ pub const ROUTES: &[Route] = &[
         "figures of disks and network interfaces",
     ),
     get(
+        "vmm.cpu-features",
+        Action::Vm(Operation::CpuFeatures),
+        "what CPUs guests can have on this host, and what the guest that is there has ([cpu-model.md](cpu-model.md))",
+    ),
+    get(
         "metrics",
         Action::Metrics,
         "everything that is counted, as Prometheus text; also at `/metrics`",

@@ -112,6 +112,7 @@ impl Router {
             Operation::AddGenericVhostUser => Request::AddGenericVhostUser(reader.read(name, body)?),
             Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
+            Operation::CpuFeatures => Request::CpuFeatures,
             Operation::VmmShutdown => Request::VmmShutdown,
         }))
     }
@@ -150,14 +151,16 @@ impl Router {
 
     fn submit(&self, request: Request, peer: Peer, since: Instant, later: Later) {
         let (name, requests, audit) = (request.name(), self.requests.clone(), self.audit.clone());
-        let audited = Audited::new(peer, name, Some(&request));
+        let audited = (!request.is_question()).then(|| Audited::new(peer, name, Some(&request)));
         let answer = Answer::new(move |result| {
             let error = result.as_ref().err().map(ToString::to_string);
             let response = response(result);
             let status = response.status();
             requests.answered(name, status, since.elapsed());
             // It is on record before the client has it.
-            audited.answered(status, error.as_deref(), &*audit);
+            if let Some(audited) = audited {
+                audited.answered(status, error.as_deref(), &*audit);
+            }
             later.respond(response);
         });
         self.handler.submit(request, answer);
@@ -237,6 +240,10 @@ impl Router {
 fn response(result: Result<Reply, ApiError>) -> Response {
     match result {
         Ok(Reply::Done) => Response::done(),
+        // Text and numbers always serialise.
+        Ok(Reply::CpuFeatures(features)) => {
+            Response::json(ascii(serde_json::to_string(&*features).unwrap_or_default()))
+        }
         Err(error) => Response::error(error.status(), &error.to_string()),
     }
 }

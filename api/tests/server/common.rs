@@ -15,7 +15,10 @@ use tempfile::TempDir;
 use triarch_api::events::EventLog;
 use triarch_api::jobs::JobBoard;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Service, Stopper};
-use triarch_api::{Answer, ApiError, DeviceTree, Handler, NetConfig, Phase, Reply, Request, VmConfig, VmInfo};
+use triarch_api::{
+    Answer, ApiError, CpuDescription, CpuFeatures, DeviceTree, Handler, NetConfig, Phase, Reply, Request, VmConfig,
+    VmInfo,
+};
 
 /// Follows the phases and tells so; a boot is answered only when the test says so.
 pub struct FakeVm {
@@ -86,6 +89,22 @@ impl FakeVm {
     }
 }
 
+/// What the host of the fake VM offers.
+pub fn cpu_features() -> CpuFeatures {
+    let host = CpuDescription {
+        architecture: "x86_64".to_owned(),
+        vendor: Some("HygonGenuine".to_owned()),
+        signature: None,
+        kernel: None,
+        tsc_khz: None,
+        tsc_scaling: Some(false),
+        features: vec!["avx2".to_owned()],
+        values: [("physical_address_bits".to_owned(), 48)].into(),
+        unnamed: Vec::new(),
+    };
+    CpuFeatures { host, vm: None }
+}
+
 impl Handler for FakeVm {
     fn submit(&self, request: Request, answer: Answer) {
         let phase = self.info().map_or(Phase::Absent, |info| info.state);
@@ -107,6 +126,7 @@ impl Handler for FakeVm {
             Request::Shutdown => self.set(Phase::Shutdown),
             Request::Delete => *self.info.lock().unwrap() = None,
             Request::PowerButton | Request::Nmi | Request::VmmShutdown => {}
+            Request::CpuFeatures => return answer.send(Ok(Reply::CpuFeatures(Box::new(cpu_features())))),
             Request::AddNet(net, fds) => *self.handed.lock().unwrap() = Some((*net, fds)),
             Request::Resize(_)
             | Request::ResizeDisk(_)

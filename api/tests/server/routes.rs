@@ -59,6 +59,23 @@ fn ping_tells_who_answers() {
 }
 
 #[test]
+fn cpus_are_told_with_and_without_a_vm() {
+    let (server, vm) = Running::api(Limits::default());
+    let mut client = server.connect();
+    let got = client.get("vmm.cpu-features");
+    assert_eq!(
+        (got.status, got.body.as_str()),
+        (
+            200,
+            r#"{"host":{"architecture":"x86_64","vendor":"HygonGenuine","tsc_scaling":false,"features":["avx2"],"values":{"physical_address_bits":48},"unnamed":[]}}"#
+        )
+    );
+    vm.create(VmConfig::default());
+    assert_eq!(client.get("vmm.cpu-features").body, got.body);
+    assert_eq!(client.put("vmm.cpu-features", "").status, 405);
+}
+
+#[test]
 fn routes_without_their_device_say_so() {
     let (server, vm) = Running::api(Limits::default());
     vm.create(VmConfig::default());

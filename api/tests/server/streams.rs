@@ -368,6 +368,7 @@ fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is
         let got = client.put(name, body);
         client.get("vm.info");
         client.get("vm.jobs");
+        assert_eq!(client.get("vmm.cpu-features").status, 200);
         let records = kept.0.lock().unwrap();
         assert_eq!(records.len(), count + 1, "after {name}");
         let record = records.last().expect("one");

@@ -1,7 +1,7 @@
 //! What differs between processor architectures, behind the same names.
 //!
 //! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
-//! before its vCPUs), [`CpuPlan`], [`create_vcpus`] and [`create_later`], [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
+//! before its vCPUs), [`CpuPlan`], [`create_vcpus`] and [`create_later`], [`host_processor`] (what CPUs guests can have here), [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
 //! devices that sit at fixed places), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs, in
 //! [`CPU_HOTPLUG_NEEDS`] what a guest needs that gets CPUs while it runs. No
 //! other crate asks which architecture it is built for.

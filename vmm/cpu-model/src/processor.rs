@@ -272,6 +272,14 @@ impl Processor {
         }
     }
 
+    /// `x86_64` or `aarch64`.
+    pub fn architecture(&self) -> &'static str {
+        match self {
+            Self::X86(_) => "x86_64",
+            Self::Arm64(_) => "aarch64",
+        }
+    }
+
     /// The features CPUs like it can have.
     pub fn features(&self) -> &'static Table {
         match self {

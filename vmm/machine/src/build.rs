@@ -8,7 +8,7 @@ use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
 use triarch_api::{CpuTopology, DeviceLink, DeviceTree, MemoryConfig, VmConfig};
 use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
-use triarch_cpu_model::Topology;
+use triarch_cpu_model::{GuestProcessor, Topology};
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
 use triarch_legacy::{CpuHotplug, SerialPort};
@@ -52,6 +52,7 @@ pub struct Machine {
     /// vCPUs the guest never had.
     parked: VecDeque<Vcpu>,
     plan: CpuPlan,
+    processor: Option<GuestProcessor>,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
     vm: Vm,
     _memory: GuestMemoryHandle,
@@ -96,10 +97,12 @@ impl Machine {
         let platform = Platform::new(&vm)?;
         progress.note("processors");
         let Vcpus {
+            processor,
             running,
             parked,
             firmware,
         } = triarch_arch::create_vcpus(&vm, &plan, &platform)?;
+        let processor = crate::cpu_features::told(processor);
 
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let windows = BarAllocator {
@@ -150,6 +153,7 @@ impl Machine {
             _buses,
             parked: parked.into(),
             plan,
+            processor,
             vm,
             _memory: memory,
         })
@@ -186,6 +190,11 @@ impl Machine {
     /// Its processors that come and go, if they can.
     pub(crate) fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
         self.board.cpus()
+    }
+
+    /// The CPU its vCPUs are, as it was given to the guest, if KVM told.
+    pub(crate) fn processor(&self) -> Option<&GuestProcessor> {
+        self.processor.as_ref()
     }
 
     /// vCPUs it started with.

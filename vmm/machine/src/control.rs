@@ -61,7 +61,7 @@ pub struct Controller {
     daemons: Option<Arc<dyn Daemons>>,
     /// The VMM ends with the terminal the guest is on.
     hang_up_ends: bool,
-    kvm: Kvm,
+    pub(crate) kvm: Kvm,
     pub(crate) phase: Phase,
     /// The phase the supervisor knows of.
     told_phase: Phase,
@@ -352,6 +352,7 @@ impl Controller {
             Request::AddGenericVhostUser(device) => self.add_generic(device)?,
             Request::AddVsock(vsock) => self.add_vsock(vsock)?,
             Request::RemoveDevice(device) => self.remove_device(&device.id)?,
+            Request::CpuFeatures => return Ok(self.cpu_features()?),
             Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),
         }
         Ok(Reply::Done)

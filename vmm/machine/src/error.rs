@@ -122,7 +122,7 @@ impl MachineError {
     fn another_configuration_would_do(&self) -> bool {
         match self {
             Self::Config(_) | Self::Address(_) | Self::Slot { .. } => true,
-            Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_)),
+            Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_) | CpuError::Description(_)),
             // A mapping fails for want of pages: of the host's, or of its pool of huge ones.
             Self::Memory(cause) => !matches!(cause, MemoryError::MemFd { .. } | MemoryError::Layout(_)),
             Self::Load(cause) => !matches!(cause, LoadError::Acpi(_)) && !host_is_short(cause),

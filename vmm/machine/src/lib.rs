@@ -9,6 +9,7 @@ mod backends;
 mod build;
 mod consoles;
 mod control;
+mod cpu_features;
 mod cpus;
 mod daemons;
 mod devices;

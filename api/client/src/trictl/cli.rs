@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Info,
     /// Show what disks and network interfaces have counted
     Counters,
+    /// Show what CPUs guests can have on this host, and what the VM's is
+    CpuFeatures,
     /// Give the VMM a configuration, the JSON of vm.create
     Create {
         /// File with the configuration; - reads standard input

@@ -15,7 +15,7 @@ use triarch_client::{Client, Response};
 
 use crate::cli::{self, AddNet, Cli, Command, Global};
 use crate::output::{Failure, print};
-use crate::{documents, follow, inherit, jobs, progress, show, top};
+use crate::{cpu, documents, follow, inherit, jobs, progress, show, top};
 
 /// What may be read from standard input or a file: more than a VMM takes.
 const MAX_INPUT: u64 = 16 << 20;
@@ -38,6 +38,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Ping => session.show("vmm.ping", show::ping),
         Command::Info => session.show("vm.info", show::info),
         Command::Counters => session.show("vm.counters", show::counters),
+        Command::CpuFeatures => session.show("vmm.cpu-features", cpu::features),
         Command::Create { file } => {
             let config = read(&file)?;
             session.put(Operation::Create, Some(config), &[])

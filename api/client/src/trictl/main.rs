@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod cpu;
 mod documents;
 mod follow;
 mod inherit;

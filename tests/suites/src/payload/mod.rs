@@ -9,6 +9,7 @@ mod blk;
 mod boot;
 mod clients;
 mod console;
+mod cpu_features;
 pub(crate) mod data;
 mod edit;
 mod ends;
@@ -64,6 +65,7 @@ pub fn tests() -> Vec<Test> {
         net::TESTS,
         rng::TESTS,
         console::TESTS,
+        cpu_features::TESTS,
         vsock::TESTS,
         vhost::TESTS,
         vhost_generic::TESTS,

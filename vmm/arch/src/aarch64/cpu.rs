@@ -10,11 +10,11 @@ use std::sync::Arc;
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
 use triarch_cpu_model::psci::Processors;
-use triarch_cpu_model::{Topology, TopologyError};
+use triarch_cpu_model::{DescriptionError, Topology, TopologyError};
 use triarch_hypervisor::{Firmware, HypervisorError, Vcpu, Vm};
 
 use super::psci::Psci;
-use super::{Entry, Platform, layout, psci};
+use super::{Entry, Platform, layout, processor, psci};
 use crate::starts::Starts;
 use crate::{CpuCount, Vcpus};
 
@@ -54,6 +54,9 @@ pub enum CpuError {
         /// What the tables say.
         expected: u64,
     },
+    /// KVM tells of a CPU that cannot be.
+    #[error("cannot describe the CPU that KVM gave a vCPU")]
+    Description(#[from] DescriptionError),
     /// KVM refused.
     #[error("cannot set up a vCPU")]
     Kvm(#[from] HypervisorError),
@@ -187,6 +190,10 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpu
     if plan.features.pmu {
         running.iter().try_for_each(start_pmu)?;
     }
+    let first = running
+        .first()
+        .ok_or(HypervisorError::Capability("a vCPU to start with"))?;
+    let processor = processor::of_vcpu(first, plan, plan.init(&target, false).features[0]);
     let parked = running.split_off(plan.count.now as usize);
     let firmware: Arc<dyn Firmware> = if forwarded {
         let affinities = (0..plan.count.max).map(|index| plan.hardware_id(index));
@@ -196,6 +203,7 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpu
         Arc::new(Starts::new(plan.count.max, plan.count.now, KVM_MP_STATE_STOPPED))
     };
     Ok(Vcpus {
+        processor,
         running,
         parked,
         firmware,

@@ -6,6 +6,8 @@ mod describe;
 pub mod layout;
 mod load;
 mod platform;
+#[allow(unsafe_code)] // a register of the CPU, and what KVM's crate cannot ask
+mod processor;
 mod psci;
 #[allow(unsafe_code)] // instructions for the guest
 mod runtime;
@@ -14,6 +16,7 @@ pub use board::Board;
 pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
+pub use processor::host_processor;
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.
 pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];

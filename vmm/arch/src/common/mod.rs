@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
+use triarch_cpu_model::GuestProcessor;
 use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::console::Console;
@@ -15,7 +16,7 @@ use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 
-use crate::{Board, CpuPlan};
+use crate::{Board, CpuError, CpuPlan};
 
 /// How many processors a guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +29,28 @@ pub struct CpuCount {
     pub max: u32,
 }
 
+impl CpuCount {
+    /// One, and never more.
+    pub(crate) const ONE: Self = Self {
+        boot: 1,
+        now: 1,
+        max: 1,
+    };
+}
+
+/// Release of the host's kernel.
+pub(crate) fn kernel_release() -> String {
+    let told = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    match told.trim() {
+        "" => "an unknown release".to_owned(),
+        release => release.to_owned(),
+    }
+}
+
 /// The vCPUs of a guest.
 pub struct Vcpus {
+    /// The CPU that they are, as it was given to the guest. A guest runs also where KVM does not tell.
+    pub processor: Result<GuestProcessor, CpuError>,
     /// Those it starts with.
     pub running: Vec<Vcpu>,
     /// Those it may get later and that the architecture has to make now. They have to live as long as the VM.

@@ -10,10 +10,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm};
 use thiserror::Error;
 use triarch_boot::EntryMode;
-use triarch_cpu_model::{CpuidEntry, CpuidTable, GuestCpu, Topology, TopologyError, Vendor, guest_cpuid};
+use triarch_cpu_model::{
+    CpuidEntry, CpuidTable, DescriptionError, GuestCpu, Topology, TopologyError, Vendor, guest_cpuid,
+};
 use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
 
-use super::{Entry, Platform};
+use super::{Entry, Platform, processor};
 use crate::starts::Starts;
 use crate::{CpuCount, Vcpus};
 
@@ -54,6 +56,9 @@ pub enum CpuError {
         /// vCPUs the host allows.
         max: usize,
     },
+    /// KVM tells of a CPU that cannot be.
+    #[error("cannot describe the CPU that KVM gave a vCPU")]
+    Description(#[from] DescriptionError),
     /// KVM refused.
     #[error("cannot set up a vCPU")]
     Kvm(#[from] HypervisorError),
@@ -66,6 +71,8 @@ pub struct CpuPlan {
     boot: u32,
     max: u32,
     tsc_deadline: bool,
+    /// Indices of the MSRs that tell features.
+    feature_msrs: Vec<u32>,
 }
 
 impl CpuPlan {
@@ -100,6 +107,7 @@ impl CpuPlan {
             boot: now,
             max,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            feature_msrs: processor::feature_msrs(kvm),
         })
     }
 
@@ -152,9 +160,14 @@ impl CpuPlan {
 
 /// Makes the vCPUs the guest starts with. All but the first wait to be started by it. Others can be made at any time.
 pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, _platform: &Platform) -> Result<Vcpus, CpuError> {
-    let running: Result<_, _> = (0..plan.boot).map(|index| create_vcpu(vm, plan, index)).collect();
+    let running: Result<Vec<_>, _> = (0..plan.boot).map(|index| create_vcpu(vm, plan, index)).collect();
+    let running = running?;
+    let first = running
+        .first()
+        .ok_or(HypervisorError::Capability("a vCPU to start with"))?;
     Ok(Vcpus {
-        running: running?,
+        processor: processor::of_vcpu(first, plan.cpuid(0), &plan.feature_msrs),
+        running,
         parked: Vec::new(),
         firmware: Arc::new(Starts::new(plan.max, plan.boot, KVM_MP_STATE_UNINITIALIZED)),
     })

@@ -5,12 +5,14 @@ mod cpu;
 pub mod layout;
 mod load;
 mod platform;
+mod processor;
 mod syscalls;
 
 pub use board::Board;
 pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
+pub use processor::host_processor;
 pub use syscalls::OLDER_SYSCALLS;
 
 /// Why the kernel cannot be handed what its boot protocol wants.

@@ -185,10 +185,7 @@ impl Blocker {
     }
 
     pub(super) fn architecture(guest: &Processor, destination: &Processor) -> Self {
-        let name = |processor: &Processor| match processor {
-            Processor::X86(_) => "x86_64".to_owned(),
-            Processor::Arm64(_) => "aarch64".to_owned(),
-        };
+        let name = |processor: &Processor| processor.architecture().to_owned();
         let remedy = "no guest moves between architectures: choose a destination of the guest's";
         Self::plain("architecture", name(guest), name(destination), remedy)
     }

@@ -57,8 +57,8 @@ fn too_much_is_refused_before_it_is_held() {
     };
     assert!(read::<GuestProcessor>(&x86(256, 256)).is_ok());
     for (text, what) in [
-        (x86(257, 0), "more than 256"),
-        (x86(1, 257), "more than 256"),
+        (x86(257, 0), "more than 256 entries"),
+        (x86(1, 257), "more than 256 entries"),
         (x86(0, 0), "leaf 0"),
     ] {
         let error = read::<GuestProcessor>(&text).expect_err("refused");

@@ -1,0 +1,50 @@
+//! What CPU a guest has, and what this host offers, as data.
+
+use std::collections::BTreeMap;
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Cap, Kvm};
+use triarch_cpu_model::{CpuidTable, GuestProcessor, Host, HostProcessor, Processor, X86};
+use triarch_hypervisor::{Vcpu, Vm};
+
+use super::cpu::{CpuError, CpuPlan, create_vcpus};
+use super::platform::Platform;
+use crate::CpuCount;
+use crate::common::kernel_release;
+
+/// MSRs that tell what a CPU can do. Kernels before 4.17 do not say which those are.
+pub(super) fn feature_msrs(kvm: &Kvm) -> Vec<u32> {
+    let told = kvm.get_msr_feature_index_list();
+    told.map_or_else(|_| Vec::new(), |list| list.as_slice().to_vec())
+}
+
+/// The CPU that `vcpu` was given with `cpuid`. One of `msrs` that it does not have is left out.
+pub(super) fn of_vcpu(vcpu: &Vcpu, cpuid: CpuidTable, msrs: &[u32]) -> Result<GuestProcessor, CpuError> {
+    let read = |index: &u32| {
+        let entry = kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        };
+        let mut one = Msrs::from_entries(&[entry]).ok()?;
+        let found = vcpu.fd().get_msrs(&mut one).is_ok_and(|count| count == 1);
+        let value = one.as_slice().first().filter(|_| found)?.data;
+        Some((*index, value))
+    };
+    let msrs: BTreeMap<u32, u64> = msrs.iter().filter_map(read).collect();
+    let tsc_khz = vcpu.fd().get_tsc_khz().ok().filter(|khz| *khz > 0);
+    Ok(GuestProcessor::new(Processor::X86(X86 { cpuid, msrs, tsc_khz }))?)
+}
+
+/// What this host offers to guests: the CPU of a guest that gets all of it.
+pub fn host_processor(kvm: &Kvm) -> Result<HostProcessor, CpuError> {
+    let plan = CpuPlan::new(kvm, CpuCount::ONE, None)?;
+    let vm = Vm::new(kvm)?;
+    let platform = Platform::new(&vm)?;
+    let made = create_vcpus(&vm, &plan, &platform)?;
+    Ok(HostProcessor::new(Host {
+        processor: made.processor?.processor().clone(),
+        kernel: kernel_release(),
+        tsc_scaling: kvm.check_extension(Cap::TscControl),
+        writable: BTreeMap::new(),
+    })?)
+}
