@@ -16,6 +16,7 @@ use crate::build::{self, Profile};
 use crate::{payload, table, tools};
 
 mod vcpus;
+mod virtio_mem;
 
 /// What to measure, and how often.
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,7 @@ pub struct Args {
 }
 
 /// What can come and go, and how it is measured.
-const SUBJECTS: [(&str, Measure); 1] = [("vCPUs", vcpus::measure)];
+const SUBJECTS: [(&str, Measure); 2] = [("vCPUs", vcpus::measure), ("virtio-mem", virtio_mem::measure)];
 
 type Measure = fn(&Setup) -> Result<Vec<Row>>;
 
