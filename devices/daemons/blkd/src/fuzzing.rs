@@ -213,7 +213,7 @@ impl Front {
 /// A number that means something to a back end.
 fn meaning(kind: u8, value: u8) -> u64 {
     let small = u64::from(value);
-    match kind % 8 {
+    match kind % 9 {
         0 => small,
         1 => USER + (small << 10),
         2 => small << 12,
@@ -221,6 +221,8 @@ fn meaning(kind: u8, value: u8) -> u64 {
         4 => 1 << (small % 64),
         5 => u64::MAX - small,
         6 => MEMORY,
+        // Whole pages from the end.
+        8 => (small << 12).wrapping_neg(),
         _ => 1 << 32 | 1 << 30 | small << 24,
     }
 }
@@ -340,8 +342,10 @@ mod tests {
             let mut input = seeds[round % seeds.len()].clone();
             for _ in 0..below(6) {
                 let at = below(input.len());
-                match below(4) {
+                match below(6) {
                     0 => input[at] = below(256) as u8,
+                    // A step or two of any kind.
+                    4 | 5 => input.extend((0..12).map(|_| below(256) as u8)),
                     1 => drop(input.drain(at..(at + below(9)).min(input.len()))),
                     2 => {
                         let piece = input[at..].to_vec();
