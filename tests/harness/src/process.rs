@@ -80,6 +80,20 @@ impl Process {
         })
     }
 
+    /// The same with less claim to a CPU than others, by `nice` steps (setpriority(2)): for what never sleeps.
+    ///
+    /// # Errors
+    /// As [`Process::start`].
+    pub fn start_nice(command: &mut Command, nice: i32) -> Result<Self> {
+        // A process has it from the thread that starts it, and that keeps it.
+        let start = || {
+            rustix::process::setpriority_process(None, nice).context("cannot set the priority")?;
+            Self::start(command)
+        };
+        let started = thread::scope(|scope| scope.spawn(start).join());
+        started.unwrap_or_else(|_| bail!("the thread that starts a program panicked"))
+    }
+
     /// Its standard output.
     pub fn stdout(&self) -> &Capture {
         &self.stdout

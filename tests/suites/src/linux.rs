@@ -17,6 +17,7 @@ mod refusals;
 mod rng;
 mod vhost;
 mod vhost_fs;
+mod vhost_net;
 mod vsock;
 
 /// All of them, cheap ones first.
@@ -34,6 +35,7 @@ pub fn tests() -> Vec<Test> {
         blk::TESTS,
         vhost::TESTS,
         vhost_fs::TESTS,
+        vhost_net::TESTS,
         net::TESTS,
         vsock::TESTS,
         pause::TESTS,

@@ -29,7 +29,7 @@ const SECOND_ARM: [&str; 16] = [
 ];
 
 /// The tests of daemons that a run without a named host leaves out on Hygon, whose KVM is AMD's: what they see was seen there.
-const NOT_ON_HYGON: [&str; 12] = [
+const NOT_ON_HYGON: [&str; 14] = [
     "vhost::data_matches_on_linux_6_1",
     "vhost::data_matches_on_linux_6_12",
     "vhost::a_stopped_daemon_stalls_its_disk_only",
@@ -42,10 +42,24 @@ const NOT_ON_HYGON: [&str; 12] = [
     "vhost::blkd::grows_and_refuses_another_disk",
     "vhost::blkd::requests_fail_when_told_so",
     "vhost_fs::files_are_shared_with_linux_6_1",
+    // As on AMD.
+    "vhost_net::guests_talk_over_netd",
+    "vhost_net::guests_talk_over_testpmd",
 ];
 
-/// And on ARM, where Linux guests see the same, or the bare-metal guest does.
-const NOT_ON_ARM: [&str; 50] = [
+/// Two guests and their switch share one emulated processor, so these depend on what else the machine does. On AMD netd's passed three times
+/// of four, in 35 to 197 seconds (the fourth met a bound that was too narrow), testpmd's, which never sleeps, in 265; on Hygon, with twelve
+/// programs waiting for the machine's processors, 4 MiB did not get through netd in two minutes.
+const NOT_ON_AMD: [&str; 2] = [
+    "vhost_net::guests_talk_over_netd",
+    "vhost_net::guests_talk_over_testpmd",
+];
+
+/// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
+/// ports than a busy host has; the others were not seen there, or not often enough.
+const NOT_ON_ARM: [&str; 51] = [
+    "vhost_net::guests_talk_over_netd",
+    "vhost_net::guests_talk_over_testpmd",
     "vhost::pauses_without_a_daemon",
     "vhost::requests_fail_when_told_so",
     "vhost::blkd::a_stopped_daemon_stalls_its_disk_only",
@@ -73,7 +87,6 @@ const NOT_ON_ARM: [&str; 50] = [
     "payload::vhost::generic::qemus_daemon_serves_one",
     "payload::vhost::generic::blkd_serves_one",
     "payload::vhost::generic::blkd_serves_one_behind_the_relay",
-    "payload::vhost_fs::open_files_move_to_another_daemon",
     "payload::vhost_net::netd_may_die_behind_the_relay",
     "payload::vhost_net::ovs::moves_frames",
     "payload::vhost_net::ovs::serves_several_pairs",
@@ -134,7 +147,8 @@ impl Place {
             without: match kind {
                 Kind::Hygon => &NOT_ON_HYGON,
                 Kind::Arm => &NOT_ON_ARM,
-                Kind::Amd | Kind::Native => &[],
+                Kind::Amd => &NOT_ON_AMD,
+                Kind::Native => &[],
             },
             ..Self::all(kind, None, None)
         });

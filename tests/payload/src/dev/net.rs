@@ -41,6 +41,8 @@ pub mod feature {
 pub const HEADER: usize = 12;
 const BUFFER: usize = 2048;
 const TRANSMIT_BYTES: usize = 1 << 17;
+/// How long the device may take to take a frame: a daemon that was killed is back by then, also on a busy emulated host.
+const TAKEN_MS: u64 = 30_000;
 
 pub(super) struct Pair {
     pub(super) receive: Queue,
@@ -248,7 +250,7 @@ impl Net {
         queue.add(&chain).ok_or("queue is full")?;
         queue.kick();
         queue
-            .wait(Deadline::after_ms(5000))
+            .wait(Deadline::after_ms(TAKEN_MS))
             .ok_or_else(|| format!("frame not taken, device status {:#x}", self.transport.status()))?;
         Ok(())
     }

@@ -13,6 +13,8 @@ use triarch_harness::suite::{Context, Outcome};
 
 const TESTPMD: &str = "dpdk-testpmd";
 const NETD: &str = "triarch-netd";
+/// How much less than others testpmd wants of a CPU that it shares: its thread that forwards never sleeps.
+const NICE: i32 = 10;
 
 /// Which switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,7 @@ pub struct Switch {
     database: Option<ovs::Database>,
     sockets: [PathBuf; 2],
     pairs: u16,
+    is_nice: bool,
     process: Option<Process>,
     // Last: what is in it outlives the rest.
     _dir: tempfile::TempDir,
@@ -79,9 +82,17 @@ impl Switch {
             database,
             sockets,
             pairs,
+            is_nice: false,
             process: None,
             _dir: dir,
         }))
+    }
+
+    /// The same, for a host whose CPU the guests need more than it does.
+    #[must_use]
+    pub fn nice(mut self) -> Self {
+        self.is_nice = self.kind == Program::Testpmd;
+        self
     }
 
     /// The socket of port `index`.
@@ -107,7 +118,10 @@ impl Switch {
             Program::Netd => self.netd(&mut command),
             _ => self.testpmd(&mut command),
         }
-        self.process = Some(Process::start(&mut command)?);
+        self.process = Some(match self.is_nice {
+            true => Process::start_nice(&mut command, NICE)?,
+            false => Process::start(&mut command)?,
+        });
         let deadline = Instant::now() + 2 * soon();
         while !self.sockets.iter().all(|socket| socket.exists()) {
             ensure!(
