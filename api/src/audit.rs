@@ -78,7 +78,7 @@ fn parameters(request: &Request) -> Option<Value> {
             "id": device.id.as_deref().map(cut), "device_type": device.device_type, "socket": path(&device.socket),
         }),
         Request::AddVsock(vsock) => json!({ "cid": vsock.cid, "socket": path(&vsock.socket) }),
-        Request::RemoveDevice(device) => json!({ "id": cut(&device.id) }),
+        Request::RemoveDevice(device) => json!({ "id": cut(&device.id), "force": device.force.then_some(true) }),
         _ => return None,
     };
     if let Some(fields) = value.as_object_mut() {

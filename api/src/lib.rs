@@ -42,8 +42,8 @@ pub use memory::HotplugMethod;
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{
-    ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request, Resize,
-    ResizeDisk, VcpuCounts, VmInfo, chain,
+    AddedDevice, ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request,
+    Resize, ResizeDisk, VcpuCounts, VmInfo, chain,
 };
 pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};

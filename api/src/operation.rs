@@ -149,7 +149,7 @@ impl Operation {
             | Self::AddFs
             | Self::AddGenericVhostUser
             | Self::AddVsock
-            | Self::RemoveDevice => &[Created, Shutdown],
+            | Self::RemoveDevice => &[Created, Running, Paused, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume => &[Paused],
             Self::Shutdown | Self::Reboot | Self::ResizeDisk => &[Running, Paused],

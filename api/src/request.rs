@@ -45,7 +45,7 @@ pub enum Request {
     AddGenericVhostUser(GenericVhostUserConfig),
     /// Sockets between guest and host.
     AddVsock(VsockConfig),
-    /// Take a device away.
+    /// Take a device away, by asking a guest that runs.
     RemoveDevice(RemoveDevice),
     /// Tell what CPUs guests can have here, and what the guest that is there has.
     CpuFeatures,
@@ -131,6 +131,9 @@ pub struct ResizeDisk {
 pub struct RemoveDevice {
     /// The device's id.
     pub id: String,
+    /// Whether to take it without asking the guest, which may have it in use; also after it was asked and did nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// What a client gets.
@@ -140,6 +143,18 @@ pub enum Reply {
     Done,
     /// What the CPUs can do.
     CpuFeatures(Box<CpuFeatures>),
+    /// The guest that runs has one more device.
+    Added(AddedDevice),
+}
+
+/// Answer to a device that was added to a guest that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct AddedDevice {
+    /// Its id.
+    pub id: String,
+    /// Where its PCI function is, as in `0000:00:04.0`.
+    pub bdf: String,
 }
 
 /// Body of `vm.info`.

@@ -92,6 +92,7 @@ fn everything() -> Metrics {
             }],
         }],
         hotplug: None,
+        devices: None,
         links: vec![LinkMetrics {
             id: ID.into(),
             connected: false,

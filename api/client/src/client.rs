@@ -285,7 +285,10 @@ impl Client {
     /// # Errors
     /// As [`call`](Self::call).
     pub fn remove_device(&mut self, id: &str) -> Result<(), Error> {
-        let device = RemoveDevice { id: id.to_owned() };
+        let device = RemoveDevice {
+            id: id.to_owned(),
+            force: false,
+        };
         self.put(Operation::RemoveDevice, &device, &[]).map(drop)
     }
 

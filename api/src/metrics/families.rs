@@ -99,6 +99,27 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
         },
     ),
     (
+        family("triarch_devices", Gauge, &[], "PCI devices that the guest has."),
+        |s, out| {
+            if let Some(devices) = &s.metrics.devices {
+                out.add(&[], Number(devices.count));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_device_changes_total",
+            Counter,
+            &["direction", "result"],
+            "Devices that a running guest was given (add) or asked for (remove), by what came of it: done, refused, timeout, forced, reset, failed.",
+        ),
+        |s, out| {
+            for (direction, result, count) in s.metrics.devices.iter().flat_map(|devices| &devices.changes) {
+                out.add(&[direction, result], Number(*count));
+            }
+        },
+    ),
+    (
         family(
             "triarch_vcpu_seconds_total",
             Counter,

@@ -23,6 +23,8 @@ pub struct Metrics {
     pub vcpus: Vec<VcpuMetrics>,
     /// How many of them the guest has, and what came of resizes.
     pub hotplug: Option<CpuHotplugMetrics>,
+    /// How many PCI devices the guest has, and what came of those that were added and asked back.
+    pub devices: Option<DeviceHotplugMetrics>,
     /// Guest memory.
     pub memory: Option<MemoryMetrics>,
     /// The memory balloon.
@@ -47,6 +49,15 @@ pub struct CpuHotplugMetrics {
     /// How many it has.
     pub counts: crate::VcpuCounts,
     /// vCPUs that came or went while it ran, or should have: direction, what came of it, how many.
+    pub changes: Vec<(&'static str, &'static str, u64)>,
+}
+
+/// How many PCI devices the guest has, and what came of those that came or went while a guest ran, since the VM was created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceHotplugMetrics {
+    /// How many it has.
+    pub count: u64,
+    /// Devices that came or went while it ran, or should have: direction, what came of it, how many.
     pub changes: Vec<(&'static str, &'static str, u64)>,
 }
 

@@ -73,6 +73,10 @@ fn full(id: &str) -> Metrics {
             },
             changes: vec![("add", "done", 1), ("remove", "refused", 2)],
         }),
+        devices: Some(DeviceHotplugMetrics {
+            count: 5,
+            changes: vec![("add", "done", 3), ("remove", "timeout", 4)],
+        }),
         memory: Some(MemoryMetrics {
             size: 1 << 30,
             resident: Some(4096),

@@ -9,8 +9,8 @@ use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
-    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice, Resize,
-    ResizeDisk, VmConfig, VmInfo, VsockConfig,
+    AddedDevice, CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice,
+    Resize, ResizeDisk, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -49,6 +49,8 @@ pub(super) struct Contract {
     answer: Vec<(&'static str, Value)>,
     /// Statuses of failures, ascending.
     failures: Vec<u16>,
+    /// A success may have nothing to tell.
+    may_say_nothing: bool,
     /// Phases that accept it.
     phases: &'static [Phase],
 }
@@ -59,6 +61,7 @@ impl Contract {
             body: None,
             answer: Vec::new(),
             failures: ALWAYS.to_vec(),
+            may_say_nothing: false,
             phases: &Phase::ALL,
         };
         match route.action {
@@ -81,8 +84,10 @@ impl Contract {
                     Operation::Info => vec![(JSON, reference::<VmInfo>(generator))],
                     Operation::Counters => vec![(JSON, reference::<Counters>(generator))],
                     Operation::CpuFeatures => vec![(JSON, reference::<CpuFeatures>(generator))],
+                    _ if adds(operation) => vec![(JSON, reference::<AddedDevice>(generator))],
                     _ => Vec::new(),
                 };
+                contract.may_say_nothing = adds(operation);
                 contract.failures.push(500);
                 contract.failures.extend(refusals(operation));
             }
@@ -123,7 +128,11 @@ impl Contract {
                 "200".into(),
                 json!({ "description": "What was asked for.", "content": content }),
             );
-        } else if route.action != Action::Missing {
+        }
+        if self.may_say_nothing {
+            let description = "Done: there is no guest that runs, the next one has it.";
+            responses.insert("204".into(), json!({ "description": description }));
+        } else if responses.is_empty() && route.action != Action::Missing {
             responses.insert("204".into(), json!({ "description": "Done." }));
         }
         for status in self.failures {
@@ -202,6 +211,13 @@ fn note(action: Action) -> Option<&'static str> {
             "The descriptors of an open tap interface, one for each pair of queues, come with the bytes of the request (SCM_RIGHTS); \
              `fds` in the body is ignored.",
         ),
+        Operation::AddDisk | Operation::AddFs | Operation::AddGenericVhostUser | Operation::AddVsock => Some(
+            "A guest that runs has the device at once and is told of it; one that is paused is told when it goes on.",
+        ),
+        Operation::RemoveDevice => Some(
+            "A guest that runs is asked for the device, and a job tells what comes of it; until the guest answers, asking once more is \
+             answered with 429, and `force` takes the device.",
+        ),
         Operation::VmmShutdown => Some("The process ends with exit code 0."),
         _ => None,
     }
@@ -216,10 +232,16 @@ fn refusals(operation: Operation) -> Vec<u16> {
     if matches!(operation, Operation::RemoveDevice | Operation::ResizeDisk) {
         statuses.push(404);
     }
-    if operation == Operation::Resize {
+    if matches!(operation, Operation::Resize | Operation::RemoveDevice) {
         statuses.push(429);
     }
     statuses
+}
+
+/// Whether it adds a device: told where, when the guest runs, and otherwise done.
+fn adds(operation: Operation) -> bool {
+    use Operation::{AddDisk, AddFs, AddGenericVhostUser, AddNet, AddVsock};
+    matches!(operation, AddDisk | AddNet | AddFs | AddGenericVhostUser | AddVsock)
 }
 
 fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> {

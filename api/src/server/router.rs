@@ -244,6 +244,8 @@ fn response(result: Result<Reply, ApiError>) -> Response {
         Ok(Reply::CpuFeatures(features)) => {
             Response::json(ascii(serde_json::to_string(&*features).unwrap_or_default()))
         }
+        // Strings always serialise.
+        Ok(Reply::Added(device)) => Response::json(ascii(serde_json::to_string(&device).unwrap_or_default())),
         Err(error) => Response::error(error.status(), &error.to_string()),
     }
 }

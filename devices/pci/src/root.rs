@@ -1,6 +1,7 @@
 //! The root: which function sits where, and what of it the guest's address spaces show.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use thiserror::Error;
@@ -71,6 +72,8 @@ struct Slot {
     assigned: [Option<u64>; 6],
     /// Bit `n`: BAR `n` should be decoded but something is in its way.
     blocked: u8,
+    /// The guest accessed its configuration space.
+    touched: AtomicBool,
 }
 
 /// A BAR as the address space sees it.
@@ -205,6 +208,15 @@ impl PciRoot {
         }
     }
 
+    /// Whether the guest has accessed configuration space of the function at `address`: it may know of it.
+    pub fn touched(&self, address: PciAddress) -> bool {
+        let mine = address.segment() == self.segment && address.bus() == 0;
+        let slots = lock(&self.slots);
+        mine && slots
+            .get(&address.devfn())
+            .is_some_and(|slot| slot.touched.load(Ordering::Relaxed))
+    }
+
     /// The function at `address`, and whether its device has more than this one.
     fn find(&self, address: PciAddress) -> Option<(Arc<dyn PciFunction>, bool)> {
         if address.segment() != self.segment || address.bus() != 0 {
@@ -212,8 +224,10 @@ impl PciRoot {
         }
         let slots = lock(&self.slots);
         let devfn = address.devfn();
-        let function = slots.get(&devfn)?.function.clone();
-        let multi = devfn & 7 == 0 && slots.range(devfn + 1..devfn + 8).next().is_some();
+        let slot = slots.get(&devfn)?;
+        slot.touched.store(true, Ordering::Relaxed);
+        let function = slot.function.clone();
+        let multi = devfn & 7 == 0 && slots.range(devfn | 1..=devfn | 7).next().is_some();
         Some((function, multi))
     }
 
@@ -224,7 +238,7 @@ impl PciRoot {
             Some(address) => Ok(address),
             None => (0..32u8)
                 .map(|device| device << 3)
-                .find(|devfn| slots.range(devfn..=&(devfn + 7)).next().is_none())
+                .find(|devfn| slots.range(devfn..=&(devfn | 7)).next().is_none())
                 .map(|devfn| PciAddress::from_devfn(self.segment, 0, devfn))
                 .ok_or(AddError::Full(self.segment)),
         }
@@ -380,6 +394,7 @@ impl Slot {
             claims: [None; 6],
             assigned: [None; 6],
             blocked: 0,
+            touched: AtomicBool::new(false),
         }
     }
 }

@@ -34,6 +34,8 @@ pub struct Guest {
     platform: Platform,
     acpi: Result<Acpi, String>,
     functions: Vec<Function>,
+    /// Their virtio types, 0 for those that have none: what is gone cannot be asked any more.
+    kinds: Vec<u16>,
     devices: Devices,
     processors: Option<Vec<smp::Processor>>,
     /// Those that came while it ran, with their place in the MADT.
@@ -63,11 +65,16 @@ extern "C" fn payload_main(argument: u64) -> ! {
         .map(Access::Ecam)
         .or_else(|| arch::config::Ports::find().map(Access::Ports));
     let functions = access.map(pci::scan).unwrap_or_default();
+    let kinds = functions
+        .iter()
+        .map(|function| virtio::kind(*function).unwrap_or(0))
+        .collect();
     serial::write("triarch-payload ready\n");
     shell::run(&mut Guest {
         platform,
         acpi,
         functions,
+        kinds,
         devices: Devices::default(),
         processors: None,
         added: Vec::new(),

@@ -51,6 +51,11 @@ impl Function {
         Self { access, bdf }
     }
 
+    /// The way to it.
+    pub fn access(self) -> Access {
+        self.access
+    }
+
     /// The same function by another access.
     pub fn by(self, access: Access) -> Self {
         Self { access, ..self }

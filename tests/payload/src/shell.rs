@@ -99,6 +99,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "cpus" => cmd::system::cpus(guest),
         "ipi" => cmd::system::ipi(guest, &mut args),
         "hot" => cmd::hotplug::run(guest, &mut args),
+        "slots" => cmd::slots::run(guest, &mut args),
         "pm" => cmd::system::pm(guest, &mut args),
         "mem" => cmd::memory::run(guest, &mut args),
         "dirty" => cmd::memory::dirty(guest, &mut args),

@@ -14,101 +14,134 @@ use triarch_api::{DiskBackend, DiskConfig, ImageType, NetBackend, NetConfig, VmC
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
+use triarch_pci::PciAddress;
 use triarch_vhost_user::Peer;
 use triarch_virtio::net::NetCounters;
 
+use crate::configured::DeviceConfig;
 use crate::daemons::{Daemons, Started, start_disk, start_net};
 use crate::{MachineError, vhost};
 
-/// One of each for every device of the configuration, in its order.
+/// The host's ends of all devices of the configuration that have one, and what else of devices outlives a reset.
+#[derive(Default)]
 pub(crate) struct Backends {
-    pub(crate) disks: Vec<DiskEnd>,
-    pub(crate) nets: Vec<NetEnd>,
-    /// What went through each of the interfaces.
-    pub(crate) net_counters: Vec<NetCounters>,
-    /// The daemons of file systems.
-    pub(crate) fs: Vec<Arc<Peer>>,
-    /// Those of other devices.
-    pub(crate) generic: Vec<Arc<Peer>>,
-    /// Daemons of our own, which end after everything above has let go of them.
-    daemons: Vec<Started>,
+    ends: BTreeMap<String, End>,
+    /// Where the devices of the last guest sat, by their ids: those of the next one sit there as well.
+    pub(crate) places: BTreeMap<String, PciAddress>,
 }
 
-/// What serves a disk.
-pub(crate) enum DiskEnd {
+/// The host's end of a device.
+pub(crate) struct End {
+    pub(crate) serves: Serves,
+    /// A daemon of our own, which ends after everything above has let go of it.
+    daemon: Option<Started>,
+}
+
+/// What serves a device.
+pub(crate) enum Serves {
     /// This process, from a file or block device.
     File(Arc<Disk>),
-    /// A daemon.
-    Daemon(Arc<Peer>),
-}
-
-/// What serves a network interface.
-pub(crate) enum NetEnd {
-    /// This process, from a tap.
-    Tap(Arc<Tap>),
-    /// A daemon.
-    Daemon(Arc<Peer>),
+    /// This process, from a tap; what goes through it is counted.
+    Tap(Arc<Tap>, NetCounters),
+    /// A daemon; what it does for a network interface is counted.
+    Daemon(Arc<Peer>, Option<NetCounters>),
+    /// The device itself, which opens what it needs anew with each guest.
+    Itself,
 }
 
 /// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.
 pub(crate) type HandedTaps = BTreeMap<String, Arc<Tap>>;
 
+/// What devices are opened with.
+#[derive(Clone, Copy)]
+pub(crate) struct Opener<'a> {
+    pub(crate) handed: &'a HandedTaps,
+    /// Starts daemons, if somebody may.
+    pub(crate) daemons: Option<&'a Arc<dyn Daemons>>,
+    pub(crate) sandbox: &'a Arc<dyn Sandbox>,
+}
+
 impl Backends {
-    pub(crate) fn open(
-        config: &VmConfig,
-        handed: &HandedTaps,
-        daemons: Option<&Arc<dyn Daemons>>,
-        sandbox: &Arc<dyn Sandbox>,
-    ) -> Result<Self, MachineError> {
-        let mut started = Vec::new();
-        let disks = config.disks.iter().flatten();
-        let disks: Result<_, _> = disks
-            .map(|disk| match disk.backend {
-                DiskBackend::Vmm => open_disk(disk, sandbox),
-                DiskBackend::Blkd => {
-                    let (daemon, socket) = start_disk(disk, daemons)?;
-                    started.push(daemon);
-                    vhost::open_disk(disk, Some(&socket), sandbox).map(DiskEnd::Daemon)
-                }
-            })
-            .collect();
-        let mut nets = Vec::new();
-        let mut net_counters = Vec::new();
-        for net in config.net.iter().flatten() {
-            let handed = net.id.as_ref().and_then(|id| handed.get(id));
-            let (end, counters) = match net.backend {
-                NetBackend::Vmm => open_net(net, handed, sandbox)?,
-                NetBackend::Netd => {
-                    let (daemon, socket) = start_net(net, daemons)?;
-                    started.push(daemon);
-                    daemon_net(net, Some(&socket), sandbox)?
-                }
-            };
-            nets.push(end);
-            net_counters.push(counters);
+    pub(crate) fn open(config: &VmConfig, opener: Opener<'_>) -> Result<Self, MachineError> {
+        let mut backends = Self::default();
+        for device in DeviceConfig::all(config) {
+            backends.ends.insert(device.id().to_owned(), End::open(device, opener)?);
         }
-        let fs = config.fs.iter().flatten().map(|fs| vhost::open_fs(fs, sandbox));
-        let others = config.generic_vhost_user.iter().flatten();
-        let generic = others.map(|device| vhost::open_generic(device, sandbox));
-        Ok(Self {
-            disks: disks?,
-            nets,
-            net_counters,
-            fs: fs.collect::<Result<_, _>>()?,
-            generic: generic.collect::<Result<_, _>>()?,
-            daemons: started,
-        })
+        Ok(backends)
+    }
+
+    /// The end of device `id`.
+    pub(crate) fn end(&self, id: &str) -> Option<&End> {
+        self.ends.get(id)
+    }
+
+    /// Takes the end of a device that a guest was given while it ran.
+    pub(crate) fn insert(&mut self, id: &str, end: End, place: PciAddress) {
+        self.ends.insert(id.to_owned(), end);
+        self.places.insert(id.to_owned(), place);
+    }
+
+    /// Gives the end of a device away that will not be there any more.
+    pub(crate) fn remove(&mut self, id: &str) -> Option<End> {
+        self.places.remove(id);
+        self.ends.remove(id)
     }
 
     /// The daemon of our own that serves device `id` and takes orders, if there is one.
     pub(crate) fn daemon(&mut self, id: &str) -> Option<&mut Started> {
-        self.daemons.iter_mut().find(|daemon| daemon.takes_orders_for(id))
+        let daemon = self.ends.get_mut(id)?.daemon.as_mut();
+        daemon.filter(|daemon| daemon.takes_orders())
     }
 }
 
-fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd, MachineError> {
+impl End {
+    /// Opens what serves `device`. On error nothing stays open or locked, and no daemon runs.
+    pub(crate) fn open(device: DeviceConfig<'_>, opener: Opener<'_>) -> Result<Self, MachineError> {
+        let sandbox = opener.sandbox;
+        let mut daemon = None;
+        let serves = match device {
+            DeviceConfig::Disk(disk) => match disk.backend {
+                DiskBackend::Vmm => open_disk(disk, sandbox)?,
+                DiskBackend::Blkd => {
+                    let (started, socket) = start_disk(disk, opener.daemons)?;
+                    daemon = Some(started);
+                    Serves::Daemon(vhost::open_disk(disk, Some(&socket), sandbox)?, None)
+                }
+            },
+            DeviceConfig::Net(net) => match net.backend {
+                NetBackend::Vmm => {
+                    let handed = net.id.as_ref().and_then(|id| opener.handed.get(id));
+                    open_net(net, handed, sandbox)?
+                }
+                NetBackend::Netd => {
+                    let (started, socket) = start_net(net, opener.daemons)?;
+                    daemon = Some(started);
+                    daemon_net(net, Some(&socket), sandbox)?
+                }
+            },
+            DeviceConfig::Fs(fs) => Serves::Daemon(vhost::open_fs(fs, sandbox)?, None),
+            DeviceConfig::Generic(device) => Serves::Daemon(vhost::open_generic(device, sandbox)?, None),
+            DeviceConfig::Vsock(_) => Serves::Itself,
+        };
+        Ok(Self { serves, daemon })
+    }
+
+    /// Makes what the guest wrote durable and closes everything. The device must have let go of it.
+    ///
+    /// # Errors
+    /// What was written may not be durable. It is closed all the same.
+    pub(crate) fn close(self) -> io::Result<()> {
+        match &self.serves {
+            Serves::File(disk) if !disk.readonly() => disk.share_file()?.sync_all(),
+            Serves::File(_) | Serves::Tap(..) | Serves::Daemon(..) | Serves::Itself => Ok(()),
+        }
+    }
+}
+
+fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
     if config.vhost_user {
-        return vhost::open_disk(config, config.vhost_socket.as_deref(), sandbox).map(DiskEnd::Daemon);
+        let peer = vhost::open_disk(config, config.vhost_socket.as_deref(), sandbox)?;
+        return Ok(Serves::Daemon(peer, None));
     }
     if let (ImageType::Unknown, Some(path)) = (config.image_type, &config.path)
         && let Some(format) = foreign_format(path)
@@ -129,7 +162,7 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<DiskEnd,
         limits: None,
     };
     let disk = Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))?;
-    Ok(DiskEnd::File(disk))
+    Ok(Serves::File(disk))
 }
 
 /// The tap behind `fds`, which a client opened, one a queue pair. The client has set it up. Its addresses and MTU on the host are set by
@@ -176,11 +209,7 @@ fn foreign_format(path: &Path) -> Option<&'static str> {
     (end == *b"conectix").then_some("VHD")
 }
 
-fn open_net(
-    config: &NetConfig,
-    handed: Option<&Arc<Tap>>,
-    sandbox: &Arc<dyn Sandbox>,
-) -> Result<(NetEnd, NetCounters), MachineError> {
+fn open_net(config: &NetConfig, handed: Option<&Arc<Tap>>, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
     if config.vhost_user {
         return daemon_net(config, config.vhost_socket.as_deref(), sandbox);
     }
@@ -189,17 +218,13 @@ fn open_net(
         None => open_tap(config)?,
     };
     let counters = NetCounters::new(tap.queues().len());
-    Ok((NetEnd::Tap(tap), counters))
+    Ok(Serves::Tap(tap, counters))
 }
 
-fn daemon_net(
-    config: &NetConfig,
-    socket: Option<&Path>,
-    sandbox: &Arc<dyn Sandbox>,
-) -> Result<(NetEnd, NetCounters), MachineError> {
+fn daemon_net(config: &NetConfig, socket: Option<&Path>, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
     let counters = NetCounters::new(usize::from(config.num_queues / 2));
     let peer = vhost::open_net(config, socket, counters.clone(), sandbox)?;
-    Ok((NetEnd::Daemon(peer), counters))
+    Ok(Serves::Daemon(peer, Some(counters)))
 }
 
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {

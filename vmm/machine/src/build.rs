@@ -11,7 +11,7 @@ use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, 
 use triarch_cpu_model::{GuestProcessor, Topology};
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
-use triarch_legacy::{CpuHotplug, SerialPort};
+use triarch_legacy::{CpuHotplug, PciHotplug, SerialPort};
 use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
@@ -26,6 +26,7 @@ use crate::cpus::CpuMeters;
 use crate::devices::{Devices, Host};
 use crate::memory::virtio_mem;
 use crate::metrics::GuestMeters;
+use crate::plug::PlugMeters;
 use crate::progress::Progress;
 use crate::{GuestEvent, MachineError};
 
@@ -46,6 +47,8 @@ pub(crate) struct Reports<'a> {
 pub struct Machine {
     vcpus: VcpuSet,
     devices: Devices,
+    /// Other processes can map its memory.
+    shared: bool,
     board: Board,
     /// The PCI root does not keep these alive.
     _buses: [Arc<Bus>; 2],
@@ -111,7 +114,7 @@ impl Machine {
             io: layout::PCI_IO,
         };
         let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
-        let (power, processors) = (report.clone(), report.clone());
+        let (power, processors, slots) = (report.clone(), report.clone(), report.clone());
         let board = Board::new(&BoardConfig {
             mmio: &mmio,
             pio: &pio,
@@ -120,6 +123,7 @@ impl Machine {
             memory_size: config.memory.size,
             plan: &plan,
             cpus_changed: Arc::new(move || processors(GuestEvent::Processors)),
+            slots_changed: Arc::new(move || slots(GuestEvent::Slots)),
             serial: consoles.serial.as_ref(),
             debug: consoles.debug.as_ref(),
             device_tree: has_device_tree(config),
@@ -138,6 +142,10 @@ impl Machine {
             slots: vm.memory_slots().clone(),
         };
         let devices = Devices::build(config, consoles, backends, host, progress)?;
+        if let Some(slots) = board.slots() {
+            let (present, fixed) = devices.slots();
+            slots.begin(present, fixed);
+        }
         progress.note("kernel");
         boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
 
@@ -149,6 +157,7 @@ impl Machine {
         Ok(Self {
             vcpus,
             devices,
+            shared: ram_options(config).shared,
             board,
             _buses,
             parked: parked.into(),
@@ -174,7 +183,7 @@ impl Machine {
     }
 
     /// What it counts.
-    pub(crate) fn meters(&self, config: &VmConfig, cpus: &Arc<CpuMeters>) -> GuestMeters {
+    pub(crate) fn meters(&self, config: &VmConfig, cpus: &Arc<CpuMeters>, plug: &Arc<PlugMeters>) -> GuestMeters {
         GuestMeters {
             memory: MemoryConfig {
                 shared: config.memory.shared || config.needs_shared_memory(),
@@ -182,6 +191,7 @@ impl Machine {
             },
             vcpus: self.vcpus.metrics().to_vec(),
             cpus: cpus.clone(),
+            plug: (plug.clone(), self.devices.len()),
             devices: self.devices.meters(),
             slots: self.vm.memory_slots().count().clone(),
         }
@@ -195,6 +205,26 @@ impl Machine {
     /// The CPU its vCPUs are, as it was given to the guest, if KVM told.
     pub(crate) fn processor(&self) -> Option<&GuestProcessor> {
         self.processor.as_ref()
+    }
+
+    /// The slots of its PCI devices, if those can come and go.
+    pub(crate) fn slots(&self) -> Option<&Arc<PciHotplug>> {
+        self.board.slots()
+    }
+
+    /// Its PCI devices.
+    pub(crate) fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// The same, to add or take one.
+    pub(crate) fn devices_mut(&mut self) -> &mut Devices {
+        &mut self.devices
+    }
+
+    /// Whether other processes can be given its memory.
+    pub(crate) fn shares_memory(&self) -> bool {
+        self.shared
     }
 
     /// vCPUs it started with.

@@ -14,13 +14,14 @@ use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backends::{Backends, HandedTaps};
+use crate::backends::{Backends, HandedTaps, Opener};
 use crate::build::{Machine, Reports};
 use crate::consoles::Consoles;
 use crate::cpus::Processors;
 use crate::daemons::Daemons;
 use crate::inbox::Outbox;
 use crate::metrics::GuestMeters;
+use crate::plug::Plugs;
 use crate::progress::Progress;
 use crate::resize::{Part, Resizes};
 use crate::signals::{Signal, Signals, told_to_end};
@@ -58,7 +59,7 @@ pub struct Controller {
     pub(crate) sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
     /// Starts daemons for devices, if somebody may.
-    daemons: Option<Arc<dyn Daemons>>,
+    pub(crate) daemons: Option<Arc<dyn Daemons>>,
     /// The VMM ends with the terminal the guest is on.
     hang_up_ends: bool,
     pub(crate) kvm: Kvm,
@@ -75,8 +76,9 @@ pub struct Controller {
     pub(crate) resizes: Resizes,
     pub(crate) processors: Processors,
     serial_input: Option<SubscriberId>,
+    pub(crate) plugs: Plugs,
     /// How many guests were built.
-    generation: u64,
+    pub(crate) generation: u64,
     outcome: Option<Outcome>,
 }
 
@@ -128,6 +130,7 @@ impl Controller {
             machine: None,
             resizes,
             processors: Processors::default(),
+            plugs: Plugs::default(),
             serial_input: None,
             generation: 0,
             outcome: None,
@@ -201,9 +204,17 @@ impl Controller {
         };
         self.tell(&kind::VM_BOOTING, cause);
         progress.note("disks and networks");
-        let backends = match self.backends.take() {
+        let mut backends = match self.backends.take() {
             Some(backends) => backends,
-            None => Backends::open(config, &self.taps, self.daemons.as_ref(), &self.sandbox)?,
+            None => {
+                let (handed, daemons, sandbox) = (&self.taps, self.daemons.as_ref(), &self.sandbox);
+                let opener = Opener {
+                    handed,
+                    daemons,
+                    sandbox,
+                };
+                Backends::open(config, opener)?
+            }
         };
         self.generation += 1;
         let (generation, inbox) = (self.generation, self.inbox.clone());
@@ -214,6 +225,7 @@ impl Controller {
         };
         let vcpus = vcpus.unwrap_or(self.processors.at_boot(config.cpus.boot_vcpus));
         let mut machine = Machine::build(&self.kvm, config, vcpus, consoles, &backends, &self.sandbox, reports)?;
+        backends.places = machine.devices().places();
         self.backends = Some(backends);
         self.processors.begin(machine.cpus());
         self.outbox.show_meters(self.meters(&machine));
@@ -231,7 +243,7 @@ impl Controller {
     /// What `machine` counts.
     pub(crate) fn meters(&self, machine: &Machine) -> Option<GuestMeters> {
         let config = self.config.as_ref()?;
-        Some(machine.meters(config, &self.processors.meters))
+        Some(machine.meters(config, &self.processors.meters, &self.plugs.meters))
     }
 
     /// Makes an event of it. What a guest causes must not drown everything else.
@@ -279,6 +291,7 @@ impl Controller {
             Message::Alive => self.supervisor.alive(),
             Message::Patience => {
                 self.look_at_resizes();
+                self.look_at_plugs();
                 self.publish();
             }
             Message::Resized => {
@@ -306,6 +319,8 @@ impl Controller {
                 self.inbox.events().post_guest("panic", &kind::GUEST_PANIC, &event);
             }
             GuestEvent::Processors => self.look_at_processors(),
+            GuestEvent::Slots => self.look_at_slots(),
+            GuestEvent::Unplugged(id) => self.unplugged(&id),
             GuestEvent::Vcpu(index, VcpuEvent::Started) => self.vcpu_started(index),
             // Published by whoever handles the event.
             GuestEvent::Link => {}
@@ -346,12 +361,12 @@ impl Controller {
             Request::Nmi => self.inject_nmi()?,
             Request::Resize(target) => self.resize(&target)?,
             Request::ResizeDisk(target) => self.resize_disk(&target)?,
-            Request::AddDisk(disk) => self.add_disk(*disk)?,
-            Request::AddNet(net, fds) => self.add_net(*net, fds)?,
-            Request::AddFs(fs) => self.add_fs(fs)?,
-            Request::AddGenericVhostUser(device) => self.add_generic(device)?,
-            Request::AddVsock(vsock) => self.add_vsock(vsock)?,
-            Request::RemoveDevice(device) => self.remove_device(&device.id)?,
+            Request::AddDisk(disk) => return self.add_disk(*disk),
+            Request::AddNet(net, fds) => return self.add_net(*net, fds),
+            Request::AddFs(fs) => return self.add_fs(fs),
+            Request::AddGenericVhostUser(device) => return self.add_generic(device),
+            Request::AddVsock(vsock) => return self.add_vsock(vsock),
+            Request::RemoveDevice(device) => self.remove_device(&device)?,
             Request::CpuFeatures => return Ok(self.cpu_features()?),
             Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),
         }
@@ -445,6 +460,7 @@ impl Controller {
         progress.note("guest");
         let vcpus = self.vcpu_target();
         self.end_machine();
+        self.end_removals();
         let result = self.start(progress, cause, vcpus);
         self.end_processors(result.is_ok());
         if result.is_err() {
@@ -468,6 +484,7 @@ impl Controller {
         }
         self.end_processors(false);
         self.abandon_memory();
+        self.end_removals();
         self.backends = None;
     }
 
@@ -477,6 +494,7 @@ impl Controller {
             // It was added by us and is removed nowhere else.
             let _ = self.events.remove_subscriber(id);
         }
+        self.finish_removals();
         let existed = self.machine.take().is_some();
         // A guest that is built anew has as many vCPUs as it was to have; its balloon is empty.
         self.resizes.abandon(Part::Balloon);

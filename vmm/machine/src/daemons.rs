@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long what it did may take to reach the device.
 const HEARSAY: Duration = Duration::from_secs(2);
 
-/// Starts daemons. All calls come from the controller's thread.
+/// Starts daemons. Calls come from the controller's thread and from those that take devices away.
 pub trait Daemons: Send + Sync {
     /// Starts the daemon of device `id`, and starts it again whenever it ends. Returns where it serves.
     ///
@@ -75,9 +75,9 @@ pub(crate) struct Started {
 }
 
 impl Started {
-    /// Whether it serves the device `id`, and takes orders.
-    pub(crate) fn takes_orders_for(&self, id: &str) -> bool {
-        self.id == id && self.control.is_some()
+    /// Whether it takes orders.
+    pub(crate) fn takes_orders(&self) -> bool {
+        self.control.is_some()
     }
 
     /// Has the daemon of a disk make it `size` bytes large; `device`, and so the guest, hears of it from the daemon. A thread waits for it

@@ -7,9 +7,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use triarch_api::events::{EventLog, kind};
-use triarch_api::{
-    BalloonConfig, DeviceLink, DeviceNode, DeviceTree, DiskConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
-};
+use triarch_api::{BalloonConfig, DeviceLink, DeviceNode, DeviceTree, NetConfig, RngConfig, VmConfig, VsockConfig};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
@@ -24,8 +22,9 @@ use triarch_virtio::{
     VirtioRng,
 };
 
-use crate::backends::{Backends, DiskEnd, NetEnd};
+use crate::backends::{Backends, End, Serves};
 use crate::build::Report;
+use crate::configured::DeviceConfig;
 use crate::consoles::Consoles;
 use crate::memory::virtio_mem::{self, Room};
 use crate::metrics::DeviceMeters;
@@ -50,9 +49,10 @@ pub(crate) struct Host {
 /// The PCI devices of a guest.
 pub(crate) struct Devices {
     host: Host,
-    functions: Vec<Arc<VirtioPci>>,
-    /// Ids of the devices and where they are.
-    slots: Vec<(String, PciAddress)>,
+    functions: Vec<Placed>,
+    /// Where devices go that are not there yet and have been there before, by their ids.
+    places: BTreeMap<String, PciAddress>,
+    paused: bool,
     disks: Vec<(String, BlockHandle)>,
     daemons: Vec<(String, VhostUserHandle)>,
     nics: Vec<(String, NetCounters)>,
@@ -62,6 +62,40 @@ pub(crate) struct Devices {
     /// Where memory comes and goes, as daemons know it.
     rooms: Vec<Arc<GuestRegion>>,
     resizer: Option<ConsoleResizer>,
+}
+
+/// A device and where it is.
+struct Placed {
+    id: String,
+    address: PciAddress,
+    function: Arc<VirtioPci>,
+    /// It can be taken while the guest runs.
+    removable: bool,
+}
+
+/// A device that was taken from the others: it works as long as [`remove`](Self::remove) was not called.
+pub(crate) struct Taken {
+    placed: Placed,
+    root: Arc<PciRoot>,
+}
+
+impl Taken {
+    /// Its slot.
+    pub(crate) fn slot(&self) -> u8 {
+        self.placed.address.device()
+    }
+
+    /// Takes it from the guest, finishes what is in flight, and frees all it has.
+    pub(crate) fn remove(self) {
+        let Placed {
+            id, address, function, ..
+        } = self.placed;
+        if let Err(error) = self.root.remove(address) {
+            tracing::error!("cannot take the device {id} off the bus: {error}");
+        }
+        drop(function);
+        tracing::debug!(id, %address, "device removed");
+    }
 }
 
 type Made<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -77,7 +111,8 @@ impl Devices {
         let mut devices = Self {
             host,
             functions: Vec::new(),
-            slots: Vec::new(),
+            places: backends.places.clone(),
+            paused: false,
             disks: Vec::new(),
             daemons: Vec::new(),
             nics: Vec::new(),
@@ -91,23 +126,11 @@ impl Devices {
         let rooms = std::mem::take(&mut devices.host.rooms);
         devices.rooms = virtio_mem::shared(&rooms)?;
         let total = count(config, consoles) + rooms.len();
-        for (disk, end) in config.disks.iter().flatten().zip(&backends.disks) {
-            devices.add_disk(progress, total, disk, end)?;
-        }
-        let ends = backends.nets.iter().zip(&backends.net_counters);
-        for (net, (end, counters)) in config.net.iter().flatten().zip(ends) {
-            match end {
-                NetEnd::Tap(tap) => devices.add(progress, total, &net.id, |id| network(id, net, tap, counters))?,
-                NetEnd::Daemon(peer) => devices.add_served(progress, total, &net.id, peer)?,
-            }
-            let id = net.id.clone().unwrap_or_default();
-            devices.nics.push((id, counters.clone()));
-        }
-        for (fs, peer) in config.fs.iter().flatten().zip(&backends.fs) {
-            devices.add_served(progress, total, &fs.id, peer)?;
-        }
-        for (device, peer) in config.generic_vhost_user.iter().flatten().zip(&backends.generic) {
-            devices.add_served(progress, total, &device.id, peer)?;
+        let vsock = |device: &DeviceConfig<'_>| matches!(device, DeviceConfig::Vsock(_));
+        let (last, first): (Vec<_>, Vec<_>) = DeviceConfig::all(config).partition(vsock);
+        let with_end = |device: DeviceConfig<'_>| backends.end(device.id());
+        for (device, end) in first.iter().filter_map(|device| Some((*device, with_end(*device)?))) {
+            devices.add_configured(progress, total, device, end)?;
         }
         devices.add(progress, total, &Some("_rng".into()), |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
@@ -119,14 +142,8 @@ impl Devices {
             })?;
             devices.resizer = resizer;
         }
-        if let Some(config) = &config.vsock {
-            let mut handle = None;
-            devices.add(progress, total, &config.id, |id| {
-                let device = vsock(id, config)?;
-                handle = Some((id.to_owned(), device.handle()));
-                Ok(Box::new(device))
-            })?;
-            devices.vsocks.extend(handle);
+        for (device, end) in last.iter().filter_map(|device| Some((*device, with_end(*device)?))) {
+            devices.add_configured(progress, total, device, end)?;
         }
         if let Some(config) = &config.balloon {
             let (discarder, report) = (devices.host.discarder.clone(), devices.host.report.clone());
@@ -141,6 +158,7 @@ impl Devices {
         for room in rooms {
             devices.add_memory(progress, total, room)?;
         }
+        devices.places.clear();
         Ok(devices)
     }
 
@@ -157,26 +175,115 @@ impl Devices {
         Ok(())
     }
 
-    fn add_disk(
+    /// Adds a device that can be taken while the guest runs; `end` serves it.
+    fn add_configured(
         &mut self,
         progress: Progress<'_>,
         total: usize,
-        disk: &DiskConfig,
-        end: &DiskEnd,
+        device: DeviceConfig<'_>,
+        end: &End,
     ) -> Result<(), MachineError> {
-        let (queues, size) = (disk.num_queues, disk.queue_size);
-        let backend = match end {
-            DiskEnd::File(backend) => backend.clone(),
-            DiskEnd::Daemon(peer) => return self.add_served(progress, total, &disk.id, peer),
-        };
-        let mut handle = None;
-        self.add(progress, total, &disk.id, |id| {
-            let device = Block::new(id, backend, queues, size)?;
-            handle = Some((id.to_owned(), device.handle()));
-            Ok(Box::new(device))
-        })?;
-        self.disks.extend(handle);
+        let name = Some(device.id().to_owned());
+        let own = || device.id().to_owned();
+        match (&end.serves, device) {
+            (Serves::File(disk), DeviceConfig::Disk(config)) => {
+                let mut handle = None;
+                self.add(progress, total, &name, |id| {
+                    let device = Block::new(id, disk.clone(), config.num_queues, config.queue_size)?;
+                    handle = Some((id.to_owned(), device.handle()));
+                    Ok(Box::new(device))
+                })?;
+                self.disks.extend(handle);
+            }
+            (Serves::Tap(tap, counters), DeviceConfig::Net(config)) => {
+                self.add(progress, total, &name, |id| network(id, config, tap, counters))?;
+                self.nics.push((own(), counters.clone()));
+            }
+            (Serves::Daemon(peer, counters), _) => {
+                self.add_served(progress, total, &name, peer)?;
+                self.nics.extend(counters.clone().map(|counters| (own(), counters)));
+            }
+            (_, DeviceConfig::Vsock(config)) => {
+                let mut handle = None;
+                self.add(progress, total, &name, |id| {
+                    let device = vsock(id, config)?;
+                    handle = Some((id.to_owned(), device.handle()));
+                    Ok(Box::new(device))
+                })?;
+                self.vsocks.extend(handle);
+            }
+            // Nothing opens such an end.
+            (Serves::File(_) | Serves::Tap(..) | Serves::Itself, _) => {
+                return Err(MachineError::device(&name, "nothing serves it"));
+            }
+        }
+        if let Some(placed) = self.functions.last_mut() {
+            placed.removable = true;
+        }
         Ok(())
+    }
+
+    /// Gives a guest that is there one more device, at `place`; `end` serves it. On error it has not got it.
+    pub(crate) fn plug(&mut self, device: DeviceConfig<'_>, end: &End, place: PciAddress) -> Result<(), MachineError> {
+        self.places.insert(device.id().to_owned(), place);
+        let result = self.add_configured(Progress::NONE, 0, device, end);
+        self.places.clear();
+        result
+    }
+
+    /// Takes a device that can be taken from the others.
+    pub(crate) fn take(&mut self, id: &str) -> Option<Taken> {
+        let at = self
+            .functions
+            .iter()
+            .position(|placed| placed.id == id && placed.removable)?;
+        let placed = self.functions.remove(at);
+        self.disks.retain(|(name, _)| name != id);
+        self.daemons.retain(|(name, _)| name != id);
+        self.nics.retain(|(name, _)| name != id);
+        self.vsocks.retain(|(name, _)| name != id);
+        let root = self.host.root.clone();
+        Some(Taken { placed, root })
+    }
+
+    /// Where the device called `id` is, and whether it can be taken while the guest runs.
+    pub(crate) fn find(&self, id: &str) -> Option<(PciAddress, bool)> {
+        let placed = self.functions.iter().find(|placed| placed.id == id)?;
+        Some((placed.address, placed.removable))
+    }
+
+    /// The device in `slot` that can be taken, by its id.
+    pub(crate) fn removable_in(&self, slot: u8) -> Option<&str> {
+        let in_slot = |placed: &&Placed| placed.address.device() == slot && placed.removable;
+        self.functions.iter().find(in_slot).map(|placed| placed.id.as_str())
+    }
+
+    /// Whether the guest may have looked at the device at `address`.
+    pub(crate) fn touched(&self, address: PciAddress) -> bool {
+        self.host.root.touched(address)
+    }
+
+    /// Where all devices are, by their ids.
+    pub(crate) fn places(&self) -> BTreeMap<String, PciAddress> {
+        let place = |placed: &Placed| (placed.id.clone(), placed.address);
+        self.functions.iter().map(place).collect()
+    }
+
+    /// Bit n: slot n has a device; and: it stays.
+    pub(crate) fn slots(&self) -> (u32, u32) {
+        // The host bridge.
+        let (mut present, mut fixed) = (1, 1);
+        for placed in &self.functions {
+            let bit = 1u32.checked_shl(placed.address.device().into()).unwrap_or(0);
+            present |= bit;
+            fixed |= if placed.removable { 0 } else { bit };
+        }
+        (present, fixed)
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.functions.len()
     }
 
     /// Adds the device that the daemon `peer` serves.
@@ -200,7 +307,7 @@ impl Devices {
         Ok(())
     }
 
-    /// Makes a device, one of `total`, and puts it into the next free slot.
+    /// Makes a device, one of `total`, and puts it into its slot: where it was before, or the next that is free.
     fn add(
         &mut self,
         progress: Progress<'_>,
@@ -219,14 +326,21 @@ impl Devices {
         let function = VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone());
         let function = Arc::new(function.map_err(|e| failed(e.into()))?);
         function.observe(observer(&host.events, name));
-        let slot = host.root.add(function.clone(), None);
+        if self.paused {
+            function.pause();
+        }
+        let slot = host.root.add(function.clone(), self.places.get(name).copied());
         let address = slot.map_err(|source| MachineError::Slot {
             id: name.to_owned(),
             source,
         })?;
         tracing::debug!(id = name, %address, "device added");
-        self.functions.push(function);
-        self.slots.push((name.to_owned(), address));
+        self.functions.push(Placed {
+            id: name.to_owned(),
+            address,
+            function,
+            removable: false,
+        });
         progress.count(self.functions.len(), total, "devices");
         Ok(())
     }
@@ -253,7 +367,7 @@ impl Devices {
 
     /// The devices, each behind the PCI function that presents it.
     pub(crate) fn tree(&self) -> DeviceTree {
-        let nodes = self.slots.iter().flat_map(|(id, address)| {
+        let nodes = self.functions.iter().flat_map(|Placed { id, address, .. }| {
             let function = format!("_virtio-pci-{id}");
             let device = DeviceNode {
                 id: id.clone(),
@@ -307,13 +421,15 @@ impl Devices {
     }
 
     /// Finishes what is in flight and stops the devices.
-    pub(crate) fn pause(&self) {
-        self.functions.iter().for_each(|f| f.pause());
+    pub(crate) fn pause(&mut self) {
+        self.paused = true;
+        self.functions.iter().for_each(|placed| placed.function.pause());
     }
 
     /// Lets the devices go on.
-    pub(crate) fn resume(&self) {
-        self.functions.iter().for_each(|f| f.resume());
+    pub(crate) fn resume(&mut self) {
+        self.paused = false;
+        self.functions.iter().for_each(|placed| placed.function.resume());
     }
 }
 

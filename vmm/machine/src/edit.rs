@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use triarch_api::events::kind;
 use triarch_api::{
-    Answer, ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, Request,
-    Resize, ResizeDisk, VmConfig, VsockConfig,
+    Answer, ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, RemoveDevice,
+    Reply, Request, Resize, ResizeDisk, VmConfig, VsockConfig,
 };
 use triarch_net::Tap;
 
 use crate::backends::handed_tap;
 use crate::control::{Cause, Controller};
 use crate::resize::{Goal, Part};
-use crate::{Machine, MachineError, identity};
+use crate::{Machine, MachineError, configured, identity};
 
 impl Controller {
     /// `vm.resize`. A target that is reached already is always fine.
@@ -180,50 +180,44 @@ impl Controller {
     }
 
     /// `vm.add-disk`.
-    pub(crate) fn add_disk(&mut self, disk: DiskConfig) -> Result<(), ApiError> {
-        self.change(|config| {
+    pub(crate) fn add_disk(&mut self, disk: DiskConfig) -> Result<Reply, ApiError> {
+        self.add(None, |config| {
             config.disks.get_or_insert_default().push(disk);
             Ok(())
         })
     }
 
     /// `vm.add-net`; `fds` are its tap, if the client opened it.
-    pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
+    pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<Reply, ApiError> {
         let tap = match fds.is_empty() {
             true => None,
             false => Some(check_tap(&net, fds)?),
         };
-        self.change(|config| {
+        self.add(tap, |config| {
             config.net.get_or_insert_default().push(net);
             Ok(())
-        })?;
-        // The last one is the new one, and every device has a name by now.
-        let nets = self.config.iter().flat_map(|config| config.net.iter().flatten());
-        if let (Some(tap), Some(id)) = (tap, nets.last().and_then(|net| net.id.clone())) {
-            self.taps.insert(id, tap);
-        }
-        Ok(())
+        })
     }
 
     /// `vm.add-fs`.
-    pub(crate) fn add_fs(&mut self, fs: FsConfig) -> Result<(), ApiError> {
-        self.change(|config| {
+    pub(crate) fn add_fs(&mut self, fs: FsConfig) -> Result<Reply, ApiError> {
+        self.add(None, |config| {
             config.fs.get_or_insert_default().push(fs);
             Ok(())
         })
     }
 
     /// `vm.add-generic-vhost-user`.
-    pub(crate) fn add_generic(&mut self, device: GenericVhostUserConfig) -> Result<(), ApiError> {
-        self.change(|config| {
+    pub(crate) fn add_generic(&mut self, device: GenericVhostUserConfig) -> Result<Reply, ApiError> {
+        self.add(None, |config| {
             config.generic_vhost_user.get_or_insert_default().push(device);
             Ok(())
         })
     }
 
     /// `vm.add-vsock`.
-    pub(crate) fn add_vsock(&mut self, vsock: VsockConfig) -> Result<(), ApiError> {
-        self.change(|config| match config.vsock {
+    pub(crate) fn add_vsock(&mut self, vsock: VsockConfig) -> Result<Reply, ApiError> {
+        self.add(None, |config| match config.vsock {
             Some(_) => Err(ApiError::BadRequest(
                 "the VM has a vsock already, and can have one only".to_owned(),
             )),
@@ -234,28 +228,38 @@ impl Controller {
         })
     }
 
+    /// Adds the device that `edit` puts into the configuration, also to a guest that runs; `tap` is its tap, if a client opened it. All of
+    /// it or nothing.
+    fn add(
+        &mut self,
+        tap: Option<Arc<Tap>>,
+        edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>,
+    ) -> Result<Reply, ApiError> {
+        let (Some(before), Some(changed)) = (&self.config, self.changed(edit)?) else {
+            return Ok(Reply::Done);
+        };
+        // Every device has a name by now.
+        let is_new = |id: &&str| before.ids().all(|known| known != *id);
+        let id = changed.ids().find(is_new).unwrap_or_default().to_owned();
+        let added = self.plug(&changed, &id, tap.as_ref())?;
+        if let Some(tap) = tap {
+            self.taps.insert(id, tap);
+        }
+        self.config = Some(changed);
+        Ok(added.map_or(Reply::Done, Reply::Added))
+    }
+
     /// `vm.remove-device`.
-    pub(crate) fn remove_device(&mut self, id: &str) -> Result<(), ApiError> {
+    pub(crate) fn remove_device(&mut self, device: &RemoveDevice) -> Result<(), ApiError> {
+        if self.machine.is_some() {
+            return self.unplug(device);
+        }
+        let id = &*device.id;
         self.change(|config| {
-            let before = config.ids().count();
-            let other = |name: &Option<String>| name.as_deref() != Some(id);
-            if let Some(disks) = &mut config.disks {
-                disks.retain(|disk| other(&disk.id));
-            }
-            if let Some(nets) = &mut config.net {
-                nets.retain(|net| other(&net.id));
-            }
-            if let Some(list) = &mut config.fs {
-                list.retain(|fs| other(&fs.id));
-            }
-            if let Some(list) = &mut config.generic_vhost_user {
-                list.retain(|device| other(&device.id));
-            }
-            config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
-            config.balloon = config.balloon.take().filter(|balloon| other(&balloon.id));
-            match config.ids().count() == before {
-                true => Err(no_device(id, "device that can be removed")),
-                false => Ok(()),
+            let balloon = config.balloon.take_if(|balloon| balloon.id.as_deref() == Some(id));
+            match configured::take(config, id) || balloon.is_some() {
+                true => Ok(()),
+                false => Err(no_device(id, "device that can be removed")),
             }
         })?;
         self.taps.remove(id);
@@ -264,15 +268,22 @@ impl Controller {
 
     /// Changes the configuration as a whole or not at all.
     fn change(&mut self, edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>) -> Result<(), ApiError> {
+        if let Some(changed) = self.changed(edit)? {
+            self.config = Some(changed);
+        }
+        Ok(())
+    }
+
+    /// The configuration as it would be after `edit`, if there is one.
+    fn changed(&self, edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>) -> Result<Option<VmConfig>, ApiError> {
         let Some(config) = &self.config else {
-            return Ok(());
+            return Ok(None);
         };
         let mut changed = config.clone();
         edit(&mut changed)?;
         changed.validate().map_err(MachineError::Config)?;
         identity::complete(&mut changed)?;
-        self.config = Some(changed);
-        Ok(())
+        Ok(Some(changed))
     }
 }
 
@@ -308,7 +319,7 @@ fn unsupported(text: &str) -> ApiError {
     ApiError::Unsupported(text.to_owned())
 }
 
-fn no_device(id: &str, kind: &str) -> ApiError {
+pub(crate) fn no_device(id: &str, kind: &str) -> ApiError {
     ApiError::NotFound(format!(
         "there is no {kind} with the id '{id}'; vm.info lists the devices"
     ))

@@ -45,6 +45,10 @@ pub enum GuestEvent {
     Vcpu(usize, VcpuEvent),
     /// It may have done something about processors that come or go.
     Processors,
+    /// It may have done something about PCI devices that come or go.
+    Slots,
+    /// The host is done with the device of this id, which the guest has no more.
+    Unplugged(String),
     /// A device lost its daemon or has one again; [`Machine`](crate::Machine) knows which.
     Link,
     /// Its balloon has another size, or a driver; [`Machine`](crate::Machine) knows which.

@@ -7,6 +7,7 @@
 #[allow(unsafe_code)] // inherited descriptors
 mod backends;
 mod build;
+mod configured;
 mod consoles;
 mod control;
 mod cpu_features;
@@ -19,6 +20,7 @@ mod identity;
 mod inbox;
 mod memory;
 mod metrics;
+mod plug;
 mod progress;
 mod resize;
 #[allow(unsafe_code)] // signal masks

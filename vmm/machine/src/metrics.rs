@@ -21,6 +21,7 @@ use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
 use crate::cpus::CpuMeters;
+use crate::plug::PlugMeters;
 
 /// What devices count, by their ids.
 #[derive(Default)]
@@ -38,6 +39,8 @@ pub(crate) struct GuestMeters {
     pub(crate) memory: MemoryConfig,
     pub(crate) vcpus: Vec<Arc<Padded<VcpuMetrics>>>,
     pub(crate) cpus: Arc<CpuMeters>,
+    /// What came of PCI devices, and how many there are.
+    pub(crate) plug: (Arc<PlugMeters>, usize),
     pub(crate) devices: DeviceMeters,
     /// Memory slots of KVM.
     pub(crate) slots: Arc<AtomicU64>,
@@ -82,6 +85,7 @@ impl GuestMeters {
         api::Metrics {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
             hotplug: self.cpus.read(),
+            devices: Some(self.plug.0.read(self.plug.1 as u64)),
             memory: Some(api::MemoryMetrics {
                 size: self.memory.size + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
                 resident: process.map(|process| resident(&self.memory, process)),
@@ -328,6 +332,7 @@ mod tests {
             vcpus: vec![Arc::default()],
             cpus: Arc::default(),
             slots: Arc::default(),
+            plug: (Arc::default(), 1),
             devices: DeviceMeters {
                 disks: vec![("d".into(), Arc::default())],
                 nics,

@@ -13,7 +13,7 @@ use triarch_api::jobs::{JobBoard, JobHandle};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::control::watch;
-use crate::{Inbox, MachineError, Message};
+use crate::{Inbox, MachineError, Message, plug};
 
 /// How long a guest may stand still before it reaches a target.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -77,6 +77,8 @@ pub(crate) struct Resizes {
     begun: u64,
     /// Whether the guest may do something without a target that nobody tells of.
     watched: bool,
+    /// Devices come or go.
+    devices: bool,
     alarm: Arc<Mutex<Alarm>>,
 }
 
@@ -93,6 +95,7 @@ impl Resizes {
             parts: BTreeMap::new(),
             begun: 0,
             watched: false,
+            devices: false,
             alarm: alarm.clone(),
         };
         Ok((resizes, alarm))
@@ -133,6 +136,12 @@ impl Resizes {
             job,
         };
         self.parts.insert(part, pending);
+        self.set_alarm();
+    }
+
+    /// Has the time looked at also while devices come or go, or not any more.
+    pub(crate) fn watch_devices(&mut self, wanted: bool) {
+        self.devices = wanted;
         self.set_alarm();
     }
 
@@ -203,7 +212,8 @@ impl Resizes {
 
     fn set_alarm(&self) {
         let every = self.parts.keys().map(|part| part.every());
-        let every = every.chain(self.watched.then_some(WATCH)).min();
+        let devices = self.devices.then_some(plug::EVERY);
+        let every = every.chain(self.watched.then_some(WATCH)).chain(devices).min();
         self.alarm.lock().unwrap_or_else(PoisonError::into_inner).set(every);
     }
 }

@@ -105,6 +105,12 @@ pub(crate) enum Command {
     RemoveDevice {
         /// The device's id
         id: String,
+        /// Take it without asking the guest, or after it did nothing when asked
+        #[arg(long)]
+        force: bool,
+        /// Go on until the guest has given it back
+        #[arg(long)]
+        wait: bool,
     },
     /// Show long work: what is under way, and the last that ended
     Jobs {

@@ -58,7 +58,10 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::AddVsock { vsock } => {
             session.put_json(Operation::AddVsock, &value("add-vsock", flags::vsock(&vsock))?)
         }
-        Command::RemoveDevice { id } => session.put_json(Operation::RemoveDevice, &RemoveDevice { id }),
+        Command::RemoveDevice { id, force, wait } => {
+            let body = RemoveDevice { id, force };
+            session.put_and_follow(Operation::RemoveDevice, &body, wait)
+        }
         Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
         Command::Events(events) => follow::run(&mut session.client, &events, session.json),
         Command::Metrics => print(&session.client.get("/metrics")?),
@@ -129,13 +132,20 @@ impl Session {
             desired_ram: target.memory,
             desired_balloon: target.balloon,
         };
-        let before = jobs::of(&mut self.client, Operation::Resize);
-        self.put_json(Operation::Resize, &body)?;
-        let after = jobs::of(&mut self.client, Operation::Resize);
+        self.put_and_follow(Operation::Resize, &body, target.wait)
+    }
+
+    /// Asks for `operation` and shows the jobs that it leads to; with `wait`, until they have ended.
+    fn put_and_follow(&mut self, operation: Operation, body: &impl Serialize, wait: bool) -> Result<(), Failure> {
+        let before = jobs::of(&mut self.client, operation);
+        self.put_json(operation, body)?;
+        let after = jobs::of(&mut self.client, operation);
         let is_new = |job: &&Job| before.iter().all(|before| before.id != job.id);
-        // vCPUs and the balloon have one each. A target that was asked for before has the same job still.
-        let shown = after.iter().filter(|job| is_new(job) || job.state == JobState::Running);
-        let show = |job: &Job| match target.wait {
+        // vCPUs and the balloon have one each. A target that was asked for before has the same job still; another device's removal is
+        // of no interest.
+        let same = |job: &&Job| operation == Operation::Resize && job.state == JobState::Running;
+        let shown = after.iter().filter(|job| is_new(job) || same(job));
+        let show = |job: &Job| match wait {
             true => jobs::run(&mut self.client, Some(job.id), true, self.json),
             false => jobs::show(job, self.json),
         };

@@ -141,6 +141,19 @@ fn functions_answer_by_both_mechanisms_and_absent_ones_are_all_ones() {
 }
 
 #[test]
+fn the_last_slot_is_like_the_others_and_the_guests_first_look_is_noted() {
+    let m = Guest::new();
+    let all: Vec<_> = (1..32).map(|tag| m.add(tag).0).collect();
+    let last = all[30];
+    assert_eq!(last.device(), 31);
+    assert!(!m.root.touched(last));
+    assert_eq!(m.config(last, 0) >> 16, 31);
+    assert!(m.root.touched(last) && !m.root.touched(all[29]));
+    let full = m.root.add(Fake::new(99), None).expect_err("full");
+    assert_eq!(full, AddError::Full(0));
+}
+
+#[test]
 fn slots_are_given_and_taken() {
     let guest = Guest::new();
     let wanted = PciAddress::new(0, 0, 5, 0).expect("address");

@@ -7,6 +7,7 @@ pub mod net;
 pub mod pci;
 pub mod plug;
 pub mod rings;
+pub mod slots;
 pub mod small;
 pub mod system;
 pub mod vsock;

@@ -164,6 +164,26 @@ macro_rules! accessors {
                 }
             }
 
+            /// The devices of this type from `index` on have become one more (`more`) or one less: their drivers move along.
+            fn shift_drivers(&mut self, name: &str, index: usize, more: bool) {
+                match name {
+                    $(stringify!($name) => {
+                        let moved = self.devices.$name.split_off(&index);
+                        let to = |index: usize| if more { index + 1 } else { index - 1 };
+                        self.devices.$name.extend(moved.into_iter().map(|(index, driver)| (to(index), driver)));
+                    })*
+                    _ => {}
+                }
+            }
+
+            /// Forgets a driver whose device cannot be reached.
+            fn lose_driver(&mut self, name: &str, index: usize) {
+                match name {
+                    $(stringify!($name) => drop(self.devices.$name.remove(&index)),)*
+                    _ => {}
+                }
+            }
+
             /// Starts the device anew as `setup` wants it.
             pub fn restart(&mut self, name: &str, index: usize, setup: &Setup) -> Result<(), String> {
                 let function = function(&self.functions, name, index)?;
@@ -181,6 +201,46 @@ macro_rules! accessors {
 }
 
 accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem);
+
+impl Guest {
+    /// Name of the type of the function at `place` of all, and its position among those of that type.
+    fn place_of(&self, place: usize) -> Option<(&'static str, usize)> {
+        let wanted = self.kinds.get(place).copied()?;
+        let name = KINDS
+            .iter()
+            .find(|(_, known)| *known == wanted)
+            .map(|(name, _)| *name)?;
+        let before = &self.kinds[..place];
+        Some((name, before.iter().filter(|known| **known == wanted).count()))
+    }
+
+    /// A function that came.
+    pub fn add_function(&mut self, function: Function) {
+        let place = self.functions.partition_point(|known| known.bdf < function.bdf);
+        self.functions.insert(place, function);
+        self.kinds.insert(place, kind(function).unwrap_or(0));
+        if let Some((name, index)) = self.place_of(place) {
+            self.shift_drivers(name, index, true);
+        }
+    }
+
+    /// A function that goes, in good order if it is `reachable`.
+    pub fn remove_function(&mut self, bdf: u16, reachable: bool) {
+        let Some(place) = self.functions.iter().position(|known| known.bdf == bdf) else {
+            return;
+        };
+        if let Some((name, index)) = self.place_of(place) {
+            if reachable {
+                self.drop_driver(name, index);
+            } else {
+                self.lose_driver(name, index);
+            }
+            self.shift_drivers(name, index + 1, false);
+        }
+        self.functions.remove(place);
+        self.kinds.remove(place);
+    }
+}
 
 /// Splits `blk0` into its name and number.
 pub fn device_name(word: &str) -> Result<(&str, usize), String> {

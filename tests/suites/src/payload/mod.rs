@@ -30,6 +30,7 @@ mod openapi;
 mod passt;
 mod pause;
 mod pci;
+mod plug;
 mod power;
 mod rings;
 mod rng;
@@ -60,6 +61,8 @@ pub fn tests() -> Vec<Test> {
         hotplug::SLOW,
         hotplug_soak::TESTS,
         hotplug_random::TESTS,
+        plug::TESTS,
+        plug::SLOW,
         pci::TESTS,
         blk::TESTS,
         net::TESTS,

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use triarch_device_core::InterruptLine;
 use triarch_legacy::{
-    CpuHotplug, Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, Pl011, Pl031, Pl061, SerialPort,
+    CpuHotplug, Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, PciHotplug, Pl011, Pl031, Pl061,
+    SerialPort,
 };
 use triarch_pci::Ecam;
 
@@ -17,6 +18,7 @@ pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     button: Button,
     cpus: Option<Arc<CpuHotplug>>,
+    slots: Option<Arc<PciHotplug>>,
 }
 
 /// How the operating system hears of the power button.
@@ -53,7 +55,7 @@ impl Board {
         };
         let rtc = Arc::new(Pl031::new(Arc::new(HostClock::new())));
         mmio.claim(layout::RTC, PL031_SIZE, rtc)?;
-        let mut cpus = None;
+        let (mut cpus, mut slots) = (None, None);
         let button = if config.device_tree {
             let keys = Arc::new(Pl061::new(line(interrupt::KEYS)?));
             mmio.claim(layout::KEYS, PL061_SIZE, keys.clone())?;
@@ -62,11 +64,17 @@ impl Board {
             let events = Arc::new(Ged::new(line(interrupt::GED)?));
             mmio.claim(layout::GED, 1, events.clone())?;
             cpus = Some(config.claim_processors(&events, layout::CPU_HOTPLUG, PRESENT)?);
+            slots = Some(config.claim_slots(&events, layout::PCI_HOTPLUG)?);
             Button::Event(events)
         };
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         mmio.claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
-        Ok(Self { serial, button, cpus })
+        Ok(Self {
+            serial,
+            button,
+            cpus,
+            slots,
+        })
     }
 
     /// The serial port, for its input.
@@ -77,6 +85,11 @@ impl Board {
     /// The processors that come and go; a device tree knows of none.
     pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
         self.cpus.as_ref()
+    }
+
+    /// The slots of the PCI bus, whose devices come and go; a device tree knows of none.
+    pub fn slots(&self) -> Option<&Arc<PciHotplug>> {
+        self.slots.as_ref()
     }
 
     /// Asks the operating system to shut down.

@@ -50,7 +50,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
             virt: interrupt::TIMER_VIRTUAL,
             hypervisor: interrupt::TIMER_HYPERVISOR,
         },
-        pci: vec![pci_segment(config.windows, layout::ECAM, 0..=LAST_BUS)],
+        pci: vec![pci_segment(config, layout::ECAM, 0..=LAST_BUS, layout::PCI_HOTPLUG)],
         events: Some(EventDevice {
             gsi: interrupt::GED,
             register: Register::Memory(layout::GED),

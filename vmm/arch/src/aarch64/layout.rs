@@ -7,6 +7,7 @@
 //! 0x0700_0000  GIC: redistributors, 128 KiB a vCPU
 //! 0x08ff_0000  GIC: distributor
 //! 0x0900_0000  PL011, then PL031, event register, keys, registers of processors and of memory that come and go, 64 KiB apart
+//! 0x0907_0000  registers of PCI devices that come and go
 //! 0x1000_0000  32-bit BARs
 //! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
@@ -63,6 +64,8 @@ pub const KEYS: u64 = 0x0904_0000;
 pub const CPU_HOTPLUG: u64 = 0x0905_0000;
 /// Registers of memory that comes and goes.
 pub const MEMORY_HOTPLUG: u64 = 0x0906_0000;
+/// Registers of PCI devices that come and go.
+pub const PCI_HOTPLUG: u64 = 0x0907_0000;
 
 /// Interrupt numbers of the GIC.
 pub mod interrupt {

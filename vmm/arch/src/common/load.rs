@@ -5,8 +5,7 @@ use std::ops::RangeInclusive;
 use thiserror::Error;
 use triarch_boot::{InitramfsError, KernelError, LayoutError, OpenError};
 use triarch_memory::GuestMemory;
-use triarch_pci::BarAllocator;
-use triarch_tables::acpi::{AcpiError, IoWindow, MmioWindow, PciSegment};
+use triarch_tables::acpi::{AcpiError, IoWindow, MmioWindow, PciSegment, PciSlots};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
@@ -78,8 +77,10 @@ pub fn write_smbios(config: &LoadConfig<'_>, at: u64, room: usize) -> Result<(),
     Ok(write_pieces(config.memory, [(at, &bytes[..])])?)
 }
 
-/// What ACPI tells of PCI segment 0: its configuration space at GPA `ecam_base`, its buses, and the windows devices are in.
-pub fn pci_segment(windows: &BarAllocator, ecam_base: u64, buses: RangeInclusive<u8>) -> PciSegment {
+/// What ACPI tells of PCI segment 0: its configuration space at GPA `ecam_base`, its buses, the windows devices are in, and the registers
+/// of slots at `slots`, if the board has any.
+pub fn pci_segment(config: &LoadConfig<'_>, ecam_base: u64, buses: RangeInclusive<u8>, slots: u64) -> PciSegment {
+    let windows = config.windows;
     let mmio = [(&windows.mmio32, false), (&windows.mmio64, true)];
     let mmio = mmio.into_iter().filter(|(range, _)| !range.is_empty());
     let io = Some(&windows.io).filter(|range| !range.is_empty());
@@ -104,5 +105,9 @@ pub fn pci_segment(windows: &BarAllocator, ecam_base: u64, buses: RangeInclusive
             .collect(),
         prt: Vec::new(),
         node: 0,
+        slots: config.board.slots().map(|board| PciSlots {
+            registers: slots,
+            fixed: board.fixed(),
+        }),
     }
 }

@@ -12,7 +12,7 @@ use triarch_cpu_model::GuestProcessor;
 use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::console::Console;
-use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, PowerSink};
+use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, PciHotplug, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 
@@ -149,6 +149,8 @@ pub struct BoardConfig<'a> {
     pub plan: &'a CpuPlan,
     /// Told when the guest did something about processors that come or go.
     pub cpus_changed: Arc<dyn Fn() + Send + Sync>,
+    /// Told when the guest did something about PCI devices that come or go.
+    pub slots_changed: Arc<dyn Fn() + Send + Sync>,
     /// What the serial port is connected to; no port without.
     pub serial: Option<&'a Arc<Console>>,
     /// What the debug port is connected to; no port without. Only a PC has one.
@@ -173,6 +175,14 @@ impl BoardConfig<'_> {
         let cpus = Arc::new(CpuHotplug::new(config, Some(events.clone()), move || changed()));
         self.mmio.claim(at, CpuHotplug::size(config.max), cpus.clone())?;
         Ok(cpus)
+    }
+
+    /// Makes the registers at `at` of PCI devices that come and go by notices through `events`.
+    pub(crate) fn claim_slots(&self, events: &Arc<Ged>, at: u64) -> Result<Arc<PciHotplug>, BusError> {
+        let changed = self.slots_changed.clone();
+        let slots = Arc::new(PciHotplug::new(events.clone(), move || changed()));
+        self.mmio.claim(at, PciHotplug::SIZE, slots.clone())?;
+        Ok(slots)
     }
 }
 

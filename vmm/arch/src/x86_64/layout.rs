@@ -9,6 +9,7 @@
 //! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
 //! 0xfe00_0000  registers of processors that come and go
 //! 0xfe01_0000  registers of memory that comes and goes
+//! 0xfe02_0000  registers of PCI devices that come and go
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs
 //! 0x1_0000_0000  RAM above the hole, then room for memory that comes later, from a multiple of 2 GiB on, then 64-bit BARs, from a
@@ -41,6 +42,8 @@ pub const PCI_IO: Range<u16> = 0x1000..0xf000;
 pub const CPU_HOTPLUG: u64 = 0xfe00_0000;
 /// Registers of memory that comes and goes.
 pub const MEMORY_HOTPLUG: u64 = 0xfe01_0000;
+/// Registers of PCI devices that come and go.
+pub const PCI_HOTPLUG: u64 = 0xfe02_0000;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.

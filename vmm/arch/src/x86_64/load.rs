@@ -124,7 +124,7 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
                 value: board::RESET_VALUE,
             }),
         },
-        pci: vec![pci_segment(config.windows, layout::ECAM, 0..=LAST_BUS)],
+        pci: vec![pci_segment(config, layout::ECAM, 0..=LAST_BUS, layout::PCI_HOTPLUG)],
         events: Some(EventDevice {
             gsi: board::GED_GSI,
             register: Register::Io(board::GED),

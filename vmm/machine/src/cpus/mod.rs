@@ -18,6 +18,7 @@ use triarch_legacy::{CpuHotplug, CpuSlot};
 
 use crate::control::Controller;
 use crate::resize::{Goal, PATIENCE, Part};
+pub(crate) use sizing::status_name;
 use sizing::{Direction, News, Sizing, listed, news};
 
 /// What the controller knows of the guest's processors.

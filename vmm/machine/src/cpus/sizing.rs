@@ -277,7 +277,7 @@ pub(super) fn listed(indexes: &[u32]) -> String {
 }
 
 /// What a status of `_OST` means (ACPI 6.5, 6.3.5); that of a processor that was given back without being asked for is 0.
-pub(super) fn status_name(status: u32) -> String {
+pub(crate) fn status_name(status: u32) -> String {
     let name = match status {
         0 => return "given back unused".to_owned(),
         1 => "failure",

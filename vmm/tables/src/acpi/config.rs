@@ -170,6 +170,17 @@ pub struct PciSegment {
     pub prt: Vec<PrtEntry>,
     /// NUMA node; not read without NUMA.
     pub node: u32,
+    /// How devices of the first bus come and go; without, those that are there stay.
+    pub slots: Option<PciSlots>,
+}
+
+/// Slots whose devices come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciSlots {
+    /// Address of their registers.
+    pub registers: u64,
+    /// Bit n: the device of slot n stays.
+    pub fixed: u32,
 }
 
 /// Ports that BARs may use.

@@ -5,7 +5,7 @@ use acpi_tables::aml::{
     Method, MethodCall, Notify, OpRegion, OpRegionSpace, Path, ResourceTemplate, Store, ZERO,
 };
 
-use super::config::{EventDevice, Register};
+use super::config::{EventDevice, PciSegment, Register};
 use super::dsdt::{Raw, name, refs};
 
 /// Bits of the event register. Reading it returns the pending ones and clears them.
@@ -23,6 +23,15 @@ impl EventBits {
     pub const POWER_BUTTON: u8 = 1 << 3;
 }
 
+/// Methods that handle what is reported of processors, if those come and go, and of the slots of `segments`.
+pub(super) fn scans(cpus: bool, segments: &[PciSegment]) -> Vec<(u8, String)> {
+    let cpus = cpus.then(|| (EventBits::CPU, super::cpus::SCAN.to_owned()));
+    let slots = super::pci::scans(segments).into_iter();
+    cpus.into_iter()
+        .chain(slots.map(|scan| (EventBits::PCI, scan)))
+        .collect()
+}
+
 const POWER_BUTTON: &str = "\\_SB_.PWRB";
 /// Notification value of a pressed button (ACPI 4.8.2.2.1.2).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -34,8 +43,8 @@ pub(super) fn power_button() -> Raw {
     ))
 }
 
-/// The device; `cpus` if processors come and go.
-pub(super) fn event_device(device: &EventDevice, cpus: bool) -> Raw {
+/// The device. Each of `scans` is a method that handles one of [`EventBits`].
+pub(super) fn event_device(device: &EventDevice, scans: &[(u8, String)]) -> Raw {
     let (space, address) = match device.register {
         Register::Io(port) => (OpRegionSpace::SystemIO, u64::from(port)),
         Register::Memory(at) => (OpRegionSpace::SystemMemory, at),
@@ -54,19 +63,19 @@ pub(super) fn event_device(device: &EventDevice, cpus: bool) -> Raw {
             FieldUpdateRule::WriteAsZeroes,
             vec![FieldEntry::Named(*b"EVNT", 8)],
         )),
-        event_method(cpus),
+        event_method(scans),
     ];
     Raw::of(&Device::new(Path::new("\\_SB_.GED_"), refs(&children)))
 }
 
 /// `_EVT`: reads the register once, then handles every bit.
-fn event_method(cpus: bool) -> Raw {
+fn event_method(scans: &[(u8, String)]) -> Raw {
     let button = Path::new(POWER_BUTTON);
     let mut handlers = vec![(EventBits::POWER_BUTTON, Raw::of(&Notify::new(&button, &BUTTON_PRESSED)))];
-    if cpus {
-        let scan = MethodCall::new(Path::new(super::cpus::SCAN), Vec::new());
-        handlers.push((EventBits::CPU, Raw::of(&scan)));
-    }
+    handlers.extend(scans.iter().map(|(bit, scan)| {
+        let scan = MethodCall::new(Path::new(scan), Vec::new());
+        (*bit, Raw::of(&scan))
+    }));
     let mut body = vec![Raw::of(&Store::new(&Local(0), &Path::new("EVNT")))];
     body.extend(
         handlers

@@ -30,6 +30,7 @@ mod fadt;
 mod madt;
 mod numa;
 mod pci;
+mod pci_slots;
 mod slots;
 mod table;
 #[cfg(test)]
@@ -37,8 +38,8 @@ mod tests;
 
 pub use config::{
     AcpiConfig, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, IoWindow, IrqOverride, IrqPolarity,
-    IrqTrigger, MemoryAffinity, MmioWindow, NumaNode, PciSegment, PmConfig, PrtEntry, Register, ResetRegister, Rtc,
-    SerialPort,
+    IrqTrigger, MemoryAffinity, MmioWindow, NumaNode, PciSegment, PciSlots, PmConfig, PrtEntry, Register,
+    ResetRegister, Rtc, SerialPort,
 };
 pub use events::EventBits;
 pub use pci::rotating_prt;

@@ -6,7 +6,8 @@ use acpi_tables::aml::{
 };
 
 use super::config::{PciSegment, PrtEntry};
-use super::dsdt::{Raw, name, refs};
+use super::dsdt::{Raw, memory_claim, name, refs};
+use super::pci_slots;
 use super::table::Table;
 
 const MCFG_REVISION: u8 = 1;
@@ -75,10 +76,32 @@ fn root(index: usize, segment: &PciSegment, config_ports: bool, numa: bool) -> R
     if !segment.prt.is_empty() {
         children.push(routes(&segment.prt));
     }
-    Raw::of(&Device::new(
-        Path::new(&format!("\\_SB_.PCI{index:X}")),
-        refs(&children),
-    ))
+    let path = root_path(index);
+    if let Some(slots) = &segment.slots {
+        children.extend(pci_slots::devices(&path, slots));
+    }
+    Raw::of(&Device::new(Path::new(&path), refs(&children)))
+}
+
+fn root_path(index: usize) -> String {
+    format!("\\_SB_.PCI{index:X}")
+}
+
+/// Methods that handle what the event device reports about slots.
+pub(super) fn scans(segments: &[PciSegment]) -> Vec<String> {
+    let with_slots = segments
+        .iter()
+        .enumerate()
+        .filter(|(_, segment)| segment.slots.is_some());
+    with_slots
+        .map(|(index, _)| pci_slots::scan_method(&root_path(index)))
+        .collect()
+}
+
+/// Claims of the registers of slots.
+pub(super) fn slot_claims(segments: &[PciSegment]) -> impl Iterator<Item = Raw> {
+    let slots = segments.iter().filter_map(|segment| segment.slots.as_ref());
+    slots.map(|slots| memory_claim(slots.registers, pci_slots::registers_size()))
 }
 
 fn resources(has_config_ports: bool, segment: &PciSegment) -> Raw {

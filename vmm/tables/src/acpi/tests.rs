@@ -68,6 +68,7 @@ fn machine(count: u32) -> AcpiConfig {
             ],
             prt: rotating_prt(&[16, 17, 18, 19]),
             node: 0,
+            slots: None,
         }],
         events: Some(EventDevice {
             gsi: 5,
@@ -324,8 +325,34 @@ fn the_largest_machine_fits_below_the_bios() {
     assert!((built.tables.len() as u64) < AcpiPlacement::PC.tables_size);
     let mut config = machine(254);
     config.cpu_hotplug = Some(0xFE00_0000);
+    config.pci[0].slots = Some(slots(0));
     let built = build(&config).unwrap();
     assert!((built.tables.len() as u64) < AcpiPlacement::PC.tables_size / 2);
+}
+
+fn slots(fixed: u32) -> PciSlots {
+    PciSlots {
+        registers: 0xFE02_0000,
+        fixed,
+    }
+}
+
+#[test]
+fn slots_of_devices_that_can_go_have_methods() {
+    let count = |fixed: Option<u32>, name: &[u8]| {
+        let mut config = machine(1);
+        config.pci[0].slots = fixed.map(slots);
+        let tables = build(&config).unwrap().tables;
+        tables.windows(name.len()).filter(|window| *window == name).count()
+    };
+    // The host bridge never goes.
+    assert_eq!(count(Some(0), b"_EJ0"), 31);
+    assert_eq!(count(Some(1 << 31 | 1 << 1), b"_EJ0"), 29);
+    assert_eq!((count(Some(1 << 31), b"S01F"), count(Some(0), b"S01F")), (0, 2));
+    assert_eq!(
+        (count(None, b"_EJ0"), count(None, b"SSCN"), count(Some(0), b"SSCN")),
+        (0, 0, 2)
+    );
 }
 
 #[test]
@@ -362,7 +389,9 @@ fn variants() -> Vec<AcpiConfig> {
     });
     let mut growing = with_numa(machine(254));
     growing.cpu_hotplug = Some(0xFE00_0000);
+    growing.pci[0].slots = Some(slots(0b1011));
     let mut far = machine(2);
+    far.pci[0].slots = Some(slots(u32::MAX));
     far.cpu_hotplug = Some(0x12_3400_0000);
     vec![machine(2), bare, large, growing, far]
 }

@@ -1,5 +1,8 @@
 //! There are no ports on this architecture, so ECAM is the only way to PCI configuration space.
 
+/// Registers of PCI devices that come and go.
+pub const SLOTS: u64 = 0x0907_0000;
+
 /// What cannot be had.
 #[derive(Clone, Copy)]
 pub enum Ports {}

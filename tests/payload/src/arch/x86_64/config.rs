@@ -2,6 +2,9 @@
 
 use super::io::{inb, inl, inw, outb, outl, outw};
 
+/// Registers of PCI devices that come and go.
+pub const SLOTS: u64 = 0xfe02_0000;
+
 const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 

@@ -24,7 +24,10 @@ pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
     }
     if let Some(device) = &config.events {
         table.push_aml(&events::power_button());
-        table.push_aml(&events::event_device(device, config.cpu_hotplug.is_some()));
+        table.push_aml(&events::event_device(
+            device,
+            &events::scans(config.cpu_hotplug.is_some(), &config.pci),
+        ));
     }
     table.finish()
 }
@@ -39,6 +42,7 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
     if let Some(Register::Memory(at)) = config.events.map(|device| device.register) {
         resources.push(memory_claim(at, 1));
     }
+    resources.extend(pci::slot_claims(&config.pci));
     if let Some(at) = config.cpu_hotplug {
         resources.push(memory_claim(at, cpus::registers_size(config.cpus.len())));
     }

@@ -1,6 +1,6 @@
 use std::process::Command;
 
-use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, Register};
+use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, PciSlots, Register};
 use super::super::tests::acpica_accepts;
 use super::super::{AcpiError, AcpiTables, checksum};
 use super::*;
@@ -51,6 +51,10 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             }],
             prt: vec![],
             node: 0,
+            slots: (enabled < cpus).then_some(PciSlots {
+                registers: 0x0907_0000,
+                fixed: 2,
+            }),
         }],
         events: Some(EventDevice {
             gsi: 36,

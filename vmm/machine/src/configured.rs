@@ -1,0 +1,103 @@
+//! The devices of a configuration that can come and go, whatever their kind.
+
+use triarch_api::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig};
+
+/// One of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum DeviceConfig<'a> {
+    Disk(&'a DiskConfig),
+    Net(&'a NetConfig),
+    Fs(&'a FsConfig),
+    Generic(&'a GenericVhostUserConfig),
+    Vsock(&'a VsockConfig),
+}
+
+impl<'a> DeviceConfig<'a> {
+    /// All of `config`, those of one kind after those of another.
+    pub(crate) fn all(config: &'a VmConfig) -> impl Iterator<Item = Self> {
+        let disks = config.disks.iter().flatten().map(Self::Disk);
+        let nets = config.net.iter().flatten().map(Self::Net);
+        let fs = config.fs.iter().flatten().map(Self::Fs);
+        let generic = config.generic_vhost_user.iter().flatten().map(Self::Generic);
+        let vsock = config.vsock.iter().map(Self::Vsock);
+        disks.chain(nets).chain(fs).chain(generic).chain(vsock)
+    }
+
+    /// The one called `id`.
+    pub(crate) fn find(config: &'a VmConfig, id: &str) -> Option<Self> {
+        Self::all(config).find(|device| device.id() == id)
+    }
+
+    /// Its id; one that has none yet is called by the empty name.
+    pub(crate) fn id(self) -> &'a str {
+        let id = match self {
+            Self::Disk(disk) => &disk.id,
+            Self::Net(net) => &net.id,
+            Self::Fs(fs) => &fs.id,
+            Self::Generic(device) => &device.id,
+            Self::Vsock(vsock) => &vsock.id,
+        };
+        id.as_deref().unwrap_or_default()
+    }
+}
+
+/// Takes the device called `id` out of `config`. Returns whether there was one.
+pub(crate) fn take(config: &mut VmConfig, id: &str) -> bool {
+    let there = DeviceConfig::find(config, id).is_some();
+    let other = |name: &Option<String>| name.as_deref() != Some(id);
+    if let Some(disks) = &mut config.disks {
+        disks.retain(|disk| other(&disk.id));
+    }
+    if let Some(nets) = &mut config.net {
+        nets.retain(|net| other(&net.id));
+    }
+    if let Some(list) = &mut config.fs {
+        list.retain(|fs| other(&fs.id));
+    }
+    if let Some(list) = &mut config.generic_vhost_user {
+        list.retain(|device| other(&device.id));
+    }
+    config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));
+    there
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_found_and_taken_and_the_others_stay() {
+        let id = |id: &str| Some(id.to_owned());
+        let mut config = VmConfig {
+            disks: Some(vec![
+                DiskConfig {
+                    id: id("a"),
+                    ..DiskConfig::default()
+                },
+                DiskConfig {
+                    id: id("b"),
+                    ..DiskConfig::default()
+                },
+            ]),
+            net: Some(vec![NetConfig {
+                id: id("n"),
+                ..NetConfig::default()
+            }]),
+            vsock: Some(VsockConfig {
+                cid: 3,
+                socket: "s".into(),
+                id: id("v"),
+            }),
+            ..VmConfig::default()
+        };
+        let ids = |config: &VmConfig| {
+            DeviceConfig::all(config)
+                .map(|device| device.id().to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&config), ["a", "b", "n", "v"]);
+        assert!(matches!(DeviceConfig::find(&config, "n"), Some(DeviceConfig::Net(_))));
+        assert!(take(&mut config, "a") && !take(&mut config, "a") && take(&mut config, "v"));
+        assert_eq!(ids(&config), ["b", "n"]);
+    }
+}

@@ -1,0 +1,213 @@
+//! A device on its way out.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use triarch_api::Handler;
+use triarch_api::events::kind;
+use triarch_api::jobs::JobHandle;
+
+use super::meters::{Direction, Outcome};
+use crate::backends::End;
+use crate::control::Controller;
+use crate::devices::Taken;
+use crate::{GuestEvent, Message, configured};
+
+/// A device the guest was asked for.
+pub(super) struct Asked {
+    pub(super) id: String,
+    pub(super) slot: u8,
+    /// Since when the guest has had the time to give it back.
+    pub(super) since: Instant,
+    pub(super) job: JobHandle,
+}
+
+/// Why a device is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// The guest gave it back.
+    Given,
+    /// The guest never looked at it.
+    Unseen,
+    /// Somebody wanted it at once.
+    Forced,
+}
+
+impl Manner {
+    fn phase(self, id: &str) -> String {
+        match self {
+            Self::Given => format!("the guest gave back '{id}'"),
+            Self::Unseen => format!("the guest had not looked at '{id}'"),
+            Self::Forced => format!("'{id}' was taken by force"),
+        }
+    }
+}
+
+/// A device that is taken.
+pub(super) struct Leaving {
+    pub(super) id: String,
+    slot: u8,
+    manner: Manner,
+    job: Option<JobHandle>,
+    thread: Option<JoinHandle<()>>,
+    /// What came of it.
+    result: Receiver<Result<(), String>>,
+}
+
+/// Finishes what is in flight and closes everything.
+fn close(id: &str, taken: Option<Taken>, end: Option<End>) -> Result<(), String> {
+    if let Some(taken) = taken {
+        taken.remove();
+    }
+    let closed = end.map_or(Ok(()), End::close);
+    closed.map_err(|error| format!("the device '{id}' is gone, but what was written to it may be lost: {error}"))
+}
+
+/// Does what there is to do, once.
+fn run(work: &Mutex<Option<impl FnOnce()>>) {
+    let work = work.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(work) = work {
+        work();
+    }
+}
+
+impl Controller {
+    /// Takes device `id` from the guest. What that needs to wait for a thread waits for.
+    pub(super) fn take(&mut self, id: &str, manner: Manner) {
+        let job = self.plugs.take_asked(id).map(|asked| asked.job);
+        self.take_for(id, manner, job);
+    }
+
+    pub(super) fn take_for(&mut self, id: &str, manner: Manner, job: Option<JobHandle>) {
+        let Some(taken) = self.machine.as_mut().and_then(|machine| machine.devices_mut().take(id)) else {
+            return;
+        };
+        if let Some(job) = &job {
+            job.note("the host lets go of it");
+        }
+        let slot = taken.slot();
+        let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
+        let tap = self.taps.remove(id);
+        // Nobody counts any more what it does.
+        self.show_meters();
+        let (sender, result) = sync_channel(1);
+        let (name, inbox, generation) = (id.to_owned(), self.inbox.clone(), self.generation);
+        let work = Mutex::new(Some(move || {
+            let done = close(&name, Some(taken), end);
+            drop(tap);
+            // Somebody who does not want it any more has ended.
+            let _ = sender.send(done);
+            inbox.post(Message::Guest(generation, GuestEvent::Unplugged(name)));
+        }));
+        let work = Arc::new(work);
+        let theirs = work.clone();
+        let body = move || run(&theirs);
+        // It closes what this thread has opened, so it needs this thread's filter, and has it from its start.
+        let thread = match self.sandbox.spawn(format!("{id}_remove"), Box::new(body)) {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                tracing::warn!("cannot start a thread that takes {id} away, so everybody waits for that: {error}");
+                run(&work);
+                None
+            }
+        };
+        self.plugs.leaving.push(Leaving {
+            id: id.to_owned(),
+            slot,
+            manner,
+            job,
+            thread,
+            result,
+        });
+        self.watch_slots();
+    }
+
+    /// The host is done with device `id`.
+    pub(crate) fn unplugged(&mut self, id: &str) {
+        let Some(at) = self.plugs.leaving.iter().position(|leaving| leaving.id == id) else {
+            return;
+        };
+        let leaving = self.plugs.leaving.remove(at);
+        self.end_leaving(leaving);
+    }
+
+    fn end_leaving(&mut self, leaving: Leaving) {
+        let Leaving {
+            id,
+            slot,
+            manner,
+            job,
+            thread,
+            result,
+        } = leaving;
+        // A thread that panicked has sent nothing.
+        let result = result.recv();
+        let result =
+            result.unwrap_or_else(|_| Err(format!("the device '{id}' is gone, but not all of it could be closed")));
+        let _ = thread.map(JoinHandle::join);
+        if let Some(slots) = self.machine.as_ref().and_then(|machine| machine.slots()) {
+            slots.gone(slot, manner == Manner::Forced);
+        }
+        if manner == Manner::Forced {
+            self.plugs.announced = Some(Instant::now());
+            self.watch_slots();
+        }
+        let outcome = match (&result, manner) {
+            (Err(_), _) => Outcome::Failed,
+            (Ok(()), Manner::Forced) => Outcome::Forced,
+            (Ok(()), Manner::Given | Manner::Unseen) => Outcome::Done,
+        };
+        self.forget_device(&id, outcome, &manner.phase(&id), job, result);
+    }
+
+    /// Device `id` is gone, in this way.
+    fn forget_device(
+        &mut self,
+        id: &str,
+        outcome: Outcome,
+        phase: &str,
+        job: Option<JobHandle>,
+        result: Result<(), String>,
+    ) {
+        if let Some(config) = &mut self.config {
+            configured::take(config, id);
+        }
+        self.plugs.meters.count(Direction::Remove, outcome);
+        // Whoever sees that the job has ended sees what it changed.
+        self.publish();
+        self.inbox.events().post(&kind::PCI_REMOVED, &[("id", id.into())]);
+        if let Err(error) = &result {
+            tracing::warn!("{error}");
+        }
+        if let Some(job) = job {
+            job.note(phase);
+            job.finish(result.as_ref().copied().map_err(String::as_str));
+        }
+    }
+
+    /// Waits until the host is done with what the guest has no more. Before the guest ends.
+    pub(crate) fn finish_removals(&mut self) {
+        for leaving in std::mem::take(&mut self.plugs.leaving) {
+            self.end_leaving(leaving);
+        }
+        self.plugs.announced = None;
+    }
+
+    /// The guest is gone and with it its devices: those it was asked for do not come back.
+    pub(crate) fn end_removals(&mut self) {
+        for Asked { id, job, .. } in std::mem::take(&mut self.plugs.asked) {
+            let end = self.backends.as_mut().and_then(|backends| backends.remove(&id));
+            let result = close(&id, None, end);
+            self.taps.remove(&id);
+            let outcome = match &result {
+                Ok(()) => Outcome::Reset,
+                Err(_) => Outcome::Failed,
+            };
+            let phase = format!("the guest ended, and '{id}' was taken");
+            self.forget_device(&id, outcome, &phase, Some(job), result);
+        }
+        self.watch_slots();
+    }
+}
