@@ -12,6 +12,7 @@ mod device_tree;
 mod hotplug;
 mod net;
 mod pause;
+mod plug;
 mod power;
 mod refusals;
 mod rng;
@@ -40,6 +41,7 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         pause::TESTS,
         hotplug::TESTS,
+        plug::TESTS,
     ]
     .concat()
 }
