@@ -55,6 +55,11 @@ pub(super) fn of_answer(route: &str) -> Value {
                 "unnamed": [],
             },
         })),
+        "vm.add-disk" => one(added("data", 5)),
+        "vm.add-net" => one(added("net0", 6)),
+        "vm.add-fs" => one(added("shared", 7)),
+        "vm.add-generic-vhost-user" => one(added("_generic0", 8)),
+        "vm.add-vsock" => one(added("_vsock", 9)),
         "vm.events" => one(json!([event()])),
         "vm.jobs" => one(json!([job()])),
         "vm.job/{id}" => one(job()),
@@ -63,6 +68,10 @@ pub(super) fn of_answer(route: &str) -> Value {
         )),
         _ => json!({}),
     }
+}
+
+fn added(id: &str, slot: u8) -> Value {
+    json!({ "id": id, "bdf": format!("0000:00:{slot:02x}.0") })
 }
 
 fn event() -> Value {

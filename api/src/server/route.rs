@@ -153,7 +153,7 @@ pub const ROUTES: &[Route] = &[
     put(
         "vm.resize",
         Operation::Resize,
-        "sets the number of vCPUs, and the size of the balloon; before the boot also the size of RAM ([below](#sizes))",
+        "sets the number of vCPUs, the size of RAM and of the balloon ([below](#sizes))",
     ),
     put(
         "vm.resize-disk",
