@@ -7,7 +7,7 @@ use serde_json::Value;
 use triarch_harness::api::Api;
 use triarch_harness::suite::{Context, Outcome};
 
-payload_tests!("cpu features": tells_what_guests_can_have_and_what_one_has);
+payload_tests!("cpu_features": tells_what_guests_can_have_and_what_one_has);
 
 fn ask(api: &Api) -> Result<Value> {
     let answer = api.request("GET", "vmm.cpu-features", None)?;
