@@ -81,6 +81,21 @@ pub fn wait_state(vm: &Vm, state: &str) -> Result<Value> {
     wait_link(vm, state, |link| link["state"] == state)
 }
 
+/// Whether a test that kills a daemon under load goes on with `round`, counted from 0: it kills `kills` times, and then, since requests
+/// are not in flight all the time, until one of them was, 50 times more at most.
+///
+/// # Errors
+/// As [`wait_state`], and if nothing was in flight ever.
+pub fn kills_again(vm: &Vm, kills: u64, round: u64) -> Result<bool> {
+    if round < kills {
+        return Ok(true);
+    }
+    let link = wait_state(vm, "Connected")?;
+    let hit = link["resubmitted"].as_u64() > Some(0);
+    ensure!(hit || round < kills + 50, "nothing was in flight in any round: {link}");
+    Ok(!hit)
+}
+
 /// Waits until the reason it gives contains `text`.
 ///
 /// # Errors

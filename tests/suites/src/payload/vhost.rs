@@ -125,17 +125,19 @@ impl Rig {
         storage::wait_state(self.guest.vm(), state)
     }
 
-    /// The daemon dies some times under load and is back at once; requests go the way `way` before and after it. The driver has two
-    /// queues.
+    /// The daemon dies some times under load, with requests in flight, and is back at once; requests go the way `way` before and after it.
+    /// The driver has two queues.
     pub(super) fn outlives_daemons(&mut self, way: &str) -> Result<()> {
         ensure!(self.link()?["datapath"] == way, "not {way}: {}", self.link()?);
-        for round in 0..4 {
+        let mut round = 0;
+        while storage::kills_again(self.guest.vm(), 4, round)? {
             self.guest.send(&format!("blk 0 soak 2000 48 {round} 1000"))?;
             // Somewhere under load.
-            thread::sleep(patient(Duration::from_millis(5 + 8 * round)));
+            thread::sleep(patient(Duration::from_millis(5 + 8 * (round % 4))));
             self.daemon.kill();
             self.restart()?;
             self.guest.answer().with_context(|| format!("{way}: round {round}"))?;
+            round += 1;
         }
         let link = self.wait_link("Connected")?;
         ensure!(link["datapath"] == way, "not {way}: {link}");
@@ -274,7 +276,8 @@ fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
     with_daemon::<WHOSE>(context, 2, ",num_queues=2", |rig| {
         rig.guest.ask("blk 0 init queues=2")?;
         let (mut prompt, mut late) = (Vec::new(), Vec::new());
-        for round in 0..kills {
+        let mut round = 0;
+        while storage::kills_again(rig.guest.vm(), kills, round)? {
             rig.guest.send(&format!("blk 0 soak 3000 48 {round} 1000"))?;
             // Somewhere under load.
             thread::sleep(Duration::from_micros(3000 + round * 7919 % 40_000));
@@ -288,11 +291,11 @@ fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
             let answer = rig.guest.answer().with_context(|| format!("round {round}"))?;
             let stall = number(&answer, "stall_us")? / 1000;
             if is_late { &mut late } else { &mut prompt }.push(stall);
+            round += 1;
         }
         let link = rig.wait_link("Connected")?;
-        ensure!(link["reconnects"].as_u64() >= Some(kills), "{link}");
+        ensure!(link["reconnects"].as_u64() >= Some(round), "{link}");
         let again = link["resubmitted"].as_u64().unwrap_or(0);
-        ensure!(again > 0, "nothing was in flight in any round");
         let metrics = rig.guest.vm().api()?.request("GET", "metrics", None)?.body;
         let line = format!("triarch_daemon_resubmitted_total{{device=\"served\"}} {again}");
         ensure!(metrics.lines().any(|l| l == line), "no `{line}` in {metrics}");
@@ -302,7 +305,7 @@ fn killed_daemons<const WHOSE: bool>(context: &Context) -> Result<Outcome> {
         let latest = late.iter().max().copied().unwrap_or(0);
         let whose = if WHOSE == OURS { Program::Blkd } else { Program::Qemu };
         figure(&format!(
-            "{}: {kills} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
+            "{}: {round} kills, {again} requests given to the next daemon; without an answer for {median} ms (median), \
              {longest} ms (longest); {latest} ms (longest) when the daemon came back 200 ms later",
             whose.name()
         ))
@@ -317,10 +320,7 @@ fn data_path(context: &Context) -> Result<Outcome> {
     ] {
         let outcome = with_daemon::<OURS>(context, 2, &format!(",num_queues=2{option}"), |rig| {
             rig.guest.ask("blk 0 init queues=2")?;
-            rig.outlives_daemons(way).with_context(|| format!("with `{option}`"))?;
-            let link = rig.link()?;
-            ensure!(link["resubmitted"].as_u64() > Some(0), "nothing was in flight: {link}");
-            Ok(())
+            rig.outlives_daemons(way).with_context(|| format!("with `{option}`"))
         })?;
         if !matches!(outcome, Outcome::Passed) {
             return Ok(outcome);
