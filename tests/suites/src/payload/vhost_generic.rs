@@ -61,6 +61,6 @@ fn serves(context: &Context, whose: Program, option: &str, path: &str) -> Result
         }
         rig.guest.answer()?;
         ensure!(rig.image.read(0, 1500 * 4096)? == pattern(13, 0, 1500 * 4096));
-        rig.outlives_daemons(path)
+        rig.outlives_daemons(path, false)
     })
 }
