@@ -12,6 +12,7 @@ mod io_event;
 mod limit;
 pub mod metrics;
 pub mod mock;
+mod observed;
 mod service_manager;
 mod thread;
 
@@ -20,5 +21,6 @@ pub use event::Event;
 pub use interrupt::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
 pub use io_event::{IoAddress, IoEvents};
 pub use limit::RateLimit;
+pub use observed::Observed;
 pub use service_manager::ServiceManager;
 pub use thread::{NoSandbox, Sandbox, ThreadClass, Worker};

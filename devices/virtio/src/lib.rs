@@ -7,6 +7,7 @@ pub mod balloon;
 mod block;
 #[allow(unsafe_code)] // host pointers into guest memory for vectored I/O
 mod chain;
+mod config_listener;
 mod console;
 mod device;
 pub mod mem;

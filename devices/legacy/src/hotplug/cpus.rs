@@ -149,12 +149,7 @@ impl CpuHotplug {
                 seen: slot.seen,
                 started: slot.started,
                 accepted: slot.accepted,
-                talk: Talk {
-                    notice: slot.notice,
-                    asked_back: slot.asked_back,
-                    event: slot.event,
-                    refusal: None,
-                },
+                talk: Talk::restored(slot.notice, slot.asked_back, slot.event),
             });
         }
         let mut slots = self.lock();
@@ -167,7 +162,7 @@ impl CpuHotplug {
         *slots = restored;
         drop(slots);
         self.remind();
-        self.line.tell();
+        self.line.guest.changed();
         Ok(())
     }
 
@@ -189,7 +184,7 @@ impl CpuHotplug {
 
     /// How all processors stand. What happens from now on is told again.
     pub fn slots(&self) -> Vec<CpuSlot> {
-        self.line.looked();
+        self.line.guest.looked();
         let view = |slot: &mut Slot| CpuSlot {
             present: slot.present,
             seen: slot.seen,
@@ -255,9 +250,7 @@ impl CpuHotplug {
 
     /// Interrupts the guest once more if there is something it has not heard: before its driver is there, an interrupt is lost.
     pub fn remind(&self) {
-        if self.lock().iter().any(|slot| slot.talk.notice.is_some()) {
-            self.line.notify();
-        }
+        self.line.remind(self.lock().iter().map(|slot| &slot.talk));
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
@@ -298,7 +291,7 @@ impl Slots for CpuHotplug {
             }
             _ => return,
         }
-        self.line.tell();
+        self.line.guest.changed();
     }
 
     fn event(&self, slot: usize, event: u32) {
@@ -317,7 +310,7 @@ impl Slots for CpuHotplug {
             _ => false,
         };
         if refused {
-            self.line.tell();
+            self.line.guest.changed();
         }
     }
 }

@@ -18,6 +18,8 @@ pub const PCI_SLOTS: usize = 32;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Slot {
     present: bool,
+    /// Its device stays.
+    fixed: bool,
     /// Its device came while the guest ran, and the guest has not refused it.
     offered: bool,
     ejected: bool,
@@ -55,8 +57,6 @@ impl Slot {
 /// The slots of a PCI bus, as the guest's ACPI methods see them.
 pub struct PciHotplug {
     slots: Mutex<[Slot; PCI_SLOTS]>,
-    /// Bit n: slot n has a device that stays.
-    fixed: Mutex<u32>,
     line: Line,
 }
 
@@ -115,7 +115,6 @@ impl PciHotplug {
     pub fn new(events: Arc<Ged>, changed: impl Fn() + Send + Sync + 'static) -> Self {
         Self {
             slots: Mutex::default(),
-            fixed: Mutex::new(0),
             line: Line::new(Some(events), GedEvents::PCI, changed),
         }
     }
@@ -125,15 +124,15 @@ impl PciHotplug {
         for (bit, slot) in self.lock().iter_mut().enumerate() {
             *slot = Slot {
                 present: present >> bit & 1 != 0,
+                fixed: fixed >> bit & 1 != 0,
                 ..Slot::default()
             };
         }
-        *self.lock_fixed() = fixed;
     }
 
     /// Bit n: slot n has a device that stays.
     pub fn fixed(&self) -> u32 {
-        *self.lock_fixed()
+        fixed(&self.lock())
     }
 
     /// Puts in place what was saved. Notices the guest has not taken are told again, and so is what happened to the devices.
@@ -148,21 +147,18 @@ impl PciHotplug {
         if let Some(slot) = saved.iter().enumerate().find_map(wrong) {
             return Err(PciHotplugRestoreError::Fixed { slot });
         }
-        *self.lock() = saved.map(|saved| Slot {
-            present: saved.present,
-            offered: saved.offered,
-            ejected: saved.ejected,
-            vanished: saved.vanished,
-            talk: Talk {
-                notice: saved.notice,
-                asked_back: saved.asked_back,
-                event: saved.event,
-                refusal: None,
-            },
-        });
-        *self.lock_fixed() = state.fixed;
+        for (bit, (slot, saved)) in self.lock().iter_mut().zip(saved).enumerate() {
+            *slot = Slot {
+                present: saved.present,
+                fixed: state.fixed >> bit & 1 != 0,
+                offered: saved.offered,
+                ejected: saved.ejected,
+                vanished: saved.vanished,
+                talk: Talk::restored(saved.notice, saved.asked_back, saved.event),
+            };
+        }
         self.remind();
-        self.line.tell();
+        self.line.guest.changed();
         Ok(())
     }
 
@@ -177,15 +173,16 @@ impl PciHotplug {
             vanished: slot.vanished,
             event: slot.talk.event,
         };
+        let slots = self.lock();
         PciHotplugStateV1 {
-            slots: self.lock().iter().map(slot).collect(),
-            fixed: self.fixed(),
+            slots: slots.iter().map(slot).collect(),
+            fixed: fixed(&slots),
         }
     }
 
     /// How all slots stand. What happens from now on is told again.
     pub fn slots(&self) -> [PciSlot; PCI_SLOTS] {
-        self.line.looked();
+        self.line.guest.looked();
         let mut slots = self.lock();
         let view = slots.map(Slot::view);
         slots.iter_mut().for_each(|slot| slot.talk.refusal = None);
@@ -242,20 +239,20 @@ impl PciHotplug {
     /// Interrupts the guest once more if there is something it has not heard: before its driver is there, an interrupt is lost.
     /// Returns whether there is.
     pub fn remind(&self) -> bool {
-        let unheard = self.lock().iter().any(|slot| slot.talk.notice.is_some());
-        if unheard {
-            self.line.notify();
-        }
-        unheard
+        self.line.remind(self.lock().iter().map(|slot| &slot.talk))
     }
 
     fn lock(&self) -> MutexGuard<'_, [Slot; PCI_SLOTS]> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn lock_fixed(&self) -> MutexGuard<'_, u32> {
-        self.fixed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Bit n: slot n has a device that stays.
+fn fixed(slots: &[Slot; PCI_SLOTS]) -> u32 {
+    slots
+        .iter()
+        .rev()
+        .fold(0, |bits, slot| bits << 1 | u32::from(slot.fixed))
 }
 
 impl Slots for PciHotplug {
@@ -279,15 +276,14 @@ impl Slots for PciHotplug {
 
     /// Also without having been asked.
     fn eject(&self, slot: usize) {
-        let stays = self.fixed().checked_shr(slot as u32).unwrap_or(1) & 1 != 0;
         match self.lock().get_mut(slot) {
-            Some(slot) if slot.present && !slot.ejected && !stays => {
+            Some(slot) if slot.present && !slot.ejected && !slot.fixed => {
                 slot.ejected = true;
                 slot.talk.notice = None;
             }
             _ => return,
         }
-        self.line.tell();
+        self.line.guest.changed();
     }
 
     fn event(&self, slot: usize, event: u32) {
@@ -306,7 +302,7 @@ impl Slots for PciHotplug {
             _ => false,
         };
         if refused {
-            self.line.tell();
+            self.line.guest.changed();
         }
     }
 }

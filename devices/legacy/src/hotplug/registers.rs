@@ -16,10 +16,9 @@
 //! Each slot has registers of its own, so there is no selector, hence no lock in the guest and no state between two accesses.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
-use triarch_device_core::AccessError;
+use triarch_device_core::{AccessError, Observed};
 
 use crate::{Ged, GedEvents};
 
@@ -79,6 +78,16 @@ pub(super) struct Talk {
 }
 
 impl Talk {
+    /// As it was saved. A refusal was told before.
+    pub(super) fn restored(notice: Option<Notice>, asked_back: bool, event: u32) -> Self {
+        Self {
+            notice,
+            asked_back,
+            event,
+            refusal: None,
+        }
+    }
+
     /// The guest should look at what is in the slot.
     pub(super) fn offer(&mut self) {
         *self = Self {
@@ -135,9 +144,8 @@ pub(super) struct Line {
     /// Where interrupts come from; a machine without ACPI has no such device, and its guest hears of nothing.
     events: Option<Arc<Ged>>,
     bit: GedEvents,
-    /// Called when the guest did something, and not again before somebody [`looked`](Self::looked).
-    changed: Box<dyn Fn() + Send + Sync>,
-    told: AtomicBool,
+    /// What the guest did.
+    pub(super) guest: Observed,
 }
 
 impl Line {
@@ -145,8 +153,7 @@ impl Line {
         Self {
             events,
             bit,
-            changed: Box::new(changed),
-            told: AtomicBool::new(false),
+            guest: Observed::new(Box::new(changed)),
         }
     }
 
@@ -157,16 +164,14 @@ impl Line {
         }
     }
 
-    /// Tells that the guest did something.
-    pub(super) fn tell(&self) {
-        if !self.told.swap(true, Ordering::SeqCst) {
-            (self.changed)();
+    /// Interrupts the guest once more if there is something in `talks` that it has not heard: before its driver is there, an interrupt is
+    /// lost. Returns whether there is.
+    pub(super) fn remind<'a>(&self, mut talks: impl Iterator<Item = &'a Talk>) -> bool {
+        let unheard = talks.any(|talk| talk.notice.is_some());
+        if unheard {
+            self.notify();
         }
-    }
-
-    /// What the guest does from now on is told again.
-    pub(super) fn looked(&self) {
-        self.told.store(false, Ordering::SeqCst);
+        unheard
     }
 }
 

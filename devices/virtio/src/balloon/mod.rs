@@ -218,7 +218,7 @@ impl VirtioDevice for Balloon {
         };
         self.shared.poison.store(field(POISON), Relaxed);
         if self.shared.actual.swap(field(ACTUAL), SeqCst) != field(ACTUAL) {
-            self.shared.tell();
+            self.shared.observed.changed();
         }
     }
 
@@ -226,9 +226,9 @@ impl VirtioDevice for Balloon {
         if self.context.is_some() {
             return Err(ActivateError::Driver("the balloon is active already"));
         }
-        self.shared.set_interrupt(Some(context.interrupt.clone()));
+        self.shared.driver.set(Some(context.interrupt.clone()));
         self.context = Some(context);
-        self.shared.tell();
+        self.shared.observed.changed();
         Ok(())
     }
 

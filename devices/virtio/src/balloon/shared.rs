@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use triarch_device_core::Observed;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::statistics::BalloonStatistics;
 use super::{BALLOON_PAGE, BalloonObserver, CONFIG, pages_of};
-use crate::VirtioInterrupt;
+use crate::config_listener::ConfigListener;
 
 /// What of a balloon goes into a snapshot, beside what the transport saves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,10 +69,8 @@ pub(super) struct Shared {
     wanted: AtomicBool,
     /// Wakes the thread for that.
     pub(super) refresh: EventFd,
-    interrupt: Mutex<Option<Arc<dyn VirtioInterrupt>>>,
-    observer: BalloonObserver,
-    /// The observer knows that something changed, and has not looked yet.
-    told: AtomicBool,
+    pub(super) driver: ConfigListener,
+    pub(super) observed: Observed,
 }
 
 impl Shared {
@@ -84,9 +83,8 @@ impl Shared {
             statistics: Mutex::default(),
             wanted: AtomicBool::default(),
             refresh: EventFd::new(EFD_NONBLOCK)?,
-            interrupt: Mutex::default(),
-            observer,
-            told: AtomicBool::default(),
+            driver: ConfigListener::default(),
+            observed: Observed::new(observer),
         })
     }
 
@@ -105,21 +103,6 @@ impl Shared {
         config
     }
 
-    /// Tells the observer, unless it knows.
-    pub(super) fn tell(&self) {
-        if !self.told.swap(true, SeqCst) {
-            (self.observer)();
-        }
-    }
-
-    pub(super) fn set_interrupt(&self, interrupt: Option<Arc<dyn VirtioInterrupt>>) {
-        *self.interrupt() = interrupt;
-    }
-
-    fn interrupt(&self) -> MutexGuard<'_, Option<Arc<dyn VirtioInterrupt>>> {
-        self.interrupt.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn statistics(&self) -> MutexGuard<'_, Option<BalloonStatistics>> {
         self.statistics.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -135,11 +118,11 @@ impl Shared {
 
     /// A new driver knows nothing of what is in the balloon: to it, those pages are its own.
     pub(super) fn forget_driver(&self) {
-        self.set_interrupt(None);
+        self.driver.set(None);
         self.poison.store(0, Relaxed);
         *self.statistics() = None;
         if self.actual.swap(0, SeqCst) != 0 {
-            self.tell();
+            self.observed.changed();
         }
     }
 }
@@ -152,11 +135,11 @@ impl BalloonHandle {
     /// How it stands. After this its observer is told of the next change.
     pub fn status(&self) -> BalloonStatus {
         let shared = &self.0;
-        shared.told.store(false, SeqCst);
+        shared.observed.looked();
         BalloonStatus {
             target: u64::from(shared.target.load(SeqCst)) * BALLOON_PAGE,
             actual: self.actual(),
-            active: shared.interrupt().is_some(),
+            active: shared.driver.is_there(),
         }
     }
 
@@ -173,10 +156,7 @@ impl BalloonHandle {
     /// Asks the driver for a balloon of `bytes`, rounded down to whole pages. Without a driver, the next one will hear of it.
     pub fn set_target(&self, bytes: u64) -> io::Result<()> {
         self.0.target.store(pages_of(bytes), SeqCst);
-        match &*self.0.interrupt() {
-            Some(interrupt) => interrupt.config(),
-            None => Ok(()),
-        }
+        self.0.driver.config_changed()
     }
 
     /// The last statistics of the guest, if it gave any, and asks it for newer ones, for whoever comes next.

@@ -8,8 +8,8 @@ mod tests;
 mod worker;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,7 @@ use config::feature;
 use polling::Looks;
 use worker::{Cache, Common, QueueWorker};
 
+use crate::config_listener::ConfigListener;
 use crate::{
     ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, VirtioInterrupt, feature as common_feature,
     read_config_bytes,
@@ -75,7 +76,7 @@ pub struct BlockStateV1 {
 /// Shared by a device and its handles.
 struct Shared {
     disk: Arc<Disk>,
-    interrupt: Mutex<Option<Arc<dyn VirtioInterrupt>>>,
+    driver: ConfigListener,
     looks: Arc<Looks>,
 }
 
@@ -90,9 +91,8 @@ impl BlockHandle {
     /// The size cannot be read, or the guest cannot be interrupted.
     pub fn refresh_size(&self) -> io::Result<Option<u64>> {
         let changed = self.0.disk.refresh_size()?;
-        let interrupt = self.0.interrupt.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(_), Some(interrupt)) = (changed, interrupt.as_ref()) {
-            interrupt.config()?;
+        if changed.is_some() {
+            self.0.driver.config_changed()?;
         }
         Ok(changed)
     }
@@ -159,7 +159,7 @@ impl Block {
             features: common_feature::COMMON | config::features(&disk, queues.into()),
             shared: Arc::new(Shared {
                 disk,
-                interrupt: Mutex::new(None),
+                driver: ConfigListener::default(),
                 looks: Arc::default(),
             }),
             queue_sizes: vec![queue_size; queues.into()],
@@ -212,11 +212,7 @@ impl Block {
 
     /// Tells `listener` of another size, until the driver is there to be told or the device is reset.
     pub fn set_listener(&mut self, listener: Option<Arc<dyn VirtioInterrupt>>) {
-        self.set_interrupt(listener);
-    }
-
-    fn set_interrupt(&self, interrupt: Option<Arc<dyn VirtioInterrupt>>) {
-        *self.shared.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = interrupt;
+        self.shared.driver.set(listener);
     }
 }
 
@@ -265,7 +261,7 @@ impl VirtioDevice for Block {
         // Without a way to flush or to choose, every write has to be durable (virtio 1.2, 5.2.6.2).
         let cached = context.features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
         self.cache.writeback.store(cached, Relaxed);
-        self.set_interrupt(Some(Arc::clone(&context.interrupt)));
+        self.shared.driver.set(Some(Arc::clone(&context.interrupt)));
         self.context = Some(context);
         Ok(())
     }
@@ -311,7 +307,7 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        self.set_interrupt(None);
+        self.shared.driver.set(None);
         self.context = None;
         self.cache.writeback.store(true, Relaxed);
         self.cache.flush.store(false, Relaxed);

@@ -169,9 +169,9 @@ impl VirtioDevice for Mem {
         if self.context.is_some() {
             return Err(ActivateError::Driver("the memory device is active already"));
         }
-        self.shared.set_interrupt(Some(context.interrupt.clone()));
+        self.shared.driver.set(Some(context.interrupt.clone()));
         self.context = Some(context);
-        self.shared.tell();
+        self.shared.observed.changed();
         Ok(())
     }
 
@@ -208,7 +208,7 @@ impl VirtioDevice for Mem {
     fn reset(&mut self) {
         self.stop_queue(0);
         self.context = None;
-        self.shared.set_interrupt(None);
+        self.shared.driver.set(None);
     }
 }
 

@@ -1,16 +1,17 @@
 //! What a memory device's thread and its owner share.
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use triarch_device_core::Observed;
 
 use super::region::{PlugError, Region, Trouble};
 use super::request::{Answer, Request};
 use super::{MemError, MemObserver, MemOptions};
-use crate::VirtioInterrupt;
+use crate::config_listener::ConfigListener;
 
 /// Bytes of the configuration space.
 pub(super) const CONFIG: usize = 56;
@@ -84,10 +85,8 @@ pub(super) struct Shared {
     plugged: AtomicU64,
     open: AtomicU64,
     counters: Counters,
-    interrupt: Mutex<Option<Arc<dyn VirtioInterrupt>>>,
-    observer: MemObserver,
-    /// The observer knows that something changed, and has not looked yet.
-    told: AtomicBool,
+    pub(super) driver: ConfigListener,
+    pub(super) observed: Observed,
 }
 
 impl Shared {
@@ -99,9 +98,8 @@ impl Shared {
             plugged: AtomicU64::default(),
             open: AtomicU64::default(),
             counters: Counters::default(),
-            interrupt: Mutex::default(),
-            observer,
-            told: AtomicBool::default(),
+            driver: ConfigListener::default(),
+            observed: Observed::new(observer),
         }
     }
 
@@ -158,7 +156,7 @@ impl Shared {
             counter.fetch_add(1, Relaxed);
         }
         if now != before {
-            self.tell();
+            self.observed.changed();
         }
         (answer, trouble)
     }
@@ -181,21 +179,6 @@ impl Shared {
         self.open.store(region.open(), SeqCst);
     }
 
-    /// Tells the observer, unless it knows.
-    pub(super) fn tell(&self) {
-        if !self.told.swap(true, SeqCst) {
-            (self.observer)();
-        }
-    }
-
-    pub(super) fn set_interrupt(&self, interrupt: Option<Arc<dyn VirtioInterrupt>>) {
-        *self.interrupt() = interrupt;
-    }
-
-    fn interrupt(&self) -> MutexGuard<'_, Option<Arc<dyn VirtioInterrupt>>> {
-        self.interrupt.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn region(&self) -> MutexGuard<'_, Region> {
         self.region.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -208,12 +191,12 @@ pub struct MemHandle(pub(super) Arc<Shared>);
 impl MemHandle {
     /// How it stands. After this its observer is told of the next change.
     pub fn status(&self) -> MemStatus {
-        self.0.told.store(false, SeqCst);
+        self.0.observed.looked();
         MemStatus {
             requested: self.requested(),
             plugged: self.plugged(),
             open: self.0.open.load(SeqCst),
-            active: self.0.interrupt().is_some(),
+            active: self.0.driver.is_there(),
         }
     }
 
@@ -249,10 +232,7 @@ impl MemHandle {
     /// Asks the driver for `bytes` plugged, which [`check`](Self::check) has accepted. Without a driver, the next one will hear of it.
     pub fn set_requested(&self, bytes: u64) -> io::Result<()> {
         self.0.requested.store(bytes, SeqCst);
-        match &*self.0.interrupt() {
-            Some(interrupt) => interrupt.config(),
-            None => Ok(()),
-        }
+        self.0.driver.config_changed()
     }
 
     /// What it counted.
