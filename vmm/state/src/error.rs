@@ -1,0 +1,145 @@
+//! Why a snapshot could not be written or read.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Why a snapshot could not be written or read.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// There is one already.
+    #[error("{} already holds a snapshot; name another directory, or remove what is in it", .0.display())]
+    Exists(PathBuf),
+    /// Somebody else writes there.
+    #[error("another process is writing a snapshot into {}", .0.display())]
+    InUse(PathBuf),
+    /// There is none.
+    #[error("{} holds no snapshot: it has no state.json, which is written last", .0.display())]
+    Missing(PathBuf),
+    /// The host's file system.
+    #[error("cannot {what} {}", .path.display())]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// With which file or directory.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is larger than any of its kind.
+    #[error("{} has more than {limit} bytes", .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Bytes it may have.
+        limit: u64,
+    },
+    /// It is something else.
+    #[error("state.json is not that of a snapshot of Triarch")]
+    Format,
+    /// It was changed after it was written.
+    #[error("state.json was changed or damaged after it was written: its checksum differs")]
+    Damaged,
+    /// Another version of the container.
+    #[error("the snapshot was written by Triarch {vmm} in format {found}; this version reads format {known}")]
+    Version {
+        /// The version of the VMM that wrote it.
+        vmm: String,
+        /// Its format.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
+    /// Another processor architecture.
+    #[error("the snapshot is of a guest on {found}, this host is {here}")]
+    Architecture {
+        /// The guest's.
+        found: String,
+        /// The host's.
+        here: String,
+    },
+    /// `state.json` has another shape.
+    #[error("state.json cannot be understood")]
+    Document(#[source] serde_json::Error),
+    /// The payloads contradict each other.
+    #[error("the saved state is invalid")]
+    Payloads(#[from] PayloadError),
+    /// The memory table contradicts itself, or the guest it is for.
+    #[error("the saved memory is invalid: {0}")]
+    Memory(String),
+    /// Saved memory was changed.
+    #[error("the saved memory at {gpa:#x} was changed or damaged after it was written: its checksum differs")]
+    MemoryDamaged {
+        /// GPA of the chunk.
+        gpa: u64,
+    },
+}
+
+impl SnapshotError {
+    /// For use with `map_err`.
+    pub(crate) fn host<E: Into<io::Error>>(what: &'static str, path: &Path) -> impl Fn(E) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Host {
+            what,
+            path: path.clone(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Why saved state could not be taken. `id` is empty where there is one of a kind.
+#[derive(Debug, Error)]
+pub enum PayloadError {
+    /// It is not there.
+    #[error("there is no saved state of {}", name(.kind, .id))]
+    Missing {
+        /// Kind of what it is of.
+        kind: String,
+        /// Its id.
+        id: String,
+    },
+    /// It is of a version that is not known.
+    #[error("the saved state of {} has version {found}; this version of Triarch reads {known}", name(.kind, .id))]
+    Version {
+        /// Kind of what it is of.
+        kind: String,
+        /// Its id.
+        id: String,
+        /// Its version.
+        found: u32,
+        /// What is read.
+        known: u32,
+    },
+    /// It has another shape.
+    #[error("the saved state of {} cannot be understood", name(.kind, .id))]
+    Shape {
+        /// Kind of what it is of.
+        kind: String,
+        /// Its id.
+        id: String,
+        /// Cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It is there twice.
+    #[error("there are two saved states of {}", name(.kind, .id))]
+    Twice {
+        /// Kind of what it is of.
+        kind: String,
+        /// Its id.
+        id: String,
+    },
+    /// The guest that it was saved of had what the one to be restored has not.
+    #[error("nothing of this guest has the saved state of {0}; its config.json does not fit")]
+    Unread(String),
+}
+
+/// `serial`, or `virtio-pci _disk0`.
+pub(crate) fn name(kind: &str, id: &str) -> String {
+    match id {
+        "" => kind.to_owned(),
+        id => format!("{kind} {id}"),
+    }
+}

@@ -1,0 +1,18 @@
+//! Entry points of fuzz targets.
+
+use crate::document;
+
+/// Reads `input` as a whole `state.json`, its checksum made right.
+pub fn state(input: &[u8]) {
+    let checksum = crc32fast::hash(input);
+    let mut text = format!("{{\"format\":\"triarch-snapshot\",\"checksum\":\"{checksum:08x}\",\n").into_bytes();
+    text.extend_from_slice(input);
+    if let Ok((table, payloads)) = document::parse(&text, "x86_64", 1 << 40) {
+        // What was taken in can be followed.
+        for range in &table.ranges {
+            assert!(range.gpa.checked_add(range.size).is_some() && range.offset + range.size <= 1 << 40);
+        }
+        let _ = payloads.finish();
+    }
+    let _ = document::parse(input, "x86_64", 0);
+}
