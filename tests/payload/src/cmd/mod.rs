@@ -4,6 +4,7 @@ pub mod blk;
 pub mod hotplug;
 pub mod memory;
 pub mod net;
+mod notices;
 pub mod pci;
 pub mod plug;
 pub mod rings;

@@ -1,95 +1,41 @@
 //! PCI devices that come and go: what an operating system does by the methods in the DSDT, done by hand.
 
+use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT, VANISHED};
 use crate::arch::config::SLOTS;
-use crate::arch::io::Mmio;
 use crate::arch::smp::take_events;
-use crate::clock::Deadline;
-use crate::pci::{self, Function};
+use crate::clock::{self, Deadline};
+use crate::pci::Function;
 use crate::shell::{Args, Reply};
 use crate::virtio::kind;
 use crate::{Guest, interrupts};
 use alloc::format;
 use alloc::string::String;
 
-/// Offsets of the registers that all slots share.
-const COUNT: u64 = 0x0;
-const NEXT: u64 = 0x4;
-/// A slot's registers: its first is at this much for the first, and so much further for the next.
-const STRIDE: u64 = 0x10;
-const STATUS: u64 = 0x0;
-const EJECT: u64 = 0x4;
-const OST_EVENT: u64 = 0x8;
-const OST_STATUS: u64 = 0xc;
 const SLOT_COUNT: u64 = 32;
-/// Values of notices.
-const VANISHED: u32 = 0;
-const CHECK: u32 = 1;
-const EJECT_REQUEST: u32 = 3;
 /// The event register's bit for PCI devices.
 const PCI: u8 = 4;
 
-struct Slots(Mmio);
-
-impl Slots {
-    fn find() -> Result<Self, String> {
-        pci::map_registers(SLOTS, STRIDE * (SLOT_COUNT + 1)).map(Self)
-    }
-
-    fn read(&self, slot: u32, register: u64) -> u32 {
-        self.0.read32(STRIDE * (u64::from(slot) + 1) + register)
-    }
-
-    fn write(&self, slot: u32, register: u64, value: u32) {
-        self.0.write32(STRIDE * (u64::from(slot) + 1) + register, value);
-    }
-
-    fn ost(&self, slot: u32, event: u32, status: u32) {
-        self.write(slot, OST_EVENT, event);
-        self.write(slot, OST_STATUS, status);
-    }
-
-    /// The next notice: slot and value.
-    fn next(&self) -> Option<(u32, u32)> {
-        match self.0.read32(NEXT) {
-            0 => None,
-            notice => Some((notice >> 8, notice & 0xff)),
-        }
-    }
-}
-
-/// `slots count|status|next|eject|give|ost|events|look|serve`
+/// `slots count|status|next|eject|give|ost|events|look|serve|timed`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
-    let slots = Slots::find()?;
+    let slots = Block::map(SLOTS, "slot", SLOT_COUNT)?;
     let what = args.word("what")?;
-    let slot = |args: &mut Args| args.number_to("SLOT", SLOT_COUNT - 1).map(|slot| slot as u32);
+    if let Some(answer) = slots.run(what, args)? {
+        return Ok(answer);
+    }
     Ok(match what {
-        "count" => format!("{}", slots.0.read32(COUNT)),
-        "events" => format!("{:#x}", take_events()?),
-        "next" => slots.next().map_or_else(
-            || String::from("none"),
-            |(slot, value)| format!("slot={slot} value={value}"),
-        ),
-        "status" => format!("{:#x}", slots.read(slot(args)?, STATUS)),
-        // As it is, with whatever driver there is.
-        "eject" => {
-            slots.write(slot(args)?, EJECT, 1);
-            String::new()
-        }
         // In good order.
         "give" => {
-            let slot = slot(args)?;
+            let slot = slots.index(args)?;
             forget(guest, slot, true);
-            slots.write(slot, EJECT, 1);
+            slots.eject(slot);
             String::new()
         }
-        "ost" => {
-            let slot = slot(args)?;
-            let event = args.number_to("EVENT", u32::MAX.into())? as u32;
-            slots.ost(slot, event, args.number_to("STATUS", u32::MAX.into())? as u32);
-            String::new()
+        "look" => look(guest, slots.index(args)?)?,
+        "serve" => serve(guest, &slots, args)?.0,
+        "timed" => {
+            let (answer, us) = serve(guest, &slots, args)?;
+            format!("{answer} us={us}")
         }
-        "look" => look(guest, slot(args)?)?,
-        "serve" => serve(guest, &slots, args)?,
         other => return Err(format!("slots {other}?")),
     })
 }
@@ -116,11 +62,13 @@ fn forget(guest: &mut Guest, slot: u32, reachable: bool) {
     guest.remove_function((slot as u16) << 3, reachable);
 }
 
-/// `slots serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds.
-fn serve(guest: &mut Guest, slots: &Slots, args: &mut Args) -> Reply {
+/// `slots serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds. `slots timed`
+/// also tells how many microseconds it took from the first interrupt on.
+fn serve(guest: &mut Guest, slots: &Block, args: &mut Args) -> Result<(String, u64), String> {
     let wanted = args.number("N")?;
     let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
     let (mut came, mut went, mut lost) = (0u64, 0u64, 0u64);
+    let mut heard = None;
     while came + went + lost < wanted {
         if deadline.left().is_none() {
             return Err(format!("came={came} went={went} lost={lost} and no more notices"));
@@ -129,11 +77,12 @@ fn serve(guest: &mut Guest, slots: &Slots, args: &mut Args) -> Reply {
             interrupts::sleep(0, interrupts::count(0), 200_000);
             continue;
         }
+        heard.get_or_insert_with(clock::ticks);
         while let Some((slot, value)) = slots.next() {
             match value {
                 CHECK => {
                     look(guest, slot)?;
-                    if slots.read(slot, STATUS) != 0xf || function(guest, slot)?.id() as u16 == 0xffff {
+                    if slots.status(slot) != PRESENT || function(guest, slot)?.id() as u16 == 0xffff {
                         return Err(format!("the device in slot {slot} was announced and is not there"));
                     }
                     slots.ost(slot, CHECK, 0);
@@ -141,7 +90,7 @@ fn serve(guest: &mut Guest, slots: &Slots, args: &mut Args) -> Reply {
                 }
                 EJECT_REQUEST => {
                     forget(guest, slot, true);
-                    slots.write(slot, EJECT, 1);
+                    slots.eject(slot);
                     slots.ost(slot, EJECT_REQUEST, 0);
                     went += 1;
                 }
@@ -158,5 +107,6 @@ fn serve(guest: &mut Guest, slots: &Slots, args: &mut Args) -> Reply {
             }
         }
     }
-    Ok(format!("came={came} went={went} lost={lost}"))
+    let us = heard.map_or(0, |heard| clock::nanoseconds(clock::ticks() - heard) / 1000);
+    Ok((format!("came={came} went={went} lost={lost}"), us))
 }
