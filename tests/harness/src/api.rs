@@ -1,6 +1,7 @@
 //! The VMM's HTTP API over its unix socket, one request a connection.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use triarch_api::server::Method;
@@ -42,6 +43,18 @@ impl Api {
             other => bail!("the API has GET and PUT, not {other}"),
         };
         Ok(self.client().request(method, route, body, &[])?)
+    }
+
+    /// What `GET route` answers, which has to succeed.
+    ///
+    /// # Errors
+    /// As [`Api::request`], any other status, or no JSON.
+    pub fn get(&self, route: &str) -> Result<Value> {
+        let answer = self.request("GET", route, None)?;
+        if !answer.is_success() {
+            bail!("GET {route} answered {}: {}", answer.status, answer.body);
+        }
+        serde_json::from_str(&answer.body).with_context(|| format!("GET {route} answered {}", answer.body))
     }
 
     /// Sends a request that has to succeed.

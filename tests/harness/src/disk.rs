@@ -1,19 +1,17 @@
 //! Disk images, and data to fill them with.
 
+use crate::dice::Dice;
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// `len` bytes that look random and are the same for the same `seed` (xorshift64*, Vigna 2016).
+/// `len` bytes that look random and are the same for the same `seed`.
 pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+    let mut dice = Dice::new(seed);
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
-        state ^= state >> 12;
-        state ^= state << 25;
-        state ^= state >> 27;
-        bytes.extend(state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+        bytes.extend(dice.number().to_le_bytes());
     }
     bytes.truncate(len);
     bytes

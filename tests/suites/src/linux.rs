@@ -10,6 +10,7 @@ mod clock;
 mod console;
 mod device_tree;
 mod hotplug;
+mod load;
 mod net;
 mod pause;
 mod plug;

@@ -1,8 +1,9 @@
 //! Memory that a Linux guest lends to the host: `free` shows it, and so does the host.
 
+use super::load::LIMIT;
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use serde_json::json;
+use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
@@ -11,27 +12,12 @@ use triarch_harness::suite::{Context, Outcome, Test};
 pub const TESTS: &[Test] = &[Test::nested("balloon::lends_and_takes_back", lends)];
 
 const MIB: u64 = 1 << 20;
-/// How long a guest on an emulated host may take for a step.
-const PATIENCE: Duration = Duration::from_secs(90);
-
-fn get(api: &Api, route: &str) -> Result<Value> {
-    Ok(serde_json::from_str(&api.request("GET", route, None)?.body)?)
-}
-
 /// Sets the balloon's size and waits for the end of the job.
 fn resize(api: &Api, bytes: u64) -> Result<()> {
     api.put("vm.resize", Some(&json!({ "desired_balloon": bytes }).to_string()))?;
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let jobs = get(api, "vm.jobs")?;
-        let last = jobs.as_array().and_then(|jobs| jobs.last()).context("no jobs")?;
-        match last["state"].as_str() {
-            Some("done") => return Ok(()),
-            Some("running") => ensure!(Instant::now() < end, "{last}"),
-            _ => anyhow::bail!("{last}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let job = api.ended("vm.resize", LIMIT)?;
+    ensure!(job["state"] == "done", "{job}");
+    Ok(())
 }
 
 /// Bytes of memory that the guest's kernel says it has.
@@ -51,7 +37,7 @@ fn lends(context: &Context) -> Result<Outcome> {
         resize(&api, 64 * MIB)?;
         let less = all - total(&guest)?;
         ensure!(less == 64 * MIB, "the guest has {less} bytes less");
-        ensure!(get(&api, "vm.info")?["memory_actual_size"] == 192 * MIB);
+        ensure!(api.get("vm.info")?["memory_actual_size"] == 192 * MIB);
         resize(&api, 0)?;
         ensure!(total(&guest)? == all, "the guest did not get everything back");
     }

@@ -1,9 +1,9 @@
 //! vCPUs come and go under a stock kernel.
 
+use super::load::{self, LIMIT};
 use crate::held::Held;
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
-use std::thread;
+use serde_json::json;
 use std::time::{Duration, Instant};
 use triarch_harness::api::Api;
 use triarch_harness::images::Kernel;
@@ -28,9 +28,6 @@ pub const TESTS: &[Test] = &[
     })
     .within(Duration::from_secs(240)),
 ];
-
-/// A busy emulated host takes its time.
-const LIMIT: Duration = Duration::from_secs(90);
 
 fn is_arm() -> bool {
     std::env::consts::ARCH == "aarch64"
@@ -60,40 +57,16 @@ impl Subject {
         Ok(Self { guest, api })
     }
 
-    fn get(&self, route: &str) -> Result<Value> {
-        Ok(serde_json::from_str(&self.api.request("GET", route, None)?.body)?)
-    }
-
     fn resize(&self, vcpus: u32) -> Result<()> {
         let target = json!({ "desired_vcpus": vcpus }).to_string();
         self.api.put("vm.resize", Some(&target))?;
         Ok(())
     }
 
-    /// How the last resize ended.
-    fn ended(&self) -> Result<Value> {
-        let deadline = Instant::now() + LIMIT;
-        loop {
-            let jobs = self.get("vm.jobs")?;
-            let mut all = jobs.as_array().context("no jobs")?.iter();
-            let last = all.rfind(|job| job["kind"] == "vm.resize").context("no resize")?;
-            if last["state"] != "running" {
-                return Ok(last.clone());
-            }
-            ensure!(Instant::now() < deadline, "the job does not end: {last}");
-            thread::sleep(Duration::from_millis(100));
-        }
-    }
-
     /// The last resize went well, and this came of it.
     fn done(&self, phase: &str) -> Result<()> {
-        let job = self.ended()?;
-        ensure!(
-            job["state"] == "done" && job["phase"] == phase,
-            "{job}; the guest: {}",
-            self.guest.shell("dmesg | tail -n 20")?
-        );
-        Ok(())
+        let dmesg = || self.guest.shell("dmesg | tail -n 20").unwrap_or_default();
+        self.api.is_done("vm.resize", LIMIT, phase).with_context(dmesg)
     }
 
     /// So many CPUs are online in the guest, the first ones, and each runs something; `vm.info` says the same.
@@ -111,7 +84,7 @@ impl Subject {
         let ran = self.guest.shell(&run)?;
         let wanted = (0..=cpus).map(|n| n.to_string());
         ensure!(ran.split_whitespace().eq(wanted), "{ran}");
-        let vcpus = &self.get("vm.info")?["vcpus"];
+        let vcpus = &self.api.get("vm.info")?["vcpus"];
         let counts = ["target", "present", "started"].map(|name| vcpus[name].as_u64());
         ensure!(counts == [Some(cpus.into()); 3], "{vcpus}");
         Ok(())
@@ -156,21 +129,6 @@ impl Subject {
             "{count} rounds of a vCPU under Linux: {took:.1?}; first {before}; last {after}"
         ))
     }
-
-    /// How much of the load is done.
-    fn good(&self) -> Result<u64> {
-        Ok(self.guest.shell("wc -l </load/good")?.trim().parse()?)
-    }
-
-    /// The load goes on.
-    fn works(&self) -> Result<()> {
-        let (before, deadline) = (self.good()?, Instant::now() + LIMIT);
-        while self.good()? <= before {
-            ensure!(Instant::now() < deadline, "the load stands still at {before}");
-            thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
-    }
 }
 
 fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
@@ -190,11 +148,10 @@ fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
             subject.done(&format!("the guest gave back {}", list(to, from - 1)))?;
         }
         subject.has(to).with_context(|| format!("from {from} to {to}"))?;
-        subject.works().with_context(|| format!("from {from} to {to}"))?;
+        load::works(&subject.guest).with_context(|| format!("from {from} to {to}"))?;
     }
-    let bad = subject
-        .guest
-        .shell("touch /load/stop; cat /load/bad 2>/dev/null || true; dmesg | grep -e 'ACPI.*Error' || true")?;
+    load::ends(&subject.guest)?;
+    let bad = subject.guest.shell("dmesg | grep -e 'ACPI.*Error' || true")?;
     ensure!(bad.trim().is_empty(), "{bad}");
     if kernel == Kernel::V6_12 {
         subject.many_rounds(rounds(2))?;
@@ -207,12 +164,10 @@ fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
 fn cannot(context: &Context) -> Result<Outcome> {
     let subject = Subject::boot(context, Kernel::V6_1, "boot=1,max=2", "")?;
     subject.resize(2)?;
-    let job = subject.ended()?;
-    let error = job["error"].as_str().unwrap_or_default();
-    ensure!(job["state"] == "failed" && error.contains("version 6.11"), "{job}");
+    subject.api.has_failed("vm.resize", LIMIT, &["version 6.11"])?;
     let online = subject.guest.shell("cat /sys/devices/system/cpu/online")?;
     ensure!(
-        online.trim() == "0" && subject.get("vm.info")?["vcpus"]["started"] == 1,
+        online.trim() == "0" && subject.api.get("vm.info")?["vcpus"]["started"] == 1,
         "{online}"
     );
     subject.guest.power_off()?;

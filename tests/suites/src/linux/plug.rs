@@ -1,10 +1,10 @@
 //! Disks and network interfaces come and go under a stock kernel.
 
+use super::load::{self, LIMIT};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::disk::{DiskImage, pattern};
 use triarch_harness::images::Kernel;
@@ -27,8 +27,6 @@ pub const TESTS: &[Test] = &[
     .within(Duration::from_secs(300)),
 ];
 
-/// A busy emulated host takes its time.
-const LIMIT: Duration = Duration::from_secs(90);
 const SIZE: usize = 256 << 10;
 const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 249, 1);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
@@ -55,10 +53,6 @@ impl Subject {
         Ok(Self { guest, api })
     }
 
-    fn get(&self, route: &str) -> Result<Value> {
-        Ok(serde_json::from_str(&self.api.request("GET", route, None)?.body)?)
-    }
-
     /// Adds a device; returns its place on the bus, which `file` in the guest leads to.
     fn add(&self, route: &str, body: &Value, file: &str) -> Result<String> {
         let answer = self.api.request("PUT", route, Some(&body.to_string()))?;
@@ -75,48 +69,20 @@ impl Subject {
     fn remove(&self, id: &str, bdf: &str, file: &str) -> Result<()> {
         self.api
             .put("vm.remove-device", Some(&json!({ "id": id }).to_string()))?;
-        let deadline = Instant::now() + LIMIT;
-        let job = loop {
-            let jobs = self.get("vm.jobs")?;
-            let mut all = jobs.as_array().context("no jobs")?.iter();
-            let last = all.rfind(|job| job["kind"] == "vm.remove-device").context("no job")?;
-            if last["state"] != "running" {
-                break last.clone();
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "the job does not end: {last}\n{}",
-                self.dmesg()?
-            );
-            thread::sleep(Duration::from_millis(50));
-        };
-        ensure!(job["phase"] == format!("the guest gave back '{id}'"), "{job}");
+        let done = format!("the guest gave back '{id}'");
+        let dmesg = || self.dmesg().unwrap_or_default();
+        self.api.is_done("vm.remove-device", LIMIT, &done).with_context(dmesg)?;
         let left = self
             .guest
             .shell(&format!("ls -d {file} /sys/bus/pci/devices/{bdf} 2>/dev/null || true"))?;
         ensure!(left.trim().is_empty(), "{left}");
-        let info = self.get("vm.info")?;
+        let info = self.api.get("vm.info")?;
         ensure!(!info.to_string().contains(&format!("\"{id}\"")), "{info}");
         Ok(())
     }
 
     fn dmesg(&self) -> Result<String> {
         self.guest.shell("dmesg | tail -n 25")
-    }
-
-    /// How much of the load is done.
-    fn good(&self) -> Result<u64> {
-        Ok(self.guest.shell("wc -l </load/good")?.trim().parse()?)
-    }
-
-    /// The load goes on.
-    fn works(&self) -> Result<()> {
-        let (before, deadline) = (self.good()?, Instant::now() + LIMIT);
-        while self.good()? <= before {
-            ensure!(Instant::now() < deadline, "the load stands still at {before}");
-            thread::sleep(Duration::from_millis(100));
-        }
-        Ok(())
     }
 
     /// Nothing went wrong, and the guest ends.
@@ -147,7 +113,7 @@ fn disks(context: &Context, kernel: Kernel) -> Result<Outcome> {
         s.guest.shell("dd if=/tmp/fresh of=/dev/vdb bs=64k conv=fsync")?;
         s.remove("second", &bdf, "/sys/block/vdb")?;
         ensure!(second.read(0, SIZE)? == pattern(3 + round, SIZE), "lost");
-        s.works()?;
+        load::works(&s.guest)?;
     }
     // While somebody reads it.
     let body = json!({ "id": "second", "path": second.path() });
@@ -155,11 +121,9 @@ fn disks(context: &Context, kernel: Kernel) -> Result<Outcome> {
     s.guest
         .shell("(while dd if=/dev/vdb of=/dev/null bs=4k iflag=direct; do :; done) </dev/null >/dev/null 2>&1 &")?;
     s.remove("second", &bdf, "/sys/block/vdb")?;
-    s.works()?;
-    let bad = s.guest.shell(
-        "touch /load/stop; while [ -n \"$(pidof dd)\" ]; do usleep 10000; done; cat /load/bad 2>/dev/null || true",
-    )?;
-    ensure!(bad.trim().is_empty(), "{bad}");
+    load::works(&s.guest)?;
+    load::ends(&s.guest)?;
+    s.guest.shell("while [ -n \"$(pidof dd)\" ]; do usleep 10000; done")?;
     // The one it booted with goes as well.
     s.remove("first", "0000:00:01.0", "/sys/block/vda")?;
     s.end()

@@ -4,8 +4,9 @@ use super::guest::{Guest, builder, number, test_ram};
 use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_harness::api::Api;
+use triarch_harness::jobs;
 use triarch_harness::suite::{Context, Outcome, patient};
 
 payload_tests!("balloon":
@@ -20,38 +21,17 @@ const MIB: u64 = 1 << 20;
 /// Bytes of RAM the guest has.
 const RAM: u64 = 64 * MIB;
 const PAGE: u64 = 4096;
-
-/// Answers `GET route`.
-pub(super) fn get(api: &Api, route: &str) -> Result<Value> {
-    Ok(serde_json::from_str(&api.request("GET", route, None)?.body)?)
-}
+/// How long a step of the guest or a job may take.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Waits until `done` gives something.
-pub(super) fn wait<T>(what: &str, mut done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let end = Instant::now() + patient(Duration::from_secs(5));
-    loop {
-        if let Some(value) = done()? {
-            return Ok(value);
-        }
-        ensure!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+pub(super) fn wait<T>(what: &str, done: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    jobs::wait(what, patient(LIMIT), done)
 }
 
-/// Waits for the end of the last job and returns it.
+/// How the last resize ended.
 pub(super) fn last_job(api: &Api) -> Result<Value> {
-    wait("the last job never ends", || {
-        let jobs = get(api, "vm.jobs")?;
-        let last = jobs.as_array().and_then(|jobs| jobs.last()).context("no jobs")?.clone();
-        Ok(Some(last).filter(|job| job["state"] != "running"))
-    })
-}
-
-/// The value of a metric.
-pub(super) fn metric(api: &Api, name: &str) -> Result<Option<u64>> {
-    let text = api.request("GET", "metrics", None)?.body;
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    Ok(value.map(str::parse).transpose()?)
+    api.ended("vm.resize", patient(LIMIT))
 }
 
 /// A guest with a balloon, and its API.
@@ -72,7 +52,10 @@ fn gives_memory_to_the_host_and_back(context: &Context) -> Result<Outcome> {
         let (mut guest, api) = start(context, memory, "size=0")?;
         let start = test_ram();
         guest.ask(&format!("mem fill {start:#x} {:#x} 1", 32 * MIB))?;
-        let resident = || metric(&api, "triarch_memory_resident_bytes")?.context("no resident memory");
+        let resident = || {
+            api.metric("triarch_memory_resident_bytes")?
+                .context("no resident memory")
+        };
         let full = resident()?;
         resize(&api, 16 * MIB)?;
         let pages = 16 * MIB / PAGE;
@@ -80,7 +63,7 @@ fn gives_memory_to_the_host_and_back(context: &Context) -> Result<Outcome> {
         guest.ask(&format!("balloon inflate {start:#x} {pages}"))?;
         let job = last_job(&api)?;
         ensure!(job["state"] == "done" && job["kind"] == "vm.resize", "{job}");
-        let info = get(&api, "vm.info")?;
+        let info = api.get("vm.info")?;
         ensure!(info["memory_actual_size"] == RAM - 16 * MIB, "{info}");
         ensure!(info["config"]["balloon"]["size"] == 16 * MIB, "{info}");
         let less = full - resident()?;
@@ -96,7 +79,7 @@ fn gives_memory_to_the_host_and_back(context: &Context) -> Result<Outcome> {
         guest.ask("balloon wait 0 5000")?;
         guest.ask(&format!("balloon deflate {start:#x} {pages}"))?;
         ensure!(last_job(&api)?["state"] == "done");
-        ensure!(get(&api, "vm.info")?["memory_actual_size"] == RAM);
+        ensure!(api.get("vm.info")?["memory_actual_size"] == RAM);
         guest.ask(&format!("mem fill {start:#x} {:#x} 2", 16 * MIB))?;
         guest.ask(&format!("mem verify {start:#x} {:#x} 2", 16 * MIB))?;
         let checksum = |guest: &mut Guest| number(&guest.ask(&format!("mem checksum {rest:#x} {len:#x}"))?, "crc32");
@@ -116,9 +99,9 @@ fn targets_are_jobs(context: &Context) -> Result<Outcome> {
     guest.ask("balloon wait 1024 5000")?;
     let start = test_ram();
     guest.ask(&format!("balloon inflate {start:#x} 1024"))?;
-    let jobs = || Ok::<_, anyhow::Error>(get(&api, "vm.jobs")?.as_array().map_or(0, Vec::len));
+    let jobs = || Ok::<_, anyhow::Error>(api.get("vm.jobs")?.as_array().map_or(0, Vec::len));
     wait("the guest's step is not seen", || {
-        let there = get(&api, "vm.info")?["memory_actual_size"] == RAM - 4 * MIB;
+        let there = api.get("vm.info")?["memory_actual_size"] == RAM - 4 * MIB;
         Ok(there.then_some(()))
     })?;
     let before = jobs()?;
@@ -129,14 +112,14 @@ fn targets_are_jobs(context: &Context) -> Result<Outcome> {
     ensure!(jobs()? == before + 1, "the same target is one job");
     guest.ask(&format!("balloon inflate {:#x} 512", start + 4 * MIB))?;
     let id = wait("progress", || {
-        let jobs = get(&api, "vm.jobs")?;
+        let jobs = api.get("vm.jobs")?;
         let job = jobs.as_array().and_then(|jobs| jobs.last()).context("no job")?;
         ensure!(job["state"] == "running" && job["phase"] == "balloon", "{job}");
         let there = job["progress"]["done"] == 6 * MIB && job["progress"]["total"] == 8 * MIB;
         Ok(there.then(|| job["id"].clone()))
     })?;
     resize(&api, 6 * MIB)?;
-    let replaced = get(&api, &format!("vm.job/{id}"))?;
+    let replaced = api.get(&format!("vm.job/{id}"))?;
     let error = replaced["error"].as_str().unwrap_or_default();
     ensure!(
         replaced["state"] == "failed" && error.contains("replaced"),
@@ -145,7 +128,7 @@ fn targets_are_jobs(context: &Context) -> Result<Outcome> {
     ensure!(jobs()? == before + 1, "the new target is reached already");
     resize(&api, 16 * MIB)?;
     api.put("vm.reboot", None)?;
-    let jobs = get(&api, "vm.jobs")?;
+    let jobs = api.get("vm.jobs")?;
     let lost = jobs.as_array().into_iter().flatten().find(|job| {
         let error = job["error"].as_str().unwrap_or_default();
         error.contains("guest ended")
@@ -158,7 +141,7 @@ fn targets_are_jobs(context: &Context) -> Result<Outcome> {
 
 fn what_cannot_be_is_refused(context: &Context) -> Result<Outcome> {
     let (guest, api) = start(context, "", "size=4M,id=b")?;
-    let before = get(&api, "vm.info")?["config"].clone();
+    let before = api.get("vm.info")?["config"].clone();
     for (bytes, words) in [
         (RAM + PAGE, "at most"),
         (100, "multiple of 4096"),
@@ -168,7 +151,7 @@ fn what_cannot_be_is_refused(context: &Context) -> Result<Outcome> {
         let answer = api.request("PUT", "vm.resize", Some(&target))?;
         ensure!(answer.status == 400 && answer.body.contains(words), "{}", answer.body);
     }
-    ensure!(get(&api, "vm.info")?["config"] == before, "a refusal changed something");
+    ensure!(api.get("vm.info")?["config"] == before, "a refusal changed something");
     ensure!(guest.vm().stderr().text().is_empty(), "{}", guest.vm().stderr().text());
     let guest = Guest::start(builder(context)?.api())?;
     let api = guest.vm().api()?;
@@ -184,14 +167,14 @@ fn what_cannot_be_is_refused(context: &Context) -> Result<Outcome> {
 
 fn statistics_are_metrics(context: &Context) -> Result<Outcome> {
     let (mut guest, api) = start(context, "", "size=0,id=b")?;
-    let free = || metric(&api, r#"triarch_guest_memory_bytes{kind="free"}"#);
+    let free = || api.metric(r#"triarch_guest_memory_bytes{kind="free"}"#);
     ensure!(free()?.is_none());
     guest.ask("balloon free 12345")?;
     wait("the first statistics", || Ok(free()?.filter(|free| *free == 12345)))?;
     guest.ask("balloon wanted")?;
     guest.ask("balloon free 23456")?;
     wait("the second", || Ok(free()?.filter(|free| *free == 23456)))?;
-    let counters = get(&api, "vm.counters")?;
+    let counters = api.get("vm.counters")?;
     ensure!(counters["b"]["actual_bytes"] == 0, "{counters}");
     Ok(Outcome::Passed)
 }
@@ -200,7 +183,10 @@ fn free_pages_are_the_hosts(context: &Context) -> Result<Outcome> {
     let (mut guest, api) = start(context, ",shared=on", "size=0,free_page_reporting=on,id=b")?;
     let start = test_ram();
     guest.ask(&format!("mem fill {start:#x} {:#x} 1", 16 * MIB))?;
-    let resident = || metric(&api, "triarch_memory_resident_bytes")?.context("no resident memory");
+    let resident = || {
+        api.metric("triarch_memory_resident_bytes")?
+            .context("no resident memory")
+    };
     let full = resident()?;
     guest.ask(&format!("balloon report {start:#x} {:#x}", 8 * MIB))?;
     let less = full - resident()?;
@@ -208,7 +194,7 @@ fn free_pages_are_the_hosts(context: &Context) -> Result<Outcome> {
     ensure!((7 * MIB..9 * MIB).contains(&less), "{less} bytes went back");
     guest.ask(&format!("mem fill {start:#x} {:#x} 2", 8 * MIB))?;
     guest.ask(&format!("mem verify {start:#x} {:#x} 2", 8 * MIB))?;
-    let reported = metric(&api, r#"triarch_balloon_bytes_total{balloon="b",operation="report"}"#)?;
+    let reported = api.metric(r#"triarch_balloon_bytes_total{balloon="b",operation="report"}"#)?;
     ensure!(reported == Some(8 * MIB), "{reported:?}");
     Ok(Outcome::Passed)
 }

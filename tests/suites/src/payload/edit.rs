@@ -21,25 +21,7 @@ payload_tests!("edit":
 const SIZE: u64 = 1 << 20;
 
 fn config(api: &Api) -> Result<Value> {
-    let info: Value = serde_json::from_str(&api.request("GET", "vm.info", None)?.body)?;
-    Ok(info["config"].clone())
-}
-
-/// Sends what must be refused with `status` and a sentence that has all of `words`.
-pub(super) fn refused(api: &Api, route: &str, body: &Value, status: u16, words: &[&str]) -> Result<()> {
-    let answer = api.request("PUT", route, Some(&body.to_string()))?;
-    ensure!(
-        answer.status == status,
-        "{route} {body}: {} {}",
-        answer.status,
-        answer.body
-    );
-    let error: Value = serde_json::from_str(&answer.body)?;
-    let sentence = error["error"].as_str().unwrap_or_default();
-    for word in words.iter().chain([&route]) {
-        ensure!(sentence.contains(word), "no `{word}` in: {sentence}");
-    }
-    Ok(())
+    Ok(api.get("vm.info")?["config"].clone())
 }
 
 fn disks_come_and_go(context: &Context) -> Result<Outcome> {
@@ -74,29 +56,22 @@ fn processors_and_memory_are_resized(context: &Context) -> Result<Outcome> {
     ensure!(number(&guest.ask("cpus")?, "count")? == 1);
     let same = json!({ "desired_vcpus": 1, "desired_ram": 64 << 20 });
     api.put("vm.resize", Some(&same.to_string()))?;
-    refused(
-        &api,
+    api.refused(
         "vm.resize",
         &json!({ "desired_ram": 1 << 30 }),
         501,
         &["memory", "running"],
     )?;
     api.put("vm.shutdown", None)?;
-    refused(&api, "vm.resize", &json!({ "desired_vcpus": 5 }), 400, &["5", "max"])?;
-    refused(&api, "vm.resize", &json!({ "desired_vcpus": 0 }), 400, &["0", "1"])?;
-    refused(
-        &api,
-        "vm.resize",
-        &json!({ "desired_ram": 12345 }),
-        400,
-        &["12345", "MiB"],
-    )?;
+    api.refused("vm.resize", &json!({ "desired_vcpus": 5 }), 400, &["5", "max"])?;
+    api.refused("vm.resize", &json!({ "desired_vcpus": 0 }), 400, &["0", "1"])?;
+    api.refused("vm.resize", &json!({ "desired_ram": 12345 }), 400, &["12345", "MiB"])?;
     let target = json!({ "desired_vcpus": 3, "desired_ram": 128 << 20 });
     api.put("vm.resize", Some(&target.to_string()))?;
     api.put("vm.boot", None)?;
     guest.wait_ready()?;
     ensure!(number(&guest.ask("cpus")?, "count")? == 3);
-    let info: Value = serde_json::from_str(&api.request("GET", "vm.info", None)?.body)?;
+    let info = api.get("vm.info")?;
     ensure!(info["memory_actual_size"] == 128 << 20, "{info}");
     Ok(Outcome::Passed)
 }
@@ -116,10 +91,10 @@ fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
     guest.ask("blk 0 flush")?;
     ensure!(disk.read(last * 512, 8 * 512)? == pattern(3, last, 8 * 512));
     api.put("vm.resize-disk", Some(&resize(4 * SIZE).to_string()))?;
-    refused(&api, "vm.resize-disk", &resize(SIZE), 400, &["lose data", "grow"])?;
-    refused(&api, "vm.resize-disk", &resize(4 * SIZE + 1), 400, &["multiple", "512"])?;
+    api.refused("vm.resize-disk", &resize(SIZE), 400, &["lose data", "grow"])?;
+    api.refused("vm.resize-disk", &resize(4 * SIZE + 1), 400, &["multiple", "512"])?;
     let other = json!({ "id": "disk9", "desired_size": SIZE });
-    refused(&api, "vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
+    api.refused("vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
     ensure!(sectors(&mut guest)? == 4 * SIZE / 512);
     Ok(Outcome::Passed)
 }
@@ -198,7 +173,7 @@ fn what_cannot_be_changed_stays(context: &Context) -> Result<Outcome> {
         ),
         ("vm.remove-device", json!({}), 400, vec!["id"]),
     ] {
-        refused(&api, route, &body, status, &words)?;
+        api.refused(route, &body, status, &words)?;
         ensure!(config(&api)? == before, "{route} {body} changed the configuration");
     }
     Ok(Outcome::Passed)

@@ -2,12 +2,12 @@
 
 use super::guest::{Guest, builder, is_arm, number};
 use super::payload_tests;
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_harness::api::Api;
+use triarch_harness::jobs::wait;
 use triarch_harness::suite::{Context, Outcome, Test, patient};
 
 payload_tests!("hotplug":
@@ -40,21 +40,13 @@ pub fn resize(api: &Api, vcpus: u32) -> Result<()> {
     Ok(())
 }
 
-pub fn refused(api: &Api, vcpus: u32, status: u16, words: &[&str]) -> Result<()> {
-    let body = json!({ "desired_vcpus": vcpus }).to_string();
-    let answer = api.request("PUT", "vm.resize", Some(&body))?;
-    ensure!(answer.status == status, "{} {}", answer.status, answer.body);
-    ensure!(words.iter().all(|word| answer.body.contains(word)), "{}", answer.body);
-    Ok(())
-}
-
-pub fn get(api: &Api, route: &str) -> Result<Value> {
-    Ok(serde_json::from_str(&api.request("GET", route, None)?.body)?)
+fn refused(api: &Api, vcpus: u32, status: u16, words: &[&str]) -> Result<()> {
+    api.refused("vm.resize", &json!({ "desired_vcpus": vcpus }), status, words)
 }
 
 /// Target, present and started vCPUs.
 pub fn counts(api: &Api) -> Result<[u64; 3]> {
-    let info = get(api, "vm.info")?;
+    let info = api.get("vm.info")?;
     let count = |name: &str| info["vcpus"][name].as_u64().context("no counts");
     let counts = [count("target")?, count("present")?, count("started")?];
     ensure!(info["config"]["cpus"]["boot_vcpus"] == counts[2], "{info}");
@@ -63,49 +55,17 @@ pub fn counts(api: &Api) -> Result<[u64; 3]> {
 
 /// Waits for these numbers: what the guest does by itself, no job tells of.
 pub fn settled(api: &Api, wanted: [u64; 3]) -> Result<()> {
-    let deadline = Instant::now() + patient(LIMIT);
-    loop {
-        let found = counts(api)?;
-        if found == wanted {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "still {found:?}, not {wanted:?}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// The last job that is a resize, once it has ended.
-pub fn last_job(api: &Api, limit: Duration) -> Result<Value> {
-    let deadline = Instant::now() + patient(limit);
-    loop {
-        let jobs = get(api, "vm.jobs")?;
-        let mut resizes = jobs.as_array().context("no jobs")?.iter();
-        let last = resizes.rfind(|job| job["kind"] == "vm.resize");
-        let last = last.context("no resize")?;
-        if last["state"] != "running" {
-            return Ok(last.clone());
-        }
-        if Instant::now() > deadline {
-            bail!("the job does not end: {last}");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+    let what = format!("they do not become {wanted:?}");
+    let same = || Ok((counts(api)? == wanted).then_some(()));
+    wait(&what, patient(LIMIT), same).with_context(|| format!("{:?}", counts(api)))
 }
 
 pub fn done(api: &Api, phase: &str) -> Result<()> {
-    let job = last_job(api, LIMIT)?;
-    ensure!(job["state"] == "done" && job["phase"] == phase, "{job}");
-    Ok(())
+    api.is_done("vm.resize", patient(LIMIT), phase)
 }
 
 fn failed(api: &Api, limit: Duration, words: &[&str]) -> Result<()> {
-    let job = last_job(api, limit)?;
-    let error = job["error"].as_str().unwrap_or_default();
-    ensure!(
-        job["state"] == "failed" && words.iter().all(|word| error.contains(word)),
-        "{job}"
-    );
-    Ok(())
+    api.has_failed("vm.resize", patient(limit), words)
 }
 
 /// Names of the threads.
@@ -152,7 +112,7 @@ fn processors_come_and_go(context: &Context) -> Result<Outcome> {
     done(&api, "the guest started vCPU 1")?;
     guest.ask("hot ping 1")?;
 
-    let events = get(&api, "vm.events?since=0&follow=false")?;
+    let events = api.get("vm.events?since=0&follow=false")?;
     let named = |event: &Value| (event["event"].as_str() != Some("started")).then(|| event["event"].clone());
     let vcpus = events.as_array().context("no events")?.iter();
     let vcpus = vcpus.filter(|event| event["source"] == "vcpu");
@@ -165,17 +125,17 @@ fn processors_come_and_go(context: &Context) -> Result<Outcome> {
 fn a_newer_target_replaces_what_the_guest_does_not_know_of(context: &Context) -> Result<Outcome> {
     let (mut guest, api) = start(context, "boot=1,max=4")?;
     resize(&api, 1)?;
-    ensure!(!get(&api, "vm.jobs")?.to_string().contains("vm.resize"));
+    ensure!(!api.get("vm.jobs")?.to_string().contains("vm.resize"));
     resize(&api, 4)?;
     resize(&api, 4)?;
-    let jobs = || -> Result<usize> { Ok(get(&api, "vm.jobs")?.to_string().matches("vm.resize").count()) };
+    let jobs = || -> Result<usize> { Ok(api.get("vm.jobs")?.to_string().matches("vm.resize").count()) };
     ensure!(jobs()? == 1);
     resize(&api, 2)?;
     ensure!(jobs()? == 2 && counts(&api)? == [2, 2, 1]);
-    let first = get(&api, "vm.job/2")?;
+    let first = api.get("vm.job/2")?;
     ensure!(first["error"] == "it was replaced by a target of 2 vCPUs", "{first}");
     // What was withdrawn was never announced: only the one that is left is.
-    let second = get(&api, "vm.job/3")?;
+    let second = api.get("vm.job/3")?;
     ensure!(
         second["state"] == "running" && second["progress"]["done"] == 2,
         "{second}"
@@ -201,7 +161,7 @@ fn what_the_guest_never_saw_is_taken_back_at_once(context: &Context) -> Result<O
     resize(&api, 1)?;
     done(&api, "vCPUs 1, 2 were taken back before the guest saw them")?;
     ensure!(counts(&api)? == [1, 1, 1] && guest.ask("hot next")? == "none");
-    let events = get(&api, "vm.events?since=0&follow=false")?;
+    let events = api.get("vm.events?since=0&follow=false")?;
     let told = events.as_array().context("no events")?.iter();
     let told = told.filter(|event| event["source"] == "vm" && event["event"] == "resized");
     ensure!(told.count() == 1, "{events}");
@@ -274,7 +234,7 @@ fn wrong_targets_change_nothing(context: &Context) -> Result<Outcome> {
     let answer = api.request("PUT", "vm.resize", Some(&both))?;
     ensure!(answer.status == 501, "{} {}", answer.status, answer.body);
     ensure!(counts(&api)? == [2, 2, 2] && guest.ask("hot events")? == "0x0");
-    ensure!(!get(&api, "vm.jobs")?.to_string().contains("vm.resize"));
+    ensure!(!api.get("vm.jobs")?.to_string().contains("vm.resize"));
     Ok(Outcome::Passed)
 }
 
@@ -298,7 +258,7 @@ fn a_reset_and_a_boot_keep_them(context: &Context) -> Result<Outcome> {
     ensure!(counts(&api)? == [2, 2, 2]);
     let shut_down = |wanted: u32| -> Result<()> {
         api.put("vm.shutdown", None)?;
-        let info = get(&api, "vm.info")?;
+        let info = api.get("vm.info")?;
         let boot = &info["config"]["cpus"]["boot_vcpus"];
         ensure!(*boot == wanted && info["vcpus"].is_null(), "{info}");
         Ok(())
@@ -315,7 +275,7 @@ fn a_reset_and_a_boot_keep_them(context: &Context) -> Result<Outcome> {
     resize(&api, 3)?;
     shut_down(3)?;
     resize(&api, 4)?;
-    let info = get(&api, "vm.info")?;
+    let info = api.get("vm.info")?;
     ensure!(info["config"]["cpus"]["boot_vcpus"] == 4, "{info}");
     resize(&api, 1)?;
     api.put("vm.boot", None)?;

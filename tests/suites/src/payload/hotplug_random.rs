@@ -3,13 +3,14 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use std::collections::BTreeSet;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_harness::api::Api;
+use triarch_harness::dice::Dice;
+use triarch_harness::jobs::wait;
 use triarch_harness::suite::{Context, Outcome, Test, is_patient, patient, rounds};
 
 use super::guest::{Guest, is_arm};
-use super::hotplug::{get, settled, start};
+use super::hotplug::{settled, start};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -38,19 +39,6 @@ fn any_order_is_as_a_model_says(context: &Context) -> Result<Outcome> {
         }
     }
     Ok(Outcome::Passed)
-}
-
-/// Numbers that look random and are the same for the same seed (xorshift64*, Vigna 2016).
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `end`.
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % end
-    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -189,23 +177,13 @@ struct Run {
 impl Run {
     fn new(context: &Context, seed: u64) -> Result<Self> {
         let (guest, api) = start(context, &format!("boot=1,max={MAX}"))?;
-        // Small seeds that follow each other begin alike.
-        let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).max(1));
-        dice.below(2);
         Ok(Self {
             guest,
             api,
-            dice,
+            dice: Dice::new(seed),
             model: Model::booted(1),
             log: Vec::new(),
         })
-    }
-
-    fn pick(&mut self, from: &[usize]) -> Option<usize> {
-        match from.len() {
-            0 => None,
-            count => Some(from[self.dice.below(count)]),
-        }
     }
 
     /// Does something; returns what.
@@ -288,7 +266,7 @@ impl Run {
 
     fn start_unasked(&mut self) -> Result<String> {
         let idle = self.model.those(|slot| slot.present && !slot.started);
-        let Some(index) = self.pick(&idle) else {
+        let Some(index) = self.dice.pick(&idle) else {
             return Ok("nothing to start".to_owned());
         };
         self.guest.ask(&format!("hot start {index}"))?;
@@ -321,7 +299,7 @@ impl Run {
 
     fn ping(&mut self) -> Result<String> {
         let all = self.model.those(|slot| slot.answers);
-        match self.pick(&all) {
+        match self.dice.pick(&all) {
             Some(index) => self
                 .guest
                 .ask(&format!("hot ping {index}"))
@@ -356,18 +334,19 @@ impl Run {
         ];
         settled(&self.api, counts)?;
         // Also an answer of the guest reaches whoever has the job a moment later.
-        let deadline = Instant::now() + patient(Duration::from_secs(5));
-        loop {
-            let jobs = get(&self.api, "vm.jobs")?;
-            let mut resizes = jobs.as_array().context("no jobs")?.iter();
-            let running = resizes.find(|job| job["kind"] == "vm.resize" && job["state"] == "running");
-            if running.is_some() == self.model.open.is_some() {
-                break;
-            }
-            ensure!(Instant::now() < deadline, "{:?}, and {running:?}", self.model.open);
-            thread::sleep(Duration::from_millis(5));
-        }
-        let state = &get(&self.api, "vm.info")?["state"];
+        let is_open = self.model.open.is_some();
+        wait(
+            "the job is not as it should be",
+            patient(Duration::from_secs(5)),
+            || {
+                let jobs = self.api.get("vm.jobs")?;
+                let mut resizes = jobs.as_array().context("no jobs")?.iter();
+                let running = resizes.any(|job| job["kind"] == "vm.resize" && job["state"] == "running");
+                Ok((running == is_open).then_some(()))
+            },
+        )
+        .with_context(|| format!("{:?}", self.model.open))?;
+        let state = &self.api.get("vm.info")?["state"];
         let wanted = if self.model.paused { "Paused" } else { "Running" };
         ensure!(*state == wanted, "it is {state}");
         Ok(())

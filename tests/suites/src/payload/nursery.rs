@@ -1,7 +1,6 @@
 //! Daemons that the VMM starts itself: `backend=blkd`.
 
 use super::data::pattern;
-use super::edit::refused;
 use super::ends::started_by;
 use super::guest::{Guest, builder, has_ended, number};
 use crate::storage::soon;
@@ -249,17 +248,17 @@ fn a_disk_grows_under_the_guest(context: &Context) -> Result<Outcome> {
     guest.ask("blk 0 flush")?;
     ensure!(image.read(last * 512, 8 * 512)? == pattern(3, last, 8 * 512));
     // In the words of a disk without a daemon.
-    refused(&api, "vm.resize-disk", &resize(SIZE), 400, &["lose data", "grow"])?;
-    refused(&api, "vm.resize-disk", &resize(grown + 1), 400, &["multiple", "512"])?;
+    api.refused("vm.resize-disk", &resize(SIZE), 400, &["lose data", "grow"])?;
+    api.refused("vm.resize-disk", &resize(grown + 1), 400, &["multiple", "512"])?;
     let other = json!({ "id": "disk9", "desired_size": SIZE });
-    refused(&api, "vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
+    api.refused("vm.resize-disk", &other, 404, &["disk9", "vm.info"])?;
     // The next daemon, which is asked while it starts, knows the size, and can be asked as well.
     kill(family(guest.vm())?.1)?;
     grow(&mut guest, 2 * grown)?;
     guest.ask(&format!("blk 0 verify {last} 8 3"))?;
     // So can the one that a boot brings.
     api.put("vm.shutdown", None)?;
-    refused(&api, "vm.resize-disk", &resize(3 * grown), 409, &["Shutdown"])?;
+    api.refused("vm.resize-disk", &resize(3 * grown), 409, &["Shutdown"])?;
     api.put("vm.boot", None)?;
     guest.wait_ready()?;
     ensure!(number(&guest.ask("blk 0 info")?, "sectors")? == 2 * grown / 512);
