@@ -2,7 +2,7 @@
 //!
 //! Each architecture exports: [`layout`] (the guest's address map), [`Platform`] (interrupt controller and what else a VM needs
 //! before its vCPUs), [`CpuPlan`], [`create_vcpus`] and [`create_later`], [`host_processor`] (what CPUs guests can have here), [`set_entry`] (registers of the first vCPU), [`inject_nmi`], [`Board`] (the
-//! devices that sit at fixed places), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs, in
+//! devices that sit at fixed places), [`save_vcpu`] and its kin (see [`StateError`] for all of the saved state), [`load`] (kernel and firmware tables), and in [`WITHOUT_KVM`] what a host without KVM needs, in
 //! [`CPU_HOTPLUG_NEEDS`] what a guest needs that gets CPUs while it runs. No
 //! other crate asks which architecture it is built for.
 
@@ -14,6 +14,7 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 pub use common::load::LoadError;
+pub use common::state::{Elapsed, HexBytes, StateError};
 pub use common::{AddressLimit, BoardConfig, BoardError, CpuCount, LoadConfig, NmiError, Vcpus};
 
 #[cfg(target_arch = "aarch64")]

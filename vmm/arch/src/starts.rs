@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::kvm_mp_state;
-use triarch_hypervisor::{Firmware, HypervisorError, Vcpu};
+use triarch_hypervisor::{Firmware, FirmwareStateV1, HypervisorError, StartV1, Vcpu};
 
 /// The guest does not have it, and it waits for its start.
 const ABSENT: u8 = 0;
@@ -14,6 +14,13 @@ const LEFT: u8 = 1;
 const WAITING: u8 = 2;
 /// It was started, or was there from the guest's start.
 const STARTED: u8 = 3;
+
+const STATES: [(u8, StartV1); 4] = [
+    (ABSENT, StartV1::Absent),
+    (LEFT, StartV1::Left),
+    (WAITING, StartV1::Waiting),
+    (STARTED, StartV1::Started),
+];
 
 /// The vCPUs of a guest.
 pub(crate) struct Starts {
@@ -28,6 +35,20 @@ impl Starts {
         let state = |index| if index < present { STARTED } else { LEFT };
         Self {
             vcpus: (0..max).map(|index| AtomicU8::new(state(index))).collect(),
+            waiting,
+        }
+    }
+
+    /// The vCPUs of a guest that was saved.
+    pub(crate) fn restored(saved: &[StartV1], waiting: u32) -> Self {
+        let state = |saved: &StartV1| {
+            STATES
+                .iter()
+                .find(|(_, name)| name == saved)
+                .map_or(LEFT, |(state, _)| *state)
+        };
+        Self {
+            vcpus: saved.iter().map(|saved| AtomicU8::new(state(saved))).collect(),
             waiting,
         }
     }
@@ -105,6 +126,17 @@ impl Firmware for Starts {
             self.set(index, LEFT);
         }
     }
+
+    fn save(&self) -> FirmwareStateV1 {
+        let name = |index| {
+            let state = self.get(index);
+            STATES
+                .iter()
+                .find(|(known, _)| *known == state)
+                .map_or(StartV1::Left, |(_, name)| *name)
+        };
+        FirmwareStateV1::StartedByKvm((0..self.vcpus.len()).map(name).collect())
+    }
 }
 
 #[cfg(test)]
@@ -126,5 +158,23 @@ mod tests {
         assert!(!starts.runs(1) && !starts.rested(1));
         starts.plug(7);
         assert!(!starts.runs(7));
+    }
+
+    #[test]
+    fn who_runs_is_saved_and_restored() {
+        let starts = Starts::new(4, 1, 9);
+        starts.advance(1, LEFT, ABSENT);
+        starts.advance(2, LEFT, ABSENT);
+        starts.plug(2);
+        let FirmwareStateV1::StartedByKvm(saved) = starts.save() else {
+            panic!("the kind of another");
+        };
+        assert_eq!(
+            saved,
+            [StartV1::Started, StartV1::Absent, StartV1::Waiting, StartV1::Left]
+        );
+        let again = Starts::restored(&saved, 9);
+        assert_eq!([0, 1, 2, 3].map(|n| again.get(n)), [STARTED, ABSENT, WAITING, LEFT]);
+        assert_eq!(again.save(), starts.save());
     }
 }

@@ -26,6 +26,21 @@ pub struct Start {
     pub again: bool,
 }
 
+/// How one processor stands: what is saved of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The guest may start it.
+    pub enabled: bool,
+    /// It ran before.
+    pub ran: bool,
+    /// It is known that the guest has started it since it was enabled.
+    pub told: bool,
+    /// It runs, or is about to.
+    pub on: bool,
+    /// Where it starts, with what in X0, if it was started and is not there yet.
+    pub start: Option<(u64, u64)>,
+}
+
 /// What a guest's call comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
@@ -71,6 +86,36 @@ impl Processors {
             state: if index == 0 { State::On } else { State::Off },
         };
         Self(affinities.into_iter().enumerate().map(processor).collect())
+    }
+
+    /// Processors with these affinity fields that stand as they were saved.
+    pub fn restored(saved: impl IntoIterator<Item = (u64, Standing)>) -> Self {
+        let processor = |(affinity, saved): (u64, Standing)| Processor {
+            affinity,
+            enabled: saved.enabled,
+            ran: saved.ran,
+            told: saved.told,
+            state: match saved.start {
+                _ if !saved.on => State::Off,
+                Some((entry, context)) => State::Starting { entry, context },
+                None => State::On,
+            },
+        };
+        Self(saved.into_iter().map(processor).collect())
+    }
+
+    /// How they stand, in their order.
+    pub fn standings(&self) -> impl Iterator<Item = Standing> {
+        self.0.iter().map(|processor| Standing {
+            enabled: processor.enabled,
+            ran: processor.ran,
+            told: processor.told,
+            on: processor.state != State::Off,
+            start: match processor.state {
+                State::Starting { entry, context } => Some((entry, context)),
+                State::On | State::Off => None,
+            },
+        })
     }
 
     /// Serves the call `function` of processor `caller`, with the arguments the guest has in X1, X2 and X3.
@@ -226,6 +271,23 @@ mod tests {
         assert!(!cpus.take_first_start(0), "it was there from the start");
         cpus.enable(9);
         cpus.disable(9);
+    }
+
+    #[test]
+    fn how_they_stand_is_saved_and_restored() {
+        let mut cpus = Processors::new(0..4, 3);
+        on(&mut cpus, 1);
+        on(&mut cpus, 2);
+        cpus.take_start(2);
+        let saved: Vec<_> = cpus.standings().collect();
+        let mut again = Processors::restored((0..4).zip(saved.clone()));
+        assert_eq!(again.standings().collect::<Vec<_>>(), saved);
+        assert_eq!(again.take_start(1), cpus.take_start(1));
+        assert_eq!(on(&mut again, 2), Answer::Value(ALREADY_ON));
+        assert_eq!(on(&mut again, 3), Answer::Value(DENIED));
+        again.call(2, CPU_OFF, [0; 3]);
+        on(&mut again, 2);
+        assert!(again.take_start(2).is_some_and(|start| start.again));
     }
 
     #[test]

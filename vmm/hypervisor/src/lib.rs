@@ -3,14 +3,16 @@
 //! What differs between processor architectures (registers, CPUID, the interrupt controller's set-up) is in `triarch-arch`, which
 //! works on the descriptors this crate hands out.
 
+mod firmware;
 mod interrupts;
 #[allow(unsafe_code)] // the shared kvm_run page
 mod vcpu;
 #[allow(unsafe_code)] // memory slots take host addresses
 mod vm;
 
+pub use firmware::{Firmware, FirmwareStateV1, PsciV1, StartV1};
 pub use interrupts::{Interrupts, Line};
-pub use vcpu::{Exit, Firmware, ImmediateExit, Vcpu};
+pub use vcpu::{Exit, ImmediateExit, Vcpu};
 pub use vm::{IoEventFds, MemorySlots, Vm};
 
 use std::io;

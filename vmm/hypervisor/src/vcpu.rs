@@ -6,8 +6,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use crate::HypervisorError;
-
 /// Why the guest stopped running on a vCPU.
 #[derive(Debug)]
 pub enum Exit<'a> {
@@ -53,43 +51,10 @@ pub enum Exit<'a> {
     SystemEvent(u32),
     /// The guest stopped for good in an architecture without an interrupt controller in the kernel.
     Halted,
-    /// The guest called its firmware with this function number, see [`Firmware`].
+    /// The guest called its firmware with this function number, see [`Firmware`](crate::Firmware).
     Call(u64),
     /// KVM cannot run the guest any further.
     Failed(String),
-}
-
-/// Which vCPUs run: what the machine gives the guest, what the guest starts, and the calls to its machine's firmware by which it does
-/// so where KVM leaves that to the VMM (some of PSCI on ARM).
-pub trait Firmware: Send + Sync {
-    /// Serves the call `function` that vCPU `index`, `caller`, has just made; false when there is no such call.
-    fn call(&self, index: usize, caller: &Vcpu, function: u64) -> Result<bool, HypervisorError>;
-
-    /// Whether vCPU `index` is to run: one that the guest does not have, has not started, or has stopped, is not.
-    fn runs(&self, index: usize) -> bool;
-
-    /// Puts vCPU `index` where the guest has started it, if it has since the last time. Called on the vCPU's own thread before it runs.
-    fn prepare(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
-
-    /// Whether vCPU `index`, which runs, may not have been started by the guest yet, so that [`started`](Self::started) has to be asked
-    /// when it leaves the guest. It does not change while the vCPU runs, but for what that returns.
-    fn waits(&self, index: usize) -> bool;
-
-    /// Whether the guest has started vCPU `index` since it was given it by [`plug`](Self::plug); told once. Called on the vCPU's own
-    /// thread after [`prepare`](Self::prepare) and when it was woken.
-    fn started(&self, index: usize, vcpu: &Vcpu) -> bool;
-
-    /// Makes vCPU `index`, if the guest does not have it, as it is after a reset. Called on the vCPU's own thread while it does not run.
-    fn rest(&self, index: usize, vcpu: &Vcpu) -> Result<(), HypervisorError>;
-
-    /// Whether vCPU `index`, which the guest does not have, is as it is after a reset.
-    fn rested(&self, index: usize) -> bool;
-
-    /// Lets the guest start vCPU `index`, which has [`rested`](Self::rested).
-    fn plug(&self, index: usize);
-
-    /// Takes vCPU `index` from the guest. What runs of it is to be interrupted then.
-    fn unplug(&self, index: usize);
 }
 
 /// A vCPU. Only the thread that runs it uses it.
@@ -164,13 +129,15 @@ impl Vcpu {
         })
     }
 
-    /// Lets KVM finish the instruction whose I/O was just served, without running the guest any further, so that the registers are
-    /// whole.
-    pub fn complete_io(&mut self) {
+    /// Lets KVM finish the instruction whose I/O was just served, without running the guest any further: the registers are whole when
+    /// this returns [`Exit::Interrupted`]. An access that KVM splits comes in parts; each other exit is one more of them, to be served
+    /// before this is called again.
+    pub fn complete_io(&mut self) -> io::Result<Exit<'_>> {
         self.immediate_exit().set(true);
-        // Returns EINTR by construction; anything else shows again at the next run.
-        let _ = self.fd.run();
-        self.immediate_exit().set(false);
+        let switch = self.immediate_exit();
+        let exit = self.run();
+        switch.set(false);
+        exit
     }
 }
 

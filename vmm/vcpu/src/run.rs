@@ -1,9 +1,9 @@
 //! The vCPU threads of a guest and their common state.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,15 @@ pub enum VcpuError {
         /// Index of the vCPU.
         index: usize,
     },
+    /// Its registers change while it runs.
+    #[error("the guest runs; pause it first")]
+    Running,
+    /// Its thread is gone.
+    #[error("the thread of vCPU {index} has ended")]
+    Ended {
+        /// Index of the vCPU.
+        index: usize,
+    },
     /// No signal.
     #[error("cannot interrupt vCPU {index}")]
     Kick {
@@ -74,6 +83,9 @@ const PAUSE: u8 = 0;
 const RUN: u8 = 1;
 const STOP: u8 = 2;
 
+/// Something that every vCPU's thread does once while it is parked.
+type Errand = Arc<dyn Fn(usize, &Vcpu) + Send + Sync>;
+
 /// How many threads have come how far.
 #[derive(Default)]
 struct Counts {
@@ -81,6 +93,16 @@ struct Counts {
     begun: usize,
     /// Are parked, by their vCPUs.
     parked: BTreeSet<usize>,
+    /// What those of them have to do that have not done it.
+    errand: Option<(Errand, BTreeSet<usize>)>,
+}
+
+impl Counts {
+    /// What vCPU `index` has to do, taken by it.
+    fn take_errand(&mut self, index: usize) -> Option<Errand> {
+        let (errand, open) = self.errand.as_mut()?;
+        open.remove(&index).then(|| errand.clone())
+    }
 }
 
 /// What all vCPU threads of a guest share.
@@ -129,6 +151,12 @@ impl Shared {
         counts.parked.insert(index);
         let mut news = true;
         let want = loop {
+            if let Some(errand) = counts.take_errand(index) {
+                drop(counts);
+                errand(index, vcpu);
+                counts = self.counts();
+                continue;
+            }
             match self.want(index) {
                 PAUSE => {
                     let rested = self.firmware.rested(index);
@@ -319,6 +347,49 @@ impl VcpuSet {
         Ok(())
     }
 
+    /// Has the thread of each vCPU call `errand` with its index and vCPU, and returns what that returned, in their order. Only while the
+    /// set is paused, and not from one of these threads.
+    pub fn on_each<R: Send + 'static>(
+        &self,
+        errand: impl Fn(usize, &Vcpu) -> R + Send + Sync + 'static,
+    ) -> Result<Vec<R>, VcpuError> {
+        let (sender, answers) = mpsc::channel();
+        let all: BTreeSet<usize> = (0..self.threads.len()).collect();
+        let errand = move |index, vcpu: &Vcpu| {
+            // Nobody waits any more when a thread of the others has ended.
+            let _ = sender.send((index, errand(index, vcpu)));
+        };
+        let mut counts = self.shared.counts();
+        if self.shared.want.load(Ordering::SeqCst) != PAUSE {
+            return Err(VcpuError::Running);
+        }
+        counts.errand = Some((Arc::new(errand), all));
+        self.shared.changed.notify_all();
+        drop(counts);
+        let mut answered = BTreeMap::new();
+        while answered.len() < self.threads.len() {
+            match answers.recv_timeout(Duration::from_millis(10)) {
+                Ok((index, answer)) => drop(answered.insert(index, answer)),
+                Err(_) => {
+                    let ended = |(index, thread): (usize, &JoinHandle<Vcpu>)| {
+                        (thread.is_finished() && !answered.contains_key(&index)).then_some(index)
+                    };
+                    if let Some(index) = self.threads.iter().enumerate().find_map(ended) {
+                        self.shared.counts().errand = None;
+                        return Err(VcpuError::Ended { index });
+                    }
+                }
+            }
+        }
+        self.shared.counts().errand = None;
+        Ok(answered.into_values().collect())
+    }
+
+    /// Which vCPUs run and may be started, while the set is paused.
+    pub fn firmware(&self) -> &Arc<dyn Firmware> {
+        &self.shared.firmware
+    }
+
     fn kick_all(&self) -> Result<(), VcpuError> {
         let live = self.threads.iter().enumerate().filter(|(_, t)| !t.is_finished());
         for (index, thread) in live {
@@ -356,15 +427,41 @@ fn run_thread(index: usize, mut vcpu: Vcpu, shared: &Shared, metrics: &VcpuMetri
     let _running = Running::enter(&vcpu);
     let switch = vcpu.immediate_exit();
     while shared.may_run(index, &vcpu) {
-        if let Some(event) = run_until_event(index, &mut vcpu, shared, metrics) {
-            (shared.events)(index, event);
-            // Whoever handles the event pauses or stops the set; until then this vCPU rests.
-            rest(shared);
-        }
-        vcpu.complete_io();
+        let event = run_until_event(index, &mut vcpu, shared, metrics);
+        tell(index, event, shared);
+        let event = complete_io(index, &mut vcpu, shared);
+        tell(index, event, shared);
         switch.set(false);
     }
     vcpu
+}
+
+/// Tells of `event`, if there is one. Whoever handles it pauses or stops the set; until then this vCPU rests.
+fn tell(index: usize, event: Option<VcpuEvent>, shared: &Shared) {
+    if let Some(event) = event {
+        (shared.events)(index, event);
+        rest(shared);
+    }
+}
+
+/// Brings the access that was just served to its end, and with it the registers.
+fn complete_io(index: usize, vcpu: &mut Vcpu, shared: &Shared) -> Option<VcpuEvent> {
+    loop {
+        match vcpu.complete_io() {
+            // All of it is served. What keeps the vCPU from running shows at the next run.
+            Ok(Exit::Interrupted | Exit::Waiting) | Err(_) => return None,
+            Ok(Exit::Call(function)) => {
+                if let Some(event) = shared.call(index, vcpu, function) {
+                    return Some(event);
+                }
+            }
+            Ok(exit) => {
+                if let Some(event) = dispatch(exit, shared) {
+                    return Some(event);
+                }
+            }
+        }
+    }
 }
 
 /// Waits until the set is no longer meant to run.

@@ -12,8 +12,8 @@ use kvm_bindings::{
     KVM_ARM_VM_SMCCC_CTRL, KVM_ARM_VM_SMCCC_FILTER, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_STOPPED, kvm_device_attr,
     kvm_mp_state, kvm_smccc_filter, kvm_smccc_filter_action_KVM_SMCCC_FILTER_FWD_TO_USER, kvm_vcpu_init,
 };
-use triarch_cpu_model::psci::{Answer, CPU_OFF, CPU_ON_32, CPU_ON_64, Processors};
-use triarch_hypervisor::{Firmware, HypervisorError, Vcpu, Vm};
+use triarch_cpu_model::psci::{Answer, CPU_OFF, CPU_ON_32, CPU_ON_64, Processors, Standing};
+use triarch_hypervisor::{Firmware, FirmwareStateV1, HypervisorError, PsciV1, Vcpu, Vm};
 
 use super::cpu::{PC, X0, get_register, set_register};
 
@@ -60,6 +60,25 @@ impl Psci {
             processors: Mutex::new(processors),
             init,
         }
+    }
+
+    /// For vCPUs with these affinity fields, of a guest that was saved.
+    pub(super) fn restored(saved: impl IntoIterator<Item = (u64, PsciV1)>, init: kvm_vcpu_init) -> Self {
+        let standing = |(affinity, saved): (u64, PsciV1)| {
+            let start = saved.entry.map(|entry| (entry, saved.context.unwrap_or(0)));
+            let PsciV1 {
+                enabled, ran, told, on, ..
+            } = saved;
+            let standing = Standing {
+                enabled,
+                ran,
+                told,
+                on,
+                start,
+            };
+            (affinity, standing)
+        };
+        Self::new(Processors::restored(saved.into_iter().map(standing)), init)
     }
 
     fn processors(&self) -> MutexGuard<'_, Processors> {
@@ -134,5 +153,17 @@ impl Firmware for Psci {
 
     fn unplug(&self, index: usize) {
         self.processors().disable(index);
+    }
+
+    fn save(&self) -> FirmwareStateV1 {
+        let saved = |standing: Standing| PsciV1 {
+            enabled: standing.enabled,
+            ran: standing.ran,
+            told: standing.told,
+            on: standing.on,
+            entry: standing.start.map(|(entry, _)| entry),
+            context: standing.start.map(|(_, context)| context),
+        };
+        FirmwareStateV1::Psci(self.processors().standings().map(saved).collect())
     }
 }

@@ -1,6 +1,7 @@
 //! What every architecture uses.
 
 pub(crate) mod load;
+pub(crate) mod state;
 
 use std::io;
 use std::ops::Range;

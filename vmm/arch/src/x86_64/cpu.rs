@@ -65,14 +65,19 @@ pub enum CpuError {
 }
 
 /// The processors of a guest, before they exist.
+#[derive(Clone)]
 pub struct CpuPlan {
-    host: CpuidTable,
-    topology: Topology,
-    boot: u32,
-    max: u32,
-    tsc_deadline: bool,
+    pub(super) host: CpuidTable,
+    pub(super) topology: Topology,
+    pub(super) boot: u32,
+    pub(super) max: u32,
+    pub(super) tsc_deadline: bool,
     /// Indices of the MSRs that tell features.
-    feature_msrs: Vec<u32>,
+    pub(super) feature_msrs: Vec<u32>,
+    /// Indices of the MSRs that are state.
+    pub(super) saved_msrs: Vec<u32>,
+    /// Bytes of an XSAVE area; 0 where it is as large as ever.
+    pub(super) xsave_size: usize,
 }
 
 impl CpuPlan {
@@ -108,6 +113,12 @@ impl CpuPlan {
             max,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             feature_msrs: processor::feature_msrs(kvm),
+            saved_msrs: kvm
+                .get_msr_index_list()
+                .map_err(HypervisorError::kvm("list MSRs"))?
+                .as_slice()
+                .to_vec(),
+            xsave_size: usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
         })
     }
 
@@ -146,7 +157,7 @@ impl CpuPlan {
         self.topology.apic_id(index)
     }
 
-    fn cpuid(&self, index: u32) -> CpuidTable {
+    pub(super) fn cpuid(&self, index: u32) -> CpuidTable {
         guest_cpuid(
             &self.host,
             &GuestCpu {
@@ -188,7 +199,7 @@ pub fn create_later(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuErro
     Ok(vcpu)
 }
 
-fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
+pub(super) fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
     let vcpu = vm.create_vcpu(u64::from(plan.hardware_id(index)))?;
     let entries: Vec<_> = plan.cpuid(index).entries().iter().map(to_kvm).collect();
     let cpuid = CpuId::from_entries(&entries).map_err(|_| HypervisorError::Capability("room for all CPUID entries"))?;
@@ -225,7 +236,7 @@ fn names_and_caches() -> impl Iterator<Item = CpuidEntry> {
         })
 }
 
-fn from_kvm(e: &kvm_cpuid_entry2) -> CpuidEntry {
+pub(super) fn from_kvm(e: &kvm_cpuid_entry2) -> CpuidEntry {
     CpuidEntry {
         leaf: e.function,
         subleaf: e.index,
@@ -237,7 +248,7 @@ fn from_kvm(e: &kvm_cpuid_entry2) -> CpuidEntry {
     }
 }
 
-fn to_kvm(e: &CpuidEntry) -> kvm_cpuid_entry2 {
+pub(super) fn to_kvm(e: &CpuidEntry) -> kvm_cpuid_entry2 {
     kvm_cpuid_entry2 {
         function: e.leaf,
         index: e.subleaf,

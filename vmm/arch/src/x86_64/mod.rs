@@ -6,6 +6,7 @@ pub mod layout;
 mod load;
 mod platform;
 mod processor;
+pub mod state;
 mod syscalls;
 
 pub use board::Board;
@@ -13,6 +14,7 @@ pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 pub use processor::host_processor;
+pub use state::{CpuPlanStateV1, PlatformStateV1, VcpuStateV1, recreate_vcpus, restore_time, restore_vcpu, save_vcpu};
 pub use syscalls::OLDER_SYSCALLS;
 
 /// Why the kernel cannot be handed what its boot protocol wants.

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm};
 use triarch_cpu_model::{CpuidTable, GuestProcessor, Host, HostProcessor, Processor, X86};
 use triarch_hypervisor::{Vcpu, Vm};
 
 use super::cpu::{CpuError, CpuPlan, create_vcpus};
 use super::platform::Platform;
+use super::state::read_msrs;
 use crate::CpuCount;
 use crate::common::kernel_release;
 
@@ -20,17 +20,8 @@ pub(super) fn feature_msrs(kvm: &Kvm) -> Vec<u32> {
 
 /// The CPU that `vcpu` was given with `cpuid`. One of `msrs` that it does not have is left out.
 pub(super) fn of_vcpu(vcpu: &Vcpu, cpuid: CpuidTable, msrs: &[u32]) -> Result<GuestProcessor, CpuError> {
-    let read = |index: &u32| {
-        let entry = kvm_msr_entry {
-            index: *index,
-            ..Default::default()
-        };
-        let mut one = Msrs::from_entries(&[entry]).ok()?;
-        let found = vcpu.fd().get_msrs(&mut one).is_ok_and(|count| count == 1);
-        let value = one.as_slice().first().filter(|_| found)?.data;
-        Some((*index, value))
-    };
-    let msrs: BTreeMap<u32, u64> = msrs.iter().filter_map(read).collect();
+    let msrs = read_msrs(vcpu, msrs)?;
+    let msrs: BTreeMap<u32, u64> = msrs.into_iter().map(|msr| (msr.index, msr.value)).collect();
     let tsc_khz = vcpu.fd().get_tsc_khz().ok().filter(|khz| *khz > 0);
     Ok(GuestProcessor::new(Processor::X86(X86 { cpuid, msrs, tsc_khz }))?)
 }
