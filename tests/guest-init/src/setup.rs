@@ -2,9 +2,10 @@
 
 use crate::proto::Machine;
 use crate::sys;
+use std::env::set_current_dir;
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{PermissionsExt, chroot, symlink};
 use std::path::Path;
 
 const NOSUID: u64 = libc::MS_NOSUID;
@@ -26,6 +27,9 @@ const MOUNTS: [(&str, &str, &str, u64, &str); 8] = [
 /// reported, one line each, and does not stop the rest: a test that needs it will tell.
 pub fn system() -> Vec<String> {
     let mut problems = Vec::new();
+    if let Err(e) = root_of_its_own() {
+        problems.push(format!("cannot make / a mount that can be left: {e}"));
+    }
     // The kernel lets anybody write to the root of an initramfs, where DPDK then loads no library from.
     if let Err(e) = fs::set_permissions("/", Permissions::from_mode(0o755)) {
         problems.push(format!("cannot protect /: {e}"));
@@ -50,6 +54,18 @@ pub fn system() -> Vec<String> {
         problems.push(format!("cannot bring lo up: {e}"));
     }
     problems
+}
+
+/// Puts a mount over `/` that shows the same: the kernel's first one, into which an initramfs is unpacked, is the only one that
+/// pivot_root(2) cannot leave, which is how programs such as passt confine themselves.
+fn root_of_its_own() -> io::Result<()> {
+    const BESIDE: &str = "/run";
+    fs::create_dir_all(BESIDE)?;
+    sys::mount("/", BESIDE, "", libc::MS_BIND, "")?;
+    set_current_dir(BESIDE)?;
+    sys::mount(".", "/", "", libc::MS_MOVE, "")?;
+    chroot(".")?;
+    set_current_dir("/")
 }
 
 /// Describes the running machine.

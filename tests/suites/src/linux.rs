@@ -12,6 +12,8 @@ mod device_tree;
 mod hotplug;
 mod load;
 mod net;
+mod ovs;
+mod passt;
 mod pause;
 mod plug;
 mod power;
@@ -39,6 +41,8 @@ pub fn tests() -> Vec<Test> {
         vhost_fs::TESTS,
         vhost_net::TESTS,
         net::TESTS,
+        ovs::TESTS,
+        passt::TESTS,
         vsock::TESTS,
         pause::TESTS,
         hotplug::TESTS,

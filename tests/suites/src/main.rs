@@ -9,6 +9,7 @@ mod bad_input;
 mod framework;
 mod held;
 mod linux;
+mod passt;
 mod payload;
 mod storage;
 mod switches;

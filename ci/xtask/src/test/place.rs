@@ -29,7 +29,7 @@ const SECOND_ARM: [&str; 16] = [
 ];
 
 /// The tests of daemons that a run without a named host leaves out on Hygon, whose KVM is AMD's: what they see was seen there.
-const NOT_ON_HYGON: [&str; 14] = [
+const NOT_ON_HYGON: [&str; 16] = [
     "vhost::data_matches_on_linux_6_1",
     "vhost::data_matches_on_linux_6_12",
     "vhost::a_stopped_daemon_stalls_its_disk_only",
@@ -45,6 +45,8 @@ const NOT_ON_HYGON: [&str; 14] = [
     // As on AMD.
     "vhost_net::guests_talk_over_netd",
     "vhost_net::guests_talk_over_testpmd",
+    "ovs::guest_and_host_talk_on_linux_6_12",
+    "passt::guest_and_host_talk_on_linux_6_12",
 ];
 
 /// Two guests and their switch share one emulated processor, so these depend on what else the machine does. On AMD netd's passed three times
@@ -57,7 +59,9 @@ const NOT_ON_AMD: [&str; 2] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 51] = [
+const NOT_ON_ARM: [&str; 53] = [
+    "ovs::guest_and_host_talk_on_linux_6_12",
+    "passt::guest_and_host_talk_on_linux_6_12",
     "vhost_net::guests_talk_over_netd",
     "vhost_net::guests_talk_over_testpmd",
     "vhost::pauses_without_a_daemon",

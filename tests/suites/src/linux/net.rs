@@ -34,9 +34,11 @@ pub const TESTS: &[Test] = &[
 
 const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 249, 1);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
-const GUEST: &str = "192.168.249.2";
+const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 249, 2);
 const MAC: &str = "12:34:56:78:9a:bc";
 const TAP: &str = "triarch0";
+/// How long what is sent may take to arrive.
+const TRANSFER: Duration = Duration::from_secs(120);
 /// Feature bits of virtio 1.3, 5.1.3.
 const CSUM: usize = 0;
 const GUEST_CSUM: usize = 1;
@@ -67,9 +69,9 @@ fn made_by_the_vmm(_: &Context, builder: LinuxBuilder) -> Result<()> {
     for bit in OFFLOADS {
         ensure!(offered[bit], "feature {bit} is missing");
     }
-    configure(&guest)?;
-    ping(&guest, 56)?;
-    tcp_both_ways(&guest)?;
+    configure(&guest, GUEST)?;
+    ping(&guest, HOST, 56)?;
+    tcp_both_ways(&guest, (HOST, HOST), || Ok(()))?;
     guest.power_off()?;
     let left = net::interfaces()?;
     ensure!(left == ["lo"], "the VMM left {left:?}");
@@ -83,10 +85,10 @@ fn existing_tap(_: &Context, builder: LinuxBuilder) -> Result<()> {
         guest.shell("cat /sys/class/net/eth0/mtu")? == "1400",
         "another MTU in the guest"
     );
-    configure(&guest)?;
+    configure(&guest, GUEST)?;
     // The largest that fits: 1400 less the headers of IPv4 and ICMP.
-    ping(&guest, 1372)?;
-    tcp_both_ways(&guest)?;
+    ping(&guest, HOST, 1372)?;
+    tcp_both_ways(&guest, (HOST, HOST), || Ok(()))?;
     guest.power_off()?;
     let left = net::interfaces()?;
     ensure!(
@@ -100,11 +102,11 @@ fn several_queues(_: &Context, builder: LinuxBuilder) -> Result<()> {
     let value = format!("tap={TAP},mac={MAC},ip={HOST},mask={MASK},num_queues=4");
     let guest = with_net(builder, &value).vm(|vm| vm.cpus(2)).boot()?;
     ensure!(guest.shell("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")? == "2");
-    configure(&guest)?;
+    configure(&guest, GUEST)?;
     for cpu in [1, 2] {
         guest.shell(&format!("taskset {cpu} ping -c 3 -W 10 {HOST}"))?;
     }
-    tcp_both_ways(&guest)?;
+    tcp_both_ways(&guest, (HOST, HOST), || Ok(()))?;
     guest.power_off()?;
     Ok(())
 }
@@ -116,8 +118,8 @@ fn without_offloads(_: &Context, builder: LinuxBuilder) -> Result<()> {
     for bit in OFFLOADS {
         ensure!(!offered[bit], "feature {bit} is there");
     }
-    configure(&guest)?;
-    tcp_both_ways(&guest)?;
+    configure(&guest, GUEST)?;
+    tcp_both_ways(&guest, (HOST, HOST), || Ok(()))?;
     guest.power_off()?;
     Ok(())
 }
@@ -127,20 +129,22 @@ fn by_descriptor(_: &Context, builder: LinuxBuilder) -> Result<()> {
     let tap = net::inheritable(net::attach(TAP, false)?)?;
     let guest = with_net(builder, &format!("fd=[{}],mac={MAC}", tap.as_raw_fd())).boot()?;
     drop(tap);
-    configure(&guest)?;
-    ping(&guest, 56)?;
-    tcp_both_ways(&guest)?;
+    configure(&guest, GUEST)?;
+    ping(&guest, HOST, 56)?;
+    tcp_both_ways(&guest, (HOST, HOST), || Ok(()))?;
     guest.power_off()?;
     Ok(())
 }
 
-fn configure(guest: &LinuxVm) -> Result<()> {
-    guest.shell(&format!("ip addr add {GUEST}/24 dev eth0; ip link set eth0 up"))?;
+/// Gives the guest's interface an address.
+pub(super) fn configure(guest: &LinuxVm, address: Ipv4Addr) -> Result<()> {
+    guest.shell(&format!("ip addr add {address}/24 dev eth0; ip link set eth0 up"))?;
     Ok(())
 }
 
-fn ping(guest: &LinuxVm, size: u32) -> Result<()> {
-    let said = guest.shell(&format!("ping -c 3 -W 10 -s {size} {HOST}"))?;
+/// `address` must answer three packets with so many bytes of payload.
+pub(super) fn ping(guest: &LinuxVm, address: Ipv4Addr, size: u32) -> Result<()> {
+    let said = guest.shell(&format!("ping -c 3 -W 10 -s {size} {address}"))?;
     ensure!(said.contains("3 packets received"), "{said}");
     Ok(())
 }
@@ -153,39 +157,43 @@ fn features(guest: &LinuxVm) -> Result<Vec<bool>> {
     Ok(bits)
 }
 
-/// Sends 2 MiB to the guest and gets them back, compared byte by byte: segments that are cut or
-/// summed wrongly do not get through.
-fn tcp_both_ways(guest: &LinuxVm) -> Result<()> {
+/// Sends 2 MiB to the guest and gets them back, compared byte by byte: segments that are cut or summed wrongly do not get through. The
+/// host listens on the first of `addresses`, which the guest knows as the second. When half is sent, `between` is done.
+pub(super) fn tcp_both_ways(
+    guest: &LinuxVm,
+    addresses: (Ipv4Addr, Ipv4Addr),
+    between: impl FnOnce() -> Result<()> + Send,
+) -> Result<()> {
     let content = pattern(5, 2 << 20);
-    let listener = TcpListener::bind((HOST, 0)).context("cannot listen on the tap's address")?;
-    let port = listener.local_addr()?.port();
-    let command = Exec::shell(&format!("nc {HOST} {port} > /tmp/down < /dev/null")).timeout(Duration::from_secs(60));
+    let listener = TcpListener::bind((addresses.0, 0)).context("cannot listen on the host's address")?;
+    let target = format!("{} {}", addresses.1, listener.local_addr()?.port());
+    let command = |script: &str| Exec::shell(&format!("nc {target} {script}")).timeout(TRANSFER);
     // The network namespace is this thread's, and passes to those that it starts.
     thread::scope(|scope| -> Result<()> {
-        let serving = scope.spawn(|| serve(&listener, &content));
-        guest.agent().check(&command)?;
+        let serving = scope.spawn(|| serve(&listener, &content, between));
+        guest.agent().check(&command("> /tmp/down < /dev/null"))?;
         ensure!(
             guest.agent().get("/tmp/down")? == content,
             "the guest got something else"
         );
-        guest.agent().check(
-            &Exec::shell(&format!("nc {HOST} {port} < /tmp/down > /tmp/ack")).timeout(Duration::from_secs(60)),
-        )?;
+        guest.agent().check(&command("< /tmp/down > /tmp/ack"))?;
         let received = serving.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
         ensure!(received == content, "the host got something else");
         Ok(())
     })
 }
 
-/// Sends `content` to a first client, and gives what a second one sends.
-fn serve(listener: &TcpListener, content: &[u8]) -> Result<Vec<u8>> {
-    let limit = Some(Duration::from_secs(60));
+/// Sends `content` to a first client, with `between` in the midst of it, and gives what a second one sends.
+fn serve(listener: &TcpListener, content: &[u8], between: impl FnOnce() -> Result<()>) -> Result<Vec<u8>> {
     let (mut first, _) = listener.accept()?;
-    first.set_write_timeout(limit)?;
-    first.write_all(content)?;
+    first.set_write_timeout(Some(TRANSFER))?;
+    let (sooner, later) = content.split_at(content.len() / 2);
+    first.write_all(sooner)?;
+    between()?;
+    first.write_all(later)?;
     first.shutdown(Shutdown::Write)?;
     let (mut second, _) = listener.accept()?;
-    second.set_read_timeout(limit)?;
+    second.set_read_timeout(Some(TRANSFER))?;
     let mut received = vec![0; content.len()];
     second.read_exact(&mut received)?;
     Ok(received)

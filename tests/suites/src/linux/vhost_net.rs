@@ -1,8 +1,10 @@
 //! Two guests on a switch that is another process: DPDK's testpmd, or triarch-netd.
 
+use super::net::{configure, ping};
 use crate::storage::wait_state;
 use crate::switches::{Program, Switch, skipped};
 use anyhow::{Context as _, Result, ensure};
+use std::net::Ipv4Addr;
 use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::agent::Exec;
@@ -23,7 +25,10 @@ const LONG: Duration = Duration::from_secs(900);
 /// How long what is sent may take to arrive.
 const TRANSFER: Duration = Duration::from_secs(240);
 /// The guests' hardware addresses and addresses.
-const GUESTS: [(&str, &str); 2] = [("52:54:00:00:09:01", "10.9.0.1"), ("52:54:00:00:09:02", "10.9.0.2")];
+const GUESTS: [(&str, Ipv4Addr); 2] = [
+    ("52:54:00:00:09:01", Ipv4Addr::new(10, 9, 0, 1)),
+    ("52:54:00:00:09:02", Ipv4Addr::new(10, 9, 0, 2)),
+];
 const PORT: u16 = 5000;
 /// What is sent, in pieces; the second half when the sender is told to go on, so that a switch can die in the midst of it however fast or
 /// slow the host is.
@@ -61,7 +66,7 @@ fn boot_two(context: &Context, switch: &Switch) -> Result<[LinuxVm; 2]> {
         let guest = LinuxBuilder::new(context, Kernel::ALL[n])?
             .vm(|vm| vm.api().flag("--net", flag))
             .boot()?;
-        guest.shell(&format!("ip addr add {address}/24 dev eth0; ip link set eth0 up"))?;
+        configure(&guest, address)?;
         Ok::<_, anyhow::Error>(guest)
     };
     Ok([boot(0)?, boot(1)?])
@@ -69,7 +74,7 @@ fn boot_two(context: &Context, switch: &Switch) -> Result<[LinuxVm; 2]> {
 
 fn talk(switch: &mut Switch, kind: Program, guests: &[LinuxVm; 2]) -> Result<()> {
     let [first, second] = guests;
-    ping(first, GUESTS[1].1)?;
+    ping(first, GUESTS[1].1, 56)?;
     let before = received(second)?;
     send(first, second, GUESTS[1].1, || go_on(first))?;
     let after = received(second)?;
@@ -95,13 +100,7 @@ fn talk(switch: &mut Switch, kind: Program, guests: &[LinuxVm; 2]) -> Result<()>
         let link = wait_state(guest.vm(), "Connected")?;
         ensure!(link["reconnects"].as_u64() == Some(1), "{link}");
     }
-    ping(first, GUESTS[1].1)
-}
-
-fn ping(guest: &LinuxVm, address: &str) -> Result<()> {
-    let said = guest.shell(&format!("ping -c 3 -W 10 {address}"))?;
-    ensure!(said.contains("3 packets received"), "{said}");
-    Ok(())
+    ping(first, GUESTS[1].1, 56)
 }
 
 /// Bytes and packets that the guest's driver counted as received.
@@ -134,7 +133,7 @@ fn go_on(guest: &LinuxVm) -> Result<()> {
 }
 
 /// Sends bytes over TCP from one guest to the other, at `address`, while `meanwhile` is done, and compares them.
-fn send(from: &LinuxVm, to: &LinuxVm, address: &str, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+fn send(from: &LinuxVm, to: &LinuxVm, address: Ipv4Addr, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
     let content = pattern(7, PIECES * PIECE);
     from.agent().put("/tmp/content", 0o600, &content)?;
     let give = format!(

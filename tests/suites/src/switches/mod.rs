@@ -2,12 +2,15 @@
 
 mod ovs;
 
+pub use ovs::BRIDGE;
+
 use crate::storage::soon;
 use anyhow::{Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
+use triarch_harness::net;
 use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome};
 
@@ -59,7 +62,8 @@ pub fn skipped() -> Result<Outcome> {
 }
 
 impl Switch {
-    /// One that is not started yet, whose ports have so many pairs of queues; `None` where the program is missing.
+    /// One that is not started yet, whose ports have so many pairs of queues; `None` where the program is missing. Open vSwitch, whose
+    /// bridge is an interface of the host, comes with a network namespace for this thread.
     ///
     /// # Errors
     /// There is no place for its sockets.
@@ -73,7 +77,10 @@ impl Switch {
         let dir = tempfile::Builder::new().prefix("switch").tempdir_in(&context.dir)?;
         let sockets = ["one.sock", "two.sock"].map(|name| dir.path().join(name));
         let database = match kind {
-            Program::OpenVswitch => Some(ovs::Database::start(&program, dir.path(), &sockets)?),
+            Program::OpenVswitch => {
+                net::enter_namespace()?;
+                Some(ovs::Database::start(&program, dir.path(), &sockets)?)
+            }
             _ => None,
         };
         Ok(Some(Self {

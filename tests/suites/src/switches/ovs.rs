@@ -8,6 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use triarch_harness::process::{Process, run};
 
+/// Its bridge, and the interface of the host that is one of the bridge's ports.
+pub const BRIDGE: &str = "br0";
 /// The program among those of Open vSwitch that tests look for.
 pub const PROGRAM: &str = "ovs-vswitchd-dpdk";
 /// What DPDK is made of here: no huge pages, PCI or files of its own. With `--legacy-mem` Open vSwitch leaves `--in-memory` out.
@@ -68,13 +70,13 @@ impl Database {
             "other_config:per-port-memory=true",
             &format!("other_config:dpdk-extra=\"{DPDK} -d {}\"", plugin.display()),
         ])?;
-        self.order(&["add-br", "br0", "--", "set", "Bridge", "br0", "datapath_type=netdev"])?;
+        self.order(&["add-br", BRIDGE, "--", "set", "Bridge", BRIDGE, "datapath_type=netdev"])?;
         for (n, socket) in sockets.iter().enumerate() {
             let (port, path) = (format!("guest{n}"), socket.display());
             let path = format!("options:vhost-server-path={path}");
             self.order(&[
                 "add-port",
-                "br0",
+                BRIDGE,
                 &port,
                 "--",
                 "set",
@@ -97,12 +99,10 @@ impl Database {
         run(&mut command).map(drop)
     }
 
-    /// What starts the switch. Its bridge has an interface of the host, so it gets a network of its own.
+    /// What starts the switch.
     pub fn switch(&self) -> Command {
-        let mut command = Command::new("unshare");
+        let mut command = Command::new(self.programs.join(PROGRAM));
         environment(&mut command, &self.dir)
-            .arg("--net")
-            .arg(self.programs.join(PROGRAM))
             .arg(format!("unix:{}", self.dir.join("db.sock").display()))
             .arg(format!("--unixctl={}", self.dir.join("switch.ctl").display()));
         command
