@@ -171,6 +171,24 @@ const KVM_RUNNING: &[u64] = &[
     0x4020_aeae, // KVM_ARM_VCPU_INIT
 ];
 
+/// KVM, while the guest is paused: reading all of a vCPU. Numbers that only one architecture has are refused by the other.
+const KVM_SAVING: &[u64] = &[
+    0x8090_ae81, // KVM_GET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x8400_ae8e, // KVM_GET_LAPIC
+    0xc008_ae91, // KVM_GET_CPUID2
+    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0xaea3,      // KVM_GET_TSC_KHZ
+    0x9000_aea4, // KVM_GET_XSAVE
+    0x8188_aea6, // KVM_GET_XCRS
+    0xc080_aebe, // KVM_GET_NESTED_STATE
+    0xc008_aeb0, // KVM_GET_REG_LIST
+    0x9000_aecf, // KVM_GET_XSAVE2
+    0x4018_aee2, // KVM_GET_DEVICE_ATTR
+];
+
 /// Taps.
 const TUN: &[u64] = &[
     0x4004_54d0, // TUNSETOFFLOAD
@@ -226,6 +244,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
         ThreadClass::Vcpu => base
             .chain(calls(EVENTS))
             .chain(ioctls(KVM_RUNNING))
+            .chain(ioctls(KVM_SAVING))
             .chain(activation())
             .collect(),
         ThreadClass::Disk => base

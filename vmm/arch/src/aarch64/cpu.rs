@@ -13,6 +13,7 @@ use triarch_cpu_model::psci::Processors;
 use triarch_cpu_model::{DescriptionError, Topology, TopologyError};
 use triarch_hypervisor::{Firmware, HypervisorError, Vcpu, Vm};
 
+use super::processor::VECTOR_LENGTHS;
 use super::psci::Psci;
 use super::{Entry, Platform, layout, processor, psci};
 use crate::starts::Starts;
@@ -63,19 +64,26 @@ pub enum CpuError {
 }
 
 /// The processors of a guest, before they exist.
+#[derive(Clone)]
 pub struct CpuPlan {
-    topology: Topology,
-    count: CpuCount,
-    address_bits: u8,
-    features: Features,
+    pub(super) topology: Topology,
+    pub(super) count: CpuCount,
+    pub(super) address_bits: u8,
+    pub(super) features: Features,
 }
 
 /// Optional features, all of which a guest has where the host has them.
 #[derive(Clone, Copy)]
-struct Features {
-    sve: bool,
-    pauth: bool,
-    pmu: bool,
+pub(super) struct Features {
+    pub(super) sve: bool,
+    pub(super) pauth: bool,
+    pub(super) pmu: bool,
+}
+
+/// The affinity fields of vCPU `index`, which KVM derives from its number: 16 to a level-0 group, since no more get an interrupt of
+/// another by one write, and 256 to the next.
+pub(super) fn affinity(index: u32) -> u64 {
+    u64::from(index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
 }
 
 impl CpuPlan {
@@ -146,14 +154,13 @@ impl CpuPlan {
         self.features.pmu.then_some(layout::interrupt::PMU)
     }
 
-    /// The affinity fields of vCPU `index`, which KVM derives from its number: 16 to a level-0 group, since no more get an
-    /// interrupt of another by one write, and 256 to the next.
+    /// The affinity fields of vCPU `index`.
     pub fn hardware_id(&self, index: u32) -> u64 {
-        u64::from(index & 0xf | (index >> 4 & 0xff) << 8 | (index >> 12 & 0xff) << 16)
+        affinity(index)
     }
 
     /// What a vCPU is made with; one that is `off` waits to be started.
-    fn init(&self, target: &kvm_vcpu_init, off: bool) -> kvm_vcpu_init {
+    pub(super) fn init(&self, target: &kvm_vcpu_init, off: bool) -> kvm_vcpu_init {
         let Features { sve, pauth, pmu } = self.features;
         let mut init = *target;
         for (bit, on) in [
@@ -173,23 +180,10 @@ impl CpuPlan {
 /// Makes all vCPUs the guest may ever have, since KVM takes none once the GIC works, and starts the GIC. All but the first wait to be
 /// started by it; those the guest does not start with are parked, see [`psci`].
 pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpus, CpuError> {
-    platform.place_redistributors(plan.count.max)?;
-    let mut target = kvm_vcpu_init::default();
-    vm.fd()
-        .get_preferred_target(&mut target)
-        .map_err(HypervisorError::kvm("tell its kind of vCPU"))?;
     let forwarded = psci::forward(vm)?;
-    let made: Result<Vec<_>, _> = (0..plan.count.max)
-        .map(|index| {
-            let off = index > 0 && (forwarded || index < plan.count.now);
-            create(vm, plan, &plan.init(&target, off), index)
-        })
-        .collect();
-    let mut running = made?;
-    platform.start()?;
-    if plan.features.pmu {
-        running.iter().try_for_each(start_pmu)?;
-    }
+    let (target, mut running) = create_all(vm, plan, platform, None, |index| {
+        index > 0 && (forwarded || index < plan.count.now)
+    })?;
     let first = running
         .first()
         .ok_or(HypervisorError::Capability("a vCPU to start with"))?;
@@ -210,17 +204,47 @@ pub fn create_vcpus(vm: &Vm, plan: &CpuPlan, platform: &Platform) -> Result<Vcpu
     })
 }
 
+/// Makes as many as there can be and starts the GIC. Those that are `off` wait to be started. SVE has the `lengths` of vectors of another
+/// host's vCPU, or all of this host's.
+pub(super) fn create_all(
+    vm: &Vm,
+    plan: &CpuPlan,
+    platform: &Platform,
+    lengths: Option<&[u8]>,
+    off: impl Fn(u32) -> bool,
+) -> Result<(kvm_vcpu_init, Vec<Vcpu>), CpuError> {
+    platform.place_redistributors(plan.count.max)?;
+    let mut target = kvm_vcpu_init::default();
+    vm.fd()
+        .get_preferred_target(&mut target)
+        .map_err(HypervisorError::kvm("tell its kind of vCPU"))?;
+    let made: Result<Vec<_>, _> = (0..plan.count.max)
+        .map(|index| create(vm, plan, &plan.init(&target, off(index)), lengths, index))
+        .collect();
+    let made = made?;
+    platform.start()?;
+    if plan.features.pmu {
+        made.iter().try_for_each(start_pmu)?;
+    }
+    Ok((target, made))
+}
+
 /// There is none to be made later: all were made with the guest.
 pub fn create_later(_vm: &Vm, _plan: &CpuPlan, _index: u32) -> Result<Vcpu, CpuError> {
     Err(HypervisorError::Capability("vCPUs that are made while the guest runs").into())
 }
 
-fn create(vm: &Vm, plan: &CpuPlan, init: &kvm_vcpu_init, index: u32) -> Result<Vcpu, CpuError> {
+fn create(vm: &Vm, plan: &CpuPlan, init: &kvm_vcpu_init, lengths: Option<&[u8]>, index: u32) -> Result<Vcpu, CpuError> {
     let vcpu = vm.create_vcpu(u64::from(index))?;
     vcpu.fd()
         .vcpu_init(init)
         .map_err(HypervisorError::kvm("give a vCPU the host's features"))?;
     if plan.features.sve {
+        if let Some(lengths) = lengths {
+            vcpu.fd()
+                .set_one_reg(VECTOR_LENGTHS, lengths)
+                .map_err(HypervisorError::kvm("give a vCPU the vector lengths that it had"))?;
+        }
         vcpu.fd()
             .vcpu_finalize(&(KVM_ARM_VCPU_SVE as i32))
             .map_err(HypervisorError::kvm("give a vCPU SVE"))?;

@@ -11,12 +11,14 @@ mod processor;
 mod psci;
 #[allow(unsafe_code)] // instructions for the guest
 mod runtime;
+pub mod state;
 
 pub use board::Board;
 pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
 pub use processor::host_processor;
+pub use state::{CpuPlanStateV1, PlatformStateV1, VcpuStateV1, recreate_vcpus, restore_time, restore_vcpu, save_vcpu};
 
 /// System calls this architecture has beside the ones every architecture has: none, it came after them.
 pub const OLDER_SYSCALLS: &[(i64, i64)] = &[];

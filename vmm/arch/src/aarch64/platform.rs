@@ -1,6 +1,7 @@
 //! The interrupt controller in the kernel (Linux, Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic-its.rst).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
@@ -15,7 +16,7 @@ use super::layout;
 use crate::NmiError;
 
 /// Interrupt numbers the GIC has: private ones and [`WIRED`].
-const INTERRUPTS: u32 = layout::interrupt::FIRST_SHARED + WIRED;
+pub(super) const INTERRUPTS: u32 = layout::interrupt::FIRST_SHARED + WIRED;
 /// Wired interrupts, the GSIs from 0 on.
 const WIRED: u32 = 64;
 
@@ -23,8 +24,10 @@ const WIRED: u32 = 64;
 pub struct Platform {
     /// Wired and message-signalled interrupts of the VM.
     pub interrupts: Arc<Interrupts>,
-    gic: DeviceFd,
-    its: DeviceFd,
+    pub(super) gic: DeviceFd,
+    pub(super) its: DeviceFd,
+    /// How many there are.
+    redistributors: AtomicU32,
 }
 
 impl Platform {
@@ -47,6 +50,7 @@ impl Platform {
             interrupts: routed.map_err(failed)?,
             gic,
             its,
+            redistributors: AtomicU32::new(0),
         })
     }
 
@@ -56,7 +60,14 @@ impl Platform {
         let region = u64::from(vcpus) << 52 | layout::GIC_REDISTRIBUTORS;
         let kind = KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION;
         set(&self.gic, KVM_DEV_ARM_VGIC_GRP_ADDR, kind, Some(&region))
-            .map_err(HypervisorError::kvm("place the GIC's redistributors"))
+            .map_err(HypervisorError::kvm("place the GIC's redistributors"))?;
+        self.redistributors.store(vcpus, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How many vCPUs there are.
+    pub(super) fn redistributors(&self) -> u32 {
+        self.redistributors.load(Ordering::Relaxed)
     }
 
     /// Starts the controller, when all vCPUs that will ever be are there.

@@ -15,9 +15,9 @@ use crate::CpuCount;
 use crate::common::kernel_release;
 
 /// Registers that KVM can list at most.
-const MAX_REGISTERS: usize = 500;
+pub(super) const MAX_REGISTERS: usize = 500;
 /// The lengths of a vCPU's SVE vectors: a bit for each multiple of 128 bits (KVM_REG_ARM64_SVE_VLS).
-const VECTOR_LENGTHS: u64 = 0x6060_0000_0015_ffff;
+pub(super) const VECTOR_LENGTHS: u64 = 0x6060_0000_0015_ffff;
 /// Steps of 128 bits up to the longest vector there is.
 const MAX_STEPS: u16 = 16;
 /// KVM_CAP_ARM_SUPPORTED_REG_MASK_RANGES, since Linux 6.7.
@@ -93,7 +93,7 @@ fn lengths(bitmap: &[u8]) -> Vec<u16> {
 }
 
 /// Frequency of the counter, the host's and its guests'.
-fn counter_hz() -> u64 {
+pub(super) fn counter_hz() -> u64 {
     let hz: u64;
     // SAFETY: it reads a register that Linux lets user space read, and does nothing else.
     unsafe { asm!("mrs {}, cntfrq_el0", out(reg) hz, options(nomem, nostack, preserves_flags)) };

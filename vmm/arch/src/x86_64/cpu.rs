@@ -78,6 +78,8 @@ pub struct CpuPlan {
     pub(super) saved_msrs: Vec<u32>,
     /// Bytes of an XSAVE area; 0 where it is as large as ever.
     pub(super) xsave_size: usize,
+    /// KVM tells of guests of the guest.
+    pub(super) can_nest: bool,
 }
 
 impl CpuPlan {
@@ -119,6 +121,7 @@ impl CpuPlan {
                 .as_slice()
                 .to_vec(),
             xsave_size: usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
+            can_nest: kvm.check_extension(Cap::NestedState),
         })
     }
 

@@ -5,12 +5,12 @@
 
 mod convert;
 mod msr;
+#[allow(unsafe_code)] // a union
+mod nested;
 #[allow(unsafe_code)] // an attribute that KVM's crate cannot read
 mod offset;
 #[allow(unsafe_code)] // unions
 mod platform;
-#[cfg(test)]
-mod tests;
 mod time;
 mod vcpu;
 #[allow(unsafe_code)] // an area whose size the kernel tells

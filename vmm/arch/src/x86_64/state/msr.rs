@@ -105,12 +105,17 @@ pub(super) fn save(vcpu: &Vcpu, listed: &[u32]) -> Result<Vec<NumberedV1>, Hyper
     Ok(saved)
 }
 
-/// Sets the registers. One that KVM refuses is an error unless it has that value anyway, or tells of the host.
+/// Sets the registers that are not as they were saved: those that cannot be set are few then. One that KVM refuses is an error unless
+/// it tells of the host.
 pub(super) fn restore(vcpu: &Vcpu, saved: &[NumberedV1]) -> Result<(), StateError> {
     if saved.len() > MAX {
         return Err(StateError::damaged("a vCPU", format!("it has {} MSRs", saved.len())));
     }
-    let mut rest = saved;
+    let indexes: Vec<u32> = saved.iter().map(|msr| msr.index).collect();
+    let here: BTreeMap<u32, u64> = read(vcpu, &indexes)?.iter().map(|msr| (msr.index, msr.value)).collect();
+    let changed = saved.iter().filter(|msr| here.get(&msr.index) != Some(&msr.value));
+    let changed: Vec<NumberedV1> = changed.copied().collect();
+    let mut rest = changed.as_slice();
     while !rest.is_empty() {
         let (batch, after) = rest.split_at(rest.len().min(KVM_MAX_MSR_ENTRIES));
         let count = vcpu.fd().set_msrs(&entries(batch)?);
@@ -119,9 +124,8 @@ pub(super) fn restore(vcpu: &Vcpu, saved: &[NumberedV1]) -> Result<(), StateErro
             rest = after;
             continue;
         };
-        let here = read_one(vcpu, refused.index)?;
-        if here != Some(refused.value) && !OF_THE_HOST.contains(&refused.index) {
-            return Err(refusal(refused, here));
+        if !OF_THE_HOST.contains(&refused.index) {
+            return Err(refusal(refused, here.get(&refused.index).copied()));
         }
         rest = rest.get(count + 1..).unwrap_or_default();
     }

@@ -7,7 +7,7 @@ use kvm_ioctls::Kvm;
 use triarch_cpu_model::CpuidTable;
 use triarch_hypervisor::{FirmwareStateV1, HypervisorError, Vcpu, Vm};
 
-use super::{CpuPlanStateV1, EventsV1, NumberedV1, RunV1, TscV1, VcpuStateV1, msr, offset, xsave};
+use super::{CpuPlanStateV1, EventsV1, NumberedV1, RunV1, TscV1, VcpuStateV1, msr, nested, offset, xsave};
 use crate::common::state::check_firmware;
 use crate::starts::Starts;
 use crate::x86_64::cpu::{self, CpuPlan};
@@ -109,10 +109,14 @@ pub fn save_vcpu(vcpu: &Vcpu, plan: &CpuPlan) -> Result<VcpuStateV1, StateError>
         Err(error) => return Err(HypervisorError::kvm(read)(error).into()),
     };
     let apic = fd.get_lapic().map_err(HypervisorError::kvm("read a local APIC"))?;
+    let special = fd.get_sregs().map_err(HypervisorError::kvm(read))?;
+    if plan.can_nest {
+        nested::check(vcpu, special.efer)?;
+    }
     Ok(VcpuStateV1 {
         cpuid: cpuid.as_slice().iter().map(cpu::from_kvm).collect(),
         general: (&fd.get_regs().map_err(HypervisorError::kvm(read))?).into(),
-        special: (&fd.get_sregs().map_err(HypervisorError::kvm(read))?).into(),
+        special: (&special).into(),
         debug: (&fd.get_debug_regs().map_err(HypervisorError::kvm(read))?).into(),
         xsave: xsave::save(vcpu, plan.xsave_size)?,
         xcrs,
