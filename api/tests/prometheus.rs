@@ -60,6 +60,7 @@ fn everything() -> Metrics {
             exits: vec![("port_read", 9)],
         }],
         balloon: Some(BalloonMetrics::default()),
+        interrupts: Some(6),
         memory: Some(MemoryMetrics {
             size: 1 << 40,
             resident: Some(1 << 39),

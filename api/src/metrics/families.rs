@@ -108,6 +108,19 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_interrupt_routes",
+            Gauge,
+            &[],
+            "Interrupts by message that devices of the guest have, of the 3840 that KVM can route.",
+        ),
+        |s, out| {
+            if let Some(count) = s.metrics.interrupts {
+                out.add(&[], Number(count));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_device_changes_total",
             Counter,
             &["direction", "result"],

@@ -25,6 +25,8 @@ pub struct Metrics {
     pub hotplug: Option<CpuHotplugMetrics>,
     /// How many PCI devices the guest has, and what came of those that were added and asked back.
     pub devices: Option<DeviceHotplugMetrics>,
+    /// Interrupts by message that are handed out to devices.
+    pub interrupts: Option<u64>,
     /// Guest memory.
     pub memory: Option<MemoryMetrics>,
     /// The memory balloon.

@@ -77,6 +77,7 @@ fn full(id: &str) -> Metrics {
             count: 5,
             changes: vec![("add", "done", 3), ("remove", "timeout", 4)],
         }),
+        interrupts: Some(6),
         memory: Some(MemoryMetrics {
             size: 1 << 30,
             resident: Some(4096),

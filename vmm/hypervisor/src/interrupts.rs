@@ -1,6 +1,7 @@
 //! GSI routing: which interrupt each event descriptor becomes.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry};
@@ -28,6 +29,8 @@ pub struct Interrupts {
     /// Whether messages carry the id of their sender (the ITS on ARM needs it).
     with_device_id: bool,
     routes: Mutex<Routes>,
+    /// How many GSIs are handed out.
+    count: Arc<AtomicU64>,
 }
 
 impl Interrupts {
@@ -42,6 +45,7 @@ impl Interrupts {
             vm,
             with_device_id,
             routes: Mutex::new(routes),
+            count: Arc::default(),
         };
         interrupts.publish(&interrupts.lock())?;
         Ok(Arc::new(interrupts))
@@ -57,6 +61,11 @@ impl Interrupts {
     /// Hands out message-signalled interrupts.
     pub fn router(self: &Arc<Self>) -> Arc<dyn MsiRouter> {
         Arc::new(Router(self.clone()))
+    }
+
+    /// How many message-signalled interrupts are handed out, each of which has a GSI of its own, of which KVM has 3,840.
+    pub fn count(&self) -> &Arc<AtomicU64> {
+        &self.count
     }
 
     fn lock(&self) -> MutexGuard<'_, Routes> {
@@ -75,6 +84,7 @@ impl Interrupts {
         } else {
             routes.taken[at] = true;
         }
+        self.count.fetch_add(1, Ordering::Relaxed);
         Ok(gsi)
     }
 
@@ -87,6 +97,7 @@ impl Interrupts {
             let _ = self.publish(&routes);
         }
         routes.taken[(gsi - FIRST_MSI_GSI) as usize] = false;
+        self.count.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn route(&self, gsi: u32, requester: u16, message: MsiMessage) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
@@ -58,6 +59,8 @@ pub struct Machine {
     processor: Option<GuestProcessor>,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
     vm: Vm,
+    /// How many interrupts by message are handed out.
+    interrupts: Arc<AtomicU64>,
     _memory: GuestMemoryHandle,
 }
 
@@ -164,6 +167,7 @@ impl Machine {
             plan,
             processor,
             vm,
+            interrupts: platform.interrupts.count().clone(),
             _memory: memory,
         })
     }
@@ -193,6 +197,7 @@ impl Machine {
             cpus: cpus.clone(),
             plug: (plug.clone(), self.devices.len()),
             devices: self.devices.meters(),
+            interrupts: self.interrupts.clone(),
             slots: self.vm.memory_slots().count().clone(),
         }
     }

@@ -42,6 +42,8 @@ pub(crate) struct GuestMeters {
     /// What came of PCI devices, and how many there are.
     pub(crate) plug: (Arc<PlugMeters>, usize),
     pub(crate) devices: DeviceMeters,
+    /// Interrupts by message that are handed out.
+    pub(crate) interrupts: Arc<AtomicU64>,
     /// Memory slots of KVM.
     pub(crate) slots: Arc<AtomicU64>,
 }
@@ -85,6 +87,7 @@ impl GuestMeters {
         api::Metrics {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
             hotplug: self.cpus.read(),
+            interrupts: Some(self.interrupts.load(Relaxed)),
             devices: Some(self.plug.0.read(self.plug.1 as u64)),
             memory: Some(api::MemoryMetrics {
                 size: self.memory.size + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
@@ -331,6 +334,7 @@ mod tests {
             },
             vcpus: vec![Arc::default()],
             cpus: Arc::default(),
+            interrupts: Arc::default(),
             slots: Arc::default(),
             plug: (Arc::default(), 1),
             devices: DeviceMeters {
