@@ -114,6 +114,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "vmem" => cmd::plug::vmem(guest, &mut args),
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
+        "fs" => cmd::small::fs(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),
         other => arch::commands::run(other, &mut args).unwrap_or_else(|| Err(format!("unknown command {other}"))),
     }

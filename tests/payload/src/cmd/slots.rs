@@ -4,6 +4,7 @@ use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT, VANISHED};
 use crate::arch::config::SLOTS;
 use crate::arch::smp::take_events;
 use crate::clock::{self, Deadline};
+use crate::dev::blk::SoakPlan;
 use crate::pci::Function;
 use crate::shell::{Args, Reply};
 use crate::virtio::kind;
@@ -15,7 +16,7 @@ const SLOT_COUNT: u64 = 32;
 /// The event register's bit for PCI devices.
 const PCI: u8 = 4;
 
-/// `slots count|status|next|eject|give|ost|events|look|serve|timed`
+/// `slots count|status|next|eject|give|ost|events|look|serve|timed|busy`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let slots = Block::map(SLOTS, "slot", SLOT_COUNT)?;
     let what = args.word("what")?;
@@ -32,6 +33,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
         }
         "look" => look(guest, slots.index(args)?)?,
         "serve" => serve(guest, &slots, args)?.0,
+        "busy" => busy(guest, &slots, args)?,
         "timed" => {
             let (answer, us) = serve(guest, &slots, args)?;
             format!("{answer} us={us}")
@@ -62,51 +64,108 @@ fn forget(guest: &mut Guest, slot: u32, reachable: bool) {
     guest.remove_function((slot as u16) << 3, reachable);
 }
 
-/// `slots serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds. `slots timed`
-/// also tells how many microseconds it took from the first interrupt on.
+/// What was done about notices.
+#[derive(Default)]
+struct Served {
+    came: u64,
+    went: u64,
+    lost: u64,
+    /// When the first was heard of.
+    heard: Option<u64>,
+}
+
+impl Served {
+    fn all(&self) -> u64 {
+        self.came + self.went + self.lost
+    }
+
+    fn text(&self) -> String {
+        format!("came={} went={} lost={}", self.came, self.went, self.lost)
+    }
+
+    /// Does what notices ask for, if there are any, as an operating system would; tells whether there were.
+    fn look(&mut self, guest: &mut Guest, slots: &Block) -> Result<bool, String> {
+        if take_events()? & PCI == 0 {
+            return Ok(false);
+        }
+        self.heard.get_or_insert_with(clock::ticks);
+        while let Some((slot, value)) = slots.next() {
+            self.notice(guest, slots, slot, value)?;
+        }
+        Ok(true)
+    }
+
+    fn notice(&mut self, guest: &mut Guest, slots: &Block, slot: u32, value: u32) -> Result<(), String> {
+        match value {
+            CHECK => {
+                look(guest, slot)?;
+                if slots.status(slot) != PRESENT || function(guest, slot)?.id() as u16 == 0xffff {
+                    return Err(format!("the device in slot {slot} was announced and is not there"));
+                }
+                slots.ost(slot, CHECK, 0);
+                self.came += 1;
+            }
+            EJECT_REQUEST => {
+                forget(guest, slot, true);
+                slots.eject(slot);
+                slots.ost(slot, EJECT_REQUEST, 0);
+                self.went += 1;
+            }
+            VANISHED => {
+                if function(guest, slot)?.id() as u16 != 0xffff {
+                    return Err(format!(
+                        "the device in slot {slot} is said to have vanished and is there"
+                    ));
+                }
+                forget(guest, slot, false);
+                self.lost += 1;
+            }
+            other => return Err(format!("notice {other} for slot {slot}?")),
+        }
+        Ok(())
+    }
+}
+
+/// `slots serve N MS`: does what N notices ask for, and gives up after so many milliseconds. `slots timed` also tells how many
+/// microseconds it took from the first interrupt on.
 fn serve(guest: &mut Guest, slots: &Block, args: &mut Args) -> Result<(String, u64), String> {
     let wanted = args.number("N")?;
     let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
-    let (mut came, mut went, mut lost) = (0u64, 0u64, 0u64);
-    let mut heard = None;
-    while came + went + lost < wanted {
+    let mut served = Served::default();
+    while served.all() < wanted {
         if deadline.left().is_none() {
-            return Err(format!("came={came} went={went} lost={lost} and no more notices"));
+            return Err(format!("{} and no more notices", served.text()));
         }
-        if take_events()? & PCI == 0 {
+        if !served.look(guest, slots)? {
             interrupts::sleep(0, interrupts::count(0), 200_000);
-            continue;
-        }
-        heard.get_or_insert_with(clock::ticks);
-        while let Some((slot, value)) = slots.next() {
-            match value {
-                CHECK => {
-                    look(guest, slot)?;
-                    if slots.status(slot) != PRESENT || function(guest, slot)?.id() as u16 == 0xffff {
-                        return Err(format!("the device in slot {slot} was announced and is not there"));
-                    }
-                    slots.ost(slot, CHECK, 0);
-                    came += 1;
-                }
-                EJECT_REQUEST => {
-                    forget(guest, slot, true);
-                    slots.eject(slot);
-                    slots.ost(slot, EJECT_REQUEST, 0);
-                    went += 1;
-                }
-                VANISHED => {
-                    if function(guest, slot)?.id() as u16 != 0xffff {
-                        return Err(format!(
-                            "the device in slot {slot} is said to have vanished and is there"
-                        ));
-                    }
-                    forget(guest, slot, false);
-                    lost += 1;
-                }
-                other => return Err(format!("notice {other} for slot {slot}?")),
-            }
         }
     }
-    let us = heard.map_or(0, |heard| clock::nanoseconds(clock::ticks() - heard) / 1000);
-    Ok((format!("came={came} went={went} lost={lost}"), us))
+    let us = served
+        .heard
+        .map_or(0, |heard| clock::nanoseconds(clock::ticks() - heard) / 1000);
+    Ok((served.text(), us))
+}
+
+/// `slots busy N MS DEPTH SEED BLOCKS`: the same while the first disk works as `blk 0 soak` lets it.
+fn busy(guest: &mut Guest, slots: &Block, args: &mut Args) -> Reply {
+    let wanted = args.number("N")?;
+    let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
+    let depth = args.number_to("DEPTH", 128)?.max(1);
+    let plan = SoakPlan {
+        count: 0,
+        depth: depth as usize,
+        seed: args.number("SEED")?,
+        blocks: args.number_to("BLOCKS", 1 << 20)?.max(2 * depth),
+    };
+    let mut served = Served::default();
+    let mut disk = guest.take_disk()?;
+    let soak = disk.soak_while(&plan, &mut |_| {
+        if deadline.left().is_none() {
+            return Err(format!("{} and no more notices", served.text()));
+        }
+        served.look(guest, slots)?;
+        Ok(served.all() < wanted)
+    });
+    guest.give_disk(disk);
+    Ok(format!("{} requests={}", served.text(), soak?.requests))
 }

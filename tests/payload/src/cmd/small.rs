@@ -1,4 +1,4 @@
-//! `rng ...` and `console ...`
+//! `rng ...`, `console ...` and `fs ...`
 
 use crate::Guest;
 use crate::clock::Deadline;
@@ -85,5 +85,30 @@ pub fn console(guest: &mut Guest, args: &mut Args) -> Reply {
             .size()
             .map(|(columns, rows)| format!("columns={columns} rows={rows}")),
         other => Err(format!("console {other}?")),
+    }
+}
+
+/// `fs N read NAME | write NAME LEN SEED | tag | init ...`
+pub fn fs(guest: &mut Guest, args: &mut Args) -> Reply {
+    let index = args.number("device number")? as usize;
+    let word = args.word("command")?;
+    if word == "init" {
+        return guest.restart("fs", index, &Setup::of(args)).map(|()| String::new());
+    }
+    let fs = guest.fs(index)?;
+    match word {
+        "tag" => fs.tag(),
+        "read" => {
+            let bytes = fs.read(args.word("NAME")?)?;
+            Ok(format!("len={} crc32={:#010x}", bytes.len(), data::crc32(0, &bytes)))
+        }
+        "write" => {
+            let (name, len) = (args.word("NAME")?, args.number_to("LEN", 1 << 20)?);
+            let mut bytes = alloc::vec![0; len as usize];
+            data::fill(&mut bytes, args.number("SEED")?, 0);
+            fs.write(name, &bytes)?;
+            Ok(format!("crc32={:#010x}", data::crc32(0, &bytes)))
+        }
+        other => Err(format!("fs {other}?")),
     }
 }

@@ -316,6 +316,9 @@ pub struct Soak {
     pub stall: u64,
 }
 
+/// Whether a soak that has made so many requests makes another one.
+pub type More<'a> = dyn FnMut(u64) -> Result<bool, String> + 'a;
+
 /// How a soak goes.
 #[derive(Clone, Copy)]
 pub struct SoakPlan {
@@ -340,6 +343,11 @@ impl Blk {
     /// Writes random blocks again and again, each time with other data, reads others and compares, and flushes now and then; no block is
     /// in flight twice. In the end it reads all of them. So a write that was lost, or one that came late over a newer one, is found.
     pub fn soak(&mut self, plan: &SoakPlan) -> Result<Soak, String> {
+        self.soak_while(plan, &mut |made| Ok(made < plan.count))
+    }
+
+    /// The same, and makes another request as long as `more`, which is told how many were made, says so.
+    pub fn soak_while(&mut self, plan: &SoakPlan, more: &mut More<'_>) -> Result<Soak, String> {
         let mut slots = Vec::new();
         for _ in 0..plan.depth {
             slots.push(Slot {
@@ -348,7 +356,7 @@ impl Blk {
             });
         }
         let mut versions = alloc::vec![0u32; plan.blocks as usize];
-        let result = self.soak_pass(&mut slots, &mut versions, plan);
+        let result = self.soak_pass(&mut slots, &mut versions, plan, more);
         let result = result.and_then(|soak| {
             for (block, version) in (0..).zip(&versions).filter(|(_, version)| **version > 0) {
                 let slot = &mut slots[0];
@@ -366,16 +374,21 @@ impl Blk {
         result
     }
 
-    fn soak_pass(&mut self, slots: &mut [Slot], versions: &mut [u32], plan: &SoakPlan) -> Result<Soak, String> {
+    fn soak_pass(
+        &mut self,
+        slots: &mut [Slot],
+        versions: &mut [u32],
+        plan: &SoakPlan,
+        more: &mut More<'_>,
+    ) -> Result<Soak, String> {
         let mut kinds = alloc::vec![request::OUT; slots.len()];
         let (mut next, mut finished, mut random) = (0, 0, plan.seed);
         let (mut last, mut stall) = (crate::clock::ticks(), 0);
-        while finished < plan.count {
-            while let Some(free) = slots
-                .iter()
-                .position(|s| s.busy.is_none())
-                .filter(|_| next < plan.count)
-            {
+        loop {
+            while let Some(free) = slots.iter().position(|s| s.busy.is_none()) {
+                if !more(next)? {
+                    break;
+                }
                 let block = loop {
                     let block = data::splitmix64(&mut random) % plan.blocks;
                     let taken = |s: &Slot| s.busy.as_ref().is_some_and(|busy| busy.block == block);
@@ -395,6 +408,9 @@ impl Blk {
                 let queue = next as usize % self.queues.len();
                 slots[free].submit(&mut self.queues[queue], queue, kinds[free], block, plan.data(*version))?;
                 next += 1;
+            }
+            if finished == next {
+                break;
             }
             let waiting = slots.iter().find_map(|slot| slot.busy.as_ref());
             let waiting = waiting.map_or(0, |busy| busy.queue);

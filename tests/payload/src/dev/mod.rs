@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod flood;
+pub mod fs;
 pub mod load;
 pub mod net;
 pub mod rng;
@@ -23,13 +24,14 @@ use alloc::vec::Vec;
 use balloon::Balloon;
 use blk::Blk;
 use console::Console;
+use fs::Fs;
 use net::Net;
 use rng::Rng;
 use vmem::Vmem;
 use vsock::Vsock;
 
 /// Virtio device types that have a driver here.
-pub const KINDS: [(&str, u16); 7] = [
+pub const KINDS: [(&str, u16); 8] = [
     ("net", 1),
     ("blk", 2),
     ("console", 3),
@@ -37,6 +39,7 @@ pub const KINDS: [(&str, u16); 7] = [
     ("balloon", 5),
     ("vsock", 19),
     ("vmem", 24),
+    ("fs", 26),
 ];
 
 /// Receive buffers of a NIC's queue pair unless told otherwise.
@@ -121,6 +124,7 @@ pub struct Devices {
     vsock: BTreeMap<usize, Box<Vsock>>,
     balloon: BTreeMap<usize, Box<Balloon>>,
     vmem: BTreeMap<usize, Box<Vmem>>,
+    fs: BTreeMap<usize, Box<Fs>>,
 }
 
 fn function(functions: &[Function], name: &str, index: usize) -> Result<Function, String> {
@@ -200,7 +204,7 @@ macro_rules! accessors {
     };
 }
 
-accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem);
+accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem, fs: Fs);
 
 impl Guest {
     /// Name of the type of the function at `place` of all, and its position among those of that type.
@@ -222,6 +226,17 @@ impl Guest {
         if let Some((name, index)) = self.place_of(place) {
             self.shift_drivers(name, index, true);
         }
+    }
+
+    /// Takes the driver of the first disk, for work while other devices come and go; [`give_disk`](Self::give_disk) puts it back.
+    pub fn take_disk(&mut self) -> Result<Box<Blk>, String> {
+        self.blk(0)?;
+        self.devices.blk.remove(&0).ok_or_else(|| "no driver".into())
+    }
+
+    /// Puts back what [`take_disk`](Self::take_disk) took.
+    pub fn give_disk(&mut self, disk: Box<Blk>) {
+        self.devices.blk.insert(0, disk);
     }
 
     /// A function that goes, in good order if it is `reachable`.
