@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use triarch_api::server::Method;
@@ -37,12 +38,26 @@ impl Api {
     /// # Errors
     /// No connection, or no well-formed answer in time.
     pub fn request(&self, method: &str, route: &str, body: Option<&str>) -> Result<Response> {
+        self.request_with(method, route, body, &[])
+    }
+
+    /// The same with descriptors.
+    ///
+    /// # Errors
+    /// As [`Api::request`].
+    pub fn request_with(
+        &self,
+        method: &str,
+        route: &str,
+        body: Option<&str>,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Response> {
         let method = match method {
             "GET" => Method::Get,
             "PUT" => Method::Put,
             other => bail!("the API has GET and PUT, not {other}"),
         };
-        Ok(self.client().request(method, route, body, &[])?)
+        Ok(self.client().request(method, route, body, descriptors)?)
     }
 
     /// What `GET route` answers, which has to succeed.

@@ -1,22 +1,92 @@
-//! What a VMM holds of its host, so that soak tests see what it does not give back.
+//! What a VMM holds of its host and of KVM, so that soak tests see what it does not give back.
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, ensure};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
+use triarch_harness::vm::Vm;
 
 /// Mappings of this many KiB and more are memory of the guest.
 const GUEST_KIB: u64 = 16 << 10;
 /// What a VMM may need more after a while: its logs of events and jobs fill up, and pages of its heap come into use.
 const SLACK_KIB: u64 = 512;
+/// What threads are called that the kernel makes and ends as it likes as long as an io_uring is open, which is a descriptor.
+const KERNELS: &str = "iou-";
 /// A client's connection, for one, is closed a moment after its answer.
 const MOMENT: Duration = Duration::from_secs(2);
 
-/// What a process holds.
+/// What a VMM holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
+    process: Process,
+    /// Memory slots of KVM, and interrupts by message, each of which has a GSI.
+    kvm: [u64; 2],
+}
+
+impl Held {
+    /// What a VMM with an API and a guest holds now.
+    pub fn of(vm: &Vm) -> Result<Self> {
+        let metric = |name: &str| vm.api()?.metric(name)?.with_context(|| format!("no {name}"));
+        let kvm = [metric("triarch_memory_slots")?, metric("triarch_interrupt_routes")?];
+        let process = Process::of(vm.pid())?;
+        Ok(Self { process, kvm })
+    }
+
+    /// What it holds when it has nothing to do: as much as a little later.
+    pub fn at_rest(vm: &Vm) -> Result<Self> {
+        let mut held = Self::of(vm)?;
+        let mut same = 0;
+        while same < 5 {
+            thread::sleep(Duration::from_millis(20));
+            let now = Process::of(vm.pid())?;
+            same = if now == held.process { same + 1 } else { 0 };
+            held.process = now;
+        }
+        Ok(held)
+    }
+
+    /// Fails if it holds more than it did, or less, also after a moment.
+    pub fn is_all_of(&self, vm: &Vm) -> Result<()> {
+        self.compare(vm, |held, now| {
+            held.kvm == now.kvm && held.process.is_like(&now.process)
+        })
+    }
+
+    /// The same but for its memory: stacks of the first threads are kept for the next ones.
+    pub fn is_all_of_beside_memory(&self, vm: &Vm) -> Result<()> {
+        self.compare(vm, |held, now| {
+            held.kvm == now.kvm && held.process.has_as_many(&now.process)
+        })
+    }
+
+    fn compare(&self, vm: &Vm, same: fn(&Self, &Self) -> bool) -> Result<()> {
+        let deadline = Instant::now() + MOMENT;
+        let mut now = Self::of(vm)?;
+        while !same(self, &now) {
+            ensure!(
+                Instant::now() < deadline,
+                "it has not given everything back: before: {self:?}, now: {now:?}"
+            );
+            thread::sleep(Duration::from_millis(10));
+            // To ask for the others takes a descriptor.
+            now.process = Process::of(vm.pid())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [slots, routes] = self.kvm;
+        write!(f, "{}, {slots} memory slots, {routes} interrupt routes", self.process)
+    }
+}
+
+/// What a process holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Process {
     /// Descriptors of each kind.
     descriptors: BTreeMap<String, usize>,
     /// Threads of each name.
@@ -27,9 +97,9 @@ pub struct Held {
     private_kib: u64,
 }
 
-impl Held {
+impl Process {
     /// What process `pid` holds now.
-    pub fn of(pid: u32) -> Result<Self> {
+    fn of(pid: u32) -> Result<Self> {
         let at = |name: &str| format!("/proc/{pid}/{name}");
         let mut descriptors = BTreeMap::new();
         for fd in fs::read_dir(at("fd"))? {
@@ -40,8 +110,9 @@ impl Held {
         }
         let mut threads = BTreeMap::new();
         for task in fs::read_dir(at("task"))? {
-            if let Ok(name) = fs::read_to_string(task?.path().join("comm")) {
-                *threads.entry(name.trim().to_owned()).or_default() += 1;
+            match fs::read_to_string(task?.path().join("comm")) {
+                Ok(name) if !name.starts_with(KERNELS) => *threads.entry(name.trim().to_owned()).or_default() += 1,
+                _ => {}
             }
         }
         let smaps = fs::read_to_string(at("smaps")).with_context(|| at("smaps"))?;
@@ -54,43 +125,19 @@ impl Held {
         })
     }
 
-    /// What process `pid` holds when it has nothing to do: as much as a little later.
-    pub fn at_rest(pid: u32) -> Result<Self> {
-        let mut last = Self::of(pid)?;
-        let mut same = 0;
-        while same < 5 {
-            thread::sleep(Duration::from_millis(20));
-            let now = Self::of(pid)?;
-            same = if now == last { same + 1 } else { 0 };
-            last = now;
-        }
-        Ok(last)
+    /// Whether `now` has as many descriptors and threads.
+    fn has_as_many(&self, now: &Self) -> bool {
+        (&self.descriptors, &self.threads) == (&now.descriptors, &now.threads)
     }
 
-    /// Fails if process `pid` holds more than it did, or less, also after a moment. Returns what it holds.
-    pub fn is_all_of(&self, pid: u32) -> Result<Self> {
-        let deadline = Instant::now() + MOMENT;
-        loop {
-            let now = Self::of(pid)?;
-            match self.difference(&now) {
-                None => return Ok(now),
-                Some(difference) if Instant::now() > deadline => {
-                    bail!("it has not given everything back: {difference}")
-                }
-                Some(_) => thread::sleep(Duration::from_millis(10)),
-            }
-        }
-    }
-
-    fn difference(&self, now: &Self) -> Option<String> {
-        let counted = (&self.descriptors, &self.threads, self.mappings);
-        let same = counted == (&now.descriptors, &now.threads, now.mappings);
+    /// Whether `now` is as much.
+    fn is_like(&self, now: &Self) -> bool {
         let grown = now.private_kib > self.private_kib + SLACK_KIB;
-        (!same || grown).then(|| format!("before: {self:?}, now: {now:?}"))
+        self.has_as_many(now) && self.mappings == now.mappings && !grown
     }
 }
 
-impl fmt::Display for Held {
+impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |of: &BTreeMap<String, usize>| of.values().sum::<usize>();
         let (descriptors, threads) = (count(&self.descriptors), count(&self.threads));
@@ -144,17 +191,21 @@ mod tests {
 
     #[test]
     fn what_is_not_given_back_is_seen() {
-        let held = Held::of(std::process::id()).expect("this process");
-        assert_eq!(held.difference(&held), None);
-        let more = |change: fn(&mut Held)| {
+        let held = Process::of(std::process::id()).expect("this process");
+        assert!(held.is_like(&held) && held.has_as_many(&held));
+        let with = |change: fn(&mut Process)| {
             let mut now = held.clone();
             change(&mut now);
-            held.difference(&now)
+            (held.has_as_many(&now), held.is_like(&now))
         };
-        assert!(more(|now| *now.descriptors.entry("socket".into()).or_default() += 1).is_some());
-        assert!(more(|now| *now.threads.entry("vcpu9".into()).or_default() += 1).is_some());
-        assert!(more(|now| now.mappings += 1).is_some());
-        assert_eq!(more(|now| now.private_kib += SLACK_KIB), None);
-        assert!(more(|now| now.private_kib += SLACK_KIB + 1).is_some());
+        let one_more = |now: &mut Process| *now.descriptors.entry("socket".into()).or_default() += 1;
+        assert_eq!(with(one_more), (false, false));
+        assert_eq!(
+            with(|now| *now.threads.entry("vcpu9".into()).or_default() += 1),
+            (false, false)
+        );
+        assert_eq!(with(|now| now.mappings += 1), (true, false));
+        assert_eq!(with(|now| now.private_kib += SLACK_KIB), (true, true));
+        assert_eq!(with(|now| now.private_kib += SLACK_KIB + 1), (true, false));
     }
 }

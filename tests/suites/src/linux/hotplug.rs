@@ -102,8 +102,7 @@ impl Subject {
 
     /// One vCPU comes and goes `count` times, and afterwards the VMM holds what it held before.
     fn many_rounds(&self, count: u32) -> Result<()> {
-        let pid = self.guest.vm().pid();
-        let before = Held::at_rest(pid)?;
+        let before = Held::at_rest(self.guest.vm())?;
         self.guest.shell("dmesg -c >/dev/null")?;
         let begin = Instant::now();
         for round in 1..=count {
@@ -116,7 +115,7 @@ impl Subject {
             }
             self.resize(1)?;
             self.done("the guest gave back vCPU 1").with_context(what)?;
-            before.is_all_of(pid).with_context(what)?;
+            before.is_all_of(self.guest.vm()).with_context(what)?;
         }
         let took = begin.elapsed();
         self.has(1)?;
@@ -124,7 +123,7 @@ impl Subject {
             .guest
             .shell("dmesg | grep -e 'ACPI.*Error' -e 'cut here' || true")?;
         ensure!(complaints.trim().is_empty(), "{complaints}");
-        let after = Held::of(pid)?;
+        let after = Held::of(self.guest.vm())?;
         figure(&format!(
             "{count} rounds of a vCPU under Linux: {took:.1?}; first {before}; last {after}"
         ))

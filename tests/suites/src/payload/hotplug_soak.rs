@@ -36,16 +36,14 @@ fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
         }
         // The first rounds make what is kept.
         if round == 2 {
-            before = Some(Held::at_rest(guest.vm().pid())?);
+            before = Some(Held::at_rest(guest.vm())?);
         }
         if let Some(before) = &before {
-            before
-                .is_all_of(guest.vm().pid())
-                .with_context(|| format!("round {round}"))?;
+            before.is_all_of(guest.vm()).with_context(|| format!("round {round}"))?;
         }
     }
     let before = before.context("too few rounds")?;
-    let after = Held::of(guest.vm().pid())?;
+    let after = Held::of(guest.vm())?;
     let median = |times: &mut Vec<Duration>| {
         times.sort_unstable();
         times.get(times.len() / 2).copied().unwrap_or_default()

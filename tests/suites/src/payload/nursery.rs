@@ -49,7 +49,7 @@ fn start(context: &Context) -> Result<(Guest, DiskImage)> {
 }
 
 /// The processes that `parent` started and that run a program of that name.
-fn children(parent: u32, name: &str) -> Result<Vec<u32>> {
+pub(super) fn children(parent: u32, name: &str) -> Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {

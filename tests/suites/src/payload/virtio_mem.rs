@@ -471,7 +471,6 @@ fn a_guest_may_stand_still(context: &Context) -> Result<Outcome> {
 fn many_rounds(context: &Context) -> Result<Outcome> {
     let rounds = rounds(if is_patient() { 4 } else { 20 });
     let (mut guest, api, addr) = start(context, 512, ",shared=on")?;
-    let pid = guest.vm().pid();
     let slots = || api.metric("triarch_memory_slots")?.context("no memory slots");
     let all = slots()?;
     let mut before = None;
@@ -486,14 +485,14 @@ fn many_rounds(context: &Context) -> Result<Outcome> {
         ensure!(slots()? == all);
         let (held, memory) = match &before {
             Some(before) => before,
-            None => before.insert((Held::at_rest(pid)?, resident(&api)?)),
+            None => before.insert((Held::at_rest(guest.vm())?, resident(&api)?)),
         };
-        held.is_all_of(pid).with_context(what)?;
+        held.is_all_of(guest.vm()).with_context(what)?;
         let now = resident(&api)?;
         ensure!(now <= memory + MIB, "round {round}: {now} bytes, first {memory}");
     }
     let (before, _) = before.context("no rounds")?;
-    let (took, after) = (began.elapsed(), Held::of(pid)?);
+    let (took, after) = (began.elapsed(), Held::of(guest.vm())?);
     figure(&format!(
         "{rounds} rounds of 160 MiB of virtio-mem: {took:.1?}; first {before}; last {after}"
     ))?;

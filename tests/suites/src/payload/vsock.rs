@@ -30,7 +30,7 @@ fn start(context: &Context) -> Result<(Guest, PathBuf)> {
 }
 
 /// Takes one connection to `port` and sends back what comes.
-fn echo_once(socket: &Path, port: u32) -> Result<thread::JoinHandle<std::io::Result<u64>>> {
+pub(super) fn echo_once(socket: &Path, port: u32) -> Result<thread::JoinHandle<std::io::Result<u64>>> {
     let listener = vsock::listen(socket, port)?;
     Ok(thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;

@@ -11,14 +11,25 @@ use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
 use triarch_harness::jobs::wait;
 use triarch_harness::suite::{Context, Test, patient};
+use triarch_harness::vm::VmBuilder;
 
 mod disks;
+mod kinds;
 mod removals;
+mod soak;
 mod wrong;
 
 /// This module's tests.
 pub fn tests() -> Vec<Test> {
-    [disks::TESTS, removals::TESTS, removals::SLOW, wrong::TESTS].concat()
+    [
+        disks::TESTS,
+        kinds::TESTS,
+        removals::TESTS,
+        removals::SLOW,
+        soak::TESTS,
+        wrong::TESTS,
+    ]
+    .concat()
 }
 
 const SIZE: u64 = 1 << 20;
@@ -33,10 +44,12 @@ struct Plug {
 
 impl Plug {
     fn start(context: &Context, more: &[(&str, &str)]) -> Result<Self> {
-        let vm = more
-            .iter()
-            .fold(builder(context)?.api(), |vm, (flag, value)| vm.set(flag, value));
-        let guest = Guest::start(vm)?;
+        let vm = builder(context)?;
+        Self::of(more.iter().fold(vm, |vm, (flag, value)| vm.set(flag, value)))
+    }
+
+    fn of(vm: VmBuilder) -> Result<Self> {
+        let guest = Guest::start(vm.api())?;
         let api = guest.vm().api()?.clone();
         Ok(Self { guest, api })
     }
@@ -47,6 +60,11 @@ impl Plug {
         ensure!(answer.status == 200, "{} {}", answer.status, answer.body);
         let added: Value = serde_json::from_str(&answer.body)?;
         ensure!(body["id"].is_null() || added["id"] == body["id"], "{added}");
+        self.slot_of(&added)
+    }
+
+    /// The slot in the answer to what added a device.
+    fn slot_of(&self, added: &Value) -> Result<u64> {
         let bdf = added["bdf"].as_str().context("no bdf")?;
         let slot = bdf.strip_prefix("0000:00:").and_then(|rest| rest.strip_suffix(".0"));
         let slot = u64::from_str_radix(slot.with_context(|| bdf.to_owned())?, 16)?;
