@@ -19,7 +19,7 @@ use std::time::Duration;
 use triarch_harness::jobs::wait;
 use triarch_harness::net::{self, Tap};
 use triarch_harness::process::Process;
-use triarch_harness::suite::{Context, Outcome, Test, patient};
+use triarch_harness::suite::{Context, Outcome, Test, is_patient, patient};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -33,14 +33,17 @@ pub const TESTS: &[Test] = &[
     Test::payload("plug::a_nic_of_netd_comes_and_goes", nic_of_netd).within(Duration::from_secs(30)),
 ];
 
-/// How often each comes and goes.
-const ROUNDS: u64 = 6;
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const SHARED: (&str, &str) = ("--memory", "size=64M,shared=on");
 const PORT: u32 = 52;
 const VIRTIOFSD: &str = "virtiofsd";
+
+/// How often each comes and goes: once each way, and then again.
+fn rounds() -> u64 {
+    if is_patient() { 3 } else { 6 }
+}
 
 /// Something that comes and goes.
 struct Kind<'a> {
@@ -57,7 +60,7 @@ struct Kind<'a> {
 fn come_and_go(p: &mut Plug, kind: Kind<'_>) -> Result<()> {
     let before = Held::at_rest(p.guest.vm())?;
     let mut first: Option<Held> = None;
-    for round in 0..ROUNDS {
+    for round in 0..rounds() {
         let by_force = round % 2 == 1;
         let mut turn = || -> Result<()> {
             let slot = (kind.add)(p, round)?;
@@ -205,7 +208,7 @@ fn served(context: &Context, route: &str, body: impl Fn(&Path) -> Value) -> Resu
         },
     };
     come_and_go(&mut p, kind)?;
-    ensure!(disk.read(0, SIZE as usize)? == pattern(ROUNDS, 0, SIZE as usize));
+    ensure!(disk.read(0, SIZE as usize)? == pattern(rounds(), 0, SIZE as usize));
     p.guest.power_off()?;
     Ok(Outcome::Passed)
 }
@@ -279,7 +282,7 @@ fn disk_of_blkd(context: &Context) -> Result<Outcome> {
         gone: &mut |p| left(context, p, "triarch-blkd"),
     };
     come_and_go(&mut p, kind)?;
-    ensure!(disk.read(0, SIZE as usize)? == pattern(ROUNDS, 0, SIZE as usize));
+    ensure!(disk.read(0, SIZE as usize)? == pattern(rounds(), 0, SIZE as usize));
     p.guest.power_off()?;
     Ok(Outcome::Passed)
 }
