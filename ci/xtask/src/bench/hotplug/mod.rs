@@ -15,6 +15,7 @@ use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::{payload, table, tools};
 
+mod devices;
 mod vcpus;
 mod virtio_mem;
 
@@ -36,7 +37,11 @@ pub struct Args {
 }
 
 /// What can come and go, and how it is measured.
-const SUBJECTS: [(&str, Measure); 2] = [("vCPUs", vcpus::measure), ("virtio-mem", virtio_mem::measure)];
+const SUBJECTS: [(&str, Measure); 3] = [
+    ("vCPUs", vcpus::measure),
+    ("devices", devices::measure),
+    ("virtio-mem", virtio_mem::measure),
+];
 
 type Measure = fn(&Setup) -> Result<Vec<Row>>;
 
