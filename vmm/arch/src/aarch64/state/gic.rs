@@ -76,7 +76,11 @@ fn get_long(group: &Group<'_>, at: u64) -> Result<u64, HypervisorError> {
     Ok(u64::from(high) << 32 | u64::from(low))
 }
 
+/// Sets two registers of 32 bits, unless they are as they were: of addresses that were never set, KVM makes some with attributes.
 fn set_long(group: &Group<'_>, at: u64, value: u64) -> Result<(), HypervisorError> {
+    if get_long(group, at)? == value {
+        return Ok(());
+    }
     group.set(at, value as u32)?;
     group.set(at + 4, (value >> 32) as u32)
 }

@@ -56,15 +56,18 @@ pub(super) fn save(its: &DeviceFd) -> Result<ItsV1, HypervisorError> {
 /// Sets the registers and has KVM read the tables.
 pub(super) fn restore(its: &DeviceFd, saved: &ItsV1) -> Result<(), StateError> {
     let registers = registers(its, "set the ITS");
-    if registers.get::<u64>(IMPLEMENTATION)? != saved.implementation {
-        registers.set(IMPLEMENTATION, saved.implementation)?;
-    }
+    // Not what is as it was: of an address that was never set, KVM makes one with attributes.
+    let set = |at: u64, value: u64| match registers.get::<u64>(at)? == value {
+        true => Ok(()),
+        false => registers.set(at, value),
+    };
+    set(IMPLEMENTATION, saved.implementation)?;
     // Where the commands are sets back how far they were read.
-    registers.set(COMMANDS, saved.commands)?;
-    registers.set(COMMANDS_READ, saved.commands_read)?;
-    registers.set(COMMANDS_WRITTEN, saved.commands_written)?;
+    set(COMMANDS, saved.commands)?;
+    set(COMMANDS_READ, saved.commands_read)?;
+    set(COMMANDS_WRITTEN, saved.commands_written)?;
     for (table, at) in saved.tables.iter().zip((TABLES..).step_by(8)) {
-        registers.set(at, *table)?;
+        set(at, *table)?;
     }
     tables(its, "read the ITS's tables")
         .command(KVM_DEV_ARM_ITS_RESTORE_TABLES)
@@ -77,5 +80,5 @@ pub(super) fn restore(its: &DeviceFd, saved: &ItsV1) -> Result<(), StateError> {
             )
         })?;
     // On from here it translates.
-    Ok(registers.set(CONTROL, saved.control)?)
+    Ok(set(CONTROL, saved.control)?)
 }
