@@ -9,7 +9,7 @@ use crate::host::{Kind, Options};
 use crate::kernels::Version;
 
 /// The tests on a second ARM host: those that see another processor and another KVM.
-const SECOND_ARM: [&str; 16] = [
+const SECOND_ARM: [&str; 18] = [
     "boot::linux_6_1_on_1_cpu",
     "boot::linux_6_1_on_4_cpus",
     "boot::linux_6_12_on_1_cpu",
@@ -26,6 +26,8 @@ const SECOND_ARM: [&str; 16] = [
     "payload::smp::starts_sixteen",
     "payload::smp::interrupts_others",
     "payload::blk::runs_several_queues",
+    "payload::cpu_state::comes_back_as_it_was",
+    "payload::cpu_state::goes_on_in_another_vm",
 ];
 
 /// The tests of daemons that a run without a named host leaves out on Hygon, whose KVM is AMD's: what they see was seen there.

@@ -10,6 +10,7 @@ mod boot;
 mod clients;
 mod console;
 mod cpu_features;
+mod cpu_state;
 pub(crate) mod data;
 mod edit;
 mod ends;
@@ -68,6 +69,7 @@ pub fn tests() -> Vec<Test> {
         rng::TESTS,
         console::TESTS,
         cpu_features::TESTS,
+        cpu_state::TESTS,
         vsock::TESTS,
         vhost::TESTS,
         vhost_generic::TESTS,
