@@ -13,6 +13,10 @@ pub(super) const TSC: u32 = 0x10;
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 /// IA32_APIC_BASE, which is among the special registers and has to be set before the local APIC.
 const APIC_BASE: u32 = 0x1b;
+/// HV_X64_MSR_TIME_REF_COUNT and HV_X64_MSR_VP_RUNTIME, which show KVM's clock and how long the vCPU's thread has run. Guests are not
+/// told of them.
+const REFERENCE_TIME: u32 = 0x4000_0020;
+const RUNTIME: u32 = 0x4000_0010;
 /// IA32_EFER, which is among the special registers.
 const EFER: u32 = 0xc000_0080;
 /// IA32_MCG_CAP: how many banks of machine-check registers there are.
@@ -88,7 +92,7 @@ pub(super) fn write_one(vcpu: &Vcpu, index: u32, value: u64) -> Result<bool, Hyp
 
 /// Everything a vCPU has of those `listed` by KVM and those it does not list, but time.
 pub(super) fn save(vcpu: &Vcpu, listed: &[u32]) -> Result<Vec<NumberedV1>, HypervisorError> {
-    let elsewhere = [TSC, TSC_DEADLINE, APIC_BASE, EFER];
+    let elsewhere = [TSC, TSC_DEADLINE, REFERENCE_TIME, RUNTIME, APIC_BASE, EFER];
     let wanted: Vec<u32> = listed
         .iter()
         .copied()
