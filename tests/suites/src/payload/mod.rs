@@ -70,6 +70,7 @@ pub fn tests() -> Vec<Test> {
         console::TESTS,
         cpu_features::TESTS,
         cpu_state::TESTS,
+        cpu_state::NESTED,
         vsock::TESTS,
         vhost::TESTS,
         vhost_generic::TESTS,

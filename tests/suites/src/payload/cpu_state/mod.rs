@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use triarch_arch::Elapsed;
-use triarch_harness::suite::{Context, Outcome, is_patient};
+use triarch_harness::suite::{Context, Outcome, Test, is_patient};
 
 use super::guest::is_arm;
 use super::payload_tests;
@@ -20,6 +20,26 @@ payload_tests!(
     "cpu_state": comes_back_as_it_was, goes_on_in_another_vm, what_was_read_is_not_read_again, time_goes_on_and_never_back, refuses_what_is_not_of_one_guest,
     refuses_what_is_damaged
 );
+
+/// The same with the KVM of x86 hosts' processors; on ARM hosts the tests above run.
+pub const NESTED: &[Test] = &[
+    Test::nested("cpu_state::comes_back_as_it_was", |context| {
+        on_x86(context, comes_back_as_it_was)
+    }),
+    Test::nested("cpu_state::goes_on_in_another_vm", |context| {
+        on_x86(context, goes_on_in_another_vm)
+    }),
+    Test::nested("cpu_state::time_goes_on_and_never_back", |context| {
+        on_x86(context, time_goes_on_and_never_back)
+    }),
+];
+
+fn on_x86(context: &Context, test: fn(&Context) -> Result<Outcome>) -> Result<Outcome> {
+    if is_arm() {
+        return Ok(Outcome::Skipped("payload::cpu_state does this".into()));
+    }
+    test(context)
+}
 
 /// Takes from a state what differs from one moment to the next.
 fn without_time(mut saved: Saved) -> Saved {
