@@ -38,7 +38,7 @@ pub use config::{
 };
 pub use cpu_features::{CpuDescription, CpuFeatures, CpuSignature};
 pub use datapath::DataPath;
-pub use memory::HotplugMethod;
+pub use memory::{HotplugMethod, MemoryCounts};
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{

@@ -33,6 +33,19 @@ impl FromStr for HotplugMethod {
     }
 }
 
+/// Bytes of memory that a guest has whose memory can change while it runs. Where the three differ, the guest has not done yet what it was
+/// asked for, or will not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct MemoryCounts {
+    /// It should have so many.
+    pub target: u64,
+    /// It was given so many.
+    pub present: u64,
+    /// Of these it started with so many, or has said since that it uses them. `config.memory.size` says the same.
+    pub taken: u64,
+}
+
 impl MemoryConfig {
     /// Bytes of the room for memory that comes while the guest runs.
     pub fn hotplug_room(&self) -> u64 {

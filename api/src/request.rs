@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, VmConfig, VsockConfig,
+    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, NetConfig, Operation, Phase, VmConfig,
+    VsockConfig,
 };
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
@@ -95,8 +96,8 @@ impl Request {
     }
 }
 
-/// Body of `vm.resize`: a target; what is absent stays as it is. A guest that runs is asked for another number of vCPUs, and a job tells
-/// what comes of it.
+/// Body of `vm.resize`: a target; what is absent stays as it is. A guest that runs is asked for another number of vCPUs or
+/// for another amount of memory, and a job tells what comes of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
@@ -173,6 +174,9 @@ pub struct VmInfo {
     /// How many vCPUs the guest has; absent without a guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<VcpuCounts>,
+    /// How much memory the guest has; absent without a guest, and for one whose memory cannot change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryCounts>,
     /// How its devices stand with the daemons that serve them, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub links: BTreeMap<String, DeviceLink>,

@@ -94,6 +94,7 @@ fn everything() -> Metrics {
         }],
         hotplug: None,
         devices: None,
+        memory_hotplug: None,
         links: vec![LinkMetrics {
             id: ID.into(),
             connected: false,

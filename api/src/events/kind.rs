@@ -3,7 +3,7 @@
 /// What can happen.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// Whose event it is: `vmm`, `vm`, `vcpu`, `virtio-device`, `guest`, `job`.
+    /// Whose event it is: `vmm`, `vm`, `vcpu`, `memory`, `virtio-device`, `guest`, `job`.
     pub source: &'static str,
     /// What happened.
     pub event: &'static str,
@@ -55,6 +55,9 @@ kinds! {
     PCI_REMOVED: "device" "removed" ["id"] "the guest has the device no more, and the host is done with it";
     PCI_REFUSED: "device" "refused" ["id", "reason"] "the guest does not take a device, or does not give it back";
     VCPU_REFUSED: "vcpu" "refused" ["index", "reason"] "the guest does not take a vCPU, or does not give it back";
+    MEMORY_ADDED: "memory" "added" ["address", "size"] "the guest took memory that it was given while it ran";
+    MEMORY_REMOVED: "memory" "removed" ["address", "size"] "the guest gave memory back";
+    MEMORY_REFUSED: "memory" "refused" ["address", "size", "reason"] "the guest does not take memory, or does not give it back";
     GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
     DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";

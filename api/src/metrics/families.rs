@@ -188,6 +188,39 @@ pub(super) const FAMILIES: &[(Family, Fill)] = &[
     ),
     (
         family(
+            "triarch_memory_bytes",
+            Gauge,
+            &["count"],
+            "RAM the guest should have (target), was given (present), and uses (taken), if it can change while the guest runs.",
+        ),
+        |s, out| {
+            if let Some(hotplug) = &s.metrics.memory_hotplug {
+                let counts = hotplug.counts;
+                for (name, count) in [
+                    ("target", counts.target),
+                    ("present", counts.present),
+                    ("taken", counts.taken),
+                ] {
+                    out.add(&[&name], Number(count));
+                }
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_memory_changes_total",
+            Counter,
+            &["direction", "result"],
+            "Memory devices that a running guest was given (add) or asked for (remove), by what came of it: done, refused, timeout, replaced, reset.",
+        ),
+        |s, out| {
+            for (direction, result, count) in s.metrics.memory_hotplug.iter().flat_map(|hotplug| &hotplug.changes) {
+                out.add(&[direction, result], Number(*count));
+            }
+        },
+    ),
+    (
+        family(
             "triarch_memory_resident_bytes",
             Gauge,
             &[],

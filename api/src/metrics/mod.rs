@@ -29,6 +29,8 @@ pub struct Metrics {
     pub interrupts: Option<u64>,
     /// Guest memory.
     pub memory: Option<MemoryMetrics>,
+    /// How it changed, if it can.
+    pub memory_hotplug: Option<MemoryHotplugMetrics>,
     /// The memory balloon.
     pub balloon: Option<BalloonMetrics>,
     /// Memory devices.
@@ -60,6 +62,15 @@ pub struct DeviceHotplugMetrics {
     /// How many it has.
     pub count: u64,
     /// Devices that came or went while it ran, or should have: direction, what came of it, how many.
+    pub changes: Vec<(&'static str, &'static str, u64)>,
+}
+
+/// How much memory the guest has, and what came of resizes since the VM was created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryHotplugMetrics {
+    /// How much it has.
+    pub counts: crate::MemoryCounts,
+    /// Memory devices that came or went while it ran, or should have: direction, what came of it, how many.
     pub changes: Vec<(&'static str, &'static str, u64)>,
 }
 

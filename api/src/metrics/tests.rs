@@ -78,6 +78,14 @@ fn full(id: &str) -> Metrics {
             changes: vec![("add", "done", 3), ("remove", "timeout", 4)],
         }),
         interrupts: Some(6),
+        memory_hotplug: Some(MemoryHotplugMetrics {
+            counts: crate::MemoryCounts {
+                target: 3 << 30,
+                present: 2 << 30,
+                taken: 1 << 30,
+            },
+            changes: vec![("add", "done", 3), ("remove", "timeout", 1)],
+        }),
         memory: Some(MemoryMetrics {
             size: 1 << 30,
             resident: Some(4096),

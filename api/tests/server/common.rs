@@ -73,6 +73,7 @@ impl FakeVm {
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
             vcpus: None,
+            memory: None,
             links: Default::default(),
         }));
     }
@@ -84,6 +85,7 @@ impl FakeVm {
             memory_actual_size: 0,
             device_tree: DeviceTree::new(),
             vcpus: None,
+            memory: None,
             links: Default::default(),
         }));
     }

@@ -24,8 +24,9 @@ pub use clock::{Clock, HostClock};
 pub use cmos::{CMOS_PORTS, Cmos, CmosStateV1};
 pub use debug::{DEBUG_PORT_MAGIC, DebugPort, PostPort};
 pub use hotplug::{
-    CpuHotplug, CpuHotplugConfig, CpuHotplugRestoreError, CpuHotplugStateV1, CpuSlot, CpuSlotStateV1, Notice,
-    PCI_SLOTS, PciHotplug, PciHotplugRestoreError, PciHotplugStateV1, PciSlot, PciSlotStateV1, Removal,
+    CpuHotplug, CpuHotplugConfig, CpuHotplugRestoreError, CpuHotplugStateV1, CpuSlot, CpuSlotStateV1, MemoryHotplug,
+    MemoryHotplugRestoreError, MemoryHotplugStateV1, MemoryPlace, MemorySlot, MemorySlotStateV1, Notice, PCI_SLOTS,
+    PciHotplug, PciHotplugRestoreError, PciHotplugStateV1, PciSlot, PciSlotStateV1, Removal,
 };
 pub use i8042::{I8042, I8042_PORTS, I8042StateV1};
 pub use pl011::{PL011_SIZE, Pl011, Pl011RestoreError, Pl011StateV1};

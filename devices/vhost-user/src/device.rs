@@ -11,7 +11,7 @@ use triarch_vhost_protocol::MAX_CONFIG;
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
-use crate::engine::{Command, Engine};
+use crate::engine::{Command, Engine, Remap};
 use crate::room::with_rooms;
 use crate::{Kind, LinkError, LinkState, LinkStatus, Offer, Own, PageLog, Peer, PeerError};
 
@@ -67,7 +67,7 @@ impl Shared {
 
 /// Tells of a device that the transport owns.
 #[derive(Clone)]
-pub struct VhostUserHandle(Arc<Shared>);
+pub struct VhostUserHandle(Arc<Shared>, Sender<Command>);
 
 impl VhostUserHandle {
     /// How the device stands with its daemon.
@@ -78,6 +78,15 @@ impl VhostUserHandle {
     /// Waits until the daemon's configuration space, as the guest knows it, `is_so`, and no longer than `patience`. Returns whether it is.
     pub fn wait_config(&self, patience: Duration, is_so: impl Fn(&[u8]) -> bool) -> bool {
         self.0.peer.wait_known(patience, is_so)
+    }
+
+    /// Has the daemon told which memory the guest has now, as its [`DeviceContext`] shows it.
+    pub fn remap(&self) -> Remap {
+        let (reply, answer) = sync_channel(1);
+        // Not urgent: that would end what is being told to the daemon, and with it the connection.
+        let _ = self.1.send(Command::Memory(reply));
+        self.0.wake.ring();
+        Remap::new(answer)
     }
 }
 
@@ -148,7 +157,7 @@ impl VhostUser {
 
     /// A handle that outlives the device's move into its transport.
     pub fn handle(&self) -> VhostUserHandle {
-        VhostUserHandle(self.shared.clone())
+        VhostUserHandle(self.shared.clone(), self.commands.clone())
     }
 
     fn kind(&self) -> &dyn Kind {

@@ -45,6 +45,7 @@ mod tests;
 
 pub use device::{VhostUser, VhostUserHandle};
 pub use endpoint::{Door, Endpoint};
+pub use engine::Remap;
 pub use error::LinkError;
 pub use kind::{DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, Done, Kind, NetOptions, Offer, Own, Setting};
 pub use pages::{LOG_PAGE, PageLog};

@@ -1,5 +1,6 @@
 //! Which pages of the guest daemons have written, for migration (protocol feature LOG_SHMFD).
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -9,9 +10,12 @@ use triarch_vhost_protocol::{LogArea, Payload};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
 
 use crate::LinkError;
+use crate::session::{OWN_SIZE, own_memory};
 
 /// Bytes of guest memory that a bit stands for.
 pub const LOG_PAGE: u64 = 4096;
+/// Bytes of guest memory that a word of the log stands for.
+const WORD_BYTES: u64 = 64 * LOG_PAGE;
 /// A page of the host, which the log is a whole number of.
 const HOST_PAGE: u64 = 4096;
 
@@ -19,16 +23,24 @@ const HOST_PAGE: u64 = 4096;
 pub struct PageLog {
     memory: GuestMemory,
     size: u64,
+    /// Which words are of memory of the VMM's own.
+    own: Range<u64>,
     /// What daemons ring when they have marked pages.
     written: Option<Event>,
     /// A daemon ended the connection over it.
     unwelcome: AtomicBool,
 }
 
+/// The last address of `guest`.
+fn last(guest: &GuestMemory) -> u64 {
+    guest.iter().map(|region| region.last_addr().0).max().unwrap_or(0)
+}
+
 impl PageLog {
     /// A log of all of `guest`, nothing marked. Daemons that can ring `written` when they have marked something.
     pub(crate) fn new(guest: &GuestMemory, written: Option<Event>) -> Result<Self, LinkError> {
-        let last = guest.iter().map(|region| region.last_addr().0).max().unwrap_or(0);
+        let own = own_memory(guest).0;
+        let last = last(guest).max(own + OWN_SIZE - 1);
         let size = (last / LOG_PAGE / 8 + 1).next_multiple_of(HOST_PAGE);
         let options = RamOptions {
             shared: true,
@@ -43,17 +55,24 @@ impl PageLog {
         Ok(Self {
             memory,
             size,
+            own: own / WORD_BYTES..(own + OWN_SIZE) / WORD_BYTES,
             written,
             unwelcome: AtomicBool::new(false),
         })
     }
 
-    /// Calls `each` with the number of every page (GPA divided by [`LOG_PAGE`]) that was written since the last call, in order.
+    /// Whether it has a bit for each page of `guest`.
+    pub(crate) fn covers(&self, guest: &GuestMemory) -> bool {
+        last(guest) / LOG_PAGE / 8 < self.size
+    }
+
+    /// Calls `each` with the number of every page of the guest's (GPA divided by [`LOG_PAGE`]) that was written since the last call, in
+    /// order.
     pub fn take(&self, mut each: impl FnMut(u64)) {
         let Some(region) = self.memory.iter().next() else {
             return;
         };
-        for word in 0..self.size / 8 {
+        for word in (0..self.size / 8).filter(|word| !self.own.contains(word)) {
             let at = MemoryRegionAddress(8 * word);
             let Ok(slice) = region.get_slice(at, 8) else { return };
             let Ok(bits) = slice.get_atomic_ref::<AtomicU64>(0) else {

@@ -20,6 +20,17 @@ use crate::{DataPath, LinkError, PageLog, StateError};
 /// Protocol features that are asked for with every kind of device.
 const WANTED: u64 = protocol::COMMON | protocol::DEVICE_STATE;
 
+/// Most bytes of memory of the VMM's own that a daemon is shown.
+pub(crate) const OWN_SIZE: u64 = 256 << 20;
+
+/// Where daemons find memory of the VMM's own: where `guest` has devices and no memory ever comes, so below 4 GiB. Daemons want the log of
+/// what they write to reach that far, and it has a bit for each page from 0 on.
+pub(crate) fn own_memory(guest: &GuestMemory) -> GuestAddress {
+    // Memory begins at 0 and leaves out the last GiB, or it begins with the second GiB.
+    let first = guest.iter().map(|region| region.start_addr().0).min().unwrap_or(0);
+    GuestAddress(if first < 1 << 30 { 0xd000_0000 } else { 0x1000_0000 })
+}
+
 /// device_status of a driver that works (virtio 1.2, 2.1).
 const STATUS_READY: u64 = 1 | 2 | 4 | 8;
 
@@ -249,7 +260,6 @@ impl Session {
             files.push(backing.file().as_fd());
         }
         let count = regions.len();
-        let before = std::mem::take(&mut self.shared);
         if !self.has(protocol::CONFIGURE_MEM_SLOTS) {
             if count > TABLE_REGIONS {
                 return Err(LinkError::Unfit(format!(
@@ -266,13 +276,27 @@ impl Session {
                 "the memory has {count} parts, it takes {slots}"
             )));
         }
-        for region in before.iter().filter(|region| !regions.contains(region)) {
-            self.tell(Request::REM_MEM_REG, &region.encode_single(), &[], wake)?;
+        // One that does not take everything has what it was told until then.
+        while let Some(at) = self.shared.iter().position(|region| !regions.contains(region)) {
+            let gone = self.shared.remove(at);
+            self.tell(Request::REM_MEM_REG, &gone.encode_single(), &[], wake)?;
         }
-        for (region, file) in regions.iter().zip(files).filter(|(region, _)| !before.contains(region)) {
-            self.tell(Request::ADD_MEM_REG, &region.encode_single(), &[file], wake)?;
+        for (region, file) in regions.into_iter().zip(files) {
+            if !self.shared.contains(&region) {
+                self.tell(Request::ADD_MEM_REG, &region.encode_single(), &[file], wake)?;
+                self.shared.push(region);
+            }
         }
-        self.shared = regions;
+        Ok(())
+    }
+
+    /// As [`share`](Self::share), while rings run: when it returns, the daemon has the memory, also one that acknowledges nothing.
+    pub(crate) fn share_while_running(&mut self, memories: &[&GuestMemory], wake: &Wake) -> Result<(), LinkError> {
+        self.share(memories, wake)?;
+        if !self.has(protocol::REPLY_ACK) {
+            // It answers one thing after the other.
+            self.ask(Request::GET_FEATURES, wake)?;
+        }
         Ok(())
     }
 
@@ -499,10 +523,4 @@ fn eight_bytes<T: Payload>(request: Request, payload: &[u8]) -> Result<T, LinkEr
 fn ring_state(index: u16, number: u32) -> Vec<u8> {
     let index = index.into();
     VringState { index, number }.encode()
-}
-
-/// A GPA that no memory has, with room for more behind it: a whole number of 2 MiB.
-pub(crate) fn beyond(memory: &GuestMemory) -> GuestAddress {
-    let last = memory.iter().map(|region| region.last_addr().0).max().unwrap_or(0);
-    GuestAddress((last / (2 << 20) + 1) * (2 << 20))
 }

@@ -39,7 +39,7 @@ impl Platform {
         self.map.iter().filter(|entry| entry.ram).map(|entry| entry.size).sum()
     }
 
-    /// RAM that nothing but the tests uses: above the heap, page-aligned, in address order.
+    /// RAM that nothing but the tests uses: above the heap, page-aligned, in address order, neighbours joined.
     pub fn arenas(&self) -> Vec<Range<u64>> {
         let mut arenas: Vec<_> = self
             .map
@@ -49,7 +49,15 @@ impl Platform {
             .filter(|range| range.start < range.end)
             .collect();
         arenas.sort_by_key(|range| range.start);
-        arenas
+        // Memory that came lies behind other memory, and is one with it for whoever uses it.
+        let mut joined: Vec<Range<u64>> = Vec::new();
+        for arena in arenas {
+            match joined.last_mut() {
+                Some(last) if last.end == arena.start => last.end = arena.end,
+                _ => joined.push(arena),
+            }
+        }
+        joined
     }
 
     /// Takes the region of a memory device for test RAM, which it is as far as it is plugged.

@@ -98,6 +98,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "count" => cmd::system::count(&mut args),
         "cpus" => cmd::system::cpus(guest),
         "ipi" => cmd::system::ipi(guest, &mut args),
+        "dimm" => cmd::dimm::run(guest, &mut args),
         "hot" => cmd::hotplug::run(guest, &mut args),
         "slots" => cmd::slots::run(guest, &mut args),
         "pm" => cmd::system::pm(guest, &mut args),

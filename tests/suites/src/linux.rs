@@ -9,6 +9,7 @@ mod boot;
 mod clock;
 mod console;
 mod device_tree;
+mod dimms;
 mod hotplug;
 mod load;
 mod net;
@@ -46,6 +47,7 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         pause::TESTS,
         hotplug::TESTS,
+        dimms::TESTS,
         plug::TESTS,
     ]
     .concat()

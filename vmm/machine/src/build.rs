@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
-use triarch_api::{CpuTopology, DeviceLink, DeviceTree, MemoryConfig, VmConfig};
+use triarch_api::{CpuTopology, DeviceLink, DeviceTree, HotplugMethod, MemoryConfig, VmConfig};
 use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
 use triarch_cpu_model::{GuestProcessor, Topology};
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
-use triarch_legacy::{CpuHotplug, PciHotplug, SerialPort};
+use triarch_legacy::{CpuHotplug, MemoryHotplug, MemoryPlace, PciHotplug, SerialPort};
 use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
@@ -25,7 +26,7 @@ use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::cpus::CpuMeters;
 use crate::devices::{Devices, Host};
-use crate::memory::virtio_mem;
+use crate::memory::{self, MemoryMeters, Regions, virtio_mem};
 use crate::metrics::GuestMeters;
 use crate::plug::PlugMeters;
 use crate::progress::Progress;
@@ -42,6 +43,14 @@ pub(crate) struct Reports<'a> {
     pub(crate) events: &'a Arc<EventLog>,
     /// How far it is built.
     pub(crate) progress: Progress<'a>,
+}
+
+/// What a guest starts with that its configuration does not tell.
+pub(crate) struct Sizes<'a> {
+    /// vCPUs.
+    pub(crate) vcpus: u32,
+    /// Memory devices that came while it ran before its reset.
+    pub(crate) memory: &'a [MemoryPlace],
 }
 
 /// A guest with its devices, built and paused. Dropping it ends it: first the vCPUs, then the devices, then memory.
@@ -61,15 +70,15 @@ pub struct Machine {
     vm: Vm,
     /// How many interrupts by message are handed out.
     interrupts: Arc<AtomicU64>,
-    _memory: GuestMemoryHandle,
+    memory: Regions,
 }
 
 impl Machine {
-    /// Builds the guest `config` describes, with `vcpus` vCPUs, ready to run its first instruction.
+    /// Builds the guest `config` describes, with these sizes, ready to run its first instruction.
     pub(crate) fn build(
         kvm: &Kvm,
         config: &VmConfig,
-        vcpus: u32,
+        sizes: Sizes<'_>,
         consoles: &Consoles,
         backends: &Backends,
         sandbox: &Arc<dyn Sandbox>,
@@ -84,7 +93,7 @@ impl Machine {
         let cpus = &config.cpus;
         let count = CpuCount {
             boot: cpus.boot_vcpus,
-            now: vcpus,
+            now: sizes.vcpus,
             max: cpus.max_vcpus,
         };
         let mut plan = CpuPlan::new(kvm, count, cpus.topology.map(topology))?;
@@ -117,7 +126,7 @@ impl Machine {
             io: layout::PCI_IO,
         };
         let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
-        let (power, processors, slots) = (report.clone(), report.clone(), report.clone());
+        let (power, processors, slots, changes) = (report.clone(), report.clone(), report.clone(), report.clone());
         let board = Board::new(&BoardConfig {
             mmio: &mmio,
             pio: &pio,
@@ -126,6 +135,8 @@ impl Machine {
             memory_size: config.memory.size,
             plan: &plan,
             cpus_changed: Arc::new(move || processors(GuestEvent::Processors)),
+            memory_slots: memory_slots(config),
+            memory_changed: Arc::new(move || changes(GuestEvent::Dimms)),
             slots_changed: Arc::new(move || slots(GuestEvent::Slots)),
             serial: consoles.serial.as_ref(),
             debug: consoles.debug.as_ref(),
@@ -151,6 +162,14 @@ impl Machine {
         }
         progress.note("kernel");
         boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
+        // Not before: what the guest finds as memory devices is not in the memory map it boots with.
+        let memory = Regions::new(memory, ram_options(config));
+        for (slot, place) in sizes.memory.iter().enumerate() {
+            memory.add(&vm, devices.served(), place.start, place.size)?;
+            if let Some(slots) = board.memory() {
+                slots.put(slot, *place);
+            }
+        }
 
         let _buses = [pio.clone(), mmio.clone()];
         let buses = Buses { pio, mmio };
@@ -168,7 +187,7 @@ impl Machine {
             processor,
             vm,
             interrupts: platform.interrupts.count().clone(),
-            _memory: memory,
+            memory,
         })
     }
 
@@ -187,7 +206,13 @@ impl Machine {
     }
 
     /// What it counts.
-    pub(crate) fn meters(&self, config: &VmConfig, cpus: &Arc<CpuMeters>, plug: &Arc<PlugMeters>) -> GuestMeters {
+    pub(crate) fn meters(
+        &self,
+        config: &VmConfig,
+        cpus: &Arc<CpuMeters>,
+        ram: &Arc<MemoryMeters>,
+        plug: &Arc<PlugMeters>,
+    ) -> GuestMeters {
         GuestMeters {
             memory: MemoryConfig {
                 shared: config.memory.shared || config.needs_shared_memory(),
@@ -195,6 +220,7 @@ impl Machine {
             },
             vcpus: self.vcpus.metrics().to_vec(),
             cpus: cpus.clone(),
+            ram: ram.clone(),
             plug: (plug.clone(), self.devices.len()),
             devices: self.devices.meters(),
             interrupts: self.interrupts.clone(),
@@ -210,6 +236,27 @@ impl Machine {
     /// The CPU its vCPUs are, as it was given to the guest, if KVM told.
     pub(crate) fn processor(&self) -> Option<&GuestProcessor> {
         self.processor.as_ref()
+    }
+
+    /// Its memory that comes and goes, if it can.
+    pub(crate) fn memory_slots(&self) -> Option<&Arc<MemoryHotplug>> {
+        self.board.memory()
+    }
+
+    /// Where in `room` there is no memory: start and length of each gap.
+    pub(crate) fn memory_gaps(&self, room: &Range<u64>) -> Vec<(u64, u64)> {
+        triarch_memory::gaps(&self.memory.memory(), room)
+    }
+
+    /// Provides memory at `place`, of which the guest does not know yet: all of it, everywhere, or none.
+    pub(crate) fn add_memory(&self, place: MemoryPlace) -> Result<(), MachineError> {
+        self.memory
+            .add(&self.vm, self.devices.served(), place.start, place.size)
+    }
+
+    /// Takes back the memory at `start`, which the guest does not use any more.
+    pub(crate) fn remove_memory(&self, start: u64) {
+        self.memory.remove(&self.vm, self.devices.served(), start);
     }
 
     /// The slots of its PCI devices, if those can come and go.
@@ -366,6 +413,14 @@ fn boot(
     match vcpus.first() {
         Some(first) => Ok(triarch_arch::set_entry(first, &entry)?),
         None => Ok(()),
+    }
+}
+
+/// Slots for memory devices, if memory comes by them.
+fn memory_slots(config: &VmConfig) -> u32 {
+    match (config.memory.hotplug_method, config.memory.hotplug_room()) {
+        (HotplugMethod::Acpi, 1..) => memory::SLOTS,
+        _ => 0,
     }
 }
 

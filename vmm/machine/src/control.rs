@@ -10,16 +10,17 @@ use kvm_ioctls::Kvm;
 use triarch_api::events::{Kind, kind};
 use triarch_api::{ApiError, Handler, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
-use triarch_legacy::{PowerEvent, SerialPort};
+use triarch_legacy::{MemoryPlace, PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backends::{Backends, HandedTaps, Opener};
-use crate::build::{Machine, Reports};
+use crate::build::{Machine, Reports, Sizes};
 use crate::consoles::Consoles;
 use crate::cpus::Processors;
 use crate::daemons::Daemons;
 use crate::inbox::Outbox;
+use crate::memory::Dimms;
 use crate::metrics::GuestMeters;
 use crate::plug::Plugs;
 use crate::progress::Progress;
@@ -75,6 +76,7 @@ pub struct Controller {
     /// What the guest was asked for and has not done yet.
     pub(crate) resizes: Resizes,
     pub(crate) processors: Processors,
+    pub(crate) dimms: Dimms,
     serial_input: Option<SubscriberId>,
     pub(crate) plugs: Plugs,
     /// How many guests were built.
@@ -130,6 +132,7 @@ impl Controller {
             machine: None,
             resizes,
             processors: Processors::default(),
+            dimms: Dimms::default(),
             plugs: Plugs::default(),
             serial_input: None,
             generation: 0,
@@ -193,12 +196,18 @@ impl Controller {
     /// Builds the guest and lets it run (`vm.boot`). On error there is no guest, and the phase is what it was.
     pub fn boot(&mut self) -> Result<(), MachineError> {
         self.job(Operation::Boot, |this, progress| {
-            this.start(progress, Cause::Client, None)
+            this.start(progress, Cause::Client, None, &[])
         })
     }
 
-    /// Builds the guest and lets it run, with `vcpus` vCPUs or as many as the last one had or are configured.
-    fn start(&mut self, progress: Progress<'_>, cause: Cause, vcpus: Option<u32>) -> Result<(), MachineError> {
+    /// Lets a new guest run, with `vcpus` vCPUs, or as many as the last one had or are configured, and `memory` beside its RAM.
+    fn start(
+        &mut self,
+        progress: Progress<'_>,
+        cause: Cause,
+        vcpus: Option<u32>,
+        memory: &[MemoryPlace],
+    ) -> Result<(), MachineError> {
         let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
             return Ok(());
         };
@@ -224,10 +233,12 @@ impl Controller {
             progress,
         };
         let vcpus = vcpus.unwrap_or(self.processors.at_boot(config.cpus.boot_vcpus));
-        let mut machine = Machine::build(&self.kvm, config, vcpus, consoles, &backends, &self.sandbox, reports)?;
+        let sizes = Sizes { vcpus, memory };
+        let mut machine = Machine::build(&self.kvm, config, sizes, consoles, &backends, &self.sandbox, reports)?;
         backends.places = machine.devices().places();
         self.backends = Some(backends);
         self.processors.begin(machine.cpus());
+        self.dimms.begin(machine.memory_slots());
         self.outbox.show_meters(self.meters(&machine));
         machine.resume()?;
         self.serial_input = machine.serial().map(|serial| {
@@ -243,7 +254,7 @@ impl Controller {
     /// What `machine` counts.
     pub(crate) fn meters(&self, machine: &Machine) -> Option<GuestMeters> {
         let config = self.config.as_ref()?;
-        Some(machine.meters(config, &self.processors.meters, &self.plugs.meters))
+        Some(machine.meters(config, &self.processors.meters, &self.dimms.meters, &self.plugs.meters))
     }
 
     /// Makes an event of it. What a guest causes must not drown everything else.
@@ -319,6 +330,7 @@ impl Controller {
                 self.inbox.events().post_guest("panic", &kind::GUEST_PANIC, &event);
             }
             GuestEvent::Processors => self.look_at_processors(),
+            GuestEvent::Dimms => self.look_at_dimms(),
             GuestEvent::Slots => self.look_at_slots(),
             GuestEvent::Unplugged(id) => self.unplugged(&id),
             GuestEvent::Vcpu(index, VcpuEvent::Started) => self.vcpu_started(index),
@@ -384,6 +396,7 @@ impl Controller {
             .as_ref()
             .and_then(Machine::balloon)
             .map_or(0, |balloon| balloon.actual());
+        let memory = self.publish_memory(&mut config);
         let plugged = self.machine.as_ref().map_or(0, Machine::plugged);
         let memory_actual_size = (config.memory.size + plugged).saturating_sub(lent);
         let device_tree = self.machine.as_ref().map(Machine::device_tree).unwrap_or_default();
@@ -393,6 +406,7 @@ impl Controller {
             memory_actual_size,
             device_tree,
             vcpus,
+            memory,
             links: self.machine.as_ref().map(Machine::links).unwrap_or_default(),
         })
     }
@@ -458,11 +472,12 @@ impl Controller {
     fn restart(&mut self, progress: Progress<'_>, cause: Cause) -> Result<(), MachineError> {
         self.tell(&kind::VM_REBOOTING, cause);
         progress.note("guest");
-        let vcpus = self.vcpu_target();
+        let (vcpus, memory) = (self.vcpu_target(), self.memory_places());
         self.end_machine();
         self.end_removals();
-        let result = self.start(progress, cause, vcpus);
+        let result = self.start(progress, cause, vcpus, &memory);
         self.end_processors(result.is_ok());
+        self.end_dimms(result.is_ok());
         if result.is_err() {
             self.abandon_memory();
         }
@@ -483,6 +498,7 @@ impl Controller {
             self.tell(&kind::VM_SHUTDOWN, Cause::Client);
         }
         self.end_processors(false);
+        self.end_dimms(false);
         self.abandon_memory();
         self.end_removals();
         self.backends = None;

@@ -400,6 +400,11 @@ impl Devices {
             .map(|(_, handle)| handle)
     }
 
+    /// The devices that daemons serve, by their ids.
+    pub(crate) fn served(&self) -> &[(String, VhostUserHandle)] {
+        &self.daemons
+    }
+
     /// What the devices count.
     pub(crate) fn meters(&self) -> DeviceMeters {
         let disk = |(id, handle): &(String, BlockHandle)| (id.clone(), handle.disk().counters().clone());

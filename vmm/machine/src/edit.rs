@@ -29,19 +29,12 @@ impl Controller {
             if plugged.is_some() {
                 config.memory.hotplugged_size = plugged.filter(|bytes| *bytes > 0);
             }
-            let ram = target
-                .desired_ram
-                .filter(|_| plugged.is_none())
-                .unwrap_or(config.memory.size);
-            if running && ram != config.memory.size {
-                return Err(unsupported(
-                    "this version cannot change the memory of a running guest; shut it down first",
-                ));
+            if let Some(ram) = target.desired_ram.filter(|_| !running) {
+                config.memory.size = ram;
             }
             if let Some(vcpus) = target.desired_vcpus.filter(|_| !running) {
                 config.cpus.boot_vcpus = vcpus;
             }
-            config.memory.size = ram;
             match (&mut config.balloon, target.desired_balloon) {
                 (Some(balloon), Some(bytes)) => balloon.size = bytes,
                 (None, Some(bytes)) if bytes > 0 => return Err(no_balloon()),
@@ -52,9 +45,7 @@ impl Controller {
         if target.desired_vcpus.is_some() && !running {
             self.processors.forget_size();
         }
-        if let Some(vcpus) = target.desired_vcpus.filter(|_| running)
-            && let Err(error) = self.resize_vcpus(vcpus)
-        {
+        if let Err(error) = self.resize_running(target) {
             // All of it or nothing.
             self.config = before;
             return Err(error);
@@ -68,6 +59,27 @@ impl Controller {
         // A job, also one that has ended by now, tells of its end itself.
         if !self.resizes.any() && self.resizes.begun() == begun {
             self.tell(&kind::VM_RESIZED, Cause::Client);
+        }
+        Ok(())
+    }
+
+    /// Asks a guest that runs, if there is one, for another number of vCPUs and another amount of memory.
+    fn resize_running(&mut self, target: &Resize) -> Result<(), ApiError> {
+        if self.machine.is_none() {
+            return Ok(());
+        }
+        let memory = match target.desired_ram.filter(|_| !self.has_virtio_mem()) {
+            Some(ram) => self.prepare_memory(ram)?,
+            None => None,
+        };
+        if let Some(vcpus) = target.desired_vcpus
+            && let Err(error) = self.resize_vcpus(vcpus)
+        {
+            memory.iter().for_each(|change| self.undo_memory(change));
+            return Err(error);
+        }
+        if let Some(change) = memory {
+            self.commit_memory(change);
         }
         Ok(())
     }
@@ -128,11 +140,13 @@ impl Controller {
         let runs = self.phase == Phase::Running;
         if runs {
             self.remind_of_processors();
+            self.remind_of_dimms();
         }
         for part in self.resizes.late(runs) {
             match part {
                 Part::Vcpus => self.give_up_on_processors(),
                 Part::Memory(at) => self.give_up_on_memory(at),
+                Part::Dimms => self.give_up_on_dimms(),
                 Part::Balloon => {
                     let mut reason = self.resizes.so_far(part);
                     let balloon = self.machine.as_ref().and_then(Machine::balloon);
@@ -313,10 +327,6 @@ fn no_balloon() -> ApiError {
     ApiError::BadRequest(
         "the VM has no balloon, so desired_balloon can only be 0; vm.create gives it one with balloon".to_owned(),
     )
-}
-
-fn unsupported(text: &str) -> ApiError {
-    ApiError::Unsupported(text.to_owned())
 }
 
 pub(crate) fn no_device(id: &str, kind: &str) -> ApiError {

@@ -11,6 +11,7 @@ use triarch_memory::MemoryError;
 use triarch_pci::AddError;
 use triarch_sandbox::SandboxError;
 use triarch_vcpu::VcpuError;
+use triarch_vhost_user::LinkError;
 
 /// Why a guest could not be built or run. Each variant names the part; its source names the cause.
 #[derive(Debug, Error)]
@@ -68,6 +69,15 @@ pub enum MachineError {
         /// Cause.
         #[source]
         source: AddError,
+    },
+    /// Memory that a daemon of a device should map.
+    #[error("the daemon of the device {id} cannot have the guest's memory")]
+    Share {
+        /// The device's name.
+        id: String,
+        /// Cause.
+        #[source]
+        source: LinkError,
     },
     /// The sandbox.
     #[error("cannot confine the VMM")]
@@ -130,6 +140,7 @@ impl MachineError {
                 !matches!(source, OpenError::Events(_) | OpenError::Pty(_)) && !host_is_short(source)
             }
             Self::Device { source, .. } => !host_is_short(&**source),
+            Self::Share { source, .. } => matches!(source, LinkError::Unfit(_)),
             Self::Hypervisor(_)
             | Self::Vcpu(_)
             | Self::Board(_)

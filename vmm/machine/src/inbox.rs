@@ -45,6 +45,8 @@ pub enum GuestEvent {
     Vcpu(usize, VcpuEvent),
     /// It may have done something about processors that come or go.
     Processors,
+    /// It may have done something about memory devices that come or go.
+    Dimms,
     /// It may have done something about PCI devices that come or go.
     Slots,
     /// The host is done with the device of this id, which the guest has no more.

@@ -21,6 +21,7 @@ use triarch_virtio::net::{DirectionStats, NetCounters};
 use triarch_virtio::vsock::VsockHandle;
 
 use crate::cpus::CpuMeters;
+use crate::memory::MemoryMeters;
 use crate::plug::PlugMeters;
 
 /// What devices count, by their ids.
@@ -39,6 +40,7 @@ pub(crate) struct GuestMeters {
     pub(crate) memory: MemoryConfig,
     pub(crate) vcpus: Vec<Arc<Padded<VcpuMetrics>>>,
     pub(crate) cpus: Arc<CpuMeters>,
+    pub(crate) ram: Arc<MemoryMeters>,
     /// What came of PCI devices, and how many there are.
     pub(crate) plug: (Arc<PlugMeters>, usize),
     pub(crate) devices: DeviceMeters,
@@ -84,16 +86,19 @@ impl Meters {
 impl GuestMeters {
     fn gather(&self, process: Option<&api::ProcessMetrics>) -> api::Metrics {
         let devices = &self.devices;
+        let ram = self.ram.read();
         api::Metrics {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
             hotplug: self.cpus.read(),
             interrupts: Some(self.interrupts.load(Relaxed)),
             devices: Some(self.plug.0.read(self.plug.1 as u64)),
             memory: Some(api::MemoryMetrics {
-                size: self.memory.size + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
+                size: ram.as_ref().map_or(self.memory.size, |ram| ram.counts.taken)
+                    + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
                 resident: process.map(|process| resident(&self.memory, process)),
                 slots: self.slots.load(Relaxed),
             }),
+            memory_hotplug: ram,
             balloon: devices.balloon.as_ref().map(|(id, b)| balloon(id, b)),
             memories: devices.memories.iter().map(|(id, m)| memory(id, m)).collect(),
             disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
@@ -336,6 +341,7 @@ mod tests {
             cpus: Arc::default(),
             interrupts: Arc::default(),
             slots: Arc::default(),
+            ram: Arc::default(),
             plug: (Arc::default(), 1),
             devices: DeviceMeters {
                 disks: vec![("d".into(), Arc::default())],

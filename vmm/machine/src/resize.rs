@@ -30,6 +30,8 @@ pub(crate) enum Part {
     Balloon,
     /// Bytes plugged in a memory device.
     Memory(usize),
+    /// Bytes of its memory devices.
+    Dimms,
 }
 
 impl Part {
@@ -37,14 +39,14 @@ impl Part {
     fn unit(self) -> &'static str {
         match self {
             Self::Vcpus => "vCPUs",
-            Self::Balloon | Self::Memory(_) => "bytes",
+            Self::Balloon | Self::Memory(_) | Self::Dimms => "bytes",
         }
     }
 
-    /// How often a guest that is on its way is looked at. One that should hear of vCPUs is told again by it.
+    /// How often a guest that is on its way is looked at. One that should hear of vCPUs or memory is told again by it.
     fn every(self) -> Duration {
         match self {
-            Self::Vcpus => Duration::from_millis(250),
+            Self::Vcpus | Self::Dimms => Duration::from_millis(250),
             Self::Balloon | Self::Memory(_) => Duration::from_secs(1),
         }
     }

@@ -6,10 +6,12 @@
 
 mod discard;
 mod ram;
+mod regions;
 mod sparse;
 
 pub use discard::{DiscardError, Discarder};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
+pub use regions::{allocate_region, gaps, insert, remove};
 pub use sparse::SparseMemory;
 
 use vm_memory::bitmap::AtomicBitmap;

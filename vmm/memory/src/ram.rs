@@ -255,7 +255,7 @@ fn default_huge_page() -> Option<u64> {
         .map(|kib| kib * 1024)
 }
 
-fn check_host_has(total: u64) -> Result<(), MemoryError> {
+pub(crate) fn check_host_has(total: u64) -> Result<(), MemoryError> {
     // SAFETY: all zeroes is a valid `sysinfo`, which the kernel then fills.
     let mut info: libc::sysinfo = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a `sysinfo` that outlives the call.

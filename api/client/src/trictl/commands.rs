@@ -141,8 +141,8 @@ impl Session {
         self.put_json(operation, body)?;
         let after = jobs::of(&mut self.client, operation);
         let is_new = |job: &&Job| before.iter().all(|before| before.id != job.id);
-        // vCPUs and the balloon have one each. A target that was asked for before has the same job still; another device's removal is
-        // of no interest.
+        // vCPUs, memory and the balloon have one each. A target that was asked for before has the same job still; another device's
+        // removal is of no interest.
         let same = |job: &&Job| operation == Operation::Resize && job.state == JobState::Running;
         let shown = after.iter().filter(|job| is_new(job) || same(job));
         let show = |job: &Job| match wait {

@@ -6,8 +6,8 @@ use std::path::Path;
 use serde::Deserialize;
 use triarch_api::server::Identity;
 use triarch_api::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, NetConfig,
-    VcpuCounts, VmConfig, VmInfo,
+    ConsoleConfig, ConsoleMode, CpusConfig, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, MemoryCounts,
+    NetConfig, VcpuCounts, VmConfig, VmInfo,
 };
 
 use crate::table::{Side, Table};
@@ -36,13 +36,14 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         memory_actual_size,
         device_tree,
         vcpus,
+        memory: counts,
         links,
     } = serde_json::from_str(body)?;
     let cpus = &config.cpus;
     let mut lines = vec![
         ("State", state.name().to_owned()),
         ("vCPUs", processors(cpus, vcpus)),
-        ("Memory", memory(&config, memory_actual_size)),
+        ("Memory", memory(&config, memory_actual_size, counts)),
     ];
     if let Some(payload) = &config.payload {
         let path = |path: &Option<std::path::PathBuf>| path.as_deref().map(shown);
@@ -86,7 +87,7 @@ fn processors(cpus: &CpusConfig, counts: Option<VcpuCounts>) -> String {
     text
 }
 
-fn memory(config: &VmConfig, actual: u64) -> String {
+fn memory(config: &VmConfig, actual: u64, counts: Option<MemoryCounts>) -> String {
     let memory = &config.memory;
     let mut text = bytes(actual);
     if actual != memory.size {
@@ -102,6 +103,12 @@ fn memory(config: &VmConfig, actual: u64) -> String {
             text.push_str(", ");
             text.push_str(name);
         }
+    }
+    if let Some(MemoryCounts { target, present, taken }) = counts
+        && (target, present) != (taken, taken)
+    {
+        let (present, target) = (bytes(present), bytes(target));
+        text.push_str(&format!("; it was given {present} and should have {target}"));
     }
     text
 }
@@ -309,6 +316,15 @@ _vsock3  vsock  -             cid 3, /v.sock
             info(&growing)
                 .expect("a table")
                 .contains("vCPUs         2 of 4 at most; it was given 3 and should have 4\n")
+        );
+        let growing = body.replace(
+            r#""device_tree""#,
+            r#""memory":{"target":1073741824,"present":805306368,"taken":536870912},"device_tree""#,
+        );
+        let text = info(&growing).expect("a table");
+        assert!(
+            text.contains("shared; it was given 768 MiB and should have 1 GiB\n"),
+            "{text}"
         );
         let bare = r#"{"config":{},"state":"Created","memory_actual_size":536870912}"#;
         let text = info(bare).expect("a table");

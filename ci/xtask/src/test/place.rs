@@ -61,7 +61,9 @@ const NOT_ON_AMD: [&str; 2] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 53] = [
+const NOT_ON_ARM: [&str; 69] = [
+    "dimms::memory_comes_and_goes_under_linux_6_1",
+    "dimms::memory_comes_and_goes_under_linux_6_12",
     "ovs::guest_and_host_talk_on_linux_6_12",
     "passt::guest_and_host_talk_on_linux_6_12",
     "vhost_net::guests_talk_over_netd",
@@ -115,6 +117,20 @@ const NOT_ON_ARM: [&str; 53] = [
     "payload::virtio_mem::room_costs_nothing",
     "payload::virtio_mem::a_guest_may_stand_still",
     "payload::virtio_mem::many_rounds_leave_nothing_behind",
+    "payload::dimms::memory_comes_and_goes",
+    "payload::dimms::devices_reach_memory_that_came",
+    "payload::dimms::targets_replace_each_other",
+    "payload::dimms::while_a_removal_is_open_others_wait",
+    "payload::dimms::refusals_are_told_and_taken_back",
+    "payload::dimms::what_the_guest_finds_by_itself_is_told",
+    "payload::dimms::wrong_targets_change_nothing",
+    "payload::dimms::what_the_host_has_not_changes_nothing",
+    "payload::dimms::a_reset_keeps_it_and_a_boot_does_not",
+    "payload::dimms::it_comes_during_a_pause",
+    "payload::dimms::all_kinds_of_memory_come",
+    "payload::dimms::a_guest_may_be_late",
+    "payload::dimms::daemons_reach_memory_that_came",
+    "payload::dimms::many_rounds_leave_nothing_behind",
 ];
 
 /// A host and the tests it is for.

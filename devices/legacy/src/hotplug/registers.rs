@@ -113,6 +113,11 @@ impl Talk {
         self.notice = self.notice.filter(|notice| *notice != Notice::Eject);
     }
 
+    /// Whether the second argument of an `_OST` says that the guest has taken what it was offered into use.
+    pub(super) fn accepts(&self, status: u32) -> bool {
+        Notice::of_event(self.event) == Some(Notice::Check) && !self.asked_back && status == SUCCESS
+    }
+
     /// The second argument of an `_OST`; `arriving` while the guest has not taken what it was offered into use. Returns whether it
     /// refuses what it was asked for: nothing else is of interest.
     pub(super) fn answer(&mut self, status: u32, arriving: bool) -> bool {

@@ -1,6 +1,7 @@
 //! The thread of a device: it connects, hands the queues over, relays where it must, and connects again.
 
 mod lanes;
+mod memory;
 mod state;
 
 use std::io;
@@ -16,11 +17,12 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::lanes::{Lane, Pause};
+pub use self::memory::Remap;
 pub(crate) use self::state::{End, StateOrder};
 use crate::connection::Connection;
 use crate::device::Shared;
 use crate::inflight::Inflight;
-use crate::session::{Session, beyond};
+use crate::session::{Session, own_memory};
 use crate::shadow::Shadow;
 use crate::{LinkError, LinkState, OnDisconnect, PageLog};
 
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     Interrupts,
     /// Pages that the daemon writes are logged from now on, and the event is rung if it can; or no longer.
     Log(bool, Option<Event>, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
+    /// Guest memory came or went.
+    Memory(SyncSender<Result<(), LinkError>>),
     /// Something about the daemon's state.
     State(StateOrder),
     /// The driver is gone; all its queues have stopped. Urgent.
@@ -238,6 +242,7 @@ impl Engine {
                 let done = self.log_pages(on, written);
                 let _ = reply.send(done);
             }
+            Command::Memory(reply) => self.remap(&reply),
             Command::State(order) => self.transfer(order),
             Command::Reset(reply) => {
                 self.shared.wake.taken();
@@ -325,7 +330,7 @@ impl Engine {
                 session.share(&[&memory], wake)?;
                 Way::Direct
             } else {
-                let rings = Shadow::new(beyond(&memory), kind.queue_sizes())?;
+                let rings = Shadow::new(own_memory(&memory), kind.queue_sizes())?;
                 session.share(&[&memory, rings.memory()], wake)?;
                 Way::Relay(rings)
             });

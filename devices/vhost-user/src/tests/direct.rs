@@ -16,7 +16,7 @@ use super::fake::{Conversation, FakeDaemon, RECORD, Received, disk, shape};
 use crate::{DataPath, LinkState, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser, VhostUserHandle};
 
 pub struct Rig {
-    driver: FakeDriver,
+    pub driver: FakeDriver,
     pub device: VhostUser,
     pub handle: VhostUserHandle,
     _daemon: FakeDaemon,

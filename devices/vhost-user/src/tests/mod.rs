@@ -5,6 +5,7 @@ mod fake;
 mod handshake;
 mod kinds;
 mod log;
+mod memory;
 mod rings;
 mod server;
 mod state;

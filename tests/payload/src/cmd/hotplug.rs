@@ -1,6 +1,6 @@
 //! Processors that come and go: what an operating system does by the methods in the DSDT, done by hand.
 
-use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT};
+use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT, STRIDE};
 use crate::arch::smp as arch;
 use crate::clock::{self, Deadline};
 use crate::shell::{Args, Reply};
@@ -13,7 +13,7 @@ const CPUS: u8 = 1;
 
 /// `hot count|status|next|eject|ost|start|ping|events|serve|timed`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
-    let cpus = Block::map(arch::HOTPLUG, "index", guest.acpi()?.processors.len() as u64)?;
+    let cpus = Block::map(arch::HOTPLUG, "index", guest.acpi()?.processors.len() as u64, STRIDE)?;
     let what = args.word("what")?;
     if let Some(answer) = cpus.run(what, args)? {
         return Ok(answer);

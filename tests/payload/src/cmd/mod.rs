@@ -1,6 +1,7 @@
 //! What the commands do.
 
 pub mod blk;
+pub mod dimm;
 pub mod hotplug;
 pub mod memory;
 pub mod net;

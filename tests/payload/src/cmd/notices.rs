@@ -1,4 +1,4 @@
-//! Registers of what comes and goes: the processors and the slots of the PCI bus each have such a block.
+//! Registers of what comes and goes: processors, memory devices and the slots of the PCI bus each have such a block.
 
 use crate::arch::io::Mmio;
 use crate::arch::smp::take_events;
@@ -10,8 +10,8 @@ use alloc::string::String;
 /// Offsets of the registers that all of a block share.
 const COUNT: u64 = 0x0;
 const NEXT: u64 = 0x4;
-/// One's registers: the first are at this much, and those of each further one so much behind.
-const STRIDE: u64 = 0x10;
+/// Bytes of one's registers, which are behind as many that all share; memory has more of them.
+pub const STRIDE: u64 = 0x10;
 const STATUS: u64 = 0x0;
 const EJECT: u64 = 0x4;
 const OST_EVENT: u64 = 0x8;
@@ -29,23 +29,34 @@ pub struct Block {
     /// What it has, in words and answers.
     name: &'static str,
     most: u64,
+    stride: u64,
 }
 
 impl Block {
-    /// The block at `address`, of `most` that are called `name`.
-    pub fn map(address: u64, name: &'static str, most: u64) -> Result<Self, String> {
-        let registers = pci::map_registers(address, STRIDE * (most + 1))?;
-        Ok(Self { registers, name, most })
+    /// The block at `address`, of `most` that are called `name` and have `stride` bytes of registers each.
+    pub fn map(address: u64, name: &'static str, most: u64, stride: u64) -> Result<Self, String> {
+        let registers = pci::map_registers(address, stride * (most + 1))?;
+        Ok(Self {
+            registers,
+            name,
+            most,
+            stride,
+        })
+    }
+
+    /// One's register at this offset.
+    pub fn read(&self, index: u32, register: u64) -> u32 {
+        self.registers.read32(self.stride * (u64::from(index) + 1) + register)
     }
 
     fn write(&self, index: u32, register: u64, value: u32) {
         self.registers
-            .write32(STRIDE * (u64::from(index) + 1) + register, value);
+            .write32(self.stride * (u64::from(index) + 1) + register, value);
     }
 
     /// What `_STA` answers.
     pub fn status(&self, index: u32) -> u32 {
-        self.registers.read32(STRIDE * (u64::from(index) + 1) + STATUS)
+        self.read(index, STATUS)
     }
 
     /// `_EJ0`.

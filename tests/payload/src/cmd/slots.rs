@@ -1,6 +1,6 @@
 //! PCI devices that come and go: what an operating system does by the methods in the DSDT, done by hand.
 
-use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT, VANISHED};
+use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT, STRIDE, VANISHED};
 use crate::arch::config::SLOTS;
 use crate::arch::smp::take_events;
 use crate::clock::{self, Deadline};
@@ -18,7 +18,7 @@ const PCI: u8 = 4;
 
 /// `slots count|status|next|eject|give|ost|events|look|serve|timed|busy`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
-    let slots = Block::map(SLOTS, "slot", SLOT_COUNT)?;
+    let slots = Block::map(SLOTS, "slot", SLOT_COUNT, STRIDE)?;
     let what = args.word("what")?;
     if let Some(answer) = slots.run(what, args)? {
         return Ok(answer);

@@ -59,8 +59,8 @@ fn processors_and_memory_are_resized(context: &Context) -> Result<Outcome> {
     api.refused(
         "vm.resize",
         &json!({ "desired_ram": 1 << 30 }),
-        501,
-        &["memory", "running"],
+        400,
+        &["memory", "running", "hotplug_size"],
     )?;
     api.put("vm.shutdown", None)?;
     api.refused("vm.resize", &json!({ "desired_vcpus": 5 }), 400, &["5", "max"])?;

@@ -12,6 +12,8 @@ mod console;
 mod cpu_features;
 mod cpu_state;
 pub(crate) mod data;
+mod dimms;
+mod dimms_soak;
 mod edit;
 mod ends;
 mod events;
@@ -62,6 +64,9 @@ pub fn tests() -> Vec<Test> {
         hotplug::SLOW,
         hotplug_soak::TESTS,
         hotplug_random::TESTS,
+        dimms::TESTS,
+        dimms::SLOW,
+        dimms_soak::TESTS,
         &plug::tests(),
         pci::TESTS,
         blk::TESTS,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use triarch_device_core::InterruptLine;
 use triarch_legacy::{
-    CpuHotplug, Ged, GedEvents, HostClock, PL011_SIZE, PL031_SIZE, PL061_SIZE, PciHotplug, Pl011, Pl031, Pl061,
-    SerialPort,
+    CpuHotplug, Ged, GedEvents, HostClock, MemoryHotplug, PL011_SIZE, PL031_SIZE, PL061_SIZE, PciHotplug, Pl011, Pl031,
+    Pl061, SerialPort,
 };
 use triarch_pci::Ecam;
 
@@ -18,6 +18,7 @@ pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     button: Button,
     cpus: Option<Arc<CpuHotplug>>,
+    memory: Option<Arc<MemoryHotplug>>,
     slots: Option<Arc<PciHotplug>>,
 }
 
@@ -55,7 +56,7 @@ impl Board {
         };
         let rtc = Arc::new(Pl031::new(Arc::new(HostClock::new())));
         mmio.claim(layout::RTC, PL031_SIZE, rtc)?;
-        let (mut cpus, mut slots) = (None, None);
+        let (mut cpus, mut memory, mut slots) = (None, None, None);
         let button = if config.device_tree {
             let keys = Arc::new(Pl061::new(line(interrupt::KEYS)?));
             mmio.claim(layout::KEYS, PL061_SIZE, keys.clone())?;
@@ -64,6 +65,7 @@ impl Board {
             let events = Arc::new(Ged::new(line(interrupt::GED)?));
             mmio.claim(layout::GED, 1, events.clone())?;
             cpus = Some(config.claim_processors(&events, layout::CPU_HOTPLUG, PRESENT)?);
+            memory = config.claim_memory(&events, layout::MEMORY_HOTPLUG)?;
             slots = Some(config.claim_slots(&events, layout::PCI_HOTPLUG)?);
             Button::Event(events)
         };
@@ -73,6 +75,7 @@ impl Board {
             serial,
             button,
             cpus,
+            memory,
             slots,
         })
     }
@@ -85,6 +88,11 @@ impl Board {
     /// The processors that come and go; a device tree knows of none.
     pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
         self.cpus.as_ref()
+    }
+
+    /// The memory that comes and goes, if any does; a device tree knows of none.
+    pub fn memory(&self) -> Option<&Arc<MemoryHotplug>> {
+        self.memory.as_ref()
     }
 
     /// The slots of the PCI bus, whose devices come and go; a device tree knows of none.

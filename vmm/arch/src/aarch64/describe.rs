@@ -8,7 +8,7 @@ use triarch_tables::acpi::{AcpiPlacement, EventDevice, Register};
 use super::board::POWER_KEY;
 use super::layout::{self, interrupt};
 use crate::LoadConfig;
-use crate::common::load::{pci_segment, ram};
+use crate::common::load::{memory_slots, pci_segment, ram};
 
 const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 
@@ -31,6 +31,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
         },
         cpus: (0..plan.max_vcpus()).map(cpu).collect(),
         cpu_hotplug: Some(layout::CPU_HOTPLUG),
+        memory_hotplug: memory_slots(config, layout::MEMORY_HOTPLUG),
         topology: arm::Topology {
             threads: topology.threads_per_core,
             cores: topology.cores_per_die,

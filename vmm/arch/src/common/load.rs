@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use thiserror::Error;
 use triarch_boot::{InitramfsError, KernelError, LayoutError, OpenError};
 use triarch_memory::GuestMemory;
-use triarch_tables::acpi::{AcpiError, IoWindow, MmioWindow, PciSegment, PciSlots};
+use triarch_tables::acpi::{AcpiError, IoWindow, MemorySlots, MmioWindow, PciSegment, PciSlots};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
@@ -75,6 +75,12 @@ pub fn write_smbios(config: &LoadConfig<'_>, at: u64, room: usize) -> Result<(),
     };
     let bytes = smbios::build(&identity, at, room)?;
     Ok(write_pieces(config.memory, [(at, &bytes[..])])?)
+}
+
+/// What ACPI tells of memory that comes and goes by the registers at `registers`.
+pub fn memory_slots(config: &LoadConfig<'_>, registers: u64) -> Option<MemorySlots> {
+    let count = config.board.memory()?.count();
+    Some(MemorySlots { registers, count })
 }
 
 /// What ACPI tells of PCI segment 0: its configuration space at GPA `ecam_base`, its buses, the windows devices are in, and the registers

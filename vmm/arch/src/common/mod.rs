@@ -13,7 +13,7 @@ use triarch_cpu_model::GuestProcessor;
 use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::console::Console;
-use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, PciHotplug, PowerSink};
+use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, MemoryHotplug, PciHotplug, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 
@@ -150,6 +150,10 @@ pub struct BoardConfig<'a> {
     pub plan: &'a CpuPlan,
     /// Told when the guest did something about processors that come or go.
     pub cpus_changed: Arc<dyn Fn() + Send + Sync>,
+    /// Slots for memory that comes while the guest runs; 0 if none ever does, or by other means.
+    pub memory_slots: u32,
+    /// Told when the guest did something about it.
+    pub memory_changed: Arc<dyn Fn() + Send + Sync>,
     /// Told when the guest did something about PCI devices that come or go.
     pub slots_changed: Arc<dyn Fn() + Send + Sync>,
     /// What the serial port is connected to; no port without.
@@ -176,6 +180,17 @@ impl BoardConfig<'_> {
         let cpus = Arc::new(CpuHotplug::new(config, Some(events.clone()), move || changed()));
         self.mmio.claim(at, CpuHotplug::size(config.max), cpus.clone())?;
         Ok(cpus)
+    }
+
+    /// Makes the registers at `at` of memory that comes and goes by notices through `events`, if any does.
+    pub(crate) fn claim_memory(&self, events: &Arc<Ged>, at: u64) -> Result<Option<Arc<MemoryHotplug>>, BusError> {
+        let (slots, changed) = (self.memory_slots, self.memory_changed.clone());
+        if slots == 0 {
+            return Ok(None);
+        }
+        let memory = Arc::new(MemoryHotplug::new(slots, events.clone(), move || changed()));
+        self.mmio.claim(at, MemoryHotplug::size(slots), memory.clone())?;
+        Ok(Some(memory))
     }
 
     /// Makes the registers at `at` of PCI devices that come and go by notices through `events`.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use triarch_device_core::{AccessError, BusDevice, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, CpuHotplug, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, PciHotplug, PmTimer,
-    PostPort, ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
+    CMOS_PORTS, Cmos, CpuHotplug, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, MemoryHotplug, PciHotplug,
+    PmTimer, PostPort, ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam};
 
@@ -37,6 +37,7 @@ pub struct Board {
     serial: Option<Arc<dyn SerialPort>>,
     events: Arc<Ged>,
     cpus: Arc<CpuHotplug>,
+    memory: Option<Arc<MemoryHotplug>>,
     slots: Arc<PciHotplug>,
 }
 
@@ -91,11 +92,13 @@ impl Board {
             .mmio
             .claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
         let cpus = config.claim_processors(&events, layout::CPU_HOTPLUG, 0)?;
+        let memory = config.claim_memory(&events, layout::MEMORY_HOTPLUG)?;
         let slots = config.claim_slots(&events, layout::PCI_HOTPLUG)?;
         Ok(Self {
             serial,
             events,
             cpus,
+            memory,
             slots,
         })
     }
@@ -108,6 +111,11 @@ impl Board {
     /// The processors that come and go.
     pub fn cpus(&self) -> Option<&Arc<CpuHotplug>> {
         Some(&self.cpus)
+    }
+
+    /// The memory that comes and goes, if any does.
+    pub fn memory(&self) -> Option<&Arc<MemoryHotplug>> {
+        self.memory.as_ref()
     }
 
     /// The slots of the PCI bus, whose devices come and go.

@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 
 use super::{board, layout};
 use crate::LoadConfig;
-use crate::common::load::{LoadError, pci_segment, ram, write_pieces, write_smbios};
+use crate::common::load::{LoadError, memory_slots, pci_segment, ram, write_pieces, write_smbios};
 
 const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 
@@ -106,6 +106,7 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
         placement: AcpiPlacement::PC,
         cpus: (0..plan.max_vcpus()).map(cpu).collect(),
         cpu_hotplug: Some(layout::CPU_HOTPLUG),
+        memory_hotplug: memory_slots(config, layout::MEMORY_HOTPLUG),
         interrupts: InterruptConfig {
             lapic_base: layout::LOCAL_APIC as u32,
             ioapic: IoApic {

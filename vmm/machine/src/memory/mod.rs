@@ -1,3 +1,90 @@
-//! Memory that comes and goes while the guest runs.
+//! The guest's memory: what it starts with, and what comes and goes while it runs.
 
+mod dimms;
+mod sizing;
+#[cfg(test)]
+mod tests;
 pub(crate) mod virtio_mem;
+
+pub(crate) use dimms::{Dimms, MemoryMeters};
+
+use std::sync::Arc;
+
+use triarch_hypervisor::Vm;
+use triarch_memory::{GuestMemory, GuestMemoryHandle, RamOptions};
+use triarch_vhost_user::VhostUserHandle;
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
+use crate::MachineError;
+
+/// Memory devices a guest may have at once.
+pub(crate) const SLOTS: u32 = 32;
+
+/// What the guest's memory consists of. It outlives the VM, which maps it.
+pub(crate) struct Regions {
+    handle: GuestMemoryHandle,
+    options: RamOptions,
+}
+
+impl Regions {
+    /// `handle`'s memory, all of which was made with `options`.
+    pub(crate) fn new(handle: GuestMemoryHandle, options: RamOptions) -> Self {
+        Self { handle, options }
+    }
+
+    /// Memory as it is now.
+    pub(crate) fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> {
+        self.handle.memory()
+    }
+
+    /// Gives `vm` `size` bytes more at `base`. All devices and daemons have them when this returns: the guest can be told.
+    ///
+    /// # Errors
+    /// The host has not as much, the addresses are taken, or a daemon cannot have them. Then everything is as before.
+    pub(crate) fn add(
+        &self,
+        vm: &Vm,
+        daemons: &[(String, VhostUserHandle)],
+        base: u64,
+        size: u64,
+    ) -> Result<(), MachineError> {
+        let at = GuestAddress(base);
+        let region = triarch_memory::allocate_region(&self.handle.memory(), at, size, &self.options)?;
+        vm.map_region(&region)?;
+        if let Err(error) = triarch_memory::insert(&self.handle, Arc::clone(&region)) {
+            vm.unmap_region(base)?;
+            return Err(error.into());
+        }
+        let told = tell(daemons);
+        if told.is_err() {
+            self.remove(vm, daemons, base);
+        }
+        told
+    }
+
+    /// Takes the memory at `base` from `vm`, which does not use it any more, and from all devices and daemons.
+    pub(crate) fn remove(&self, vm: &Vm, daemons: &[(String, VhostUserHandle)], base: u64) {
+        if let Err(error) = vm.unmap_region(base) {
+            // Then it has to stay where it is.
+            return tracing::error!("cannot take memory from the guest: {}", triarch_api::chain(&error));
+        }
+        let region = triarch_memory::remove(&self.handle, GuestAddress(base));
+        if let Err(error) = tell(daemons) {
+            tracing::warn!("{}", error.chain());
+        }
+        drop(region);
+    }
+}
+
+/// Has all daemons know which memory the guest has now. All are told at once, and then waited for.
+fn tell(daemons: &[(String, VhostUserHandle)]) -> Result<(), MachineError> {
+    let orders: Vec<_> = daemons.iter().map(|(id, daemon)| (id, daemon.remap())).collect();
+    let mut done = Ok(());
+    for (id, order) in orders {
+        let told = order
+            .wait()
+            .map_err(|source| MachineError::Share { id: id.clone(), source });
+        done = done.and(told);
+    }
+    done
+}

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::AcpiError;
+use super::memory::MemorySlots;
 
 /// Names run from C000 to CFFF.
 pub(super) const MAX_CPUS: usize = 0x1000;
@@ -22,6 +23,8 @@ pub struct AcpiConfig {
     pub cpus: Vec<Cpu>,
     /// Address of the registers by which they come and go; without, those that are enabled are all there will ever be.
     pub cpu_hotplug: Option<u64>,
+    /// Slots for memory that comes while the guest runs, if any does.
+    pub memory_hotplug: Option<MemorySlots>,
     /// Interrupt controllers.
     pub interrupts: InterruptConfig,
     /// Sleep, reset and PM timer.

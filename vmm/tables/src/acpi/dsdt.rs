@@ -5,7 +5,7 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::config::{AcpiConfig, PmConfig, Register, Rtc, SerialPort};
 use super::table::Table;
-use super::{cpus, events, pci};
+use super::{cpus, events, memory, pci};
 
 /// From this revision on, integers have 64 bits.
 pub(super) const REVISION: u8 = 2;
@@ -43,6 +43,9 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     }
     table.push_aml(&motherboard(config));
     table.push_aml(&cpus::container(config));
+    if let Some(slots) = &config.memory_hotplug {
+        table.push_aml(&memory::container(slots, !config.numa.is_empty()));
+    }
     for (index, port) in config.serial.iter().enumerate() {
         table.push_aml(&serial(index, port));
     }
@@ -51,10 +54,12 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     }
     if let Some(device) = &config.events {
         table.push_aml(&events::power_button());
-        table.push_aml(&events::event_device(
-            device,
-            &events::scans(config.cpu_hotplug.is_some(), &config.pci),
-        ));
+        let scans = events::scans(
+            config.cpu_hotplug.is_some(),
+            config.memory_hotplug.is_some(),
+            &config.pci,
+        );
+        table.push_aml(&events::event_device(device, &scans));
     }
     table.push_aml(&soft_off());
     table.finish()
@@ -83,6 +88,9 @@ fn motherboard(config: &AcpiConfig) -> Raw {
     resources.extend(pci::slot_claims(&config.pci));
     if let Some(at) = config.cpu_hotplug {
         resources.push(memory_claim(at, cpus::registers_size(config.cpus.len())));
+    }
+    if let Some(slots) = &config.memory_hotplug {
+        resources.push(memory_claim(slots.registers, slots.registers_size()));
     }
     Raw::of(&Device::new(
         Path::new("\\_SB_.MBRD"),

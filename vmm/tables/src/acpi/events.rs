@@ -24,10 +24,12 @@ impl EventBits {
 }
 
 /// Methods that handle what is reported of processors, if those come and go, and of the slots of `segments`.
-pub(super) fn scans(cpus: bool, segments: &[PciSegment]) -> Vec<(u8, String)> {
+pub(super) fn scans(cpus: bool, memory: bool, segments: &[PciSegment]) -> Vec<(u8, String)> {
     let cpus = cpus.then(|| (EventBits::CPU, super::cpus::SCAN.to_owned()));
+    let memory = memory.then(|| (EventBits::MEMORY, super::memory::SCAN.to_owned()));
     let slots = super::pci::scans(segments).into_iter();
     cpus.into_iter()
+        .chain(memory)
         .chain(slots.map(|scan| (EventBits::PCI, scan)))
         .collect()
 }

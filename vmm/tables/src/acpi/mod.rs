@@ -28,6 +28,7 @@ mod dsdt;
 mod events;
 mod fadt;
 mod madt;
+mod memory;
 mod numa;
 mod pci;
 mod pci_slots;
@@ -42,6 +43,7 @@ pub use config::{
     ResetRegister, Rtc, SerialPort,
 };
 pub use events::EventBits;
+pub use memory::MemorySlots;
 pub use pci::rotating_prt;
 
 use acpi_tables::Aml;

@@ -117,6 +117,6 @@ pub(super) fn method(name: &str, arguments: u8, body: &[Raw]) -> Raw {
 }
 
 /// A method that only one thread of the guest's interpreter runs at a time.
-fn serialized(name: &str, arguments: u8, body: &[Raw]) -> Raw {
+pub(super) fn serialized(name: &str, arguments: u8, body: &[Raw]) -> Raw {
     Raw::of(&Method::new(Path::new(name), arguments, true, refs(body)))
 }

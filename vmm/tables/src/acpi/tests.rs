@@ -22,6 +22,7 @@ fn machine(count: u32) -> AcpiConfig {
             })
             .collect(),
         cpu_hotplug: None,
+        memory_hotplug: None,
         interrupts: InterruptConfig {
             lapic_base: 0xFEE0_0000,
             ioapic: IoApic {
@@ -389,10 +390,18 @@ fn variants() -> Vec<AcpiConfig> {
     });
     let mut growing = with_numa(machine(254));
     growing.cpu_hotplug = Some(0xFE00_0000);
+    growing.memory_hotplug = Some(MemorySlots {
+        registers: 0xFE01_0000,
+        count: 32,
+    });
     growing.pci[0].slots = Some(slots(0b1011));
     let mut far = machine(2);
     far.pci[0].slots = Some(slots(u32::MAX));
     far.cpu_hotplug = Some(0x12_3400_0000);
+    far.memory_hotplug = Some(MemorySlots {
+        registers: 0x12_3500_0000,
+        count: 1,
+    });
     vec![machine(2), bare, large, growing, far]
 }
 

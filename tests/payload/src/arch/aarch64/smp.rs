@@ -10,6 +10,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Registers of processors that come and go.
 pub const HOTPLUG: u64 = 0x0905_0000;
+/// Registers of memory that comes and goes.
+pub const MEMORY_HOTPLUG: u64 = 0x0906_0000;
 /// The event device's register.
 const EVENTS: u64 = 0x0903_0000;
 

@@ -14,6 +14,8 @@ const MAX: usize = 256;
 
 /// Registers of processors that come and go.
 pub const HOTPLUG: u64 = 0xfe00_0000;
+/// Registers of memory that comes and goes.
+pub const MEMORY_HOTPLUG: u64 = 0xfe01_0000;
 /// The event device's register.
 const EVENTS: u16 = 0x610;
 

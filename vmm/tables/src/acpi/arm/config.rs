@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::super::AcpiError;
 use super::super::config::{AcpiPlacement, EventDevice, MAX_CPUS, MAX_SEGMENTS, PciSegment};
+use super::super::memory::MemorySlots;
 
 /// Everything the tables say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub struct ArmAcpiConfig {
     pub cpus: Vec<ArmCpu>,
     /// Address of the registers by which they come and go; without, those that are enabled are all there will ever be.
     pub cpu_hotplug: Option<u64>,
+    /// Slots for memory that comes while the guest runs, if any does.
+    pub memory_hotplug: Option<MemorySlots>,
     /// Their shape; the product of its levels is the number of [`Self::cpus`].
     pub topology: Topology,
     /// The interrupt controller.

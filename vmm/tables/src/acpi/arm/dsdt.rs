@@ -5,7 +5,7 @@ use acpi_tables::aml::{Device, EISAName, Interrupt, Memory32Fixed, Path, Resourc
 use super::super::config::Register;
 use super::super::dsdt::{REVISION, Raw, memory_claim, name, refs};
 use super::super::table::Table;
-use super::super::{cpus, events, pci};
+use super::super::{cpus, events, memory, pci};
 use super::config::{ArmAcpiConfig, ArmCpu, Uart};
 use super::madt::enabled_cpu_entry;
 
@@ -19,15 +19,20 @@ pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
     }
     table.push_aml(&motherboard(config));
     table.push_aml(&processors(config));
+    if let Some(slots) = &config.memory_hotplug {
+        table.push_aml(&memory::container(slots, false));
+    }
     if let Some(uart) = &config.uart {
         table.push_aml(&serial(uart));
     }
     if let Some(device) = &config.events {
         table.push_aml(&events::power_button());
-        table.push_aml(&events::event_device(
-            device,
-            &events::scans(config.cpu_hotplug.is_some(), &config.pci),
-        ));
+        let scans = events::scans(
+            config.cpu_hotplug.is_some(),
+            config.memory_hotplug.is_some(),
+            &config.pci,
+        );
+        table.push_aml(&events::event_device(device, &scans));
     }
     table.finish()
 }
@@ -45,6 +50,9 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
     resources.extend(pci::slot_claims(&config.pci));
     if let Some(at) = config.cpu_hotplug {
         resources.push(memory_claim(at, cpus::registers_size(config.cpus.len())));
+    }
+    if let Some(slots) = &config.memory_hotplug {
+        resources.push(memory_claim(slots.registers, slots.registers_size()));
     }
     Raw::of(&Device::new(
         Path::new("\\_SB_.MBRD"),

@@ -2,7 +2,7 @@ use std::process::Command;
 
 use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, PciSlots, Register};
 use super::super::tests::acpica_accepts;
-use super::super::{AcpiError, AcpiTables, checksum};
+use super::super::{AcpiError, AcpiTables, MemorySlots, checksum};
 use super::*;
 
 fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
@@ -19,6 +19,10 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             })
             .collect(),
         cpu_hotplug: (enabled < cpus).then_some(0x0905_0000),
+        memory_hotplug: (enabled < cpus).then_some(MemorySlots {
+            registers: 0x0906_0000,
+            count: 32,
+        }),
         topology: Topology {
             threads: 1,
             cores: cpus as u16,
