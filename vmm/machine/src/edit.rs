@@ -141,6 +141,7 @@ impl Controller {
         if runs {
             self.remind_of_processors();
             self.remind_of_dimms();
+            self.remind_of_memory();
         }
         for part in self.resizes.late(runs) {
             match part {

@@ -70,6 +70,8 @@ struct Pending {
     /// Where it stood last, and since when.
     last: u64,
     since: Instant,
+    /// How often it was told again since then.
+    told: u32,
     job: JobHandle,
 }
 
@@ -135,6 +137,7 @@ impl Resizes {
             end: goal.end,
             last: goal.now,
             since: Instant::now(),
+            told: 0,
             job,
         };
         self.parts.insert(part, pending);
@@ -163,7 +166,7 @@ impl Resizes {
             return false;
         };
         if pending.last != now {
-            (pending.last, pending.since) = (now, Instant::now());
+            (pending.last, pending.since, pending.told) = (now, Instant::now(), 0);
             pending.job.progress(now, pending.end, part.unit());
         }
         pending.end == now
@@ -201,6 +204,16 @@ impl Resizes {
             }
         }
         late
+    }
+
+    /// Whether the guest has stood still for another `pause`, and should be told again where it should be.
+    pub(crate) fn is_to_be_told(&mut self, part: Part, pause: Duration) -> bool {
+        let Some(pending) = self.parts.get_mut(&part) else {
+            return false;
+        };
+        let due = pending.since.elapsed() >= pause * (pending.told + 1);
+        pending.told += u32::from(due);
+        due
     }
 
     /// How far the guest is, for whoever wonders why it is not there.
@@ -316,6 +329,26 @@ mod tests {
         resizes.abandon(Part::Balloon);
         assert!(job(&inbox, 2).error.expect("an error").contains("guest ended"));
         assert_eq!(every(&resizes), None);
+    }
+
+    #[test]
+    fn a_guest_that_stands_still_is_told_again() {
+        let (mut resizes, inbox) = resizes();
+        let pause = Duration::from_secs(5);
+        let told = |resizes: &mut Resizes, seconds: u64| {
+            let pending = resizes.parts.get_mut(&Part::Memory(0)).expect("pending");
+            let ago = Duration::from_secs(seconds);
+            pending.since = Instant::now()
+                .checked_sub(ago)
+                .expect("a machine that is up for so long");
+            resizes.is_to_be_told(Part::Memory(0), pause)
+        };
+        assert!(!resizes.is_to_be_told(Part::Memory(0), pause), "it has no target");
+        begin(&mut resizes, &inbox, Part::Memory(0), 0, 30);
+        assert!(!told(&mut resizes, 4) && told(&mut resizes, 6) && !told(&mut resizes, 9) && told(&mut resizes, 11));
+        resizes.stands(Part::Memory(0), 10);
+        assert!(!told(&mut resizes, 4) && told(&mut resizes, 6), "it moved");
+        resizes.abandon(Part::Memory(0));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use triarch_api::{ApiError, Handler, HotplugMethod, Operation, VmConfig};
 use triarch_arch::layout;
@@ -21,6 +22,8 @@ pub(crate) const DEVICE: &str = "_virtio-mem-mem0";
 
 /// The guest gets and loses memory slots in parts of this size at least: what Linux adds and removes at once on most machines.
 const MIN_PART: u64 = 128 << 20;
+/// How long a driver may stand still before it is told again.
+const STANDSTILL: Duration = Duration::from_secs(5);
 /// Most parts of a region: each may take a memory slot, of which there are 32,764 at most for everything.
 const MAX_PARTS: u64 = 512;
 
@@ -221,6 +224,19 @@ impl Controller {
             if self.resizes.stands(Part::Memory(at), plugged) {
                 let outcome = format!("the guest has {} MiB plugged", plugged >> 20);
                 self.end_resize(Part::Memory(at), Some(&outcome), Ok(()));
+            }
+        }
+    }
+
+    /// Time has passed while the guest runs: a driver that could not go on tries again. Linux's would by itself only after 50 s.
+    pub(crate) fn remind_of_memory(&mut self) {
+        for part in self.resizes.parts() {
+            if let Part::Memory(at) = part
+                && self.resizes.is_to_be_told(part, STANDSTILL)
+                && let Some((_, memory)) = self.machine.as_ref().and_then(|machine| machine.memories().get(at))
+                && let Err(error) = memory.set_requested(memory.status().requested)
+            {
+                tracing::warn!("cannot tell the guest of the size of its memory: {error}");
             }
         }
     }
