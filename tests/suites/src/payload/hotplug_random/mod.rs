@@ -1,4 +1,4 @@
-//! Processors that come and go in any order, compared with a model of the machine after each step.
+//! Processors, memory and disks that come and go in any order, compared with a model of the machine after each step.
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -9,8 +9,11 @@ use triarch_harness::dice::Dice;
 use triarch_harness::jobs::wait;
 use triarch_harness::suite::{Context, Outcome, Test, is_patient, patient, rounds};
 
-use super::guest::{Guest, is_arm};
-use super::hotplug::{settled, start};
+use super::guest::{Guest, builder, is_arm};
+use super::hotplug::settled;
+use devices::Disks;
+
+mod devices;
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -21,6 +24,8 @@ pub const TESTS: &[Test] = &[
 
 const MAX: usize = 5;
 const STEPS: usize = 60;
+const MIB: u64 = 1 << 20;
+const RAM: u64 = 64 * MIB;
 /// The environment variable with the first seed, when it is not 1.
 const SEED: &str = "TRIARCH_HOTPLUG_SEED";
 /// Values of notices.
@@ -171,28 +176,39 @@ struct Run {
     api: Api,
     dice: Dice,
     model: Model,
+    /// Bytes of memory that came.
+    plugged: u64,
+    disks: Disks,
     log: Vec<String>,
 }
 
 impl Run {
     fn new(context: &Context, seed: u64) -> Result<Self> {
-        let (guest, api) = start(context, &format!("boot=1,max={MAX}"))?;
+        let memory = format!("size={RAM},hotplug_method=virtio-mem,hotplug_size=256M");
+        let vm = builder(context)?.set("--memory", memory);
+        let guest = Guest::start(vm.set("--cpus", format!("boot=1,max={MAX}")).api())?;
+        let api = guest.vm().api()?.clone();
         Ok(Self {
             guest,
             api,
             dice: Dice::new(seed),
             model: Model::booted(1),
+            plugged: 0,
+            disks: Disks::new(context, seed)?,
             log: Vec::new(),
         })
     }
 
     /// Does something; returns what.
     fn step(&mut self) -> Result<String> {
-        match self.dice.below(20) {
+        match self.dice.below(40) {
             0..6 => self.resize(),
             6 | 7 => self.pause_or_resume(),
+            20..28 => self.disks.ask(&self.api, &mut self.dice),
             // The guest does nothing while it is paused.
             _ if self.model.paused => self.resize(),
+            28..38 => self.disks.act(&mut self.guest, &self.api, &mut self.dice),
+            38 | 39 => self.resize_memory(),
             8..14 => self.take_notice(),
             14 => self.start_unasked(),
             15 => self.eject_unasked(),
@@ -214,6 +230,25 @@ impl Run {
             answer.body
         );
         Ok(format!("resize {target}: {status}"))
+    }
+
+    /// The guest gets memory, or gives some back.
+    fn resize_memory(&mut self) -> Result<String> {
+        let plugged = 64 * MIB * self.dice.below(4) as u64;
+        let body = json!({ "desired_ram": RAM + plugged }).to_string();
+        self.api.put("vm.resize", Some(&body))?;
+        self.reach(plugged)?;
+        if plugged != self.plugged {
+            let phase = format!("the guest has {} MiB plugged", plugged / MIB);
+            self.api.is_done("vm.resize", patient(Duration::from_secs(5)), &phase)?;
+        }
+        self.plugged = plugged;
+        Ok(format!("{} MiB more", plugged / MIB))
+    }
+
+    fn reach(&mut self, plugged: u64) -> Result<()> {
+        self.guest.ask(&format!("vmem 0 wait {plugged} 5000"))?;
+        self.guest.ask(&format!("vmem 0 reach {plugged}")).map(drop)
     }
 
     fn pause_or_resume(&mut self) -> Result<String> {
@@ -321,6 +356,8 @@ impl Run {
             }
         };
         self.guest.wait_ready()?;
+        self.disks.reset();
+        self.reach(self.plugged)?;
         Ok(format!("reset by the {by}"))
     }
 
@@ -346,6 +383,9 @@ impl Run {
             },
         )
         .with_context(|| format!("{:?}", self.model.open))?;
+        self.disks.check(&self.api)?;
+        let memory = &self.api.get("vm.info")?["memory_actual_size"];
+        ensure!(*memory == RAM + self.plugged, "{memory} bytes");
         let state = &self.api.get("vm.info")?["state"];
         let wanted = if self.model.paused { "Paused" } else { "Running" };
         ensure!(*state == wanted, "it is {state}");
