@@ -51,6 +51,7 @@ kinds! {
     VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
     VCPU_STARTED: "vcpu" "started" ["index"] "the guest started a vCPU that it was given while it ran";
     VCPU_EJECTED: "vcpu" "ejected" ["index"] "the guest gave a vCPU back";
+    VCPU_WITHDRAWN: "vcpu" "withdrawn" ["index"] "a vCPU that the guest had not looked at was taken back";
     PCI_ADDED: "device" "added" ["id", "bdf"] "a guest that runs was given a device";
     PCI_REMOVED: "device" "removed" ["id"] "the guest has the device no more, and the host is done with it";
     PCI_REFUSED: "device" "refused" ["id", "reason"] "the guest does not take a device, or does not give it back";

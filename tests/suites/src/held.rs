@@ -11,7 +11,7 @@ use triarch_harness::vm::Vm;
 /// Mappings of this many KiB and more are memory of the guest.
 const GUEST_KIB: u64 = 16 << 10;
 /// What a VMM may need more after a while: its logs of events and jobs fill up, and pages of its heap come into use.
-const SLACK_KIB: u64 = 512;
+const SLACK_KIB: u64 = 1024;
 /// What threads are called that the kernel makes and ends as it likes as long as an io_uring is open, which is a descriptor.
 const KERNELS: &str = "iou-";
 /// A client's connection, for one, is closed a moment after its answer.

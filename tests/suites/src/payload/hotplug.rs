@@ -165,6 +165,14 @@ fn what_the_guest_never_saw_is_taken_back_at_once(context: &Context) -> Result<O
     let told = events.as_array().context("no events")?.iter();
     let told = told.filter(|event| event["source"] == "vm" && event["event"] == "resized");
     ensure!(told.count() == 1, "{events}");
+    let vcpus = events.as_array().context("no events")?.iter();
+    let vcpus = vcpus.filter(|event| event["source"] == "vcpu");
+    ensure!(
+        vcpus
+            .map(|event| event["event"].clone())
+            .eq(["withdrawn"; 2].map(|text| json!(text))),
+        "{events}"
+    );
     guest.power_off()?;
     Ok(Outcome::Passed)
 }

@@ -215,7 +215,12 @@ impl Controller {
                 if let Some(machine) = &self.machine {
                     machine.unplug_vcpu(*gone);
                 }
-                events.post_guest("vcpu", &kind::VCPU_EJECTED, &[index(*gone)]);
+                let open = self.processors.open.as_ref();
+                let kind = match open.is_some_and(|open| open.withdrawn.contains(gone)) {
+                    true => &kind::VCPU_WITHDRAWN,
+                    false => &kind::VCPU_EJECTED,
+                };
+                events.post_guest("vcpu", kind, &[index(*gone)]);
             }
             News::Refused(refused, status) => {
                 let reason = sizing::status_name(*status);

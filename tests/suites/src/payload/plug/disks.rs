@@ -15,6 +15,7 @@ payload_tests!("plug":
     a_disk_comes_and_goes,
     it_keeps_its_place_over_resets,
     they_come_and_go_during_a_pause,
+    they_come_and_go_while_the_guest_boots,
     a_full_bus_is_emptied_and_filled_again,
 );
 
@@ -110,6 +111,39 @@ fn they_come_and_go_during_a_pause(context: &Context) -> Result<Outcome> {
     ensure!(!p.has_open(second.path())?);
     p.guest.vm().resume()?;
     ensure!(p.guest.ask("slots serve 1 5000")? == "came=0 went=0 lost=1");
+    Ok(Outcome::Passed)
+}
+
+fn they_come_and_go_while_the_guest_boots(context: &Context) -> Result<Outcome> {
+    let (first, second) = (image(context, "first", 1)?, image(context, "second", 2)?);
+    let disk = format!("path={},id=first", first.path().display());
+    let mut p = Plug::start(context, &[("--disk", &disk)])?;
+    for by_boot in [true, false] {
+        if by_boot {
+            p.api.put("vm.shutdown", None)?;
+            p.api.put("vm.boot", None)?;
+        } else {
+            p.add_disk("first", first.path())?;
+            p.api.put("vm.reboot", None)?;
+        }
+        // What it hears of it hears when it is up; it may have found them by itself.
+        p.remove("first", false)?;
+        p.add_disk("second", second.path())?;
+        p.api.refused(
+            "vm.remove-device",
+            &json!({ "id": "first" }),
+            429,
+            &["Too Many Requests", "first"],
+        )?;
+        p.guest.wait_ready()?;
+        ensure!(p.guest.ask("slots serve 2 5000")? == "came=1 went=1 lost=0");
+        p.done("the guest gave back 'first'")?;
+        ensure!(p.is_gone("first")? && !p.has_open(first.path())?);
+        p.guest.ask("blk 0 verify 0 100 2")?;
+        p.guest.refused("blk 1 info")?;
+        p.gives("second")?;
+    }
+    p.guest.power_off()?;
     Ok(Outcome::Passed)
 }
 
