@@ -1,12 +1,11 @@
 //! A Linux guest on a bridge of Open vSwitch with DPDK, whose other port is an interface of the host.
 
 use super::net::{configure, ping, tcp_both_ways};
-use crate::storage::{soon, wait_state};
+use crate::storage::wait_state;
 use crate::switches::{BRIDGE, Program, Switch, skipped};
 use anyhow::{Context as _, Result, ensure};
 use std::net::Ipv4Addr;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_guest_init::interface_up;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
@@ -49,15 +48,6 @@ fn guest_and_host_talk(context: &Context, kernel: Kernel) -> Result<Outcome> {
 /// The bridge's own interface comes and goes with the switch.
 fn start(switch: &mut Switch) -> Result<()> {
     switch.start()?;
-    let deadline = Instant::now() + 4 * soon();
-    while !net::interfaces()?.iter().any(|name| name == BRIDGE) {
-        let words = switch.last_words();
-        ensure!(
-            Instant::now() < deadline,
-            "there is no interface {BRIDGE}; last words of the switch:{words}"
-        );
-        thread::sleep(Duration::from_millis(50));
-    }
     net::add_address(BRIDGE, HOST, MASK)?;
     Ok(interface_up(BRIDGE)?)
 }

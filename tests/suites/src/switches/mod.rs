@@ -5,7 +5,7 @@ mod ovs;
 pub use ovs::BRIDGE;
 
 use crate::storage::soon;
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -107,15 +107,17 @@ impl Switch {
         &self.sockets[index]
     }
 
-    /// Starts it, in the place of one that runs, and waits until it listens if it does.
+    /// Starts it, in the place of one that runs, and waits until it listens, or has the ports it was told of.
     ///
     /// # Errors
     /// It does not.
     pub fn start(&mut self) -> Result<()> {
         self.kill();
-        if let Some(database) = &self.database {
-            self.process = Some(Process::start(&mut database.switch())?);
-            return Ok(());
+        if let Some(database) = &mut self.database {
+            let process = self.process.insert(Process::start(&mut database.switch())?);
+            return database
+                .wait()
+                .with_context(|| format!("last words of the switch:{}", process.last_words()));
         }
         for socket in &self.sockets {
             let _ = std::fs::remove_file(socket);

@@ -19,6 +19,8 @@ const DPDK: &str = "--no-pci --no-huge --legacy-mem --no-shconf --no-telemetry -
 pub struct Database {
     programs: PathBuf,
     dir: PathBuf,
+    /// How often the switch was waited for.
+    starts: u32,
     _process: Process,
 }
 
@@ -48,6 +50,7 @@ impl Database {
         let database = Self {
             programs: programs.to_owned(),
             dir: dir.to_owned(),
+            starts: 0,
             _process: process,
         };
         database.configure(&parts, sockets)?;
@@ -65,7 +68,7 @@ impl Database {
             "other_config:dpdk-init=true",
             "other_config:dpdk-lcore-mask=0x1",
             "other_config:pmd-cpu-mask=0x1",
-            "other_config:pmd-sleep-max=200",
+            "other_config:pmd-sleep-max=10000",
             // Else it wants a pool of 262144 buffers, and another one whenever a port gets more queues.
             "other_config:per-port-memory=true",
             &format!("other_config:dpdk-extra=\"{DPDK} -d {}\"", plugin.display()),
@@ -89,20 +92,37 @@ impl Database {
         Ok(())
     }
 
+    /// Changes the database, which the switch need not have seen yet.
     fn order(&self, arguments: &[&str]) -> Result<()> {
+        run(self.control().arg("--no-wait").args(arguments)).map(drop)
+    }
+
+    /// Waits until the switch, which runs, has done what the database says. Until then it may take its bridge's interface down again, to
+    /// set its address.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn wait(&mut self) -> Result<()> {
+        let limit = format!("--timeout={}", 4 * soon().as_secs());
+        // It waits only for what it changes.
+        self.starts += 1;
+        let change = format!("external_ids:starts={}", self.starts);
+        run(self.control().args([&limit, "set", "Open_vSwitch", ".", &change])).map(drop)
+    }
+
+    fn control(&self) -> Command {
         let mut command = Command::new(self.programs.join("ovs-vsctl"));
         let socket = format!("--db=unix:{}", self.dir.join("db.sock").display());
-        environment(&mut command, &self.dir)
-            .arg(socket)
-            .arg("--no-wait")
-            .args(arguments);
-        run(&mut command).map(drop)
+        environment(&mut command, &self.dir).arg(socket);
+        command
     }
 
     /// What starts the switch.
     pub fn switch(&self) -> Command {
         let mut command = Command::new(self.programs.join(PROGRAM));
         environment(&mut command, &self.dir)
+            // Else it tells at length how busy it was whenever it had to wait.
+            .arg("--verbose=coverage:off")
             .arg(format!("unix:{}", self.dir.join("db.sock").display()))
             .arg(format!("--unixctl={}", self.dir.join("switch.ctl").display()));
         command
