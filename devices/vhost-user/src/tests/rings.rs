@@ -191,16 +191,22 @@ fn what_was_completed_is_not_done_again_and_the_rest_keeps_its_order() {
 
 #[test]
 fn a_queue_that_stops_without_a_daemon_keeps_its_requests() {
-    let mut rig = Rig::new(|talk| match talk.number {
+    let (stopped, is_stopped) = channel();
+    let is_stopped = Mutex::new(is_stopped);
+    let mut rig = Rig::new(move |talk| match talk.number {
         0 => {
             talk.wait_offered(2);
             talk.stream.shutdown(std::net::Shutdown::Both).expect("shutdown");
+            // Nobody answers the next connection before that.
+            let stopped = is_stopped.lock().expect("lock").recv_timeout(Duration::from_secs(5));
+            stopped.expect("the queue does not stop");
         }
         _ => complete(talk, 2),
     });
     let heads = [rig.offer(0), rig.offer(1)];
     rig.wait(|status| status.state == LinkState::Disconnected);
     let queue = rig.device.stop_queue(0).expect("the queue");
+    stopped.send(()).expect("the daemon waits");
     rig.wait(|status| status.state == LinkState::Connected);
     assert_eq!(rig.driver.used(), None);
     rig.device.start_queue(queue).expect("start");
