@@ -7,6 +7,7 @@ use thiserror::Error;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::cow::renew;
 use crate::ram::{MemoryError, page_size};
 use crate::{GuestMemory, GuestMemoryHandle, GuestRegion, RamOptions};
 
@@ -32,18 +33,25 @@ pub struct DiscardError {
 pub struct Discarder {
     memory: GuestMemoryHandle,
     page: u64,
+    options: RamOptions,
 }
 
 impl Discarder {
     /// For `memory`, all of which was made with `options`.
     pub fn new(memory: GuestMemoryHandle, options: &RamOptions) -> Result<Self, MemoryError> {
         let page = page_size(options)?;
-        Ok(Self { memory, page })
+        let options = *options;
+        Ok(Self { memory, page, options })
     }
 
     /// Bytes of a page as the host backs the memory: less than one cannot be given back.
     pub fn page_size(&self) -> u64 {
         self.page
+    }
+
+    /// What the memory was made with.
+    pub fn options(&self) -> &RamOptions {
+        &self.options
     }
 
     /// Whether there is guest memory at `at`.
@@ -59,7 +67,7 @@ impl Discarder {
             let end = (offset + len) / self.page * self.page;
             let start = offset.next_multiple_of(self.page);
             if start < end {
-                punch(region, start, end - start).map_err(|source| DiscardError {
+                punch(region, start, end - start, &self.options).map_err(|source| DiscardError {
                     at: region.start_addr().raw_value() + start,
                     len: end - start,
                     source,
@@ -107,7 +115,7 @@ fn pieces(memory: &GuestMemory, at: GuestAddress, len: u64) -> impl Iterator<Ite
 }
 
 /// Gives `len` bytes from `offset` of `region` back, which are whole pages of its own.
-pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
+pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) -> io::Result<()> {
     let shared = region.flags() & libc::MAP_SHARED != 0;
     match region.file_offset().filter(|_| shared) {
         // Unmapping would leave the pages in the file.
@@ -120,6 +128,8 @@ pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64) -> io::Result<(
                 return Err(io::Error::last_os_error());
             }
         }
+        // The page of the file would come back.
+        None if options.copy_on_write => renew(region, offset, len, options)?,
         None => advise(region, offset, len, libc::MADV_DONTNEED)?,
     }
     // Whoever copies the guest must copy the zeroes.

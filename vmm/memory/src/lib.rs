@@ -4,11 +4,15 @@
 
 #![allow(unsafe_code)] // madvise on mappings this crate owns
 
+mod content;
+mod cow;
 mod discard;
 mod ram;
 mod regions;
 mod sparse;
 
+pub use content::read_content;
+pub use cow::map_copy_on_write;
 pub use discard::{DiscardError, Discarder};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
 pub use regions::{allocate_region, gaps, insert, remove};

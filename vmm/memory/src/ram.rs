@@ -10,6 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
+use crate::discard::advise;
 use crate::{GuestMemory, GuestRegion};
 
 /// Explicit huge pages (hugetlbfs).
@@ -32,6 +33,8 @@ pub struct RamOptions {
     pub prefault: bool,
     /// Let the kernel merge equal pages (KSM); private memory only.
     pub mergeable: bool,
+    /// It may begin as what a file has ([`map_copy_on_write`](crate::map_copy_on_write)); private memory only.
+    pub copy_on_write: bool,
 }
 
 impl Default for RamOptions {
@@ -42,6 +45,7 @@ impl Default for RamOptions {
             thp: true,
             prefault: false,
             mergeable: false,
+            copy_on_write: false,
         }
     }
 }
@@ -93,6 +97,15 @@ pub enum MemoryError {
     /// Pages could not be touched in advance.
     #[error("cannot prefault {size} bytes of guest memory; free memory on the host or drop prefault")]
     Prefault {
+        /// Size in bytes.
+        size: u64,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The region cannot have what the file has.
+    #[error("cannot map a file in the place of {size} bytes of guest memory")]
+    Contents {
         /// Size in bytes.
         size: u64,
         /// Cause.
@@ -195,22 +208,9 @@ pub(crate) fn map<B: Bitmap>(
 }
 
 pub(crate) fn advise_region(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {
-    let thp = if options.thp {
-        libc::MADV_HUGEPAGE
-    } else {
-        libc::MADV_NOHUGEPAGE
-    };
-    if options.huge_pages.is_none() {
-        // A kernel without THP refuses; the guest then runs on small pages, which is what such a host offers.
-        let _ = madvise(region, thp);
-    }
-    if options.mergeable {
-        let _ = madvise(region, libc::MADV_MERGEABLE);
-    }
-    // Core dumps of the VMM must not carry the tenant's memory.
-    let _ = madvise(region, libc::MADV_DONTDUMP);
+    advise_range(region, 0, region.len(), options);
     if options.prefault {
-        madvise(region, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault {
+        advise(region, 0, region.len(), libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault {
             size: region.len(),
             source,
         })?;
@@ -218,14 +218,22 @@ pub(crate) fn advise_region(region: &GuestRegion, options: &RamOptions) -> Resul
     Ok(())
 }
 
-fn madvise(region: &GuestRegion, advice: libc::c_int) -> io::Result<()> {
-    // SAFETY: the region is a live mapping of ours of exactly this size, and none of the advices used changes its contents.
-    let done = unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, advice) };
-    if done == 0 {
-        Ok(())
+/// Tells the host how `len` bytes from `offset` of `region` are used.
+pub(crate) fn advise_range(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) {
+    let thp = if options.thp {
+        libc::MADV_HUGEPAGE
     } else {
-        Err(io::Error::last_os_error())
+        libc::MADV_NOHUGEPAGE
+    };
+    if options.huge_pages.is_none() {
+        // A kernel without THP refuses; the guest then runs on small pages, which is what such a host offers.
+        let _ = advise(region, offset, len, thp);
     }
+    if options.mergeable {
+        let _ = advise(region, offset, len, libc::MADV_MERGEABLE);
+    }
+    // Core dumps of the VMM must not carry the tenant's memory.
+    let _ = advise(region, offset, len, libc::MADV_DONTDUMP);
 }
 
 /// Bytes of the pages that the host backs RAM with.

@@ -111,7 +111,7 @@ impl SparseMemory {
     /// Gives the memory of `range`, of one part, back to the host.
     pub fn discard(&self, range: Range<u64>) -> io::Result<()> {
         let (region, offset) = self.find(&range)?;
-        punch(region, offset, range.end - range.start)
+        punch(region, offset, range.end - range.start, &self.options)
     }
 
     fn find(&self, range: &Range<u64>) -> io::Result<(&GuestRegion, u64)> {
