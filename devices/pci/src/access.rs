@@ -28,6 +28,16 @@ impl ConfigPorts {
         }
     }
 
+    /// The address port, as the guest left it.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address port: to what was saved.
+    pub fn set_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
+    }
+
     /// The register a data access at `offset` bytes from the first port means; `None` while the address is not enabled.
     fn register(&self, offset: u64) -> Option<(PciAddress, u16)> {
         let address = self.address.load(Ordering::Relaxed);

@@ -1,5 +1,6 @@
 //! What a virtio device is to its transport.
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -142,8 +143,9 @@ pub enum ActivateError {
 /// * `reset` comes after every queue was stopped, from any state, and leads back to idle.
 /// * `activate` while active and `start_queue` while idle are errors of the transport ([`ActivateError::Driver`]).
 ///
-/// All calls come from one thread at a time. Configuration space may be read in any state.
-pub trait VirtioDevice: Send {
+/// All calls come from one thread at a time. Configuration space may be read in any state. What a device is beside this its owner finds
+/// out as of [`Any`]: what it saves, for instance.
+pub trait VirtioDevice: Send + Any {
     /// Which kind of device it is.
     fn id(&self) -> DeviceId;
     /// The largest size of each queue, a power of two; its length is the number of queues.

@@ -105,6 +105,12 @@ impl Core {
         }
     }
 
+    /// Queues that the device works on, or would if it were not paused.
+    pub(super) fn started(&self) -> Vec<u16> {
+        let started = |(index, queue): (u16, &QueueSlot)| queue.started.then_some(index);
+        (0u16..).zip(&self.queues).filter_map(started).collect()
+    }
+
     /// Whether the driver may still choose features.
     pub(super) fn negotiating(&self) -> bool {
         self.interrupts.status() & status::FEATURES_OK == 0

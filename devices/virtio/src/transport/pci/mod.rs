@@ -23,7 +23,7 @@ use self::core::{Core, Surroundings};
 use self::interrupt::Interrupts;
 use self::layout::{Capabilities, access};
 pub use self::state::{RestoreError, SaveError, VirtioPciQueueV1, VirtioPciStateV1};
-use crate::VirtioDevice;
+use crate::{VirtioDevice, VirtioInterrupt};
 
 /// Bits of device_status (virtio 1.2, 2.1).
 mod status {
@@ -151,8 +151,17 @@ impl VirtioPci {
 
     /// Runs `f` on the device between two accesses of the guest: to resize it, to read its counters. After a change of its
     /// configuration space the device itself raises the interrupt, before `f` returns, so that the guest sees no half of it.
-    pub fn with_device<R>(&self, f: impl FnOnce(&mut dyn VirtioDevice) -> R) -> R {
+    pub fn with_device<R>(&self, f: impl FnOnce(&mut (dyn VirtioDevice + 'static)) -> R) -> R {
         f(&mut *self.core().device)
+    }
+
+    /// Raises the interrupts of all queues that are worked on. Of a device that was restored one may have been on its way when it was
+    /// saved; drivers look at their queues once more and find nothing new otherwise.
+    pub fn renew_interrupts(&self) {
+        for index in self.core().started() {
+            // A guest that cannot be interrupted has its other troubles.
+            let _ = self.interrupts.queue(index);
+        }
     }
 
     /// The function for a snapshot. It must be paused.
