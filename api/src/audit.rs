@@ -79,6 +79,8 @@ fn parameters(request: &Request) -> Option<Value> {
         }),
         Request::AddVsock(vsock) => json!({ "cid": vsock.cid, "socket": path(&vsock.socket) }),
         Request::RemoveDevice(device) => json!({ "id": cut(&device.id), "force": device.force.then_some(true) }),
+        Request::Snapshot(snapshot) => json!({ "to": cut(&snapshot.destination_url) }),
+        Request::Restore(restore, fds) => json!({ "from": cut(&restore.source_url), "descriptors": fds.len() }),
         _ => return None,
     };
     if let Some(fields) = value.as_object_mut() {

@@ -4,8 +4,8 @@
 
 use crate::server::fuzzing as server;
 use crate::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RemoveDevice, Resize, ResizeDisk, VmConfig, VsockConfig,
-    flags, read_object,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RemoveDevice, Resize, ResizeDisk, RestoreConfig,
+    SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +24,7 @@ pub fn http(data: &[u8]) {
 /// A body; the first byte tells of which type. What is understood is written and understood again, the same.
 pub fn bodies(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    match kind % 9 {
+    match kind % 11 {
         0 => {
             if let Some(config) = body_of::<VmConfig>(body) {
                 let _ = config.validate();
@@ -37,6 +37,8 @@ pub fn bodies(data: &[u8]) {
         5 => drop(body_of::<ResizeDisk>(body)),
         6 => drop(body_of::<FsConfig>(body)),
         7 => drop(body_of::<GenericVhostUserConfig>(body)),
+        8 => drop(body_of::<SnapshotConfig>(body)),
+        9 => drop(body_of::<RestoreConfig>(body)),
         _ => drop(body_of::<RemoveDevice>(body)),
     }
 }

@@ -26,6 +26,7 @@ mod request;
 mod served;
 pub mod server;
 mod size;
+mod snapshot;
 mod strict;
 mod validate;
 
@@ -47,4 +48,5 @@ pub use request::{
 };
 pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};
+pub use snapshot::{RestoreConfig, RestoreMode, RestoredNet, SnapshotConfig};
 pub use validate::ConfigError;

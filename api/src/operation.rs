@@ -78,6 +78,10 @@ pub enum Operation {
     AddVsock,
     /// `vm.remove-device`.
     RemoveDevice,
+    /// `vm.snapshot`: save a paused VM.
+    Snapshot,
+    /// `vm.restore`: make a VM from a snapshot.
+    Restore,
     /// `vmm.cpu-features`.
     CpuFeatures,
     /// `vmm.shutdown`: end the process.
@@ -86,7 +90,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -106,6 +110,8 @@ impl Operation {
         Self::AddGenericVhostUser,
         Self::AddVsock,
         Self::RemoveDevice,
+        Self::Snapshot,
+        Self::Restore,
         Self::CpuFeatures,
         Self::VmmShutdown,
     ];
@@ -132,6 +138,8 @@ impl Operation {
             Self::AddGenericVhostUser => "vm.add-generic-vhost-user",
             Self::AddVsock => "vm.add-vsock",
             Self::RemoveDevice => "vm.remove-device",
+            Self::Snapshot => "vm.snapshot",
+            Self::Restore => "vm.restore",
             Self::CpuFeatures => "vmm.cpu-features",
             Self::VmmShutdown => "vmm.shutdown",
         }
@@ -141,7 +149,7 @@ impl Operation {
     pub fn phases(self) -> &'static [Phase] {
         use Phase::{Absent, Created, Paused, Running, Shutdown};
         match self {
-            Self::Create => &[Absent],
+            Self::Create | Self::Restore => &[Absent],
             Self::Info | Self::Counters | Self::Delete | Self::Resize => &[Created, Running, Paused, Shutdown],
             Self::Boot => &[Created, Shutdown],
             Self::AddDisk
@@ -151,7 +159,7 @@ impl Operation {
             | Self::AddVsock
             | Self::RemoveDevice => &[Created, Running, Paused, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
-            Self::Resume => &[Paused],
+            Self::Resume | Self::Snapshot => &[Paused],
             Self::Shutdown | Self::Reboot | Self::ResizeDisk => &[Running, Paused],
             Self::CpuFeatures | Self::VmmShutdown => &Phase::ALL,
         }
@@ -166,7 +174,7 @@ impl Operation {
         let name = self.name();
         Err(match phase {
             Phase::Absent => ApiError::NotFound(format!("{name}: there is no VM; create one with vm.create")),
-            _ if self == Self::Create => {
+            _ if phases == [Phase::Absent] => {
                 ApiError::WrongPhase(format!("{name}: there is a VM already; remove it with vm.delete"))
             }
             _ => {
@@ -199,14 +207,19 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_create_the_end_and_what_asks_of_the_host_works_without_a_vm() {
+    fn nothing_but_create_restore_the_end_and_what_asks_of_the_host_works_without_a_vm() {
         let accepted: Vec<_> = Operation::ALL
             .into_iter()
             .filter(|o| o.check(Phase::Absent).is_ok())
             .collect();
         assert_eq!(
             accepted,
-            [Operation::Create, Operation::CpuFeatures, Operation::VmmShutdown]
+            [
+                Operation::Create,
+                Operation::Restore,
+                Operation::CpuFeatures,
+                Operation::VmmShutdown
+            ]
         );
     }
 
@@ -216,7 +229,7 @@ mod tests {
             Operation::Create => Some(Phase::Created),
             Operation::Delete => Some(Phase::Absent),
             Operation::Boot | Operation::Resume | Operation::Reboot => Some(Phase::Running),
-            Operation::Pause => Some(Phase::Paused),
+            Operation::Pause | Operation::Restore => Some(Phase::Paused),
             Operation::Shutdown => Some(Phase::Shutdown),
             _ => None,
         }

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, NetConfig, Operation, Phase, VmConfig,
-    VsockConfig,
+    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, NetConfig, Operation, Phase,
+    RestoreConfig, SnapshotConfig, VmConfig, VsockConfig,
 };
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
@@ -48,6 +48,10 @@ pub enum Request {
     AddVsock(VsockConfig),
     /// Take a device away, by asking a guest that runs.
     RemoveDevice(RemoveDevice),
+    /// Save the VM.
+    Snapshot(SnapshotConfig),
+    /// Make a VM from a snapshot; the descriptors are those of its taps that the client opened.
+    Restore(RestoreConfig, Vec<OwnedFd>),
     /// Tell what CPUs guests can have here, and what the guest that is there has.
     CpuFeatures,
     /// End the process.
@@ -75,6 +79,8 @@ impl Request {
             Self::AddGenericVhostUser(_) => Operation::AddGenericVhostUser,
             Self::AddVsock(_) => Operation::AddVsock,
             Self::RemoveDevice(_) => Operation::RemoveDevice,
+            Self::Snapshot(_) => Operation::Snapshot,
+            Self::Restore(..) => Operation::Restore,
             Self::CpuFeatures => Operation::CpuFeatures,
             Self::VmmShutdown => Operation::VmmShutdown,
         }

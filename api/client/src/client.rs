@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use triarch_api::server::{Action, Identity, Method, ROUTES};
 use triarch_api::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, RemoveDevice, Resize, ResizeDisk, VmConfig,
-    VmInfo, VsockConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, RemoveDevice, Resize, ResizeDisk,
+    RestoreConfig, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 use crate::connection::{Connection, Deadline, Head, MAX_FDS};
@@ -290,6 +290,22 @@ impl Client {
             force: false,
         };
         self.put(Operation::RemoveDevice, &device, &[]).map(drop)
+    }
+
+    /// Saves a paused VM.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn snapshot(&mut self, to: &SnapshotConfig) -> Result<(), Error> {
+        self.put(Operation::Snapshot, to, &[]).map(drop)
+    }
+
+    /// Makes a VM from a snapshot; `fds` are the descriptors of its taps that the caller opened.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn restore(&mut self, from: &RestoreConfig, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.put(Operation::Restore, from, fds).map(drop)
     }
 
     /// Follows a route whose answer has no end, on a connection of its own.

@@ -85,8 +85,12 @@ fn a_vm_goes_through_its_life() {
         assert_eq!(done(socket, &[command]), "", "{command}");
         let info = done(socket, &["info"]);
         assert!(info.starts_with(&format!("State    {state}\n")), "{command}: {info}");
+        if state == "Paused" {
+            assert_eq!(done(socket, &["snapshot", "/s"]), "");
+        }
     }
     assert_eq!(done(socket, &["delete"]), "");
+    assert_eq!(done(socket, &["restore", "--memory", "mapped", "--resume", "/s"]), "");
     assert_eq!(done(socket, &["vmm-shutdown"]), "");
 }
 
@@ -182,8 +186,8 @@ fn refusals_are_one_sentence_and_exit_code_1() {
     refused(&["resume"], "vm.resume: the VM is Created, it must be Paused");
     refused(&["--json", "pause"], "vm.pause: the VM is Created, it must be Running");
     refused(
-        &["raw", "PUT", "vm.snapshot"],
-        "vm.snapshot is not supported by this version",
+        &["raw", "PUT", "vm.coredump"],
+        "vm.coredump is not supported by this version",
     );
     refused(&["raw", "GET", "/x"], "there is no such path in this API");
     refused(

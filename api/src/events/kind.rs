@@ -48,6 +48,10 @@ kinds! {
     VM_RESIZED: "vm" "resized" [] "the VM has it";
     VM_SHUTDOWN: "vm" "shutdown" [] "the guest has ended, by itself or by request";
     VM_FAILED: "vm" "failed" ["error"] "a vCPU cannot go on, the guest has ended";
+    VM_SNAPSHOTTING: "vm" "snapshotting" [] "a client asked for a snapshot, which is being written";
+    VM_SNAPSHOTTED: "vm" "snapshotted" [] "it is whole";
+    VM_RESTORING: "vm" "restoring" [] "a guest is being built from a snapshot";
+    VM_RESTORED: "vm" "restored" [] "it is as it was saved; `resumed` follows when it runs";
     VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
     VCPU_STARTED: "vcpu" "started" ["index"] "the guest started a vCPU that it was given while it ran";
     VCPU_EJECTED: "vcpu" "ejected" ["index"] "the guest gave a vCPU back";

@@ -28,6 +28,14 @@ pub(super) fn of_body(route: &str) -> Value {
         }
         "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
         "vm.remove-device" => one(json!({ "id": "data" })),
+        "vm.snapshot" => one(json!({ "destination_url": "file:///var/lib/vm/snapshot" })),
+        "vm.restore" => json!({
+            "example": { "value": { "source_url": "file:///var/lib/vm/snapshot" } },
+            "mapped": {
+                "summary": "The guest goes on at once, and pages are copied when it writes to them",
+                "value": { "source_url": "file:///var/lib/vm/snapshot", "memory_restore_mode": "Mapped", "resume": true },
+            },
+        }),
         _ => json!({}),
     }
 }

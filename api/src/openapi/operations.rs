@@ -10,7 +10,7 @@ use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
     AddedDevice, CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice,
-    Resize, ResizeDisk, VmConfig, VmInfo, VsockConfig,
+    Resize, ResizeDisk, RestoreConfig, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -218,6 +218,14 @@ fn note(action: Action) -> Option<&'static str> {
             "A guest that runs is asked for the device, and a job tells what comes of it; until the guest answers, asking once more is \
              answered with 429, and `force` takes the device.",
         ),
+        Operation::Snapshot => {
+            Some("A directory that already holds a snapshot is answered with 400. If it fails nothing is left there.")
+        }
+        Operation::Restore => Some(
+            "The guest is as it was saved, and paused until `vm.resume` unless `resume` says otherwise. `config.json` of the snapshot may \
+             have been edited before: paths, sockets and taps. Descriptors of taps come with the bytes of the request (SCM_RIGHTS), in the \
+             order of `net_fds`.",
+        ),
         Operation::VmmShutdown => Some("The process ends with exit code 0."),
         _ => None,
     }
@@ -255,6 +263,8 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         Operation::AddGenericVhostUser => Some(reference::<GenericVhostUserConfig>(generator)),
         Operation::AddVsock => Some(reference::<VsockConfig>(generator)),
         Operation::RemoveDevice => Some(reference::<RemoveDevice>(generator)),
+        Operation::Snapshot => Some(reference::<SnapshotConfig>(generator)),
+        Operation::Restore => Some(reference::<RestoreConfig>(generator)),
         Operation::Info
         | Operation::Counters
         | Operation::Delete

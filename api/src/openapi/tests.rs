@@ -7,7 +7,7 @@ use super::*;
 use crate::server::{Action, Method};
 use crate::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig, RemoveDevice, Resize,
-    ResizeDisk, VmConfig, VsockConfig, read_object,
+    ResizeDisk, RestoreConfig, SnapshotConfig, VmConfig, VsockConfig, read_object,
 };
 
 /// Checks values against a schema of the document.
@@ -129,6 +129,8 @@ fn accepts(operation: Operation, body: &Value) -> Result<(), String> {
         }),
         Operation::ResizeDisk => read::<ResizeDisk>(body).map(drop),
         Operation::RemoveDevice => read::<RemoveDevice>(body).map(drop),
+        Operation::Snapshot => read::<SnapshotConfig>(body).map(drop),
+        Operation::Restore => read::<RestoreConfig>(body).map(drop),
         other => Err(format!("{other:?} has no body")),
     }
 }

@@ -85,7 +85,7 @@ impl Router {
     /// Turns a call of `operation` into a request; `None`: it is a question, not a request.
     fn request(&mut self, operation: Operation, call: &mut Call<'_>) -> Result<Option<Request>, ApiError> {
         let name = operation.name();
-        if !call.fds.is_empty() && operation != Operation::AddNet {
+        if !call.fds.is_empty() && !matches!(operation, Operation::AddNet | Operation::Restore) {
             return Err(ApiError::BadRequest(format!("{name} takes no descriptors")));
         }
         let (reader, body) = (&mut self.reader, call.body);
@@ -112,6 +112,8 @@ impl Router {
             Operation::AddGenericVhostUser => Request::AddGenericVhostUser(reader.read(name, body)?),
             Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
+            Operation::Snapshot => Request::Snapshot(reader.read(name, body)?),
+            Operation::Restore => Request::Restore(reader.read(name, body)?, std::mem::take(&mut call.fds)),
             Operation::CpuFeatures => Request::CpuFeatures,
             Operation::VmmShutdown => Request::VmmShutdown,
         }))

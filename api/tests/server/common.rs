@@ -136,7 +136,9 @@ impl Handler for FakeVm {
             | Request::AddFs(_)
             | Request::AddGenericVhostUser(_)
             | Request::AddVsock(_)
-            | Request::RemoveDevice(_) => {}
+            | Request::RemoveDevice(_)
+            | Request::Snapshot(_)
+            | Request::Restore(..) => {}
         }
         answer.send(Ok(Reply::Done));
     }

@@ -80,7 +80,7 @@ fn routes_without_their_device_say_so() {
     let (server, vm) = Running::api(Limits::default());
     vm.create(VmConfig::default());
     let mut client = server.connect();
-    for name in "resize-zone add-device add-pmem add-vdpa add-user-device snapshot restore coredump \
+    for name in "resize-zone add-device add-pmem add-vdpa add-user-device coredump \
                  send-migration receive-migration"
         .split_whitespace()
     {

@@ -360,7 +360,7 @@ fn every_call_for_a_change_is_on_record_before_it_is_answered_and_no_question_is
         ("vm.create", create),
         ("vm.boot", ""),
         ("vm.boot", ""),
-        ("vm.snapshot", ""),
+        ("vm.coredump", ""),
         ("vm.remove-device", r#"{"id": "_disk0"}"#),
         ("vm.delete", ""),
     ];

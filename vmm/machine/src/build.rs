@@ -30,6 +30,7 @@ use crate::memory::{self, MemoryMeters, Regions, virtio_mem};
 use crate::metrics::GuestMeters;
 use crate::plug::PlugMeters;
 use crate::progress::Progress;
+use crate::snapshot::Saved;
 use crate::{GuestEvent, MachineError};
 
 /// Takes what happens in the guest.
@@ -45,40 +46,46 @@ pub(crate) struct Reports<'a> {
     pub(crate) progress: Progress<'a>,
 }
 
-/// What a guest starts with that its configuration does not tell.
-pub(crate) struct Sizes<'a> {
-    /// vCPUs.
-    pub(crate) vcpus: u32,
-    /// Memory devices that came while it ran before its reset.
-    pub(crate) memory: &'a [MemoryPlace],
+/// What a guest begins with.
+pub(crate) enum Origin<'a> {
+    /// With what it boots.
+    Boot {
+        /// vCPUs.
+        vcpus: u32,
+        /// Memory devices that came while it ran before its reset.
+        memory: &'a [MemoryPlace],
+    },
+    /// Where another one was.
+    Saved(&'a mut Saved),
 }
 
 /// A guest with its devices, built and paused. Dropping it ends it: first the vCPUs, then the devices, then memory.
 pub struct Machine {
-    vcpus: VcpuSet,
-    devices: Devices,
+    pub(crate) vcpus: VcpuSet,
+    pub(crate) devices: Devices,
     /// Other processes can map its memory.
     shared: bool,
-    board: Board,
+    pub(crate) board: Board,
+    pub(crate) platform: Platform,
     /// The PCI root does not keep these alive.
     _buses: [Arc<Bus>; 2],
     /// vCPUs the guest never had.
     parked: VecDeque<Vcpu>,
-    plan: CpuPlan,
+    pub(crate) plan: CpuPlan,
     processor: Option<GuestProcessor>,
     /// The VM outlives its vCPUs and devices, the memory outlives the VM.
-    vm: Vm,
+    pub(crate) vm: Vm,
     /// How many interrupts by message are handed out.
     interrupts: Arc<AtomicU64>,
-    memory: Regions,
+    pub(crate) memory: Regions,
 }
 
 impl Machine {
-    /// Builds the guest `config` describes, with these sizes, ready to run its first instruction.
+    /// Builds the guest `config` describes, ready to run its first instruction, or its next.
     pub(crate) fn build(
         kvm: &Kvm,
         config: &VmConfig,
-        sizes: Sizes<'_>,
+        mut origin: Origin<'_>,
         consoles: &Consoles,
         backends: &Backends,
         sandbox: &Arc<dyn Sandbox>,
@@ -90,21 +97,22 @@ impl Machine {
             progress,
         } = reports;
         progress.note("memory");
-        let cpus = &config.cpus;
-        let count = CpuCount {
-            boot: cpus.boot_vcpus,
-            now: sizes.vcpus,
-            max: cpus.max_vcpus,
+        let plan = plan(kvm, config, &origin)?;
+        let options = RamOptions {
+            copy_on_write: origin.saved().is_some_and(Saved::is_mapped),
+            ..ram_options(config)
         };
-        let mut plan = CpuPlan::new(kvm, count, cpus.topology.map(topology))?;
-        if let Some(bits) = cpus.max_phys_bits {
-            plan.limit_address_bits(bits);
-        }
         let ram = layout::ram_ranges(config.memory.size);
-        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &ram_options(config))?);
+        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &options)?);
         // Most of what cannot be addressed is more than the host has, which is the better thing to say.
         let room = config.memory.hotplug_room();
         layout::check_ram(config.memory.size, room, plan.address_bits())?;
+        let regions = Regions::new(memory.clone(), options);
+        if let Origin::Saved(saved) = &origin {
+            let room = layout::hotplug(config.memory.size, room);
+            regions.restore(&saved.board.memory_places(), room)?;
+            saved.fill(&memory.memory(), &options, progress)?;
+        }
         let vm = Vm::new(kvm)?;
         // Before the interrupt controllers: making those leaves a grace period open in KVM, and a memory slot made after them waits
         // for its end, 8 ms of a start of 10.
@@ -116,7 +124,10 @@ impl Machine {
             running,
             parked,
             firmware,
-        } = triarch_arch::create_vcpus(&vm, &plan, &platform)?;
+        } = match &origin {
+            Origin::Boot { .. } => triarch_arch::create_vcpus(&vm, &plan, &platform)?,
+            Origin::Saved(saved) => saved.vcpus(&vm, &plan, &platform)?,
+        };
         let processor = crate::cpu_features::told(processor);
 
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
@@ -142,32 +153,45 @@ impl Machine {
             debug: consoles.debug.as_ref(),
             device_tree: has_device_tree(config),
             power: Arc::new(move |event| power(GuestEvent::Power(event))),
+            saved: origin.saved().map(|saved| &saved.board),
         })?;
         let host = Host {
             root,
             memory: memory.clone(),
-            discarder: Discarder::new(memory.clone(), &ram_options(config))?,
+            discarder: Discarder::new(memory.clone(), &options)?,
             router: platform.interrupts.router(),
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
             events: events.clone(),
             report: report.clone(),
-            rooms: virtio_mem::rooms(config, &ram_options(config))?,
+            rooms: virtio_mem::rooms(config, &options)?,
             slots: vm.memory_slots().clone(),
         };
-        let devices = Devices::build(config, consoles, backends, host, progress)?;
+        let saved = match &mut origin {
+            Origin::Saved(saved) => Some(&mut **saved),
+            Origin::Boot { .. } => None,
+        };
+        let devices = Devices::build(config, consoles, backends, host, saved, progress)?;
         if let Some(slots) = board.slots() {
             let (present, fixed) = devices.slots();
             slots.begin(present, fixed);
         }
-        progress.note("kernel");
-        boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
-        // Not before: what the guest finds as memory devices is not in the memory map it boots with.
-        let memory = Regions::new(memory, ram_options(config));
-        for (slot, place) in sizes.memory.iter().enumerate() {
-            memory.add(&vm, devices.served(), place.start, place.size)?;
-            if let Some(slots) = board.memory() {
-                slots.put(slot, *place);
+        match &origin {
+            Origin::Boot { memory: places, .. } => {
+                progress.note("kernel");
+                boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
+                // Not before: what the guest finds as memory devices is not in the memory map it boots with.
+                for (slot, place) in places.iter().enumerate() {
+                    regions.add(&vm, devices.served(), place.start, place.size)?;
+                    if let Some(slots) = board.memory() {
+                        slots.put(slot, *place);
+                    }
+                }
+            }
+            Origin::Saved(saved) => {
+                saved.restore_platform(&vm, &platform, &running)?;
+                board.restore_events(&saved.board)?;
+                devices.renew_interrupts();
             }
         }
 
@@ -179,15 +203,16 @@ impl Machine {
         Ok(Self {
             vcpus,
             devices,
-            shared: ram_options(config).shared,
+            shared: options.shared,
             board,
+            interrupts: platform.interrupts.count().clone(),
+            platform,
             _buses,
             parked: parked.into(),
             plan,
             processor,
             vm,
-            interrupts: platform.interrupts.count().clone(),
-            memory,
+            memory: regions,
         })
     }
 
@@ -386,6 +411,33 @@ impl Drop for Machine {
     }
 }
 
+impl Origin<'_> {
+    fn saved(&self) -> Option<&Saved> {
+        match self {
+            Self::Saved(saved) => Some(saved),
+            Self::Boot { .. } => None,
+        }
+    }
+}
+
+fn plan(kvm: &Kvm, config: &VmConfig, origin: &Origin<'_>) -> Result<CpuPlan, MachineError> {
+    let cpus = &config.cpus;
+    let vcpus = match origin {
+        Origin::Saved(saved) => return Ok(CpuPlan::restore(kvm, &saved.cpus)?),
+        Origin::Boot { vcpus, .. } => *vcpus,
+    };
+    let count = CpuCount {
+        boot: cpus.boot_vcpus,
+        now: vcpus,
+        max: cpus.max_vcpus,
+    };
+    let mut plan = CpuPlan::new(kvm, count, cpus.topology.map(topology))?;
+    if let Some(bits) = cpus.max_phys_bits {
+        plan.limit_address_bits(bits);
+    }
+    Ok(plan)
+}
+
 /// Loads what the guest boots and puts the first vCPU at its entry.
 fn boot(
     memory: &GuestMemory,
@@ -448,5 +500,6 @@ fn ram_options(config: &VmConfig) -> RamOptions {
         thp: config.thp,
         prefault: config.prefault,
         mergeable: config.mergeable,
+        copy_on_write: false,
     }
 }

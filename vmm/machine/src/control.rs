@@ -10,12 +10,12 @@ use kvm_ioctls::Kvm;
 use triarch_api::events::{Kind, kind};
 use triarch_api::{ApiError, Handler, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 use triarch_device_core::Sandbox;
-use triarch_legacy::{MemoryPlace, PowerEvent, SerialPort};
+use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backends::{Backends, HandedTaps, Opener};
-use crate::build::{Machine, Reports, Sizes};
+use crate::backends::{Backends, HandedTaps};
+use crate::build::Machine;
 use crate::consoles::Consoles;
 use crate::cpus::Processors;
 use crate::daemons::Daemons;
@@ -50,13 +50,13 @@ pub(crate) enum Cause {
     Guest,
 }
 
-type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+pub(crate) type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Owns the guest. Runs on the main thread.
 pub struct Controller {
     pub(crate) outbox: Outbox,
     pub(crate) inbox: Inbox,
-    events: EventManager<Subscriber>,
+    pub(crate) events: EventManager<Subscriber>,
     pub(crate) sandbox: Arc<dyn Sandbox>,
     supervisor: Box<dyn Supervisor>,
     /// Starts daemons for devices, if somebody may.
@@ -70,14 +70,14 @@ pub struct Controller {
     pub(crate) config: Option<VmConfig>,
     /// Taps that clients opened and handed over.
     pub(crate) taps: HandedTaps,
-    consoles: Option<Consoles>,
+    pub(crate) consoles: Option<Consoles>,
     pub(crate) backends: Option<Backends>,
     pub(crate) machine: Option<Machine>,
     /// What the guest was asked for and has not done yet.
     pub(crate) resizes: Resizes,
     pub(crate) processors: Processors,
     pub(crate) dimms: Dimms,
-    serial_input: Option<SubscriberId>,
+    pub(crate) serial_input: Option<SubscriberId>,
     pub(crate) plugs: Plugs,
     /// How many guests were built.
     pub(crate) generation: u64,
@@ -200,57 +200,6 @@ impl Controller {
         })
     }
 
-    /// Lets a new guest run, with `vcpus` vCPUs, or as many as the last one had or are configured, and `memory` beside its RAM.
-    fn start(
-        &mut self,
-        progress: Progress<'_>,
-        cause: Cause,
-        vcpus: Option<u32>,
-        memory: &[MemoryPlace],
-    ) -> Result<(), MachineError> {
-        let (Some(config), Some(consoles)) = (&self.config, &self.consoles) else {
-            return Ok(());
-        };
-        self.tell(&kind::VM_BOOTING, cause);
-        progress.note("disks and networks");
-        let mut backends = match self.backends.take() {
-            Some(backends) => backends,
-            None => {
-                let (handed, daemons, sandbox) = (&self.taps, self.daemons.as_ref(), &self.sandbox);
-                let opener = Opener {
-                    handed,
-                    daemons,
-                    sandbox,
-                };
-                Backends::open(config, opener)?
-            }
-        };
-        self.generation += 1;
-        let (generation, inbox) = (self.generation, self.inbox.clone());
-        let reports = Reports {
-            guest: Arc::new(move |event| inbox.post(Message::Guest(generation, event))),
-            events: self.inbox.events(),
-            progress,
-        };
-        let vcpus = vcpus.unwrap_or(self.processors.at_boot(config.cpus.boot_vcpus));
-        let sizes = Sizes { vcpus, memory };
-        let mut machine = Machine::build(&self.kvm, config, sizes, consoles, &backends, &self.sandbox, reports)?;
-        backends.places = machine.devices().places();
-        self.backends = Some(backends);
-        self.processors.begin(machine.cpus());
-        self.dimms.begin(machine.memory_slots());
-        self.outbox.show_meters(self.meters(&machine));
-        machine.resume()?;
-        self.serial_input = machine.serial().map(|serial| {
-            let input: Subscriber = Arc::new(Mutex::new(SerialInput(serial.clone())));
-            self.events.add_subscriber(input)
-        });
-        self.machine = Some(machine);
-        self.phase = Phase::Running;
-        self.tell(&kind::VM_BOOTED, cause);
-        Ok(())
-    }
-
     /// What `machine` counts.
     pub(crate) fn meters(&self, machine: &Machine) -> Option<GuestMeters> {
         let config = self.config.as_ref()?;
@@ -266,7 +215,7 @@ impl Controller {
     }
 
     /// Does long work as a job.
-    fn job(
+    pub(crate) fn job(
         &mut self,
         operation: Operation,
         work: impl FnOnce(&mut Self, Progress<'_>) -> Result<(), MachineError>,
@@ -380,6 +329,8 @@ impl Controller {
             Request::AddVsock(vsock) => return self.add_vsock(vsock),
             Request::RemoveDevice(device) => self.remove_device(&device)?,
             Request::CpuFeatures => return Ok(self.cpu_features()?),
+            Request::Snapshot(snapshot) => self.snapshot(&snapshot)?,
+            Request::Restore(restore, fds) => self.restore(&restore, fds)?,
             Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),
         }
         Ok(Reply::Done)
@@ -441,7 +392,7 @@ impl Controller {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
         self.tell(&kind::VM_RESUMING, Cause::Client);
         if let Some(machine) = &mut self.machine {
             machine.resume()?;
@@ -523,7 +474,7 @@ impl Controller {
     }
 
     /// Ends the guest and forgets it.
-    fn forget(&mut self, progress: Progress<'_>) {
+    pub(crate) fn forget(&mut self, progress: Progress<'_>) {
         self.stop_guest(progress);
         if let Some(consoles) = self.consoles.take() {
             progress.note("consoles");
@@ -581,7 +532,7 @@ impl MutEventSubscriber for SignalInput {
 }
 
 /// Brings what is typed into the serial port.
-struct SerialInput(Arc<dyn SerialPort>);
+pub(crate) struct SerialInput(pub(crate) Arc<dyn SerialPort>);
 
 impl MutEventSubscriber for SerialInput {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {

@@ -13,6 +13,7 @@ use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
 use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
+use triarch_state::Payloads;
 use triarch_vhost_user::{Peer, VhostUserHandle};
 use triarch_virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
 use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
@@ -21,6 +22,7 @@ use triarch_virtio::{
     Block, BlockHandle, ConsoleResizer, DeviceEvent, EntropySource, Observer, VirtioConsole, VirtioDevice, VirtioPci,
     VirtioRng,
 };
+use vm_memory::GuestAddressSpace;
 
 use crate::backends::{Backends, End, Serves};
 use crate::build::Report;
@@ -29,6 +31,7 @@ use crate::consoles::Consoles;
 use crate::memory::virtio_mem::{self, Room};
 use crate::metrics::DeviceMeters;
 use crate::progress::Progress;
+use crate::snapshot::{self, FunctionPlaceV1, PciStateV1, Saved, SavedDevices};
 use crate::{GuestEvent, MachineError, vhost};
 
 /// What devices are built on.
@@ -53,6 +56,8 @@ pub(crate) struct Devices {
     /// Where devices go that are not there yet and have been there before, by their ids.
     places: BTreeMap<String, PciAddress>,
     paused: bool,
+    /// What those that are made continue from, while a guest is restored.
+    saved: Option<SavedDevices>,
     disks: Vec<(String, BlockHandle)>,
     daemons: Vec<(String, VhostUserHandle)>,
     nics: Vec<(String, NetCounters)>,
@@ -106,13 +111,16 @@ impl Devices {
         consoles: &Consoles,
         backends: &Backends,
         host: Host,
+        mut saved: Option<&mut Saved>,
         progress: Progress<'_>,
     ) -> Result<Self, MachineError> {
         let mut devices = Self {
             host,
             functions: Vec::new(),
             places: backends.places.clone(),
-            paused: false,
+            // A restored one stands still until it is told to go on.
+            paused: saved.is_some(),
+            saved: saved.as_mut().map(|saved| saved.devices()),
             disks: Vec::new(),
             daemons: Vec::new(),
             nics: Vec::new(),
@@ -126,6 +134,23 @@ impl Devices {
         let rooms = std::mem::take(&mut devices.host.rooms);
         devices.rooms = virtio_mem::shared(&rooms)?;
         let total = count(config, consoles) + rooms.len();
+        if let Some(saved) = &devices.saved {
+            devices.places = saved.places()?;
+        }
+        let mut rooms = rooms.into_iter();
+        if let Some(saved) = saved {
+            // Others may have their queues there.
+            let before = devices.host.memory.memory();
+            for room in rooms.by_ref() {
+                devices.add_memory(progress, total, room)?;
+            }
+            saved.fill_rest(
+                &devices.host.memory.memory(),
+                &before,
+                devices.host.discarder.options(),
+                progress,
+            )?;
+        }
         let vsock = |device: &DeviceConfig<'_>| matches!(device, DeviceConfig::Vsock(_));
         let (last, first): (Vec<_>, Vec<_>) = DeviceConfig::all(config).partition(vsock);
         let with_end = |device: DeviceConfig<'_>| backends.end(device.id());
@@ -159,6 +184,9 @@ impl Devices {
             devices.add_memory(progress, total, room)?;
         }
         devices.places.clear();
+        if let Some(saved) = devices.saved.take() {
+            saved.finish(&devices.host.root)?;
+        }
         Ok(devices)
     }
 
@@ -281,6 +309,30 @@ impl Devices {
         (present, fixed)
     }
 
+    /// Saves them all, which are paused, and returns how they are on the bus.
+    pub(crate) fn save(&self, payloads: &mut Payloads) -> Result<PciStateV1, MachineError> {
+        let mut places = BTreeMap::new();
+        for Placed {
+            id, address, function, ..
+        } in &self.functions
+        {
+            snapshot::save_function(id, function, payloads)?;
+            let place = FunctionPlaceV1 {
+                address: address.to_string(),
+                touched: self.touched(*address),
+            };
+            places.insert(id.clone(), place);
+        }
+        Ok(PciStateV1::new(&self.host.root, places))
+    }
+
+    /// Interrupts the guest for each queue: it was restored, and interrupts may have been on their way when it was saved.
+    pub(crate) fn renew_interrupts(&self) {
+        self.functions
+            .iter()
+            .for_each(|placed| placed.function.renew_interrupts());
+    }
+
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.functions.len()
@@ -322,9 +374,15 @@ impl Devices {
         };
         let host = &self.host;
         let device = make(name).map_err(failed)?;
-        let (router, io_events) = (host.router.clone(), host.io_events.clone());
-        let function = VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone());
-        let function = Arc::new(function.map_err(|e| failed(e.into()))?);
+        let function = match &mut self.saved {
+            Some(saved) => saved.function(name, device, host)?,
+            None => {
+                let (router, io_events) = (host.router.clone(), host.io_events.clone());
+                VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone())
+                    .map_err(|e| failed(e.into()))?
+            }
+        };
+        let function = Arc::new(function);
         function.observe(observer(&host.events, name));
         if self.paused {
             function.pause();

@@ -4,12 +4,13 @@ use std::io;
 
 use thiserror::Error;
 use triarch_api::{ApiError, ConfigError};
-use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError, NmiError};
+use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError, NmiError, StateError};
 use triarch_hypervisor::HypervisorError;
 use triarch_legacy::console::OpenError;
 use triarch_memory::MemoryError;
 use triarch_pci::AddError;
 use triarch_sandbox::SandboxError;
+use triarch_state::{PayloadError, SnapshotError};
 use triarch_vcpu::VcpuError;
 use triarch_vhost_user::LinkError;
 
@@ -82,6 +83,21 @@ pub enum MachineError {
     /// The sandbox.
     #[error("cannot confine the VMM")]
     Sandbox(#[from] SandboxError),
+    /// A snapshot.
+    #[error("cannot use the snapshot")]
+    Snapshot(#[from] SnapshotError),
+    /// What is saved of the processors and interrupt controllers.
+    #[error("cannot carry the guest's processors over")]
+    State(#[from] StateError),
+    /// A device, to be saved or restored.
+    #[error("cannot carry the device {id} over")]
+    Carry {
+        /// Its name.
+        id: String,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Descriptors, signals.
     #[error("cannot {what}")]
     Host {
@@ -139,8 +155,11 @@ impl MachineError {
             Self::Console { source, .. } => {
                 !matches!(source, OpenError::Events(_) | OpenError::Pty(_)) && !host_is_short(source)
             }
-            Self::Device { source, .. } => !host_is_short(&**source),
+            Self::Device { source, .. } | Self::Carry { source, .. } => !host_is_short(&**source),
             Self::Share { source, .. } => matches!(source, LinkError::Unfit(_)),
+            Self::Snapshot(cause) => !host_is_short(cause),
+            Self::State(cause) => !matches!(cause, StateError::Kvm(_) | StateError::Cpu(_)),
+            Self::Board(BoardError::Saved { .. }) => true,
             Self::Hypervisor(_)
             | Self::Vcpu(_)
             | Self::Board(_)
@@ -157,8 +176,17 @@ fn host_is_short(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     causes.any(|cause| {
         let number = cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
-        matches!(number, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO))
+        matches!(
+            number,
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EIO | libc::ENOSPC | libc::EDQUOT)
+        )
     })
+}
+
+impl From<PayloadError> for MachineError {
+    fn from(error: PayloadError) -> Self {
+        Self::Snapshot(error.into())
+    }
 }
 
 impl From<MachineError> for ApiError {

@@ -25,6 +25,8 @@ mod progress;
 mod resize;
 #[allow(unsafe_code)] // signal masks
 mod signals;
+mod snapshot;
+mod start;
 mod supervisor;
 mod vhost;
 

@@ -21,6 +21,13 @@ impl<'a> Progress<'a> {
         }
     }
 
+    /// So many bytes of the phase are done.
+    pub(crate) fn bytes(self, done: u64, total: u64) {
+        if let Some(job) = self.0 {
+            job.progress(done, total, "bytes");
+        }
+    }
+
     /// So much of the phase is done.
     pub(crate) fn count(self, done: usize, total: usize, unit: &str) {
         if let Some(job) = self.0 {

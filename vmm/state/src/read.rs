@@ -60,20 +60,25 @@ impl Snapshot {
         &self.memory
     }
 
-    /// Reads all memory. `write` gets what is at a GPA, where it is not zeroes; `progress` is told how many bytes of all are done.
+    /// Reads the memory of those regions that are `wanted`. `write` gets what is at a GPA, where it is not zeroes; `progress` is told how
+    /// many bytes of all are done.
     ///
     /// # Errors
     /// Also when a checksum differs: then nothing of that chunk was given to `write`.
     pub fn memory(
         &self,
+        wanted: impl Fn(&MemoryRange) -> bool,
         mut write: impl FnMut(u64, &[u8]) -> io::Result<()>,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<(), SnapshotError> {
         let path = Path::new(MEMORY);
         let failed = SnapshotError::host("read", path);
-        let total: u64 = self.table.ranges.iter().map(|range| range.size).sum();
+        let total: u64 = self.ranges().iter().map(|range| range.size).sum();
         let (mut done, mut buffer) = (0, vec![0; CHUNK]);
         for range in &self.table.ranges {
+            if !wanted(range) {
+                continue;
+            }
             for (at, checksum) in (0..range.size).step_by(CHUNK).zip(&range.checksums) {
                 let len = (range.size - at).min(CHUNK as u64) as usize;
                 if let Some(checksum) = checksum {

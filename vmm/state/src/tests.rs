@@ -93,6 +93,7 @@ fn open(dir: &Path) -> Result<Snapshot, SnapshotError> {
 
 fn read(snapshot: &Snapshot, into: &mut Memory) -> Result<(), SnapshotError> {
     snapshot.memory(
+        |_| true,
         |gpa, bytes| {
             into.at(gpa, bytes.len()).copy_from_slice(bytes);
             Ok(())

@@ -73,14 +73,16 @@ impl SnapshotWriter {
         if there()? {
             return Err(SnapshotError::Exists(dir.to_owned()));
         }
-        memory.set_len(0).map_err(SnapshotError::host("empty", &path))?;
-        Ok(Self {
+        // From here on all of it is ours, to be removed if anything fails.
+        let writer = Self {
             dir: dir.to_owned(),
             made,
             memory,
             ranges: Vec::new(),
             finished: false,
-        })
+        };
+        writer.memory.set_len(0).map_err(SnapshotError::host("empty", &path))?;
+        Ok(writer)
     }
 
     /// Writes all memory. `ranges` are the GPAs of its regions, in order; `read` fills a buffer with what is at a GPA, or tells by `false`

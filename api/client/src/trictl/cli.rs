@@ -112,6 +112,24 @@ pub(crate) enum Command {
         #[arg(long)]
         wait: bool,
     },
+    /// Save the VM, which must be paused
+    Snapshot {
+        /// Where to: a directory, which is made if it is not there
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+    /// Make a VM from a snapshot, and let it stand still until it is told to go on
+    Restore {
+        /// The snapshot's directory
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// How memory comes back: copy, mapped or ondemand
+        #[arg(long, value_name = "MODE", default_value = "copy")]
+        memory: triarch_api::RestoreMode,
+        /// Let it go on at once
+        #[arg(long)]
+        resume: bool,
+    },
     /// Show long work: what is under way, and the last that ended
     Jobs {
         /// Only this one

@@ -10,7 +10,7 @@ use serde::Serialize;
 use triarch_api::flags::{self, FlagError};
 use triarch_api::jobs::{Job, JobState};
 use triarch_api::server::Method;
-use triarch_api::{Operation, RemoveDevice, Resize, ResizeDisk};
+use triarch_api::{Operation, RemoveDevice, Resize, ResizeDisk, RestoreConfig, SnapshotConfig};
 use triarch_client::{Client, Response};
 
 use crate::cli::{self, AddNet, Cli, Command, Global};
@@ -62,6 +62,23 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             let body = RemoveDevice { id, force };
             session.put_and_follow(Operation::RemoveDevice, &body, wait)
         }
+        Command::Snapshot { directory } => {
+            let destination_url = url(&directory)?;
+            session.put_json(Operation::Snapshot, &SnapshotConfig { destination_url })
+        }
+        Command::Restore {
+            directory,
+            memory,
+            resume,
+        } => {
+            let body = RestoreConfig {
+                source_url: url(&directory)?,
+                memory_restore_mode: memory,
+                resume,
+                ..RestoreConfig::default()
+            };
+            session.put_json(Operation::Restore, &body)
+        }
         Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
         Command::Events(events) => follow::run(&mut session.client, &events, session.json),
         Command::Metrics => print(&session.client.get("/metrics")?),
@@ -70,6 +87,24 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         // All others need no more than their name, and are done.
         _ => Ok(()),
     }
+}
+
+/// A directory of this host, as the API names it: one that is not absolute is below ours.
+fn url(directory: &Path) -> Result<String, Failure> {
+    let path = std::path::absolute(directory)?;
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
+    let letter = |byte: u8| match plain(&byte) {
+        true => char::from(byte).to_string(),
+        false => format!("%{byte:02X}"),
+    };
+    let path: String = path
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .copied()
+        .map(letter)
+        .collect();
+    Ok(format!("file://{path}"))
 }
 
 /// A client, and how its answers are shown.
@@ -224,4 +259,20 @@ fn read(file: &Path) -> Result<String, Failure> {
     };
     got.map_err(problem)?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_are_named_as_the_api_reads_them() {
+        for path in ["/var/lib/vm", "/with space/%and:é"] {
+            let destination_url = url(Path::new(path)).expect("a URL");
+            let read = SnapshotConfig { destination_url }.directory().expect("a directory");
+            assert_eq!(read, Path::new(path));
+        }
+        let below = url(Path::new("here")).expect("a URL");
+        assert!(below.starts_with("file:///") && below.ends_with("/here"), "{below}");
+    }
 }

@@ -249,7 +249,7 @@ fn have_an_audit_line_for_each_call(context: &Context) -> Result<Outcome> {
     let guest = Guest::start(vm.flag("--audit-log", format!("file={}", file.display())))?;
     let api = guest.vm().api()?;
     api.request("GET", "vm.info", None)?;
-    for route in ["vm.pause", "vm.pause", "vm.resume", "vm.snapshot"] {
+    for route in ["vm.pause", "vm.pause", "vm.resume", "vm.coredump"] {
         api.request("PUT", route, None)?;
     }
     api.request("PUT", "vm.create", Some("{"))?;
@@ -264,7 +264,7 @@ fn have_an_audit_line_for_each_call(context: &Context) -> Result<Outcome> {
         "vm.pause 204",
         "vm.pause 409",
         "vm.resume 204",
-        "vm.snapshot 501",
+        "vm.coredump 501",
         "vm.create 400",
     ];
     ensure!(seen == expected, "{text}");

@@ -63,13 +63,18 @@ impl Guest {
 
     /// Waits for the first line of the guest in `vm`, whose serial line is the socket `serial`.
     pub fn attach(vm: Vm, serial: &Path) -> Result<Self> {
+        let mut guest = Self::attach_restored(vm, serial)?;
+        guest.wait_ready()?;
+        Ok(guest)
+    }
+
+    /// Takes the serial line of a guest in `vm` that said that it is there long ago.
+    pub fn attach_restored(vm: Vm, serial: &Path) -> Result<Self> {
         let stream = connect(&vm, serial)?;
         stream.set_read_timeout(Some(patient(ANSWER)))?;
         stream.set_write_timeout(Some(patient(ANSWER)))?;
         let line = BufReader::new(stream);
-        let mut guest = Self { line, vm };
-        guest.wait_ready()?;
-        Ok(guest)
+        Ok(Self { line, vm })
     }
 
     /// The VM around it.

@@ -39,6 +39,7 @@ mod rings;
 mod rng;
 mod sandbox;
 mod smp;
+mod snapshot;
 mod trictl;
 mod vhost;
 mod vhost_fs;
@@ -87,6 +88,7 @@ pub fn tests() -> Vec<Test> {
         nursery::TESTS,
         rings::TESTS,
         pause::TESTS,
+        snapshot::TESTS,
         ends::TESTS,
         sandbox::TESTS,
         api::TESTS,

@@ -99,11 +99,20 @@ impl Subject {
             "payload": { "kernel": context.images.path(IMAGE)? }, "memory": { "size": 64 << 20 },
             "disks": [{ "path": disk, "id": "root" }],
         });
-        Ok(Self {
+        let subject = Self {
             api: vm.api()?.clone(),
             vm,
             create: create.to_string(),
-        })
+        };
+        subject.bring_into("Paused")?;
+        let to = json!({ "destination_url": subject.url("saved") }).to_string();
+        subject.api.put("vm.snapshot", Some(&to))?;
+        Ok(subject)
+    }
+
+    /// A directory for a snapshot.
+    fn url(&self, name: &str) -> String {
+        format!("file://{}", self.vm.dir().join(name).display())
     }
 
     /// A new VM in `phase`.
@@ -137,6 +146,8 @@ fn body(subject: &Subject, route: &str, operation: &Value) -> Option<String> {
         "vm.resize-disk" => return Some(json!({ "id": "root", "desired_size": 1 << 17 }).to_string()),
         "vm.remove-device" => return Some(json!({ "id": "root" }).to_string()),
         "vm.add-disk" => return Some(json!({ "path": subject.vm.dir().join("more") }).to_string()),
+        "vm.snapshot" => return Some(json!({ "destination_url": subject.url("new") }).to_string()),
+        "vm.restore" => return Some(json!({ "source_url": subject.url("saved") }).to_string()),
         "vm.add-vsock" => {
             let socket = subject.vm.dir().join("vsock");
             return Some(json!({ "cid": 3, "socket": socket }).to_string());

@@ -13,11 +13,11 @@ use triarch_cpu_model::GuestProcessor;
 use triarch_device_core::{Bus, BusError};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::console::Console;
-use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, MemoryHotplug, PciHotplug, PowerSink};
+use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, MemoryHotplug, MemoryPlace, PciHotplug, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 
-use crate::{Board, CpuError, CpuPlan};
+use crate::{Board, BoardStateV1, CpuError, CpuPlan};
 
 /// How many processors a guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,6 +132,58 @@ pub enum BoardError {
     /// Only ARM guests can have one.
     #[error("--platform dtb=on is for ARM guests, this host's are described by ACPI; leave it out")]
     DeviceTree,
+    /// The state of a device was saved on another machine, or changed.
+    #[error("the saved state of the {device} does not fit")]
+    Saved {
+        /// The device.
+        device: &'static str,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl BoardError {
+    /// For use with `map_err`.
+    pub(crate) fn saved<E: std::error::Error + Send + Sync + 'static>(device: &'static str) -> impl Fn(E) -> Self {
+        move |source| Self::Saved {
+            device,
+            source: Box::new(source),
+        }
+    }
+
+    /// Has `device`, `here`, continue from what was saved of it; either both are there or neither is.
+    pub(crate) fn restored<D, S, E: std::error::Error + Send + Sync + 'static>(
+        device: &'static str,
+        here: Option<&D>,
+        saved: Option<&S>,
+        restore: impl Fn(&D, &S) -> Result<(), E>,
+    ) -> Result<(), Self> {
+        match (here, saved) {
+            (Some(here), Some(saved)) => restore(here, saved).map_err(Self::saved(device)),
+            (None, None) => Ok(()),
+            _ => Err(Self::differs(device)),
+        }
+    }
+
+    /// What is there is not what was saved.
+    pub(crate) fn differs(device: &'static str) -> Self {
+        let source = "it is there only in the state, or only in this machine".into();
+        Self::Saved { device, source }
+    }
+}
+
+/// What comes and goes, for errors.
+pub(crate) const CPUS: &str = "processors that come and go";
+pub(crate) const MEMORY: &str = "memory that comes and goes";
+pub(crate) const SLOTS: &str = "PCI devices that come and go";
+
+impl BoardStateV1 {
+    /// Where the guest had memory devices.
+    pub fn memory_places(&self) -> Vec<MemoryPlace> {
+        let slots = self.memory.iter().flat_map(|memory| &memory.slots);
+        slots.filter_map(|slot| slot.place).collect()
+    }
 }
 
 /// What the board is made of.
@@ -164,6 +216,8 @@ pub struct BoardConfig<'a> {
     pub device_tree: bool,
     /// Told when the guest ends or resets itself through a device. On ARM its vCPUs tell (PSCI).
     pub power: Arc<dyn PowerSink>,
+    /// What the devices continue from, if the guest was saved.
+    pub saved: Option<&'a BoardStateV1>,
 }
 
 impl BoardConfig<'_> {

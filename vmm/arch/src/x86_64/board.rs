@@ -3,14 +3,17 @@
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use triarch_device_core::{AccessError, BusDevice, InterruptLine};
 use triarch_legacy::{
-    CMOS_PORTS, Cmos, CpuHotplug, DebugPort, Ged, GedEvents, HostClock, I8042, I8042_PORTS, MemoryHotplug, PciHotplug,
-    PmTimer, PostPort, ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SleepControl,
+    CMOS_PORTS, Cmos, CmosStateV1, CpuHotplug, CpuHotplugStateV1, DebugPort, Ged, GedEvents, GedStateV1, HostClock,
+    I8042, I8042_PORTS, I8042StateV1, MemoryHotplug, MemoryHotplugStateV1, PciHotplug, PciHotplugStateV1, PmTimer,
+    PmTimerStateV1, PostPort, ResetPort, ResetRegister, SERIAL_PORTS, Serial, SerialPort, SerialStateV1, SleepControl,
 };
 use triarch_pci::{ConfigPorts, Ecam};
 
 use super::layout;
+use crate::common::{CPUS, MEMORY, SLOTS};
 use crate::{BoardConfig, BoardError};
 
 /// First serial port and its interrupt.
@@ -34,11 +37,39 @@ const RESET_PORT_OFFSET: u64 = 1;
 
 /// The devices at fixed places.
 pub struct Board {
-    serial: Option<Arc<dyn SerialPort>>,
+    serial: Option<(Arc<Serial>, Arc<dyn SerialPort>)>,
     events: Arc<Ged>,
+    clock: Arc<Cmos>,
+    keyboard: Arc<I8042>,
+    timer: Arc<PmTimer>,
+    config: Arc<ConfigAndReset>,
     cpus: Arc<CpuHotplug>,
     memory: Option<Arc<MemoryHotplug>>,
     slots: Arc<PciHotplug>,
+}
+
+/// What is saved of the devices at fixed places.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BoardStateV1 {
+    /// The serial port, if there is one.
+    pub serial: Option<SerialStateV1>,
+    /// The real-time clock and its memory.
+    pub cmos: CmosStateV1,
+    /// The keyboard controller.
+    pub i8042: I8042StateV1,
+    /// ACPI's timer.
+    pub pm_timer: PmTimerStateV1,
+    /// Address port of PCI's configuration mechanism.
+    pub config_address: u32,
+    /// The generic event device.
+    pub events: GedStateV1,
+    /// Processors that come and go.
+    pub cpus: CpuHotplugStateV1,
+    /// Memory that comes and goes, if it does.
+    pub memory: Option<MemoryHotplugStateV1>,
+    /// PCI devices that come and go.
+    pub slots: PciHotplugStateV1,
 }
 
 impl Board {
@@ -50,15 +81,27 @@ impl Board {
         if config.device_tree {
             return Err(BoardError::DeviceTree);
         }
+        let saved = config.saved;
         let port = |base: u16, len, device: Arc<dyn BusDevice>| pio.claim(u64::from(base), len, device);
         let clock = Arc::new(HostClock::new());
 
         let serial = match config.serial {
             Some(console) => {
                 let line = interrupts.line(COM1_GSI)?;
-                let serial = Arc::new(Serial::new(console.clone(), line));
+                let serial = match saved {
+                    Some(saved) => {
+                        let state = saved.serial.as_ref().ok_or(BoardError::differs("serial port"))?;
+                        let serial = Serial::restore(state, console.clone(), line);
+                        serial.map_err(BoardError::saved("serial port"))?
+                    }
+                    None => Serial::new(console.clone(), line),
+                };
+                let serial = Arc::new(serial);
                 port(COM1, SERIAL_PORTS, serial.clone())?;
-                Some(serial as Arc<dyn SerialPort>)
+                Some((serial.clone(), serial as Arc<dyn SerialPort>))
+            }
+            None if saved.is_some_and(|saved| saved.serial.is_some()) => {
+                return Err(BoardError::differs("serial port"));
             }
             None => None,
         };
@@ -66,27 +109,32 @@ impl Board {
         let events = Arc::new(Ged::new(line));
         port(GED, 1, events.clone())?;
         port(SLEEP, 2, Arc::new(SleepControl::new(power.clone())))?;
-        port(PM_TIMER, 4, Arc::new(PmTimer::new(clock.clone())))?;
+        let timer = saved.map_or(PmTimerStateV1 { counter: 0 }, |saved| saved.pm_timer);
+        let timer = Arc::new(PmTimer::restore(timer, clock.clone()));
+        port(PM_TIMER, 4, timer.clone())?;
         port(RESET, 1, Arc::new(ResetRegister::new(RESET_VALUE, power.clone())))?;
         let low = config.memory_size.min(layout::LOW_RAM_END);
-        port(
-            CMOS,
-            CMOS_PORTS,
-            Arc::new(Cmos::new(clock.clone(), low, config.memory_size - low)),
-        )?;
-        pio.claim(I8042_DATA, I8042_PORTS, Arc::new(I8042::new(power.clone())))?;
+        let clock = match saved {
+            Some(saved) => Cmos::restore(&saved.cmos, clock).ok_or(BoardError::differs("real-time clock"))?,
+            None => Cmos::new(clock, low, config.memory_size - low),
+        };
+        let clock = Arc::new(clock);
+        port(CMOS, CMOS_PORTS, clock.clone())?;
+        let keyboard = Arc::new(match saved {
+            Some(saved) => I8042::restore(saved.i8042, power.clone()),
+            None => I8042::new(power.clone()),
+        });
+        pio.claim(I8042_DATA, I8042_PORTS, keyboard.clone())?;
         pio.claim(POST, 1, Arc::new(PostPort::default()))?;
         if let Some(console) = config.debug {
             pio.claim(DEBUG, 1, Arc::new(DebugPort::to_console(console.clone())))?;
         }
-        pio.claim(
-            ConfigPorts::BASE,
-            ConfigPorts::LEN,
-            Arc::new(ConfigAndReset {
-                config: ConfigPorts::new(config.root.clone()),
-                reset: ResetPort::new(power.clone()),
-            }),
-        )?;
+        let ports = Arc::new(ConfigAndReset {
+            config: ConfigPorts::new(config.root.clone()),
+            reset: ResetPort::new(power.clone()),
+        });
+        ports.config.set_address(saved.map_or(0, |saved| saved.config_address));
+        pio.claim(ConfigPorts::BASE, ConfigPorts::LEN, ports.clone())?;
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         config
             .mmio
@@ -97,15 +145,47 @@ impl Board {
         Ok(Self {
             serial,
             events,
+            clock,
+            keyboard,
+            timer,
+            config: ports,
             cpus,
             memory,
             slots,
         })
     }
 
+    /// What is to be saved, while the guest stands still.
+    pub fn save(&self) -> BoardStateV1 {
+        BoardStateV1 {
+            serial: self.serial.as_ref().map(|(serial, _)| serial.state()),
+            cmos: self.clock.state(),
+            i8042: self.keyboard.state(),
+            pm_timer: self.timer.state(),
+            config_address: self.config.config.address(),
+            events: self.events.state(),
+            cpus: self.cpus.state(),
+            memory: self.memory.as_ref().map(|memory| memory.state()),
+            slots: self.slots.state(),
+        }
+    }
+
+    /// Puts in place what interrupts the guest, once its interrupt controllers are as they were: what they had not delivered is told again.
+    pub fn restore_events(&self, saved: &BoardStateV1) -> Result<(), BoardError> {
+        self.events.notify(GedEvents::from_bits_retain(saved.events.pending));
+        BoardError::restored(CPUS, Some(&*self.cpus), Some(&saved.cpus), CpuHotplug::restore)?;
+        BoardError::restored(
+            MEMORY,
+            self.memory.as_deref(),
+            saved.memory.as_ref(),
+            MemoryHotplug::restore,
+        )?;
+        BoardError::restored(SLOTS, Some(&*self.slots), Some(&saved.slots), PciHotplug::restore)
+    }
+
     /// The serial port, for its input.
     pub fn serial(&self) -> Option<&Arc<dyn SerialPort>> {
-        self.serial.as_ref()
+        self.serial.as_ref().map(|(_, port)| port)
     }
 
     /// The processors that come and go.

@@ -9,7 +9,7 @@ mod processor;
 pub mod state;
 mod syscalls;
 
-pub use board::Board;
+pub use board::{Board, BoardStateV1};
 pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};

@@ -8,10 +8,13 @@ pub(crate) mod virtio_mem;
 
 pub(crate) use dimms::{Dimms, MemoryMeters};
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use triarch_hypervisor::Vm;
+use triarch_legacy::MemoryPlace;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, RamOptions};
+use triarch_state::SnapshotError;
 use triarch_vhost_user::VhostUserHandle;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
@@ -35,6 +38,29 @@ impl Regions {
     /// Memory as it is now.
     pub(crate) fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> {
         self.handle.memory()
+    }
+
+    /// Has memory at `places`, which a guest had in its `room` when it was saved, before there is a VM.
+    ///
+    /// # Errors
+    /// The host has not as much, or there is no such room.
+    pub(crate) fn restore(&self, places: &[MemoryPlace], room: Option<Range<u64>>) -> Result<(), MachineError> {
+        let room = room.unwrap_or_default();
+        for &MemoryPlace { start, size } in places {
+            let end = start.checked_add(size);
+            if start < room.start || end.is_none_or(|end| end > room.end) {
+                let text = format!(
+                    "a memory device of {size:#x} bytes at {start:#x} is not in the guest's room for memory, {:#x} to {:#x}; config.json must \
+                     have the memory the guest was saved with",
+                    room.start, room.end
+                );
+                return Err(SnapshotError::Memory(text).into());
+            }
+            let at = GuestAddress(start);
+            let region = triarch_memory::allocate_region(&self.handle.memory(), at, size, &self.options)?;
+            triarch_memory::insert(&self.handle, region)?;
+        }
+        Ok(())
     }
 
     /// Gives `vm` `size` bytes more at `base`. All devices and daemons have them when this returns: the guest can be told.

@@ -12,7 +12,7 @@ mod request;
 use std::time::{Duration, Instant};
 
 use triarch_api::events::kind;
-use triarch_api::{Handler, Phase};
+use triarch_api::{Handler, Operation, Phase};
 use triarch_legacy::PciSlot;
 
 use crate::control::Controller;
@@ -123,6 +123,28 @@ impl Controller {
             self.plugs.meters.count(Direction::Remove, Outcome::Timeout);
             self.publish();
             asked.job.finish(Err(&text));
+        }
+        self.watch_slots();
+    }
+
+    /// Devices the guest was asked for and has not given back.
+    pub(crate) fn asked_for(&self) -> Vec<String> {
+        self.plugs.asked.iter().map(|asked| asked.id.clone()).collect()
+    }
+
+    /// Goes on waiting for devices that a guest that was restored had been asked for: it has heard, or its slots tell it again.
+    pub(crate) fn ask_again(&mut self, ids: &[String]) {
+        for id in ids {
+            let found = self.machine.as_ref().and_then(|machine| machine.devices().find(id));
+            let Some((address, true)) = found else { continue };
+            let job = self.inbox.jobs().begin(Operation::RemoveDevice.name());
+            job.note(&format!("the guest has to give back '{id}'"));
+            self.plugs.asked.push(Asked {
+                id: id.clone(),
+                slot: address.device(),
+                since: Instant::now(),
+                job,
+            });
         }
         self.watch_slots();
     }

@@ -1,0 +1,229 @@
+//! What PCI devices save beside what their transport does.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::error::Error;
+
+use serde::{Deserialize, Serialize};
+use triarch_arch::HexBytes;
+use triarch_pci::{PciAddress, PciRoot};
+use triarch_state::{Kind, PayloadError, Payloads};
+use triarch_vhost_user::{StateError, StateLimits, VhostUser};
+use triarch_virtio::balloon::Balloon;
+use triarch_virtio::mem::Mem;
+use triarch_virtio::net::Net;
+use triarch_virtio::vsock::Vsock;
+use triarch_virtio::{Block, DeviceId, VirtioDevice, VirtioPci, VirtioPciStateV1};
+
+use crate::MachineError;
+use crate::devices::Host;
+
+/// A virtio device's PCI function, by the device's id.
+const FUNCTION: Kind = Kind::new("virtio-pci", 1);
+const BLOCK: Kind = Kind::new("block", 1);
+const NET: Kind = Kind::new("net", 1);
+const BALLOON: Kind = Kind::new("balloon", 1);
+const MEM: Kind = Kind::new("virtio-mem", 1);
+/// What a daemon knows of a device.
+const DAEMON: Kind = Kind::new("daemon", 1);
+
+/// Most bytes of a daemon's state.
+const DAEMON_BYTES: u64 = 64 << 20;
+/// Bytes of the host bridge's configuration space that a guest may have written.
+const BRIDGE: usize = 64;
+/// Registers of it: command; cache line size and latency timer; interrupt line.
+const BRIDGE_REGISTERS: [std::ops::Range<usize>; 3] = [4..6, 0xc..0xe, 0x3c..0x3d];
+
+/// The PCI bus.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PciStateV1 {
+    /// Begin of the host bridge's configuration space.
+    pub(super) bridge: HexBytes,
+    /// Where devices are, by their ids.
+    pub(super) functions: BTreeMap<String, FunctionPlaceV1>,
+}
+
+/// Where a device is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FunctionPlaceV1 {
+    /// As in `0000:00:04.0`.
+    pub(crate) address: String,
+    /// The guest may know of it.
+    pub(crate) touched: bool,
+}
+
+/// What the devices of a guest continue from.
+#[derive(Default)]
+pub(crate) struct SavedDevices {
+    pub(super) pci: PciStateV1,
+    pub(super) payloads: Payloads,
+}
+
+type Carried<T> = Result<T, Box<dyn Error + Send + Sync>>;
+
+/// A request that nobody has answered cannot be carried to another process.
+const UNANSWERED: &str = "requests of it wait for its daemon, which is gone; let a daemon serve it again first";
+
+/// Saves `function`, of the device `id`, which is paused.
+pub(crate) fn save(id: &str, function: &VirtioPci, payloads: &mut Payloads) -> Result<(), MachineError> {
+    let failed = |source| carry(id, source);
+    let state = function.save().map_err(|error| failed(error.into()))?;
+    function
+        .with_device(|device| save_device(id, device, &state, payloads))
+        .map_err(failed)?;
+    Ok(payloads.put(FUNCTION, id, &state)?)
+}
+
+fn carry(id: &str, source: Box<dyn Error + Send + Sync>) -> MachineError {
+    MachineError::Carry {
+        id: id.to_owned(),
+        source,
+    }
+}
+
+fn save_device(
+    id: &str,
+    device: &mut (dyn VirtioDevice + 'static),
+    state: &VirtioPciStateV1,
+    payloads: &mut Payloads,
+) -> Carried<()> {
+    let kind = device.id();
+    let device: &mut dyn Any = device;
+    if let Some(disk) = device.downcast_ref::<Block>() {
+        payloads.put(BLOCK, id, &disk.state())?;
+    } else if let Some(net) = device.downcast_ref::<Net>() {
+        payloads.put(NET, id, &net.handle().state())?;
+    } else if let Some(balloon) = device.downcast_ref::<Balloon>() {
+        payloads.put(BALLOON, id, &balloon.handle().state())?;
+    } else if let Some(mem) = device.downcast_ref::<Mem>() {
+        payloads.put(MEM, id, &mem.handle().state())?;
+    } else if let Some(served) = device.downcast_mut::<VhostUser>() {
+        let open = |queue: &triarch_virtio::QueueStateV1| queue.next_avail != queue.next_used;
+        if state
+            .queues
+            .iter()
+            .filter_map(|queue| queue.progress.as_ref())
+            .any(open)
+        {
+            return Err(UNANSWERED.into());
+        }
+        save_daemon(id, kind, served, payloads)?;
+    }
+    Ok(())
+}
+
+/// Disks and interfaces have all their state in what the guest negotiated; daemons of other devices have to tell theirs.
+fn save_daemon(id: &str, kind: DeviceId, served: &mut VhostUser, payloads: &mut Payloads) -> Carried<()> {
+    let limits = StateLimits {
+        bytes: DAEMON_BYTES,
+        ..StateLimits::default()
+    };
+    let mut bytes = Vec::new();
+    match served.save_state(&mut bytes, &limits) {
+        Ok(_) => Ok(payloads.put(DAEMON, id, &HexBytes(bytes))?),
+        Err(StateError::Unable | StateError::NoDaemon) if matches!(kind, DeviceId::Block | DeviceId::Net) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+impl SavedDevices {
+    /// Where the device `id` was, if it was there.
+    pub(crate) fn places(&self) -> Result<BTreeMap<String, PciAddress>, MachineError> {
+        let place = |(id, place): (&String, &FunctionPlaceV1)| match place.address.parse() {
+            Ok(address) => Ok((id.clone(), address)),
+            Err(_) => Err(carry(
+                id,
+                format!("it was at '{}', which is no place", place.address).into(),
+            )),
+        };
+        self.pci.functions.iter().map(place).collect()
+    }
+
+    /// Makes `device`, which is new and called `id`, the function that was saved.
+    pub(crate) fn function(
+        &mut self,
+        id: &str,
+        mut device: Box<dyn VirtioDevice>,
+        host: &Host,
+    ) -> Result<VirtioPci, MachineError> {
+        let state: VirtioPciStateV1 = self.payloads.take(FUNCTION, id)?;
+        let failed = |source| carry(id, source);
+        restore_before(id, &mut *device, &mut self.payloads).map_err(failed)?;
+        let function = VirtioPci::restore(
+            device,
+            host.memory.clone(),
+            host.router.clone(),
+            host.io_events.clone(),
+            host.sandbox.clone(),
+            &state,
+        );
+        let function = function.map_err(|error| failed(error.into()))?;
+        function
+            .with_device(|device| restore_after(id, device, &mut self.payloads))
+            .map_err(failed)?;
+        Ok(function)
+    }
+
+    /// Ends with the bus itself. Nothing saved may be left.
+    pub(crate) fn finish(self, root: &PciRoot) -> Result<(), PayloadError> {
+        let bridge = PciAddress::from_devfn(root.segment(), 0, 0);
+        for register in BRIDGE_REGISTERS {
+            if let Some(bytes) = self.pci.bridge.0.get(register.clone()) {
+                root.config_write(bridge, register.start as u16, bytes);
+            }
+        }
+        for place in self.pci.functions.values().filter(|place| place.touched) {
+            if let Ok(address) = place.address.parse() {
+                // An access is what makes it known.
+                root.config_read(address, 0, &mut [0; 2]);
+            }
+        }
+        self.payloads.finish()
+    }
+}
+
+/// The host bridge's registers.
+pub(crate) fn bridge(root: &PciRoot) -> HexBytes {
+    let mut bytes = [0; BRIDGE];
+    root.config_read(PciAddress::from_devfn(root.segment(), 0, 0), 0, &mut bytes);
+    HexBytes(bytes.to_vec())
+}
+
+impl PciStateV1 {
+    pub(crate) fn new(root: &PciRoot, functions: BTreeMap<String, FunctionPlaceV1>) -> Self {
+        Self {
+            bridge: bridge(root),
+            functions,
+        }
+    }
+}
+
+/// What a device has to know before its driver is there.
+fn restore_before(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads: &mut Payloads) -> Carried<()> {
+    let device: &mut dyn Any = device;
+    if let Some(net) = device.downcast_mut::<Net>() {
+        net.restore(payloads.take(NET, id)?);
+    } else if let Some(balloon) = device.downcast_mut::<Balloon>() {
+        balloon.restore(&payloads.take(BALLOON, id)?);
+    } else if let Some(mem) = device.downcast_mut::<Mem>() {
+        mem.restore(&payloads.take(MEM, id)?)?;
+    } else if let Some(vsock) = device.downcast_mut::<Vsock>() {
+        vsock.restore();
+    }
+    Ok(())
+}
+
+/// What it can take over once the driver is, and before its queues start.
+fn restore_after(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads: &mut Payloads) -> Carried<()> {
+    let device: &mut dyn Any = device;
+    if let Some(disk) = device.downcast_mut::<Block>() {
+        disk.restore(&payloads.take(BLOCK, id)?)?;
+    } else if let Some(served) = device.downcast_mut::<VhostUser>()
+        && let Some(HexBytes(bytes)) = payloads.take_if_there(DAEMON, id)?
+    {
+        served.load_state(&mut bytes.as_slice(), &StateLimits::default())?;
+    }
+    Ok(())
+}

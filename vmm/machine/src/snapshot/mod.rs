@@ -1,0 +1,29 @@
+//! Guests that are saved, and guests that continue from what was saved.
+//!
+//! Each part saves itself as a payload of a kind and version of its own; [`Machine`](crate::Machine) gathers them. A guest is restored
+//! by the same assembly that boots one, with [`Saved`] as its origin.
+
+mod devices;
+mod machine;
+mod memory;
+mod request;
+
+pub(crate) use devices::{FunctionPlaceV1, PciStateV1, SavedDevices, save as save_function};
+pub(crate) use machine::Saved;
+
+use triarch_state::Kind;
+
+/// What processors are made from.
+const CPUS: Kind = Kind::new("cpus", 1);
+/// Which processors run.
+const FIRMWARE: Kind = Kind::new("firmware", 1);
+/// A vCPU, by its index.
+const VCPU: Kind = Kind::new("vcpu", 1);
+/// Interrupt controllers and clocks.
+const PLATFORM: Kind = Kind::new("platform", 1);
+/// Devices at fixed places.
+const BOARD: Kind = Kind::new("board", 1);
+/// The PCI bus.
+const PCI: Kind = Kind::new("pci", 1);
+/// What clients wanted that the guest has not done yet.
+const WANTED: Kind = Kind::new("wanted", 1);

@@ -1,0 +1,237 @@
+//! `vm.snapshot` and `vm.restore`.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use triarch_api::events::kind;
+use triarch_api::{
+    ApiError, NetConfig, Operation, Phase, RestoreConfig, RestoreMode, SnapshotConfig, VmConfig, read_object,
+};
+use triarch_net::Tap;
+use triarch_state::{About, Snapshot, SnapshotError, SnapshotWriter};
+
+use super::{Saved, WANTED};
+use crate::backends::{HandedTaps, handed_tap};
+use crate::build::Origin;
+use crate::control::{Cause, Controller};
+use crate::progress::Progress;
+use crate::{Machine, MachineError};
+
+/// What clients wanted that the guest has not done yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WantedV1 {
+    /// vCPUs it should have.
+    vcpus: Option<u32>,
+    /// Devices it was asked for.
+    removals: Vec<String>,
+}
+
+fn about() -> About {
+    About {
+        vmm: env!("CARGO_PKG_VERSION").to_owned(),
+        arch: std::env::consts::ARCH.to_owned(),
+    }
+}
+
+impl Controller {
+    /// Saves the guest, which is paused.
+    pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
+        let directory = config.directory()?;
+        self.tell(&kind::VM_SNAPSHOTTING, Cause::Client);
+        self.job(Operation::Snapshot, |this, progress| this.save(&directory, progress))?;
+        self.tell(&kind::VM_SNAPSHOTTED, Cause::Client);
+        Ok(())
+    }
+
+    fn save(&mut self, directory: &Path, progress: Progress<'_>) -> Result<(), MachineError> {
+        // A device on its way out is neither there nor gone.
+        self.finish_removals();
+        self.look_at_processors();
+        self.look_at_slots();
+        let wanted = WantedV1 {
+            vcpus: self.vcpu_target(),
+            removals: self.asked_for(),
+        };
+        let (Some(config), Some(machine)) = (&self.config, &mut self.machine) else {
+            return Ok(());
+        };
+        let config = saved_config(config, &self.taps)?;
+        let mut writer = SnapshotWriter::create(directory)?;
+        let mut payloads = machine.save(&mut writer, progress)?;
+        payloads.put(WANTED, "", &wanted)?;
+        progress.note("to disk");
+        Ok(writer.finish(&config, &about(), payloads)?)
+    }
+
+    /// Makes the VM that a snapshot has. On error there is none.
+    pub(crate) fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
+        let directory = config.directory()?;
+        if fds.len() != config.descriptors() {
+            return Err(ApiError::BadRequest(format!(
+                "{} descriptors came with the request, and net_fds tells of {}",
+                fds.len(),
+                config.descriptors()
+            )));
+        }
+        self.tell(&kind::VM_RESTORING, Cause::Client);
+        let mut answer = Ok(());
+        let done = self.job(Operation::Restore, |this, progress| {
+            let restored = this.restore_from(&directory, config, fds, progress);
+            match restored {
+                Err(RestoreError::Machine(error)) => return Err(error),
+                Err(RestoreError::Request(error)) => answer = Err(error),
+                Ok(()) => {}
+            }
+            Ok(())
+        });
+        let done = answer.and(done.map_err(ApiError::from));
+        if done.is_err() {
+            self.forget(Progress::NONE);
+            return done;
+        }
+        self.tell(&kind::VM_RESTORED, Cause::Client);
+        if config.resume {
+            self.resume()?;
+        }
+        Ok(())
+    }
+
+    fn restore_from(
+        &mut self,
+        directory: &Path,
+        config: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+        progress: Progress<'_>,
+    ) -> Result<(), RestoreError> {
+        progress.note("snapshot");
+        let mut snapshot = Snapshot::open(directory, &about().arch).map_err(MachineError::from)?;
+        let (mut vm, ignored) = read_object::<VmConfig>(snapshot.config()).map_err(|error| {
+            let text = error.to_string();
+            RestoreError::Request(ApiError::BadRequest(format!("config.json of the snapshot: {text}")))
+        })?;
+        for field in ignored {
+            tracing::warn!("config.json of the snapshot: {field} is no field of a configuration, and was ignored");
+        }
+        let mapped = config.memory_restore_mode == RestoreMode::Mapped;
+        if mapped && (vm.memory.shared || vm.needs_shared_memory() || vm.memory.hugepages) {
+            return Err(RestoreError::Request(ApiError::BadRequest(
+                "memory_restore_mode Mapped takes memory that is neither shared, as daemons need it, nor of huge pages; use Copy"
+                    .to_owned(),
+            )));
+        }
+        vm.memory.prefault |= config.prefault;
+        if config.memory_restore_mode == RestoreMode::OnDemand {
+            return Err(RestoreError::Request(ApiError::Unsupported(format!(
+                "this version does not have memory_restore_mode {:?}; use Copy or Mapped",
+                config.memory_restore_mode
+            ))));
+        }
+        let taps = take_taps(&mut vm, config, fds)?;
+        let wanted: WantedV1 = snapshot.payloads.take(WANTED, "").map_err(MachineError::from)?;
+        self.create(vm)?;
+        self.taps = taps;
+        let mut saved = Saved::read(snapshot, mapped).map_err(MachineError::from)?;
+        let machine = self.build(progress, Origin::Saved(&mut saved))?;
+        self.take_in(machine, Phase::Paused);
+        self.want_again(&wanted)?;
+        Ok(())
+    }
+
+    /// Goes on waiting for what the guest was asked for.
+    fn want_again(&mut self, wanted: &WantedV1) -> Result<(), ApiError> {
+        self.publish();
+        if let Some(vcpus) = wanted.vcpus.filter(|vcpus| self.vcpu_target() != Some(*vcpus)) {
+            self.resize_vcpus(vcpus)?;
+        }
+        self.ask_again(&wanted.removals);
+        let memories = self.machine.as_ref().map(Machine::memories).unwrap_or_default();
+        let requested: Vec<u64> = memories.iter().map(|(_, memory)| memory.status().requested).collect();
+        for (at, bytes) in requested.into_iter().enumerate() {
+            self.resize_memory(at, bytes, Operation::Resize)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a VM was not restored: what a client is told, or what becomes that.
+enum RestoreError {
+    Request(ApiError),
+    Machine(MachineError),
+}
+
+impl From<MachineError> for RestoreError {
+    fn from(error: MachineError) -> Self {
+        Self::Machine(error)
+    }
+}
+
+impl From<ApiError> for RestoreError {
+    fn from(error: ApiError) -> Self {
+        Self::Request(error)
+    }
+}
+
+/// `config.json`. Interfaces whose taps clients opened have so many descriptors: nobody else can open those.
+fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u8>, MachineError> {
+    let mut config = config.clone();
+    for net in config.net.iter_mut().flatten() {
+        if net.id.as_ref().is_some_and(|id| taps.contains_key(id)) {
+            net.fds = Some(vec![0; pairs(net)]);
+        }
+    }
+    let text = serde_json::to_vec_pretty(&config);
+    Ok(text.map_err(SnapshotError::Document)?)
+}
+
+fn pairs(net: &NetConfig) -> usize {
+    usize::from(net.num_queues / 2)
+}
+
+/// The taps that came as `fds`, for the interfaces of `vm` that are to have them.
+fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<HandedTaps, ApiError> {
+    let mut rest = fds.into_iter();
+    let mut handed = BTreeMap::new();
+    for given in config.net_fds.iter().flatten() {
+        let fds: Vec<_> = rest.by_ref().take(given.num_fds).collect();
+        if handed.insert(given.id.clone(), fds).is_some() {
+            return Err(ApiError::BadRequest(format!("net_fds has '{}' twice", given.id)));
+        }
+    }
+    let mut taps = HandedTaps::new();
+    for net in vm.net.iter_mut().flatten() {
+        let id = net.id.clone().unwrap_or_default();
+        let Some(fds) = handed.remove(&id) else {
+            if net.fds.is_some() {
+                return Err(ApiError::BadRequest(format!(
+                    "a client opened the tap of '{id}'; give its descriptors with net_fds, or name a tap in config.json in the place of fds"
+                )));
+            }
+            continue;
+        };
+        taps.insert(id, handed_to(net, fds)?);
+    }
+    match handed.keys().next() {
+        Some(id) => Err(ApiError::BadRequest(format!(
+            "net_fds has descriptors for '{id}', and the VM has no such network interface"
+        ))),
+        None => Ok(taps),
+    }
+}
+
+fn handed_to(net: &mut NetConfig, fds: Vec<OwnedFd>) -> Result<Arc<Tap>, ApiError> {
+    if net.vhost_user || fds.len() != pairs(net) {
+        return Err(ApiError::BadRequest(format!(
+            "'{}' has {} descriptors; it must be one for each of its {} queue pairs, and none if a daemon serves it",
+            net.id.as_deref().unwrap_or_default(),
+            fds.len(),
+            pairs(net)
+        )));
+    }
+    net.fds = None;
+    net.tap = None;
+    handed_tap(net, fds).map_err(|error| ApiError::bad_request(&error))
+}
