@@ -172,6 +172,16 @@ pub struct LinuxVm {
 }
 
 impl LinuxVm {
+    /// A guest in `vm` that came up long ago, in another process: its agent is reached by vsock.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn attach(vm: Vm) -> Result<Self> {
+        let channel = Channel::Vsock;
+        let agent = connect(&vm, channel).with_context(|| format!("no agent{}", vm.last_words()))?;
+        Ok(Self { agent, vm, channel })
+    }
+
     /// The guest's agent.
     pub fn agent(&self) -> &Agent {
         &self.agent

@@ -20,6 +20,7 @@ mod plug;
 mod power;
 mod refusals;
 mod rng;
+mod snapshot;
 mod vhost;
 mod vhost_fs;
 mod vhost_net;
@@ -46,6 +47,7 @@ pub fn tests() -> Vec<Test> {
         passt::TESTS,
         vsock::TESTS,
         pause::TESTS,
+        snapshot::TESTS,
         hotplug::TESTS,
         dimms::TESTS,
         plug::TESTS,
