@@ -23,7 +23,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Writes other data to the disk each time and reads it back from there.
-const LOAD: &str = r#"mkdir /load
+const LOAD: &str = r#"mkdir /load; : >/load/good
 (n=0; while [ ! -e /load/stop ]; do
   n=$((n+1)); { echo $n; head -c 65000 /dev/urandom; } | head -c 65000 >/load/data; want=$(md5sum </load/data)
   dd if=/load/data of=/dev/vda bs=4096 conv=fsync 2>/dev/null
