@@ -1,6 +1,7 @@
 //! A guest that was saved goes on in another process where it was.
 
 use super::data::crc32;
+use super::dimms;
 use super::guest::{Guest, IMAGE, SERIAL, builder, number};
 use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
@@ -17,6 +18,7 @@ use triarch_harness::vm::{Vm, VmBuilder};
 payload_tests!("snapshot":
     goes_on_where_it_was,
     what_came_while_it_ran_is_there,
+    memory_devices_are_there,
     shared_memory_is_saved,
     mapped_memory_is_copied_when_it_is_written,
     only_a_paused_guest_is_saved,
@@ -175,6 +177,53 @@ fn what_came_while_it_ran_is_there(context: &Context) -> Result<Outcome> {
     guest.ask("hot serve 1 2000")?;
     guest.ask("hot ping 2")?;
     guest.power_off()?;
+    Ok(Outcome::Passed)
+}
+
+fn memory_devices_are_there(context: &Context) -> Result<Outcome> {
+    let kept = tempfile::tempdir_in(&context.dir)?;
+    let (mut guest, api) = dimms::start(context, "")?;
+    let (first, second) = (dimms::room(), dimms::room() + dimms::BLOCK);
+    for (blocks, base) in [(1, first), (2, second)] {
+        dimms::resize(&api, blocks)?;
+        guest.ask("dimm serve 1 5000")?;
+        dimms::done(&api, "the guest took 128 MiB")?;
+        guest.ask(&format!("mem fill {base:#x} {:#x} {base}", 4 * MIB))?;
+    }
+    // It is asked for one of them, and has not heard of it.
+    dimms::resize(&api, 1)?;
+    guest.vm().pause()?;
+    let before = api.get("vm.info")?;
+    let directory = kept.path().join("snapshot");
+    snapshot(&api, &directory)?;
+    crash(guest);
+
+    let mut guest = restore(context, &directory)?;
+    let api = guest.vm().api()?.clone();
+    let after = api.get("vm.info")?;
+    ensure!(
+        before["memory"] == after["memory"],
+        "{} and then {}",
+        before["memory"],
+        after["memory"]
+    );
+    for base in [first, second] {
+        guest.ask(&format!("mem verify {base:#x} {:#x} {base}", 4 * MIB))?;
+    }
+    guest.ask("dimm serve 1 5000")?;
+    dimms::done(&api, "the guest gave back 128 MiB")?;
+    dimms::resize(&api, 3)?;
+    guest.ask("dimm serve 1 5000")?;
+    dimms::done(&api, "the guest took 256 MiB")?;
+    guest.ask(&format!("mem verify {first:#x} {:#x} {first}", 4 * MIB))?;
+    guest.power_off()?;
+    // It is there only in the room that the configuration has.
+    let (vm, api) = another(context)?;
+    edit(&directory, |config| {
+        config["memory"]["hotplug_size"] = json!(0);
+        config["serial"]["socket"] = json!(vm.dir().join(SERIAL));
+    })?;
+    api.refused("vm.restore", &url("source_url", &directory), 400, &["memory"])?;
     Ok(Outcome::Passed)
 }
 

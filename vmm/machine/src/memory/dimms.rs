@@ -350,6 +350,11 @@ impl Controller {
         counts
     }
 
+    /// Bytes the guest should have; `None` if that cannot change.
+    pub(crate) fn memory_target(&self) -> Option<u64> {
+        Some(self.memory_counts()?.target)
+    }
+
     fn memory_counts(&self) -> Option<MemoryCounts> {
         self.machine.as_ref()?.memory_slots()?;
         let boot = self.config.as_ref()?.memory.size;

@@ -26,6 +26,8 @@ use crate::{Machine, MachineError};
 struct WantedV1 {
     /// vCPUs it should have.
     vcpus: Option<u32>,
+    /// Bytes of memory it should have, if it comes by memory devices.
+    memory: Option<u64>,
     /// Devices it was asked for.
     removals: Vec<String>,
 }
@@ -51,9 +53,11 @@ impl Controller {
         // A device on its way out is neither there nor gone.
         self.finish_removals();
         self.look_at_processors();
+        self.look_at_dimms();
         self.look_at_slots();
         let wanted = WantedV1 {
             vcpus: self.vcpu_target(),
+            memory: self.memory_target(),
             removals: self.asked_for(),
         };
         let (Some(config), Some(machine)) = (&self.config, &mut self.machine) else {
@@ -146,6 +150,12 @@ impl Controller {
         self.publish();
         if let Some(vcpus) = wanted.vcpus.filter(|vcpus| self.vcpu_target() != Some(*vcpus)) {
             self.resize_vcpus(vcpus)?;
+        }
+        let memory = wanted.memory.filter(|bytes| self.memory_target() != Some(*bytes));
+        if let Some(bytes) = memory
+            && let Some(change) = self.prepare_memory(bytes)?
+        {
+            self.commit_memory(change);
         }
         self.ask_again(&wanted.removals);
         let memories = self.machine.as_ref().map(Machine::memories).unwrap_or_default();
