@@ -15,12 +15,23 @@ const LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Api {
     socket: PathBuf,
+    limit: Duration,
 }
 
 impl Api {
     /// A client of the VMM that listens on `socket`, now or soon.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into() }
+        Self {
+            socket: socket.into(),
+            limit: LIMIT,
+        }
+    }
+
+    /// The same client for work that takes longer than agents wait for most, such as all of a guest's memory.
+    #[must_use]
+    pub fn within(&self, limit: Duration) -> Self {
+        let socket = self.socket.clone();
+        Self { socket, limit }
     }
 
     /// Path of the socket.
@@ -30,7 +41,7 @@ impl Api {
 
     /// A client that keeps its connection.
     pub fn client(&self) -> Client {
-        Client::new(&self.socket).limit(LIMIT).patience(LIMIT)
+        Client::new(&self.socket).limit(self.limit).patience(self.limit)
     }
 
     /// Sends a request to `/api/v1/ROUTE`, or to `ROUTE` if that begins with a slash.
