@@ -66,6 +66,7 @@ fn parameters(request: &Request) -> Option<Value> {
     let mut value = match request {
         Request::Create(config) => of_config(config),
         Request::Resize(target) => json!({ "vcpus": target.desired_vcpus, "memory": target.desired_ram }),
+        Request::ResizeZone(target) => json!({ "id": cut(&target.id), "memory": target.desired_ram }),
         Request::ResizeDisk(target) => json!({ "id": cut(&target.id), "size": target.desired_size }),
         Request::AddDisk(disk) => json!({ "id": disk.id.as_deref().map(cut), "path": disk.path.as_deref().map(path) }),
         Request::AddNet(net, fds) => {
@@ -81,6 +82,11 @@ fn parameters(request: &Request) -> Option<Value> {
         Request::RemoveDevice(device) => json!({ "id": cut(&device.id), "force": device.force.then_some(true) }),
         Request::Snapshot(snapshot) => json!({ "to": cut(&snapshot.destination_url) }),
         Request::Restore(restore, fds) => json!({ "from": cut(&restore.source_url), "descriptors": fds.len() }),
+        Request::SendMigration(send) => json!({ "to": cut(&send.destination_url) }),
+        Request::ReceiveMigration(receive, fds) => {
+            json!({ "from": cut(&receive.receiver_url), "descriptors": fds.len() })
+        }
+        Request::SetMigration(set) => json!({ "bandwidth": set.bandwidth }),
         _ => return None,
     };
     if let Some(fields) = value.as_object_mut() {
@@ -96,7 +102,7 @@ fn of_config(config: &VmConfig) -> Value {
     let taps = config.net.iter().flatten().filter_map(|net| net.tap.as_deref());
     json!({
         "vcpus": config.cpus.boot_vcpus,
-        "memory": config.memory.size,
+        "memory": config.memory.boot_size(),
         "boots": boots.map(path),
         "disks": disks.take(NAMED).map(path).collect::<Vec<_>>(),
         "taps": taps.take(NAMED).map(cut).collect::<Vec<_>>(),

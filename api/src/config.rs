@@ -7,8 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod, NetBackend, OnDisconnect,
-    VhostMode,
+    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod, MemoryZoneConfig,
+    NetBackend, NumaConfig, OnDisconnect, VhostMode,
 };
 
 /// A whole VM.
@@ -51,6 +51,9 @@ pub struct VmConfig {
     /// Memory that the guest lends to the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// NUMA nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Vec<NumaConfig>>,
     /// Identity of the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
@@ -143,13 +146,28 @@ pub struct CpuTopology {
 /// Size of explicit huge pages in bytes.
 pub type HugePageSize = u64;
 
+/// Memory is in one piece, or in zones.
+#[cfg(feature = "openapi")]
+fn piece_or_zones() -> serde_json::Value {
+    let nothing = serde_json::json!({ "enum": [0, null] });
+    serde_json::json!([
+        { "properties": { "size": { "minimum": 1_048_576 }, "zones": { "enum": [null, []] } } },
+        { "required": ["size", "zones"], "properties": {
+            "size": { "const": 0 }, "zones": { "type": "array", "minItems": 1, "maxItems": 64 },
+            "hugepages": { "const": false }, "hugepage_size": { "type": "null" }, "mergeable": { "const": false },
+            "hotplug_size": nothing, "hotplugged_size": nothing,
+        } },
+    ])
+}
+
 /// RAM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "openapi", schemars(extend("anyOf" = piece_or_zones())))]
 pub struct MemoryConfig {
-    /// Bytes the guest starts with.
-    #[cfg_attr(feature = "openapi", schemars(range(min = 1_048_576), extend("multipleOf" = 1_048_576)))]
+    /// Bytes the guest starts with; 0 with `zones`.
+    #[cfg_attr(feature = "openapi", schemars(extend("multipleOf" = 1_048_576)))]
     pub size: u64,
     /// Bytes that may be added while the guest runs. Agents read it back from `vm.info` before they ask for more.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -172,6 +190,9 @@ pub struct MemoryConfig {
     pub thp: bool,
     /// Let the kernel merge equal pages of several guests (KSM).
     pub mergeable: bool,
+    /// What it consists of, if not of one piece; `size` is 0 then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<MemoryZoneConfig>>,
 }
 
 impl Default for MemoryConfig {
@@ -187,6 +208,7 @@ impl Default for MemoryConfig {
             prefault: false,
             thp: true,
             mergeable: false,
+            zones: None,
         }
     }
 }

@@ -4,8 +4,8 @@
 
 use crate::server::fuzzing as server;
 use crate::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RemoveDevice, Resize, ResizeDisk, RestoreConfig,
-    SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigration, RemoveDevice, Resize, ResizeDisk,
+    RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +24,7 @@ pub fn http(data: &[u8]) {
 /// A body; the first byte tells of which type. What is understood is written and understood again, the same.
 pub fn bodies(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    match kind % 11 {
+    match kind % 14 {
         0 => {
             if let Some(config) = body_of::<VmConfig>(body) {
                 let _ = config.validate();
@@ -39,6 +39,9 @@ pub fn bodies(data: &[u8]) {
         7 => drop(body_of::<GenericVhostUserConfig>(body)),
         8 => drop(body_of::<SnapshotConfig>(body)),
         9 => drop(body_of::<RestoreConfig>(body)),
+        10 => drop(body_of::<SendMigration>(body)),
+        11 => drop(body_of::<ReceiveMigration>(body)),
+        12 => drop(body_of::<SetMigration>(body)),
         _ => drop(body_of::<RemoveDevice>(body)),
     }
 }
@@ -60,7 +63,7 @@ fn body_of<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(body: 
 pub fn flags(data: &[u8]) {
     let Some((kind, text)) = data.split_first() else { return };
     let Ok(text) = str::from_utf8(text) else { return };
-    let refused = match kind % 11 {
+    let refused = match kind % 12 {
         0 => flags::cpus(text).err(),
         1 => flags::memory(text).err(),
         2 => flags::disk(text).err(),
@@ -71,7 +74,8 @@ pub fn flags(data: &[u8]) {
         7 => flags::debug_console(text).err(),
         8 => flags::fs(text).err(),
         9 => flags::generic_vhost_user(text).err(),
-        _ => flags::platform(text).err(),
+        10 => flags::platform(text).err(),
+        _ => flags::restore(text).err(),
     };
     if let Some(error) = refused {
         assert!(!error.to_string().is_empty());

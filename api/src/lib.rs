@@ -18,6 +18,8 @@ pub mod fuzzing;
 pub mod jobs;
 mod memory;
 pub mod metrics;
+mod migration;
+mod numa;
 #[cfg(feature = "openapi")]
 pub mod openapi;
 mod operation;
@@ -29,6 +31,7 @@ mod size;
 mod snapshot;
 mod strict;
 mod validate;
+mod zones;
 
 pub use answer::{Answer, Handler};
 pub use backend::{DiskBackend, NetBackend};
@@ -40,6 +43,11 @@ pub use config::{
 pub use cpu_features::{CpuDescription, CpuFeatures, CpuSignature};
 pub use datapath::DataPath;
 pub use memory::{HotplugMethod, MemoryCounts};
+pub use migration::{
+    MigrationPhase, MigrationProgress, MigrationSide, MigrationTls, ReceiveMigration, SendMigration, SetMigration,
+    TimeoutStrategy, lay_over,
+};
+pub use numa::{NumaConfig, NumaDistance};
 pub use operation::{Operation, Phase};
 pub use reader::{ReadError, read_object};
 pub use request::{
@@ -50,3 +58,4 @@ pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};
 pub use snapshot::{RestoreConfig, RestoreMode, RestoredNet, SnapshotConfig};
 pub use validate::ConfigError;
+pub use zones::{MemoryZoneConfig, ResizeZone, ZoneCounts};

@@ -8,7 +8,7 @@ use crate::ConfigError;
 use crate::config::MemoryConfig;
 
 /// The smallest block by which virtio-mem adds and removes memory, in bytes.
-const BLOCK: u64 = 2 << 20;
+pub(crate) const BLOCK: u64 = 2 << 20;
 
 /// By what a running guest gets more memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -49,7 +49,12 @@ pub struct MemoryCounts {
 impl MemoryConfig {
     /// Bytes of the room for memory that comes while the guest runs.
     pub fn hotplug_room(&self) -> u64 {
-        self.hotplug_size.unwrap_or(0)
+        match self.zones() {
+            [] => self.hotplug_size.unwrap_or(0),
+            zones => zones
+                .iter()
+                .fold(0, |sum, zone| sum.saturating_add(zone.hotplug_room())),
+        }
     }
 
     /// Checks what of the room a guest has by virtio-mem, which gives it blocks of 2 MiB, or of a huge page.
@@ -84,6 +89,9 @@ impl MemoryConfig {
 
     /// Checks how it may change.
     pub(crate) fn validate_hotplug(&self) -> Result<(), ConfigError> {
+        if !self.zones().is_empty() {
+            return self.validate_zones();
+        }
         self.validate_blocks()?;
         match self.size.checked_add(self.hotplug_room()) {
             Some(_) => Ok(()),

@@ -64,6 +64,8 @@ pub enum Operation {
     Nmi,
     /// `vm.resize`: another number of vCPUs, another size of RAM.
     Resize,
+    /// `vm.resize-zone`: another size of a memory zone.
+    ResizeZone,
     /// `vm.resize-disk`: a disk grows.
     ResizeDisk,
     /// `vm.add-disk`.
@@ -82,6 +84,16 @@ pub enum Operation {
     Snapshot,
     /// `vm.restore`: make a VM from a snapshot.
     Restore,
+    /// `vm.send-migration`: move the VM to another VMM.
+    SendMigration,
+    /// `vm.receive-migration`: take a VM from another VMM.
+    ReceiveMigration,
+    /// `vm.set-migration`: change one that is under way.
+    SetMigration,
+    /// `vm.cancel-migration`.
+    CancelMigration,
+    /// `vm.migration-progress`.
+    MigrationProgress,
     /// `vmm.cpu-features`.
     CpuFeatures,
     /// `vmm.shutdown`: end the process.
@@ -90,7 +102,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 29] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -103,6 +115,7 @@ impl Operation {
         Self::PowerButton,
         Self::Nmi,
         Self::Resize,
+        Self::ResizeZone,
         Self::ResizeDisk,
         Self::AddDisk,
         Self::AddNet,
@@ -112,6 +125,11 @@ impl Operation {
         Self::RemoveDevice,
         Self::Snapshot,
         Self::Restore,
+        Self::SendMigration,
+        Self::ReceiveMigration,
+        Self::SetMigration,
+        Self::CancelMigration,
+        Self::MigrationProgress,
         Self::CpuFeatures,
         Self::VmmShutdown,
     ];
@@ -131,6 +149,7 @@ impl Operation {
             Self::PowerButton => "vm.power-button",
             Self::Nmi => "vm.nmi",
             Self::Resize => "vm.resize",
+            Self::ResizeZone => "vm.resize-zone",
             Self::ResizeDisk => "vm.resize-disk",
             Self::AddDisk => "vm.add-disk",
             Self::AddNet => "vm.add-net",
@@ -140,6 +159,11 @@ impl Operation {
             Self::RemoveDevice => "vm.remove-device",
             Self::Snapshot => "vm.snapshot",
             Self::Restore => "vm.restore",
+            Self::SendMigration => "vm.send-migration",
+            Self::ReceiveMigration => "vm.receive-migration",
+            Self::SetMigration => "vm.set-migration",
+            Self::CancelMigration => "vm.cancel-migration",
+            Self::MigrationProgress => "vm.migration-progress",
             Self::CpuFeatures => "vmm.cpu-features",
             Self::VmmShutdown => "vmm.shutdown",
         }
@@ -149,8 +173,10 @@ impl Operation {
     pub fn phases(self) -> &'static [Phase] {
         use Phase::{Absent, Created, Paused, Running, Shutdown};
         match self {
-            Self::Create | Self::Restore => &[Absent],
-            Self::Info | Self::Counters | Self::Delete | Self::Resize => &[Created, Running, Paused, Shutdown],
+            Self::Create | Self::Restore | Self::ReceiveMigration => &[Absent],
+            Self::Info | Self::Counters | Self::Delete | Self::Resize | Self::ResizeZone => {
+                &[Created, Running, Paused, Shutdown]
+            }
             Self::Boot => &[Created, Shutdown],
             Self::AddDisk
             | Self::AddNet
@@ -160,8 +186,12 @@ impl Operation {
             | Self::RemoveDevice => &[Created, Running, Paused, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume | Self::Snapshot => &[Paused],
-            Self::Shutdown | Self::Reboot | Self::ResizeDisk => &[Running, Paused],
-            Self::CpuFeatures | Self::VmmShutdown => &Phase::ALL,
+            Self::Shutdown | Self::Reboot | Self::ResizeDisk | Self::SendMigration => &[Running, Paused],
+            Self::SetMigration
+            | Self::CancelMigration
+            | Self::MigrationProgress
+            | Self::CpuFeatures
+            | Self::VmmShutdown => &Phase::ALL,
         }
     }
 
@@ -207,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_create_restore_the_end_and_what_asks_of_the_host_works_without_a_vm() {
+    fn only_what_makes_a_vm_the_end_and_what_asks_of_the_host_works_without_one() {
         let accepted: Vec<_> = Operation::ALL
             .into_iter()
             .filter(|o| o.check(Phase::Absent).is_ok())
@@ -217,6 +247,10 @@ mod tests {
             [
                 Operation::Create,
                 Operation::Restore,
+                Operation::ReceiveMigration,
+                Operation::SetMigration,
+                Operation::CancelMigration,
+                Operation::MigrationProgress,
                 Operation::CpuFeatures,
                 Operation::VmmShutdown
             ]
@@ -227,8 +261,10 @@ mod tests {
     fn leads_to(operation: Operation) -> Option<Phase> {
         match operation {
             Operation::Create => Some(Phase::Created),
-            Operation::Delete => Some(Phase::Absent),
-            Operation::Boot | Operation::Resume | Operation::Reboot => Some(Phase::Running),
+            Operation::Delete | Operation::SendMigration => Some(Phase::Absent),
+            Operation::Boot | Operation::Resume | Operation::Reboot | Operation::ReceiveMigration => {
+                Some(Phase::Running)
+            }
             Operation::Pause | Operation::Restore => Some(Phase::Paused),
             Operation::Shutdown => Some(Phase::Shutdown),
             _ => None,

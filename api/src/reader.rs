@@ -36,9 +36,6 @@ const MISSED: &[&str] = &[
     "rate_limiter_config",
     "sev_snp",
     "tdx",
-    // Memory.
-    "numa",
-    "zones",
 ];
 
 /// Why a text does not describe what it should.

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, NetConfig, Operation, Phase,
-    RestoreConfig, SnapshotConfig, VmConfig, VsockConfig,
+    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, MigrationProgress, NetConfig, Operation,
+    Phase, ReceiveMigration, ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig,
+    VsockConfig, ZoneCounts,
 };
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
@@ -34,6 +35,8 @@ pub enum Request {
     Nmi,
     /// Another number of vCPUs, another size of RAM.
     Resize(Resize),
+    /// Another size of a memory zone.
+    ResizeZone(ResizeZone),
     /// A disk grows.
     ResizeDisk(ResizeDisk),
     /// One more disk.
@@ -52,6 +55,16 @@ pub enum Request {
     Snapshot(SnapshotConfig),
     /// Make a VM from a snapshot; the descriptors are those of its taps that the client opened.
     Restore(RestoreConfig, Vec<OwnedFd>),
+    /// Move the VM to another VMM; it is answered when that is over.
+    SendMigration(Box<SendMigration>),
+    /// Take a VM from another VMM; it is answered when the guest runs here. The descriptors are those of its taps that the client opened.
+    ReceiveMigration(Box<ReceiveMigration>, Vec<OwnedFd>),
+    /// Change a migration that is under way.
+    SetMigration(SetMigration),
+    /// End a migration that is under way, and keep the guest where it is.
+    CancelMigration,
+    /// Tell how far a migration is.
+    MigrationProgress,
     /// Tell what CPUs guests can have here, and what the guest that is there has.
     CpuFeatures,
     /// End the process.
@@ -72,6 +85,7 @@ impl Request {
             Self::PowerButton => Operation::PowerButton,
             Self::Nmi => Operation::Nmi,
             Self::Resize(_) => Operation::Resize,
+            Self::ResizeZone(_) => Operation::ResizeZone,
             Self::ResizeDisk(_) => Operation::ResizeDisk,
             Self::AddDisk(_) => Operation::AddDisk,
             Self::AddNet(..) => Operation::AddNet,
@@ -81,6 +95,11 @@ impl Request {
             Self::RemoveDevice(_) => Operation::RemoveDevice,
             Self::Snapshot(_) => Operation::Snapshot,
             Self::Restore(..) => Operation::Restore,
+            Self::SendMigration(_) => Operation::SendMigration,
+            Self::ReceiveMigration(..) => Operation::ReceiveMigration,
+            Self::SetMigration(_) => Operation::SetMigration,
+            Self::CancelMigration => Operation::CancelMigration,
+            Self::MigrationProgress => Operation::MigrationProgress,
             Self::CpuFeatures => Operation::CpuFeatures,
             Self::VmmShutdown => Operation::VmmShutdown,
         }
@@ -93,7 +112,7 @@ impl Request {
 
     /// Whether it only asks: nothing changes, and nobody records it.
     pub fn is_question(&self) -> bool {
-        matches!(self, Self::CpuFeatures)
+        matches!(self, Self::CpuFeatures | Self::MigrationProgress)
     }
 
     /// Whether a VM in `phase` accepts the request; if not, what the client is told.
@@ -152,6 +171,8 @@ pub enum Reply {
     CpuFeatures(Box<CpuFeatures>),
     /// The guest that runs has one more device.
     Added(AddedDevice),
+    /// How far a migration is.
+    MigrationProgress(Box<MigrationProgress>),
 }
 
 /// Answer to a device that was added to a guest that runs.
@@ -183,6 +204,9 @@ pub struct VmInfo {
     /// How much memory the guest has; absent without a guest, and for one whose memory cannot change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryCounts>,
+    /// How much memory its zones have; absent without a guest, and for one whose memory is in one piece.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memory_zones: Vec<ZoneCounts>,
     /// How its devices stand with the daemons that serve them, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub links: BTreeMap<String, DeviceLink>,

@@ -55,7 +55,8 @@ pub enum RestoreMode {
     Copy,
     /// The file is mapped, and a page is copied when the guest writes to it. The file must stay as it is while the guest runs.
     Mapped,
-    /// Pages are copied when the guest first touches them.
+    /// It is copied when somebody first touches it, and by and by all of it; the event `memory-restored` tells when the snapshot is not
+    /// needed any more.
     OnDemand,
 }
 

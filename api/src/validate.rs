@@ -73,6 +73,7 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         self.validate_cpus()?;
         self.validate_memory()?;
+        self.validate_numa()?;
         let payload = self.payload.as_ref();
         if payload.is_none_or(|p| p.kernel.is_none() && p.firmware.is_none()) {
             return Err(ConfigError::Missing(
@@ -99,7 +100,7 @@ impl VmConfig {
             return Err(ConfigError::Missing("rng.src is empty; give /dev/urandom".into()));
         }
         if let Some(balloon) = &self.balloon {
-            balloon.validate(self.memory.size)?;
+            balloon.validate(self.memory.boot_size())?;
         }
         self.validate_ids()
     }
@@ -126,7 +127,7 @@ impl VmConfig {
     fn validate_memory(&self) -> Result<(), ConfigError> {
         const MIB: u64 = 1 << 20;
         let memory = &self.memory;
-        if memory.size == 0 || !memory.size.is_multiple_of(MIB) {
+        if memory.zones().is_empty() && (memory.size == 0 || !memory.size.is_multiple_of(MIB)) {
             return Err(range(
                 "memory.size",
                 format!("{} bytes", memory.size),
@@ -138,7 +139,7 @@ impl VmConfig {
                 "memory.hugepage_size needs memory.hugepages switched on".into(),
             ));
         }
-        if memory.mergeable && self.needs_shared_memory() {
+        if memory.any_mergeable() && self.needs_shared_memory() {
             return Err(ConfigError::Conflict(
                 "memory.mergeable works on private pages only, and vhost-user devices share them; switch it off".into(),
             ));

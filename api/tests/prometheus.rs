@@ -66,6 +66,7 @@ fn everything() -> Metrics {
             resident: Some(1 << 39),
             slots: 3,
         }),
+        memory_zones: Vec::new(),
         memories: vec![MemoryDeviceMetrics {
             id: ID.into(),
             plugged: u64::MAX,

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use triarch_api::server::{Action, Identity, Method, ROUTES};
 use triarch_api::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, RemoveDevice, Resize, ResizeDisk,
-    RestoreConfig, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, ReceiveMigration, RemoveDevice, Resize,
+    ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 use crate::connection::{Connection, Deadline, Head, MAX_FDS};
@@ -232,6 +232,14 @@ impl Client {
         self.put(Operation::Resize, target, &[]).map(drop)
     }
 
+    /// Asks for another size of a memory zone.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn resize_zone(&mut self, target: &ResizeZone) -> Result<(), Error> {
+        self.put(Operation::ResizeZone, target, &[]).map(drop)
+    }
+
     /// Asks for a larger disk.
     ///
     /// # Errors
@@ -306,6 +314,22 @@ impl Client {
     /// As [`call`](Self::call).
     pub fn restore(&mut self, from: &RestoreConfig, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.put(Operation::Restore, from, fds).map(drop)
+    }
+
+    /// Moves the VM to another VMM, and returns when that is over; the client's limit on time has to allow for it.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call). The guest runs here as before, unless the error says otherwise.
+    pub fn send_migration(&mut self, to: &SendMigration) -> Result<(), Error> {
+        self.put(Operation::SendMigration, to, &[]).map(drop)
+    }
+
+    /// Takes a VM from another VMM, and returns when it runs; `fds` are the descriptors of its taps that the caller opened.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn receive_migration(&mut self, from: &ReceiveMigration, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        self.put(Operation::ReceiveMigration, from, fds).map(drop)
     }
 
     /// Follows a route whose answer has no end, on a connection of its own.

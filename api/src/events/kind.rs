@@ -3,7 +3,7 @@
 /// What can happen.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// Whose event it is: `vmm`, `vm`, `vcpu`, `memory`, `virtio-device`, `guest`, `job`.
+    /// Whose event it is: `vmm`, `vm`, `vcpu`, `memory`, `migration`, `virtio-device`, `guest`, `job`.
     pub source: &'static str,
     /// What happened.
     pub event: &'static str,
@@ -47,11 +47,14 @@ kinds! {
     VM_RESIZING: "vm" "resizing" [] "a client asked for another size";
     VM_RESIZED: "vm" "resized" [] "the VM has it";
     VM_SHUTDOWN: "vm" "shutdown" [] "the guest has ended, by itself or by request";
-    VM_FAILED: "vm" "failed" ["error"] "a vCPU cannot go on, the guest has ended";
+    VM_FAILED: "vm" "failed" ["error"] "a vCPU cannot go on, or saved memory cannot be read any more; the guest has ended";
     VM_SNAPSHOTTING: "vm" "snapshotting" [] "a client asked for a snapshot, which is being written";
     VM_SNAPSHOTTED: "vm" "snapshotted" [] "it is whole";
     VM_RESTORING: "vm" "restoring" [] "a guest is being built from a snapshot";
     VM_RESTORED: "vm" "restored" [] "it is as it was saved; `resumed` follows when it runs";
+    VM_MEMORY_THERE: "vm" "memory-restored" [] "all memory of a guest that was restored with `OnDemand` is there, and its snapshot is not needed any more";
+    VM_MIGRATED: "vm" "migrated" ["address", "downtime_ms"] "the guest runs at the destination, and is no longer here; `deleted` follows";
+    VM_RECEIVED: "vm" "received" ["address"] "a guest came from another VMM and goes on here";
     VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
     VCPU_STARTED: "vcpu" "started" ["index"] "the guest started a vCPU that it was given while it ran";
     VCPU_EJECTED: "vcpu" "ejected" ["index"] "the guest gave a vCPU back";
@@ -63,6 +66,13 @@ kinds! {
     MEMORY_ADDED: "memory" "added" ["address", "size"] "the guest took memory that it was given while it ran";
     MEMORY_REMOVED: "memory" "removed" ["address", "size"] "the guest gave memory back";
     MEMORY_REFUSED: "memory" "refused" ["address", "size", "reason"] "the guest does not take memory, or does not give it back";
+    MIGRATION_LISTENING: "migration" "listening" ["job", "address"] "a guest can be sent here";
+    MIGRATION_PREPARED: "migration" "prepared" ["job"] "a source has offered its guest, and there is room for it";
+    MIGRATION_STARTED: "migration" "started" ["job", "address"] "the guest's memory is being copied to the destination while it runs";
+    MIGRATION_SWITCHING: "migration" "switching" ["job"] "the guest stands still, and what is left is being copied";
+    MIGRATION_RETREATED: "migration" "retreated" ["job"] "the guest goes on at the source, since it would have stood still for too long; it is tried again";
+    MIGRATION_COMMITTED: "migration" "committed" ["job"] "the guest is given away";
+    MIGRATION_FAILED: "migration" "failed" ["job", "guest", "error"] "the guest was not moved; `guest` is `here`, `paused`, or `unknown` if it may run at the destination, or at the destination `none`";
     GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
     DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";

@@ -1,7 +1,9 @@
 //! Each device flag of the command line as configuration: the dialect that people write.
 
 mod keyvalue;
+mod restore;
 mod served;
+mod zones;
 
 use std::path::PathBuf;
 
@@ -13,7 +15,9 @@ use crate::{
 };
 
 pub use keyvalue::KeyValues;
+pub use restore::{Restored, restore};
 pub use served::{fs, generic_vhost_user};
+pub use zones::{memory_zone, numa};
 
 /// What is wrong with a flag's value, and what to write instead.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

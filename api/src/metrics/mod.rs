@@ -35,6 +35,8 @@ pub struct Metrics {
     pub balloon: Option<BalloonMetrics>,
     /// Memory devices.
     pub memories: Vec<MemoryDeviceMetrics>,
+    /// The zones that memory consists of.
+    pub memory_zones: Vec<MemoryZoneMetrics>,
     /// The disks.
     pub disks: Vec<DiskMetrics>,
     /// The network interfaces.
@@ -165,6 +167,17 @@ pub struct MemoryDeviceMetrics {
     pub unplugged_total: u64,
     /// Requests that were not granted, by answer.
     pub refused: Vec<(&'static str, u64)>,
+}
+
+/// A memory zone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryZoneMetrics {
+    /// Its id.
+    pub id: String,
+    /// Bytes it should have.
+    pub target: u64,
+    /// Bytes it has.
+    pub actual: u64,
 }
 
 /// A disk.

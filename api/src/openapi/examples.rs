@@ -7,12 +7,14 @@ pub(super) fn of_body(route: &str) -> Value {
     match route {
         "vm.create" => json!({
             "kernel": { "summary": "A kernel with a disk, its console on a terminal of its own", "value": create() },
+            "zones": { "summary": "Two NUMA nodes, each with a memory zone of its own", "value": zones() },
             "smallest": { "summary": "Defaults for all but the kernel", "value": { "payload": { "kernel": "/boot/vmlinuz" } } },
         }),
         "vm.resize" => json!({
             "vcpus": { "value": { "desired_vcpus": 2 } },
             "memory": { "value": { "desired_ram": 1_073_741_824_u64 } },
         }),
+        "vm.resize-zone" => one(json!({ "id": "fast", "desired_ram": 2_147_483_648_u64 })),
         "vm.resize-disk" => one(json!({ "id": "root", "desired_size": 10_737_418_240_u64 })),
         "vm.add-disk" => one(json!({ "path": "/var/lib/vm/data.img", "id": "data", "num_queues": 2, "direct": true })),
         "vm.add-net" => json!({
@@ -36,6 +38,38 @@ pub(super) fn of_body(route: &str) -> Value {
                 "value": { "source_url": "file:///var/lib/vm/snapshot", "memory_restore_mode": "Mapped", "resume": true },
             },
         }),
+        "vm.send-migration" => json!({
+            "tls": {
+                "summary": "Over a network, at no more than 400 MB a second",
+                "value": {
+                    "destination_url": "tcp:10.0.0.2:4444", "connections": 4, "bandwidth": 400_000_000_u64, "downtime_ms": 200,
+                    "tls": {
+                        "certificate": "/etc/triarch/host1.pem", "key": "/etc/triarch/host1.key", "ca": "/etc/triarch/ca.pem",
+                        "peer": "host2.example.org",
+                    },
+                },
+            },
+            "unix": { "summary": "Within one host", "value": { "destination_url": "unix:/run/vm/move.sock" } },
+        }),
+        "vm.receive-migration" => json!({
+            "tls": {
+                "value": {
+                    "receiver_url": "tcp:10.0.0.2:4444",
+                    "tls": {
+                        "certificate": "/etc/triarch/host2.pem", "key": "/etc/triarch/host2.key", "ca": "/etc/triarch/ca.pem",
+                        "peer": "host1.example.org",
+                    },
+                },
+            },
+            "unix": {
+                "summary": "Within one host, with other paths",
+                "value": {
+                    "receiver_url": "unix:/run/vm/move.sock",
+                    "config": { "serial": { "socket": "/run/vm/new-serial.sock" }, "net": [{ "id": "net0", "tap": "tap1" }] },
+                },
+            },
+        }),
+        "vm.set-migration" => one(json!({ "bandwidth": 100_000_000_u64 })),
         _ => json!({}),
     }
 }
@@ -62,6 +96,11 @@ pub(super) fn of_answer(route: &str) -> Value {
                 "values": { "physical_address_bits": 48, "xsave_area_size": 832 },
                 "unnamed": [],
             },
+        })),
+        "vm.migration-progress" => one(json!({
+            "side": "source", "phase": "copying", "job": 7, "address": "tcp:10.0.0.2:4444", "elapsed_ms": 5_310, "rounds": 3,
+            "total": 4_294_967_296_u64, "remaining": 61_440_000, "pages": 731_004, "zero_pages": 402_118, "wire_bytes": 2_998_104_220_u64,
+            "rate": 564_000_000, "dirty_rate": 104_857_600, "downtime_ms": 128, "retreats": 0, "bandwidth": null, "error": null,
         })),
         "vm.add-disk" => one(added("data", 5)),
         "vm.add-net" => one(added("net0", 6)),
@@ -98,6 +137,19 @@ fn job() -> Value {
 
 fn one(value: Value) -> Value {
     json!({ "example": { "value": value } })
+}
+
+fn zones() -> Value {
+    let zone = |id: &str, node| json!({ "id": id, "size": 1_073_741_824_u64, "host_numa_node": node, "hotplug_size": 4_294_967_296_u64 });
+    json!({
+        "cpus": { "boot_vcpus": 4, "max_vcpus": 4 },
+        "memory": { "size": 0, "hotplug_method": "VirtioMem", "zones": [zone("fast", 0), zone("far", 1)] },
+        "numa": [
+            { "guest_numa_id": 0, "cpus": [0, 1], "memory_zones": ["fast"], "distances": [{ "destination": 1, "distance": 21 }] },
+            { "guest_numa_id": 1, "cpus": [2, 3], "memory_zones": ["far"] },
+        ],
+        "payload": { "kernel": "/boot/vmlinuz" },
+    })
 }
 
 fn create() -> Value {

@@ -9,8 +9,9 @@ use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
-    AddedDevice, CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, Phase, RemoveDevice,
-    Resize, ResizeDisk, RestoreConfig, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    AddedDevice, CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MigrationProgress, NetConfig, Operation,
+    Phase, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration,
+    SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -84,6 +85,7 @@ impl Contract {
                     Operation::Info => vec![(JSON, reference::<VmInfo>(generator))],
                     Operation::Counters => vec![(JSON, reference::<Counters>(generator))],
                     Operation::CpuFeatures => vec![(JSON, reference::<CpuFeatures>(generator))],
+                    Operation::MigrationProgress => vec![(JSON, reference::<MigrationProgress>(generator))],
                     _ if adds(operation) => vec![(JSON, reference::<AddedDevice>(generator))],
                     _ => Vec::new(),
                 };
@@ -207,6 +209,9 @@ fn note(action: Action) -> Option<&'static str> {
     match operation {
         Operation::Boot => Some("A kernel, an image or an interface that cannot be used is answered with 400."),
         Operation::Resize => Some("A target that is reached already is free in every phase."),
+        Operation::ResizeZone => {
+            Some("A target that is reached already is free. A job tells what the guest does about it.")
+        }
         Operation::AddNet => Some(
             "The descriptors of an open tap interface, one for each pair of queues, come with the bytes of the request (SCM_RIGHTS); \
              `fds` in the body is ignored.",
@@ -226,6 +231,19 @@ fn note(action: Action) -> Option<&'static str> {
              have been edited before: paths, sockets and taps. Descriptors of taps come with the bytes of the request (SCM_RIGHTS), in the \
              order of `net_fds`.",
         ),
+        Operation::SendMigration => Some(
+            "It is answered when it is over: with 204 when the guest runs at the destination, and this VMM has none any more. After a \
+             failure the guest runs here, unless the error says otherwise.",
+        ),
+        Operation::ReceiveMigration => Some(
+            "It is answered when the guest runs here. It waits for as long as it takes, until `vm.cancel-migration`. Descriptors of taps \
+             come with the bytes of the request (SCM_RIGHTS), in the order of `net_fds`.",
+        ),
+        Operation::SetMigration => Some("Without a migration it is answered with 409."),
+        Operation::CancelMigration => Some(
+            "Without a migration, or once the guest was given away, it is answered with 409. The guest goes on at the source soon after.",
+        ),
+        Operation::MigrationProgress => Some("Where nobody asked for a migration yet it is answered with 404."),
         Operation::VmmShutdown => Some("The process ends with exit code 0."),
         _ => None,
     }
@@ -237,9 +255,14 @@ fn refusals(operation: Operation) -> Vec<u16> {
         .into_iter()
         .filter_map(|phase| Some(operation.check(phase).err()?.status()))
         .collect();
-    if matches!(operation, Operation::RemoveDevice | Operation::ResizeDisk) {
+    if matches!(
+        operation,
+        Operation::RemoveDevice | Operation::ResizeDisk | Operation::ResizeZone | Operation::MigrationProgress
+    ) {
         statuses.push(404);
     }
+    // Where a migration is under way, or there is none.
+    statuses.push(409);
     if matches!(operation, Operation::Resize | Operation::RemoveDevice) {
         statuses.push(429);
     }
@@ -256,6 +279,7 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
     match operation {
         Operation::Create => Some(reference::<VmConfig>(generator)),
         Operation::Resize => Some(reference::<Resize>(generator)),
+        Operation::ResizeZone => Some(reference::<ResizeZone>(generator)),
         Operation::ResizeDisk => Some(reference::<ResizeDisk>(generator)),
         Operation::AddDisk => Some(reference::<DiskConfig>(generator)),
         Operation::AddNet => Some(reference::<NetConfig>(generator)),
@@ -265,7 +289,12 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         Operation::RemoveDevice => Some(reference::<RemoveDevice>(generator)),
         Operation::Snapshot => Some(reference::<SnapshotConfig>(generator)),
         Operation::Restore => Some(reference::<RestoreConfig>(generator)),
-        Operation::Info
+        Operation::SendMigration => Some(reference::<SendMigration>(generator)),
+        Operation::ReceiveMigration => Some(reference::<ReceiveMigration>(generator)),
+        Operation::SetMigration => Some(reference::<SetMigration>(generator)),
+        Operation::CancelMigration
+        | Operation::MigrationProgress
+        | Operation::Info
         | Operation::Counters
         | Operation::Delete
         | Operation::Boot
@@ -286,7 +315,10 @@ fn failure(status: u16) -> (&'static str, &'static str) {
         400 => ("BadRequest", "The request is wrong."),
         404 => ("NotFound", "There is no VM, or nothing of that name."),
         408 => ("RequestTimeout", "The request did not arrive in time."),
-        409 => ("Conflict", "The VM is not in a phase that accepts it."),
+        409 => (
+            "Conflict",
+            "The VM is not in a phase that accepts it, or is being moved.",
+        ),
         413 => ("ContentTooLarge", "The body is too large."),
         417 => (
             "ExpectationFailed",

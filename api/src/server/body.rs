@@ -97,7 +97,6 @@ mod tests {
                 "vsock.vhost_user",
             ),
             (r#"{"net": [{"iommu": true}]}"#, "net.iommu"),
-            (r#"{"memory": {"zones": [{"id": "a"}]}}"#, "memory.zones"),
             (r#"{"platform": {"iommu_segments": [1]}}"#, "platform.iommu_segments"),
         ] {
             let (status, text) = error(body);

@@ -156,6 +156,11 @@ pub const ROUTES: &[Route] = &[
         "sets the number of vCPUs, the size of RAM and of the balloon ([below](#sizes))",
     ),
     put(
+        "vm.resize-zone",
+        Operation::ResizeZone,
+        "sets the size of a memory zone ([hotplug.md](hotplug.md#zones))",
+    ),
+    put(
         "vm.resize-disk",
         Operation::ResizeDisk,
         "makes a disk larger; the guest is told",
@@ -188,15 +193,37 @@ pub const ROUTES: &[Route] = &[
         Operation::Restore,
         "makes a VM from a snapshot, paused; takes descriptors of its taps",
     ),
+    put(
+        "vm.send-migration",
+        Operation::SendMigration,
+        "moves the VM to another VMM while the guest runs ([migration.md](migration.md))",
+    ),
+    put(
+        "vm.receive-migration",
+        Operation::ReceiveMigration,
+        "waits for a VM from another VMM and takes it; takes descriptors of its taps",
+    ),
+    put(
+        "vm.set-migration",
+        Operation::SetMigration,
+        "changes the bandwidth of a migration that is under way",
+    ),
+    put(
+        "vm.cancel-migration",
+        Operation::CancelMigration,
+        "ends a migration that is under way; the guest stays where it is",
+    ),
+    get(
+        "vm.migration-progress",
+        Action::Vm(Operation::MigrationProgress),
+        "how far the migration is that is under way, or how the last one ended",
+    ),
     put("vmm.shutdown", Operation::VmmShutdown, "ends the process, exit code 0"),
-    missing("vm.resize-zone", "resizes a memory zone"),
     missing("vm.add-device", "passes a host's device through"),
     missing("vm.add-pmem", "adds persistent memory"),
     missing("vm.add-vdpa", "adds a vDPA device"),
     missing("vm.add-user-device", "adds a vfio-user device"),
     missing("vm.coredump", "writes the guest's memory to a core file"),
-    missing("vm.send-migration", "moves the VM to another VMM"),
-    missing("vm.receive-migration", "takes a VM from another VMM"),
 ];
 
 #[cfg(test)]

@@ -85,7 +85,12 @@ impl Router {
     /// Turns a call of `operation` into a request; `None`: it is a question, not a request.
     fn request(&mut self, operation: Operation, call: &mut Call<'_>) -> Result<Option<Request>, ApiError> {
         let name = operation.name();
-        if !call.fds.is_empty() && !matches!(operation, Operation::AddNet | Operation::Restore) {
+        if !call.fds.is_empty()
+            && !matches!(
+                operation,
+                Operation::AddNet | Operation::Restore | Operation::ReceiveMigration
+            )
+        {
             return Err(ApiError::BadRequest(format!("{name} takes no descriptors")));
         }
         let (reader, body) = (&mut self.reader, call.body);
@@ -101,6 +106,7 @@ impl Router {
             Operation::PowerButton => Request::PowerButton,
             Operation::Nmi => Request::Nmi,
             Operation::Resize => Request::Resize(reader.read(name, body)?),
+            Operation::ResizeZone => Request::ResizeZone(reader.read(name, body)?),
             Operation::ResizeDisk => Request::ResizeDisk(reader.read(name, body)?),
             Operation::AddDisk => Request::AddDisk(reader.read(name, body)?),
             Operation::AddNet => {
@@ -114,6 +120,13 @@ impl Router {
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
             Operation::Snapshot => Request::Snapshot(reader.read(name, body)?),
             Operation::Restore => Request::Restore(reader.read(name, body)?, std::mem::take(&mut call.fds)),
+            Operation::SendMigration => Request::SendMigration(reader.read(name, body)?),
+            Operation::ReceiveMigration => {
+                Request::ReceiveMigration(reader.read(name, body)?, std::mem::take(&mut call.fds))
+            }
+            Operation::SetMigration => Request::SetMigration(reader.read(name, body)?),
+            Operation::CancelMigration => Request::CancelMigration,
+            Operation::MigrationProgress => Request::MigrationProgress,
             Operation::CpuFeatures => Request::CpuFeatures,
             Operation::VmmShutdown => Request::VmmShutdown,
         }))
@@ -247,6 +260,9 @@ fn response(result: Result<Reply, ApiError>) -> Response {
             Response::json(ascii(serde_json::to_string(&*features).unwrap_or_default()))
         }
         // Strings always serialise.
+        Ok(Reply::MigrationProgress(progress)) => {
+            Response::json(ascii(serde_json::to_string(&progress).unwrap_or_default()))
+        }
         Ok(Reply::Added(device)) => Response::json(ascii(serde_json::to_string(&device).unwrap_or_default())),
         Err(error) => Response::error(error.status(), &error.to_string()),
     }

@@ -74,6 +74,7 @@ impl FakeVm {
             device_tree: DeviceTree::new(),
             vcpus: None,
             memory: None,
+            memory_zones: Vec::new(),
             links: Default::default(),
         }));
     }
@@ -86,6 +87,7 @@ impl FakeVm {
             device_tree: DeviceTree::new(),
             vcpus: None,
             memory: None,
+            memory_zones: Vec::new(),
             links: Default::default(),
         }));
     }
@@ -131,6 +133,7 @@ impl Handler for FakeVm {
             Request::CpuFeatures => return answer.send(Ok(Reply::CpuFeatures(Box::new(cpu_features())))),
             Request::AddNet(net, fds) => *self.handed.lock().unwrap() = Some((*net, fds)),
             Request::Resize(_)
+            | Request::ResizeZone(_)
             | Request::ResizeDisk(_)
             | Request::AddDisk(_)
             | Request::AddFs(_)
@@ -138,7 +141,18 @@ impl Handler for FakeVm {
             | Request::AddVsock(_)
             | Request::RemoveDevice(_)
             | Request::Snapshot(_)
-            | Request::Restore(..) => {}
+            | Request::Restore(..)
+            | Request::SendMigration(_)
+            | Request::ReceiveMigration(..)
+            | Request::SetMigration(_) => {}
+            Request::CancelMigration => {
+                let error = ApiError::WrongPhase("vm.cancel-migration: no migration is under way".into());
+                return answer.send(Err(error));
+            }
+            Request::MigrationProgress => {
+                let error = ApiError::NotFound("vm.migration-progress: nobody asked for a migration yet".into());
+                return answer.send(Err(error));
+            }
         }
         answer.send(Ok(Reply::Done));
     }

@@ -12,13 +12,13 @@ use anyhow::{Context, Result};
 use crate::arch::Arch;
 use crate::{packages, tools};
 
-/// Programs of tests/fuzz, and functions of `triarch_api::fuzzing`, `triarch_blkd::fuzzing` and `triarch_state::fuzzing`.
-const TARGETS: [&str; 5] = ["http", "bodies", "flags", "vhost_user", "snapshot"];
+/// Programs of tests/fuzz, and functions of the modules `fuzzing` of what they are about.
+const TARGETS: [&str; 6] = ["http", "bodies", "flags", "vhost_user", "snapshot", "migration"];
 /// What makes the compiler count branches, and remember what numbers are compared with.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
                      -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing";
 
-/// Feeds random input to the readers of requests, bodies, flags and snapshots, and to the back end of vhost-user.
+/// Feeds random input to the readers of requests, bodies, flags, snapshots and migrations, and to the back end of vhost-user.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this one

@@ -275,6 +275,14 @@ impl Host {
         self.put(name, mode, &content)
     }
 
+    /// Reads the file `path`.
+    ///
+    /// # Errors
+    /// The host refuses or failed ([`HostFailure`]).
+    pub fn get(&self, path: &str) -> Result<Vec<u8>> {
+        self.judge(self.agent.get(path))
+    }
+
     /// Runs a command to its end, handing over its output as it comes. Several threads may do so
     /// at once.
     ///

@@ -50,7 +50,7 @@ const GUEST_MODULES: [&str; 9] = [
 ];
 
 /// Modules that a guest has and loads when a test asks for it (`/init load MODULE`): all others boot sooner without.
-const GUEST_SPARE: [&str; 1] = ["virtiofs"];
+const GUEST_SPARE: [&str; 2] = ["virtiofs", "virtio_mem"];
 
 /// The initramfs of an emulated host with this kernel.
 ///

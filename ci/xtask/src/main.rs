@@ -13,6 +13,7 @@ mod cpio;
 mod daemons;
 mod demo;
 mod fuzz;
+mod golden;
 mod host;
 mod images;
 mod kernels;
@@ -52,6 +53,8 @@ enum Verb {
     Demo(demo::Args),
     /// Feed random input to what reads other people's bytes
     Fuzz(fuzz::Args),
+    /// Keep a snapshot that later versions have to restore
+    Golden(golden::Args),
     /// Start a host, and run a command or a shell on it
     Host(session::Args),
     /// Check format, compiler's advice, house rules, licences and advisories
@@ -79,6 +82,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Build(args) => build::everything(&args)?,
         Verb::Demo(args) => demo::run(&args)?,
         Verb::Fuzz(args) => fuzz::run(&args)?,
+        Verb::Golden(args) => golden::run(&args)?,
         Verb::Host(args) => return session::run(args),
         Verb::Lint => lint::run()?,
         Verb::Openapi => openapi::write()?,

@@ -15,6 +15,7 @@ use crate::host::Kind;
 use crate::kernels::Version;
 use crate::lint;
 use place::Place;
+pub use suites::{PATIENCE, Programs, SUITES};
 use tally::{Tally, Verdict};
 
 /// Runs tests: all of them, or those whose names contain one of the given.
@@ -107,7 +108,7 @@ fn lint_checks(filters: &[String], tally: &mut Tally) {
 }
 
 fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
-    let programs = suites::Programs::build()?;
+    let programs = Programs::build()?;
     if args.wants(Level::Payload) {
         tally.guard("payload", |tally| programs.payload(&args.name, tally));
     }

@@ -93,6 +93,21 @@ impl Disk {
     /// # Errors
     /// See [`OpenError`]; nothing stays open or locked.
     pub fn open(options: &DiskOptions) -> Result<Arc<Self>, OpenError> {
+        let file = Self::open_file(options)?;
+        Self::from_file(file, options)
+    }
+
+    /// The same without the lock, for a disk that another host's VMM still uses: nothing may be written before
+    /// [`take_lock`](Self::take_lock).
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open_unlocked(options: &DiskOptions) -> Result<Arc<Self>, OpenError> {
+        let file = Self::open_file(options)?;
+        Self::with_file(file, options, false)
+    }
+
+    fn open_file(options: &DiskOptions) -> Result<File, OpenError> {
         let path = &options.path;
         // Looked at before it is opened: opening a pipe would wait for its other end, and opening some
         // character devices does things.
@@ -102,8 +117,7 @@ impl Disk {
         how.read(true)
             .write(!options.readonly)
             .custom_flags(if options.direct { libc::O_DIRECT } else { 0 });
-        let file = how.open(path).map_err(|e| open_error(options, e))?;
-        Self::from_file(file, options)
+        how.open(path).map_err(|e| open_error(options, e))
     }
 
     /// Makes a disk from a file that was opened elsewhere (received from a supervisor, for
@@ -113,6 +127,10 @@ impl Disk {
     /// # Errors
     /// See [`OpenError`].
     pub fn from_file(file: File, options: &DiskOptions) -> Result<Arc<Self>, OpenError> {
+        Self::with_file(file, options, true)
+    }
+
+    fn with_file(file: File, options: &DiskOptions, locked: bool) -> Result<Arc<Self>, OpenError> {
         let path = &options.path;
         let io = |action| {
             move |source| OpenError::Io {
@@ -130,7 +148,9 @@ impl Disk {
         {
             return Err(OpenError::ReadOnly { path: path.clone() });
         }
-        lock(&file, options)?;
+        if locked {
+            lock(&file, path, options.readonly)?;
+        }
         let direct = match options.direct {
             true => Some(geometry::direct(&file, device, path)?),
             false => None,
@@ -232,6 +252,34 @@ impl Disk {
     /// There is no descriptor left.
     pub fn share_file(&self) -> io::Result<File> {
         self.file.try_clone()
+    }
+
+    /// Takes the lock that [`open`](Self::open) takes, after [`release_lock`](Self::release_lock) or
+    /// [`open_unlocked`](Self::open_unlocked). Harmless if it is there already.
+    ///
+    /// # Errors
+    /// Another process has a lock, or the file system has none.
+    pub fn take_lock(&self) -> Result<(), OpenError> {
+        lock(&self.file, &self.path, self.readonly)
+    }
+
+    /// Lets others lock the disk. Nothing may be written any more.
+    ///
+    /// # Errors
+    /// The host's; then the lock is still there.
+    pub fn release_lock(&self) -> io::Result<()> {
+        sys::unlock(self.file.as_fd())
+    }
+
+    /// Waits until all that was written is where a loss of power does not harm it, and other hosts see it.
+    ///
+    /// # Errors
+    /// The host's; what was written may be lost.
+    pub fn sync(&self) -> io::Result<()> {
+        match self.readonly {
+            true => Ok(()),
+            false => self.file.sync_data(),
+        }
     }
 
     /// Size in bytes as last read from the file, a multiple of the logical block size.
@@ -382,9 +430,9 @@ fn check_size(path: &Path, size: u64, block: u32) -> Result<(), OpenError> {
     }
 }
 
-fn lock(file: &File, options: &DiskOptions) -> Result<(), OpenError> {
-    let path = options.path.clone();
-    sys::lock(file.as_fd(), !options.readonly).map_err(|source| match source.raw_os_error() {
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), OpenError> {
+    let path = path.to_owned();
+    sys::lock(file.as_fd(), !readonly).map_err(|source| match source.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => OpenError::Locked { path },
         Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => OpenError::NoLocks { path, source },
         _ => OpenError::Io {

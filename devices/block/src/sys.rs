@@ -104,10 +104,18 @@ pub(crate) fn direct_alignment(fd: BorrowedFd<'_>) -> DirectAlignment {
 /// Takes a lock on the whole file that belongs to the open file description (fcntl(2),
 /// `F_OFD_SETLK`): exclusive or shared. It goes when the last copy of the descriptor is closed.
 pub(crate) fn lock(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
+    set_lock(fd, if exclusive { libc::F_WRLCK } else { libc::F_RDLCK })
+}
+
+/// Gives that lock up.
+pub(crate) fn unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_lock(fd, libc::F_UNLCK)
+}
+
+fn set_lock(fd: BorrowedFd<'_>, kind: libc::c_int) -> io::Result<()> {
     // SAFETY: all-zero is a valid flock structure; length 0 means to the end, however far it moves,
     // and OFD locks need l_pid to be 0.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
     range.l_type = kind as libc::c_short;
     range.l_whence = libc::SEEK_SET as libc::c_short;
     // SAFETY: F_OFD_SETLK reads one flock structure.

@@ -269,3 +269,22 @@ fn direct_io_is_refused_where_there_is_none() {
     assert!(matches!(error, OpenError::NoDirect { .. }), "{error:?}");
     assert!(error.to_string().contains("direct=off"));
 }
+
+#[test]
+fn a_lock_is_handed_over_and_taken_back() {
+    let file = image(4096);
+    let options = DiskOptions::new(file.path());
+    let source = Disk::open(&options).unwrap();
+    let destination = Disk::open_unlocked(&options).unwrap();
+    let error = destination.take_lock().expect_err("the source has it");
+    assert!(matches!(error, OpenError::Locked { .. }), "{error:?}");
+    source.sync().unwrap();
+    source.release_lock().unwrap();
+    destination.take_lock().unwrap();
+    destination.take_lock().unwrap();
+    let error = source.take_lock().expect_err("the destination has it");
+    assert!(matches!(error, OpenError::Locked { .. }), "{error:?}");
+    drop(destination);
+    source.take_lock().unwrap();
+    assert!(matches!(open_error(&options), OpenError::Locked { .. }));
+}

@@ -32,6 +32,10 @@ pub enum ThreadClass {
     BackEnd,
     /// Gives guest memory back to the host, and takes it again: balloon, memory device.
     Memory,
+    /// Moves a guest to another host, or takes it from there.
+    Migration,
+    /// Provides pages of guest memory that others wait for.
+    Pager,
     /// Serves console, entropy and other small queues.
     Device,
 }

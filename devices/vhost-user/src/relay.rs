@@ -54,6 +54,13 @@ struct Far {
 /// Requests without an answer of a queue that does not run, for when it runs again.
 pub(crate) struct Parked(Vec<Pending>);
 
+impl Parked {
+    /// Their heads, in order.
+    pub(crate) fn heads(&self) -> Vec<u16> {
+        self.0.iter().map(|request| request.head).collect()
+    }
+}
+
 /// A queue that runs.
 pub(crate) struct Relay {
     queue: VirtQueue,

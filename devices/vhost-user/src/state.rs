@@ -110,6 +110,25 @@ impl From<LinkError> for StateError {
 }
 
 impl VhostUser {
+    /// Heads of the requests of queue `index`, which has stopped and has `size` entries, that no daemon has answered, in the order in which
+    /// they came. Whoever saves the device saves them with it: as many as the queue's indexes are apart.
+    ///
+    /// # Errors
+    /// What the daemon noted of them contradicts itself.
+    pub fn unanswered(&self, index: u16, size: u16) -> Result<Vec<u16>, LinkError> {
+        let (reply, answer) = sync_channel(1);
+        self.order(Command::State(StateOrder::Unanswered(index, size, reply)));
+        answer.recv().unwrap_or(Ok(Vec::new()))
+    }
+
+    /// Queue `index` starts with these requests open, which a daemon then gets first. Only while the driver is there and before the queue
+    /// starts. Those that are none of the queue's cost the driver a reset.
+    pub fn reopen(&self, index: u16, heads: Vec<u16>) {
+        self.order(Command::State(StateOrder::Reopen(index, heads)));
+    }
+}
+
+impl VhostUser {
     /// Writes the daemon's state to `to`, and returns how many bytes it has. All queues must have stopped, and start only after this;
     /// the device goes on as before then. `to` should take what it is given soon: the daemon waits meanwhile.
     ///

@@ -174,11 +174,22 @@ pub struct LinuxVm {
 impl LinuxVm {
     /// A guest in `vm` that came up long ago, in another process: its agent is reached by vsock.
     ///
+    /// Such a guest hears that its streams are gone, and may close the first new one with the old ones: then there is a second.
+    ///
     /// # Errors
     /// It does not answer.
     pub fn attach(vm: Vm) -> Result<Self> {
         let channel = Channel::Vsock;
-        let agent = connect(&vm, channel).with_context(|| format!("no agent{}", vm.last_words()))?;
+        let stays = || {
+            let agent = connect(&vm, channel)?;
+            agent.shell("sleep 1").map(|_| agent).map_err(anyhow::Error::from)
+        };
+        let lost = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(AgentError::Lost(_)));
+        let agent = match stays() {
+            Err(error) if lost(&error) => stays(),
+            other => other,
+        };
+        let agent = agent.with_context(|| format!("no agent{}", vm.last_words()))?;
         Ok(Self { agent, vm, channel })
     }
 

@@ -29,6 +29,9 @@ pub const ROUNDS: &str = "TRIARCH_HOTPLUG_ROUNDS";
 /// The environment variable that names a file to which tests add a line with what they measured.
 pub const FIGURES: &str = "TRIARCH_FIGURES";
 
+/// The environment variable that names a directory to which the test of `tests/golden` copies the snapshot it makes.
+pub const GOLDEN: &str = "TRIARCH_GOLDEN";
+
 /// How often a test kills a daemon: as [`KILLS`] says, else 20 times, and four times where everything takes longer.
 pub fn kills() -> u64 {
     let named = std::env::var(KILLS).ok().and_then(|text| text.parse().ok());

@@ -26,6 +26,15 @@ pub struct Gic {
     pub its: Option<u64>,
 }
 
+/// A processor or memory, and the NUMA node it is in (SRAT).
+#[derive(Clone, Copy)]
+pub enum Affinity {
+    /// A processor, by the identifier of its APIC or its ACPI UID: that, and its node.
+    Processor(u64, u32),
+    /// Memory: first address, bytes, node, and whether it may come later only.
+    Memory(u64, u64, u32, bool),
+}
+
 /// What was found.
 #[derive(Default)]
 pub struct Acpi {
@@ -43,6 +52,10 @@ pub struct Acpi {
     pub reset: Option<(u16, u8)>,
     /// Sleep control port.
     pub sleep_control: Option<u16>,
+    /// What is in which NUMA node, if the machine has any.
+    pub affinities: Vec<Affinity>,
+    /// Distances between NUMA nodes, row by row, and how many nodes there are.
+    pub distances: Option<(u64, Vec<u8>)>,
     /// The hardware-reduced flag.
     pub hardware_reduced: bool,
 }
@@ -130,6 +143,11 @@ pub fn read(hint: u64) -> Result<Acpi, String> {
         acpi.tables.push(signature(table));
         match &table[..4] {
             b"APIC" => acpi.read_madt(table),
+            b"SRAT" => acpi.read_srat(table),
+            b"SLIT" => {
+                let distances = table.get(44..).unwrap_or(&[]).into();
+                acpi.distances = Some((u64_at(table, 36).unwrap_or(0), distances));
+            }
             b"MCFG" => acpi.ecam = u64_at(table, 44).zip(table.get(55).copied()),
             b"FACP" => acpi.read_fadt(table)?,
             _ => {}
@@ -163,6 +181,39 @@ impl Acpi {
                     enabled: flags & 1 != 0,
                 });
             }
+            rest = &rest[len..];
+        }
+    }
+
+    /// What is enabled (ACPI 6.5 §5.2.16).
+    fn read_srat(&mut self, srat: &[u8]) {
+        let mut rest = srat.get(48..).unwrap_or(&[]);
+        while let [kind, len, ..] = *rest {
+            let len = usize::from(len);
+            if len < 2 || len > rest.len() {
+                break;
+            }
+            let entry = &rest[..len];
+            let enabled = |at| u32_at(entry, at).filter(|flags| flags & 1 != 0);
+            let processor = |id: Option<u64>, node: Option<u32>| Some(Affinity::Processor(id?, node?));
+            let found = match kind {
+                0 => enabled(4).and_then(|_| {
+                    let high = u32_at(entry, 8).map(|high| high & 0xffff_ff00);
+                    let node = entry.get(2).map(|low| u32::from(*low)).zip(high);
+                    processor(
+                        entry.get(3).map(|id| u64::from(*id)),
+                        node.map(|(low, high)| low | high),
+                    )
+                }),
+                1 => enabled(28).and_then(|flags| {
+                    let (base, size) = (u64_at(entry, 8)?, u64_at(entry, 16)?);
+                    Some(Affinity::Memory(base, size, u32_at(entry, 2)?, flags & 2 != 0))
+                }),
+                2 => enabled(12).and_then(|_| processor(u32_at(entry, 8).map(u64::from), u32_at(entry, 4))),
+                3 => enabled(10).and_then(|_| processor(u32_at(entry, 6).map(u64::from), u32_at(entry, 2))),
+                _ => None,
+            };
+            self.affinities.extend(found);
             rest = &rest[len..];
         }
     }

@@ -94,6 +94,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "hello" => cmd::system::hello(guest),
         "echo" => Ok(args.rest()),
         "acpi" => cmd::system::acpi(guest),
+        "numa" => cmd::system::numa(guest),
         "sleep" => cmd::system::sleep(&mut args),
         "count" => cmd::system::count(&mut args),
         "cpus" => cmd::system::cpus(guest),

@@ -13,10 +13,12 @@ mod dimms;
 mod hotplug;
 mod load;
 mod net;
+mod numa;
 mod ovs;
 mod passt;
 mod pause;
 mod plug;
+mod plug_kinds;
 mod power;
 mod refusals;
 mod rng;
@@ -24,6 +26,7 @@ mod snapshot;
 mod vhost;
 mod vhost_fs;
 mod vhost_net;
+mod virtio_mem;
 mod vsock;
 
 /// All of them, cheap ones first.
@@ -50,7 +53,10 @@ pub fn tests() -> Vec<Test> {
         snapshot::TESTS,
         hotplug::TESTS,
         dimms::TESTS,
+        virtio_mem::TESTS,
+        numa::TESTS,
         plug::TESTS,
+        plug_kinds::TESTS,
     ]
     .concat()
 }

@@ -11,8 +11,10 @@ mod held;
 mod linux;
 mod passt;
 mod payload;
+mod soak;
 mod storage;
 mod switches;
+mod virtiofsd;
 
 fn main() -> ExitCode {
     if std::env::var_os(framework::VICTIMS).is_some() {

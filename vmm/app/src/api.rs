@@ -8,7 +8,7 @@ use triarch_api::server::{Identity, Limits, Listener, Router, Server, Stopper};
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_machine::Inbox;
 
-use crate::cli::ApiSocket;
+use crate::places::ApiSocket;
 
 /// The server on its thread. Dropping it sends what was answered, ends it and removes its socket.
 pub(crate) struct Api {

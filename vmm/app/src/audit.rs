@@ -13,8 +13,8 @@ use anyhow::Context;
 use triarch_api::audit::{AuditRecord, AuditSink, rfc3339};
 use triarch_device_core::{Event, Sandbox};
 
-use crate::cli::AuditLog;
 use crate::outlet::{Outlet, Patience, readable, wait};
+use crate::places::AuditLog;
 
 /// Lines that wait to be written.
 const WAITING: usize = 1024;

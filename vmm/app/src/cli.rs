@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{ArgAction, ArgMatches, CommandFactory, FromArgMatches, Parser};
-use triarch_api::flags::{self, FlagError};
+use triarch_api::flags::{self, FlagError, Restored};
 use triarch_api::{
     ConsoleConfig, ConsoleMode, CpusConfig, DebugConsoleConfig, MemoryConfig, PayloadConfig, RngConfig, VmConfig,
 };
@@ -15,6 +15,8 @@ use crate::compat::{self, CLOUD_HYPERVISOR, Personality};
 use crate::config_file;
 use crate::exit::{self, Wrong};
 use crate::logging::{Format, Levels};
+use crate::places::{self, ApiSocket, AuditLog, Target};
+use crate::restore;
 
 /// What described a VM if no file did.
 pub(crate) const FLAGS: &str = "the command line";
@@ -32,6 +34,9 @@ struct Args {
     /// The VM as JSON, like the body of vm.create, instead of the flags that describe one; - is stdin
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// A VM that was saved: source_url=file://DIRECTORY[,memory_restore_mode=MODE][,resume=on][,prefault=on][,net_fds=[ID@[N,...],...]]
+    #[arg(long, value_name = "SNAPSHOT")]
+    restore: Option<String>,
     /// Kernel: a bzImage or an ELF with a PVH note
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -50,6 +55,12 @@ struct Args {
     /// size=SIZE[,shared=on][,hugepages=on[,hugepage_size=SIZE]][,prefault=on][,thp=off][,mergeable=on] (default size=512M)
     #[arg(long, value_name = "MEMORY")]
     memory: Option<String>,
+    /// id=NAME,size=SIZE[,hotplug_size=SIZE][,host_numa_node=N] and keys of --memory, whose size is 0 then
+    #[arg(long, value_name = "ZONE", num_args = 1.., action = ArgAction::Append)]
+    memory_zone: Vec<String>,
+    /// guest_numa_id=N[,cpus=[N-N,...]][,memory_zones=[NAME,...]][,distances=[N@DISTANCE,...]]
+    #[arg(long, value_name = "NODE", num_args = 1.., action = ArgAction::Append)]
+    numa: Vec<String>,
     /// path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,io_uring=off][,backend=blkd][,id=ID]
     #[arg(long, value_name = "DISK", num_args = 1.., action = ArgAction::Append)]
     disk: Vec<String>,
@@ -115,35 +126,6 @@ struct Args {
     verbosity: u8,
 }
 
-/// Where the API listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum ApiSocket {
-    /// A socket to make at this path.
-    Path(PathBuf),
-    /// A listening socket inherited as this descriptor.
-    Fd(i32),
-}
-
-/// Where events go.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Target {
-    /// A file or a named pipe.
-    Path(PathBuf),
-    /// An inherited descriptor.
-    Fd(i32),
-}
-
-/// Where audit lines go.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum AuditLog {
-    /// A file.
-    File(PathBuf),
-    /// The syslog daemon that listens on this socket.
-    Syslog(PathBuf),
-    /// The journal that listens on this socket.
-    Journal(PathBuf),
-}
-
 /// What is logged, where to, and how it looks.
 #[derive(Debug)]
 pub(crate) struct LogOptions {
@@ -168,11 +150,20 @@ pub(crate) struct Described {
     pub(crate) ignored: Vec<String>,
 }
 
+/// The guest that is there from the start.
+#[derive(Debug)]
+pub(crate) enum Guest {
+    /// It boots.
+    Described(Box<Described>),
+    /// It goes on where it was.
+    Saved(Restored),
+}
+
 /// The command line, understood.
 #[derive(Debug)]
 pub(crate) struct Cli {
-    /// The VM, if one was described.
-    pub(crate) vm: Option<Described>,
+    /// The guest, if there is to be one.
+    pub(crate) guest: Option<Guest>,
     /// Where the API listens, if anywhere.
     pub(crate) api_socket: Option<ApiSocket>,
     /// Whether the VMM may start daemons.
@@ -212,9 +203,9 @@ impl Cli {
     }
 
     fn from_parsed(args: Args, personality: Personality) -> anyhow::Result<Self> {
-        let api_socket = args.api_socket.as_deref().map(api_socket).transpose()?;
-        let event_monitor = args.event_monitor.as_deref().map(event_monitor).transpose()?;
-        let audit_log = args.audit_log.as_deref().map(audit_log).transpose()?;
+        let api_socket = args.api_socket.as_deref().map(places::api_socket).transpose()?;
+        let event_monitor = args.event_monitor.as_deref().map(places::event_monitor).transpose()?;
+        let audit_log = args.audit_log.as_deref().map(places::audit_log).transpose()?;
         if audit_log.is_some() && api_socket.is_none() {
             anyhow::bail!("--audit-log records calls of the API, which is off; give --api-socket PATH beside it");
         }
@@ -239,34 +230,15 @@ impl Cli {
             verbosity: args.verbosity,
         };
         let asked = args.daemons;
-        let booted = args.kernel.is_some() || args.firmware.is_some();
-        let vm = match (&args.config, describes(&args)) {
-            (Some(path), Some(flag)) => anyhow::bail!(
-                "{flag} describes a VM, and so does --config; write it into {}, or leave --config out",
-                config_file::name(path)
-            ),
-            (Some(path), None) => {
-                let (config, ignored) = config_file::read(path)?;
-                let by = config_file::name(path);
-                Some(Described { config, by, ignored })
-            }
-            (None, _) if booted => Some(Described {
-                config: config(args)?,
-                by: FLAGS.to_owned(),
-                ignored: Vec::new(),
-            }),
-            (None, Some(flag)) => {
-                anyhow::bail!("{flag} describes a VM that has nothing to boot; give --kernel FILE beside it")
-            }
-            (None, None) if api_socket.is_none() => anyhow::bail!(
-                "there is nothing to do; give --kernel FILE or --config FILE to boot or --api-socket PATH to be driven, or see --help"
-            ),
-            (None, None) => None,
+        let guest = guest(args, api_socket.is_some())?;
+        let needed = match &guest {
+            Some(Guest::Described(vm)) => vm.config.needs_daemons(),
+            Some(Guest::Saved(saved)) => restore::needs_daemons(saved),
+            None => false,
         };
-        let needed = vm.as_ref().is_some_and(|vm: &Described| vm.config.needs_daemons());
         Ok(Self {
             daemons: asked || needed,
-            vm,
+            guest,
             api_socket,
             event_monitor,
             audit_log,
@@ -275,6 +247,46 @@ impl Cli {
             personality,
         })
     }
+}
+
+/// The guest that `args` ask for. There may be none where the API is `served`.
+fn guest(args: Args, served: bool) -> anyhow::Result<Option<Guest>> {
+    let booted = args.kernel.is_some() || args.firmware.is_some();
+    let described = describes(&args);
+    if let Some(text) = &args.restore {
+        if let Some(flag) = args.config.as_ref().map(|_| "--config").or(described) {
+            anyhow::bail!(
+                "{flag} describes a VM, and --restore takes one as it was saved; leave {flag} out, what may differ is changed in the \
+                 snapshot's config.json"
+            );
+        }
+        return Ok(Some(Guest::Saved(restore::parse(text, served)?)));
+    }
+    let vm = match (&args.config, described) {
+        (Some(path), Some(flag)) => anyhow::bail!(
+            "{flag} describes a VM, and so does --config; write it into {}, or leave --config out",
+            config_file::name(path)
+        ),
+        (Some(path), None) => {
+            let (config, ignored) = config_file::read(path)?;
+            let by = config_file::name(path);
+            Some(Described { config, by, ignored })
+        }
+        (None, _) if booted => Some(Described {
+            config: config(args)?,
+            by: FLAGS.to_owned(),
+            ignored: Vec::new(),
+        }),
+        (None, Some(flag)) => {
+            anyhow::bail!("{flag} describes a VM that has nothing to boot; give --kernel FILE beside it")
+        }
+        (None, None) if !served => anyhow::bail!(
+            "there is nothing to do; give --kernel FILE or --config FILE to boot, --restore source_url=URL to go on with a snapshot, \
+             or --api-socket PATH to be driven; or see --help"
+        ),
+        (None, None) => None,
+    };
+    Ok(vm.map(|vm| Guest::Described(Box::new(vm))))
 }
 
 /// What the arguments come to.
@@ -328,6 +340,8 @@ fn describes(args: &Args) -> Option<&'static str> {
         ("--cmdline", args.cmdline.is_some()),
         ("--cpus", args.cpus.is_some()),
         ("--memory", args.memory.is_some()),
+        ("--memory-zone", !args.memory_zone.is_empty()),
+        ("--numa", !args.numa.is_empty()),
         ("--disk", !args.disk.is_empty()),
         ("--net", !args.net.is_empty()),
         ("--fs", !args.fs.is_empty()),
@@ -343,42 +357,6 @@ fn describes(args: &Args) -> Option<&'static str> {
     given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
 }
 
-fn api_socket(text: &str) -> anyhow::Result<ApiSocket> {
-    if matches!(text, "" | "path=") {
-        anyhow::bail!("--api-socket: the path is empty; write path=FILE");
-    }
-    match text.split_once('=') {
-        Some(("fd", fd)) => match fd.parse() {
-            Ok(fd) if fd >= 0 => Ok(ApiSocket::Fd(fd)),
-            _ => anyhow::bail!("--api-socket: fd={fd} is no descriptor number; write fd=3 for an inherited socket"),
-        },
-        Some(("path", path)) => Ok(ApiSocket::Path(path.into())),
-        _ => Ok(ApiSocket::Path(text.into())),
-    }
-}
-
-fn event_monitor(text: &str) -> anyhow::Result<Target> {
-    match text.split_once('=') {
-        Some(("path", path)) if !path.is_empty() => Ok(Target::Path(path.into())),
-        Some(("fd", fd)) => match fd.parse() {
-            Ok(fd) if fd >= 0 => Ok(Target::Fd(fd)),
-            _ => anyhow::bail!("--event-monitor: fd={fd} is no descriptor number; write fd=3 for an inherited pipe"),
-        },
-        _ => anyhow::bail!("--event-monitor: '{text}' is neither path=FILE nor fd=N"),
-    }
-}
-
-fn audit_log(text: &str) -> anyhow::Result<AuditLog> {
-    let (kind, path) = text.split_once('=').unwrap_or((text, ""));
-    let or = |standard: &str| PathBuf::from(if path.is_empty() { standard } else { path });
-    match kind {
-        "file" if !path.is_empty() => Ok(AuditLog::File(path.into())),
-        "syslog" => Ok(AuditLog::Syslog(or("/dev/log"))),
-        "journald" => Ok(AuditLog::Journal(or("/run/systemd/journal/socket"))),
-        _ => anyhow::bail!("--audit-log: '{text}' is none of file=PATH, syslog[=SOCKET] and journald[=SOCKET]"),
-    }
-}
-
 fn config(args: Args) -> anyhow::Result<VmConfig> {
     let serial = match &args.serial {
         Some(text) => flags::console("--serial", text)?,
@@ -386,7 +364,11 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
     };
     Ok(VmConfig {
         cpus: parsed(&args.cpus, flags::cpus)?.unwrap_or_else(CpusConfig::default),
-        memory: parsed(&args.memory, flags::memory)?.unwrap_or_else(MemoryConfig::default),
+        memory: MemoryConfig {
+            zones: list(&args.memory_zone, flags::memory_zone)?,
+            ..parsed(&args.memory, flags::memory)?.unwrap_or_else(MemoryConfig::default)
+        },
+        numa: list(&args.numa, flags::numa)?,
         payload: Some(PayloadConfig {
             kernel: args.kernel,
             cmdline: args.cmdline,
@@ -442,13 +424,20 @@ mod tests {
         }
     }
 
+    fn described(arguments: &[&str]) -> Described {
+        match parse(arguments).expect("a command line").guest {
+            Some(Guest::Described(vm)) => *vm,
+            other => panic!("{other:?}"),
+        }
+    }
+
     fn error(arguments: &[&str]) -> String {
         format!("{:#}", wrong(&parse(arguments).expect_err("refused")))
     }
 
     #[test]
     fn defaults_are_those_of_the_help() {
-        let vm = parse(&["--kernel", "k"]).expect("a command line").vm.expect("a VM");
+        let vm = described(&["--kernel", "k"]);
         let expected = VmConfig {
             payload: Some(PayloadConfig {
                 kernel: Some("k".into()),
@@ -459,12 +448,10 @@ mod tests {
         };
         assert_eq!((vm.config, &*vm.by), (expected, FLAGS));
         // One of them has the terminal.
-        let vm = parse(&["--kernel", "k", "--serial", "tty"]).expect("a command line").vm;
-        assert_eq!(vm.expect("a VM").config.console.mode, ConsoleMode::Off);
-        let vm = parse(&["--kernel=k", "--serial=tty", "--console=pty"])
-            .expect("a command line")
-            .vm;
-        assert_eq!(vm.expect("a VM").config.console.mode, ConsoleMode::Pty);
+        let vm = described(&["--kernel", "k", "--serial", "tty"]);
+        assert_eq!(vm.config.console.mode, ConsoleMode::Off);
+        let vm = described(&["--kernel=k", "--serial=tty", "--console=pty"]);
+        assert_eq!(vm.config.console.mode, ConsoleMode::Pty);
     }
 
     #[test]
@@ -477,8 +464,7 @@ mod tests {
             r#"{"payload": {"kernel": "k"}, "cpus": {"boot_vcpus": 2, "max_vcpus": 2}}"#,
         )
         .expect("write");
-        let cli = parse(&["--config", file, "--api-socket", "s", "-v"]).expect("a command line");
-        let vm = cli.vm.expect("a VM");
+        let vm = described(&["--config", file, "--api-socket", "s", "-v"]);
         assert_eq!((vm.config.cpus.boot_vcpus, &*vm.by), (2, file));
         assert_eq!(vm.config.console.mode, ConsoleMode::Null);
         for flag in [
@@ -499,13 +485,31 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_was_saved_is_nothing_that_flags_describe() {
+        let from = "source_url=file:///nowhere,resume=on";
+        match parse(&["--restore", from]).expect("a command line").guest {
+            Some(Guest::Saved(saved)) => assert!(saved.config.resume),
+            other => panic!("{other:?}"),
+        }
+        for flag in ["--kernel=k", "--config=vm.json", "--memory=1G", "--console=off"] {
+            let text = error(&["--restore", from, flag]);
+            let name = flag.split_once('=').expect("a flag").0;
+            let expected = format!("{name} describes a VM, and --restore takes one as it was saved;");
+            assert!(text.starts_with(&expected), "{text}");
+        }
+        let paused = ["--restore", "source_url=file:///nowhere"];
+        assert!(error(&paused).contains("add resume=on"), "{}", error(&paused));
+        parse(&[paused[0], paused[1], "--api-socket", "s"]).expect("somebody can resume it");
+    }
+
+    #[test]
     fn unknown_flags_are_told_from_lacking_ones() {
         assert!(error(&["--kernel", "k", "--bogus"]).contains("unexpected argument '--bogus'"));
         assert!(error(&["--kernel", "k", "--watchdog", "--bogus"]).contains("'--watchdog'"));
         let text = error(&["--kernel", "k", "--pmem", "file=a"]);
         assert_eq!(text, "--pmem is not supported by this version; leave it out");
-        let cli = parse(&["--watchdog", "off", "--kernel", "k", "--disk", "path=d"]).expect("nothing asked for");
-        assert_eq!(cli.vm.expect("a VM").config.disks.expect("disks").len(), 1);
+        let vm = described(&["--watchdog", "off", "--kernel", "k", "--disk", "path=d"]);
+        assert_eq!(vm.config.disks.expect("disks").len(), 1);
     }
 
     #[test]
@@ -529,32 +533,5 @@ mod tests {
             version(&["triarch", "--version"]),
             concat!("triarch ", env!("CARGO_PKG_VERSION"), "\n")
         );
-    }
-}
-
-#[cfg(test)]
-mod report_tests {
-    use super::*;
-
-    #[test]
-    fn places_of_events_and_audit_lines_are_understood_or_refused() {
-        assert_eq!(event_monitor("path=/a=b").expect("a path"), Target::Path("/a=b".into()));
-        assert_eq!(event_monitor("fd=3").expect("a number"), Target::Fd(3));
-        for bad in ["", "path=", "fd=", "fd=-1", "fd=x", "/a", "file=/a"] {
-            assert!(event_monitor(bad).is_err(), "{bad}");
-        }
-        assert_eq!(audit_log("file=/a").expect("a file"), AuditLog::File("/a".into()));
-        assert_eq!(
-            audit_log("syslog").expect("syslog"),
-            AuditLog::Syslog("/dev/log".into())
-        );
-        assert_eq!(audit_log("syslog=/s").expect("a socket"), AuditLog::Syslog("/s".into()));
-        assert_eq!(
-            audit_log("journald").expect("the journal"),
-            AuditLog::Journal("/run/systemd/journal/socket".into())
-        );
-        for bad in ["", "file=", "file", "/a", "journal"] {
-            assert!(audit_log(bad).is_err(), "{bad}");
-        }
     }
 }

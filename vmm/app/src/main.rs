@@ -14,6 +14,8 @@ mod logging;
 mod monitor;
 mod notify;
 mod outlet;
+mod places;
+mod restore;
 mod sink;
 
 use std::io::{Write, stderr};
@@ -29,10 +31,11 @@ use triarch_sandbox::Seccomp;
 
 use api::Api;
 use audit::Audit;
-use cli::{AuditLog, Cli, Described};
+use cli::{Cli, Described, Guest};
 use daemons::Nursery;
 use exit::Exit;
 use launcher::Launcher;
+use places::AuditLog;
 
 fn main() -> ExitCode {
     if daemons::is_nursery() {
@@ -91,7 +94,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     if let Some(seccomp) = &seccomp {
         seccomp.apply(ThreadClass::Control)?;
     }
-    let result = control(controller, cli.vm, seccomp.as_deref());
+    let result = control(controller, cli.guest, seccomp.as_deref());
     // The controller is gone, and with it every request that was not answered: now the answers can be sent.
     drop(api);
     // What happened until now, and who asked for it, is written down.
@@ -99,10 +102,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     result
 }
 
-fn control(mut controller: Controller, vm: Option<Described>, seccomp: Option<&Seccomp>) -> anyhow::Result<()> {
-    if let Some(vm) = vm
-        && let Err(error) = start(&mut controller, vm)
-    {
+fn control(mut controller: Controller, guest: Option<Guest>, seccomp: Option<&Seccomp>) -> anyhow::Result<()> {
+    let started = match guest {
+        Some(Guest::Described(vm)) => start(&mut controller, *vm),
+        Some(Guest::Saved(saved)) => restore::start(&mut controller, saved),
+        None => Ok(()),
+    };
+    if let Err(error) = started {
         // A signal to end may well be the reason.
         return if told_to_end() { Ok(()) } else { Err(error) };
     }

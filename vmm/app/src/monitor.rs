@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use triarch_api::events::{Cursor, EventLog};
 use triarch_device_core::{Event, Sandbox};
 
-use crate::cli::Target;
 use crate::outlet::{Outlet, Patience, is_full, open_append, readable, wait};
+use crate::places::Target;
 
 /// How long a write that failed is not tried again.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -20,14 +20,23 @@ struct Slot {
     number: u32,
     gpa: u64,
     len: u64,
+    /// Where it is mapped in this process.
+    host: u64,
+}
+
+/// The slots in use, by GPA.
+#[derive(Default)]
+struct Used {
+    slots: BTreeMap<u64, Slot>,
+    /// Writes are logged, also to slots that come.
+    logged: bool,
 }
 
 /// The memory slots of a VM: what guest memory its vCPUs reach. Clones are of the same VM, and keep it.
 #[derive(Clone)]
 pub struct MemorySlots {
     fd: Arc<VmFd>,
-    /// Those in use, by GPA.
-    used: Arc<Mutex<BTreeMap<u64, Slot>>>,
+    used: Arc<Mutex<Used>>,
     max: u32,
     /// How many those are, for whoever counts.
     count: Arc<AtomicU64>,
@@ -38,7 +47,7 @@ impl MemorySlots {
     /// [`unmap_region`](Self::unmap_region).
     pub fn map_region(&self, region: &GuestRegion) -> Result<(), HypervisorError> {
         let mut used = self.used();
-        let taken: BTreeSet<u32> = used.values().map(|slot| slot.number).collect();
+        let taken: BTreeSet<u32> = used.slots.values().map(|slot| slot.number).collect();
         let free = (0u32..).zip(&taken).find(|(number, taken)| number != *taken);
         let number = free.map_or(taken.len() as u32, |(number, _)| number);
         if number >= self.max {
@@ -48,23 +57,62 @@ impl MemorySlots {
             number,
             gpa: region.start_addr().raw_value(),
             len: region.len(),
+            host: region.as_ptr() as u64,
         };
-        self.set(slot, region.as_ptr() as u64, false)?;
-        used.insert(slot.gpa, slot);
-        self.count.store(used.len() as u64, Relaxed);
+        self.set(slot, used.logged)?;
+        used.slots.insert(slot.gpa, slot);
+        self.count.store(used.slots.len() as u64, Relaxed);
         Ok(())
     }
 
     /// Takes the region at `gpa` away from the guest.
     pub fn unmap_region(&self, gpa: u64) -> Result<(), HypervisorError> {
         let mut used = self.used();
-        let Some(slot) = used.get(&gpa) else {
+        let Some(slot) = used.slots.get(&gpa) else {
             return Ok(());
         };
-        self.set(Slot { len: 0, ..*slot }, 0, false)?;
-        used.remove(&gpa);
-        self.count.store(used.len() as u64, Relaxed);
+        self.set(
+            Slot {
+                len: 0,
+                host: 0,
+                ..*slot
+            },
+            false,
+        )?;
+        used.slots.remove(&gpa);
+        self.count.store(used.slots.len() as u64, Relaxed);
         Ok(())
+    }
+
+    /// Has KVM log which pages vCPUs write, in all memory there is and that comes, or no longer.
+    ///
+    /// # Errors
+    /// KVM's. Then nothing is logged, as far as KVM lets that be.
+    pub fn log_writes(&self, on: bool) -> Result<(), HypervisorError> {
+        let mut used = self.used();
+        let result = used.slots.values().try_for_each(|slot| self.set(*slot, on));
+        used.logged = on && result.is_ok();
+        if on && result.is_err() {
+            for slot in used.slots.values() {
+                let _ = self.set(*slot, false);
+            }
+        }
+        result
+    }
+
+    /// Pages of the region at `gpa` that vCPUs have written since the log began, or since this was asked the last time: a bit for each
+    /// page of the host, the first in the lowest bit of the first word.
+    ///
+    /// # Errors
+    /// There is no such region, or nothing is logged.
+    pub fn written(&self, gpa: u64) -> Result<Vec<u64>, HypervisorError> {
+        let used = self.used();
+        let slot = used.slots.get(&gpa).filter(|_| used.logged);
+        let log = match slot {
+            Some(slot) => self.fd.get_dirty_log(slot.number, slot.len as usize),
+            None => Err(kvm_ioctls::Error::new(libc::ENOENT)),
+        };
+        log.map_err(HypervisorError::kvm("tell which pages the guest wrote"))
     }
 
     /// How many are in use. It does not keep the VM.
@@ -72,17 +120,17 @@ impl MemorySlots {
         &self.count
     }
 
-    fn used(&self) -> MutexGuard<'_, BTreeMap<u64, Slot>> {
+    fn used(&self) -> MutexGuard<'_, Used> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, slot: Slot, host_address: u64, log: bool) -> Result<(), HypervisorError> {
+    fn set(&self, slot: Slot, log: bool) -> Result<(), HypervisorError> {
         let region = kvm_userspace_memory_region {
             slot: slot.number,
             flags: if log { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: slot.gpa,
             memory_size: slot.len,
-            userspace_addr: host_address,
+            userspace_addr: slot.host,
         };
         // SAFETY: either the slot is deleted (length 0), or the address is the start of a mapping of this length which the
         // caller keeps alive while the slot exists.
@@ -154,15 +202,6 @@ impl Vm {
     /// Takes the region at `gpa` away from the guest.
     pub fn unmap_region(&self, gpa: u64) -> Result<(), HypervisorError> {
         self.slots.unmap_region(gpa)
-    }
-
-    /// Switches the dirty log of the region at `gpa` on or off.
-    pub fn log_dirty_pages(&self, region: &GuestRegion, on: bool) -> Result<(), HypervisorError> {
-        let used = self.slots.used();
-        match used.get(&region.start_addr().raw_value()) {
-            Some(slot) => self.slots.set(*slot, region.as_ptr() as u64, on),
-            None => Ok(()),
-        }
     }
 
     /// Makes the vCPU with APIC id or index `id`.

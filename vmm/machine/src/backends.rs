@@ -59,6 +59,8 @@ pub(crate) struct Opener<'a> {
     /// Starts daemons, if somebody may.
     pub(crate) daemons: Option<&'a Arc<dyn Daemons>>,
     pub(crate) sandbox: &'a Arc<dyn Sandbox>,
+    /// Disks are locked; otherwise another VMM still uses them, and [`Backends::lock`] comes later.
+    pub(crate) locked: bool,
 }
 
 impl Backends {
@@ -87,6 +89,49 @@ impl Backends {
         self.ends.remove(id)
     }
 
+    /// The disks that this process serves, by their ids.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = (&str, &Arc<Disk>)> {
+        self.ends.iter().filter_map(|(id, end)| match &end.serves {
+            Serves::File(disk) => Some((id.as_str(), disk)),
+            Serves::Tap(..) | Serves::Daemon(..) | Serves::Itself => None,
+        })
+    }
+
+    /// The devices that daemons serve, by their ids.
+    pub(crate) fn served(&self) -> impl Iterator<Item = &str> {
+        let served = |end: &End| matches!(end.serves, Serves::Daemon(..));
+        self.ends
+            .iter()
+            .filter(move |(_, end)| served(end))
+            .map(|(id, _)| id.as_str())
+    }
+
+    /// Takes the locks of all disks.
+    ///
+    /// # Errors
+    /// One cannot be had; then none is.
+    pub(crate) fn lock(&self) -> Result<(), MachineError> {
+        for (id, disk) in self.disks() {
+            if let Err(error) = disk.take_lock() {
+                // What cannot be unlocked stays locked until it is closed, which it will be.
+                let _ = self.unlock();
+                return Err(MachineError::device(&Some(id.to_owned()), error));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the locks of all disks up.
+    ///
+    /// # Errors
+    /// The host's; then some may still be there.
+    pub(crate) fn unlock(&self) -> Result<(), MachineError> {
+        let unlocked = self.disks().map(|(_, disk)| disk.release_lock());
+        unlocked
+            .fold(Ok(()), io::Result::and)
+            .map_err(MachineError::host("give up the locks of disks"))
+    }
+
     /// The daemon of our own that serves device `id` and takes orders, if there is one.
     pub(crate) fn daemon(&mut self, id: &str) -> Option<&mut Started> {
         let daemon = self.ends.get_mut(id)?.daemon.as_mut();
@@ -101,7 +146,7 @@ impl End {
         let mut daemon = None;
         let serves = match device {
             DeviceConfig::Disk(disk) => match disk.backend {
-                DiskBackend::Vmm => open_disk(disk, sandbox)?,
+                DiskBackend::Vmm => open_disk(disk, sandbox, opener.locked)?,
                 DiskBackend::Blkd => {
                     let (started, socket) = start_disk(disk, opener.daemons)?;
                     daemon = Some(started);
@@ -138,7 +183,7 @@ impl End {
     }
 }
 
-fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
+fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>, locked: bool) -> Result<Serves, MachineError> {
     if config.vhost_user {
         let peer = vhost::open_disk(config, config.vhost_socket.as_deref(), sandbox)?;
         return Ok(Serves::Daemon(peer, None));
@@ -161,7 +206,11 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, 
         serial: config.serial.clone(),
         limits: None,
     };
-    let disk = Disk::open(&options).map_err(|e| MachineError::device(&config.id, e))?;
+    let opened = match locked {
+        true => Disk::open(&options),
+        false => Disk::open_unlocked(&options),
+    };
+    let disk = opened.map_err(|e| MachineError::device(&config.id, e))?;
     Ok(Serves::File(disk))
 }
 

@@ -9,12 +9,12 @@ use std::sync::atomic::AtomicU64;
 use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
 use triarch_api::{CpuTopology, DeviceLink, DeviceTree, HotplugMethod, MemoryConfig, VmConfig};
-use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, Platform, Vcpus, layout};
+use triarch_arch::{Board, BoardConfig, CpuCount, CpuPlan, LoadConfig, NmiError, Numa, Platform, Vcpus, layout};
 use triarch_cpu_model::{GuestProcessor, Topology};
 use triarch_device_core::{Bus, Sandbox};
 use triarch_hypervisor::{Vcpu, Vm};
 use triarch_legacy::{CpuHotplug, MemoryHotplug, MemoryPlace, PciHotplug, SerialPort};
-use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle, HugePages, RamOptions};
+use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
 use triarch_vhost_user::VhostUserHandle;
@@ -26,11 +26,12 @@ use crate::backends::Backends;
 use crate::consoles::Consoles;
 use crate::cpus::CpuMeters;
 use crate::devices::{Devices, Host};
+use crate::memory::plan::MemoryPlan;
 use crate::memory::{self, MemoryMeters, Regions, virtio_mem};
 use crate::metrics::GuestMeters;
 use crate::plug::PlugMeters;
 use crate::progress::Progress;
-use crate::snapshot::Saved;
+use crate::snapshot::{Pager, Saved};
 use crate::{GuestEvent, MachineError};
 
 /// Takes what happens in the guest.
@@ -77,6 +78,8 @@ pub struct Machine {
     pub(crate) vm: Vm,
     /// How many interrupts by message are handed out.
     interrupts: Arc<AtomicU64>,
+    /// What provides memory that comes on demand. Nobody touches memory any more when it goes.
+    pub(crate) pager: Option<Pager>,
     pub(crate) memory: Regions,
 }
 
@@ -98,20 +101,19 @@ impl Machine {
         } = reports;
         progress.note("memory");
         let plan = plan(kvm, config, &origin)?;
-        let options = RamOptions {
-            copy_on_write: origin.saved().is_some_and(Saved::is_mapped),
-            ..ram_options(config)
+        let ram = MemoryPlan::new(config, origin.saved().is_some_and(Saved::is_mapped));
+        let memory = match origin.saved().and_then(Saved::memory) {
+            Some(memory) => memory.clone(),
+            None => GuestMemoryHandle::new(ram.allocate()?),
         };
-        let ram = layout::ram_ranges(config.memory.size);
-        let memory = GuestMemoryHandle::new(triarch_memory::allocate(&ram, &options)?);
         // Most of what cannot be addressed is more than the host has, which is the better thing to say.
-        let room = config.memory.hotplug_room();
-        layout::check_ram(config.memory.size, room, plan.address_bits())?;
-        let regions = Regions::new(memory.clone(), options);
-        if let Origin::Saved(saved) = &origin {
-            let room = layout::hotplug(config.memory.size, room);
+        layout::check_ram(ram.boot, ram.span, plan.address_bits())?;
+        let regions = Regions::new(memory.clone(), ram.options);
+        if let Origin::Saved(saved) = &mut origin {
+            saved.begin(sandbox, events, &report)?;
+            let room = layout::hotplug(ram.boot, ram.span);
             regions.restore(&saved.board.memory_places(), room)?;
-            saved.fill(&memory.memory(), &options, progress)?;
+            saved.fill(&memory.memory(), &ram.backing(), progress)?;
         }
         let vm = Vm::new(kvm)?;
         // Before the interrupt controllers: making those leaves a grace period open in KVM, and a memory slot made after them waits
@@ -133,7 +135,7 @@ impl Machine {
         let (mmio, pio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let windows = BarAllocator {
             mmio32: layout::MMIO32,
-            mmio64: layout::mmio64(config.memory.size, room, plan.address_bits()),
+            mmio64: layout::mmio64(ram.boot, ram.span, plan.address_bits()),
             io: layout::PCI_IO,
         };
         let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
@@ -143,7 +145,7 @@ impl Machine {
             pio: &pio,
             interrupts: &platform.interrupts,
             root: &root,
-            memory_size: config.memory.size,
+            memory_size: ram.boot,
             plan: &plan,
             cpus_changed: Arc::new(move || processors(GuestEvent::Processors)),
             memory_slots: memory_slots(config),
@@ -155,23 +157,23 @@ impl Machine {
             power: Arc::new(move |event| power(GuestEvent::Power(event))),
             saved: origin.saved().map(|saved| &saved.board),
         })?;
+        let rooms = match origin.saved_mut().and_then(Saved::rooms) {
+            Some(rooms) => rooms,
+            None => virtio_mem::rooms(&ram)?,
+        };
         let host = Host {
             root,
             memory: memory.clone(),
-            discarder: Discarder::new(memory.clone(), &options)?,
+            discarder: Discarder::new(memory.clone(), ram.backing())?,
             router: platform.interrupts.router(),
             io_events: vm.io_events(),
             sandbox: sandbox.clone(),
             events: events.clone(),
             report: report.clone(),
-            rooms: virtio_mem::rooms(config, &options)?,
+            rooms,
             slots: vm.memory_slots().clone(),
         };
-        let saved = match &mut origin {
-            Origin::Saved(saved) => Some(&mut **saved),
-            Origin::Boot { .. } => None,
-        };
-        let devices = Devices::build(config, consoles, backends, host, saved, progress)?;
+        let devices = Devices::build(config, consoles, backends, host, origin.saved_mut(), progress)?;
         if let Some(slots) = board.slots() {
             let (present, fixed) = devices.slots();
             slots.begin(present, fixed);
@@ -179,7 +181,8 @@ impl Machine {
         match &origin {
             Origin::Boot { memory: places, .. } => {
                 progress.note("kernel");
-                boot(&memory.memory(), config, &plan, &board, &devices, &running)?;
+                let numa = ram.numa(config);
+                boot(&memory.memory(), config, numa, &plan, &board, &devices, &running)?;
                 // Not before: what the guest finds as memory devices is not in the memory map it boots with.
                 for (slot, place) in places.iter().enumerate() {
                     regions.add(&vm, devices.served(), place.start, place.size)?;
@@ -203,7 +206,7 @@ impl Machine {
         Ok(Self {
             vcpus,
             devices,
-            shared: options.shared,
+            shared: ram.shared(),
             board,
             interrupts: platform.interrupts.count().clone(),
             platform,
@@ -212,6 +215,7 @@ impl Machine {
             plan,
             processor,
             vm,
+            pager: origin.pager(),
             memory: regions,
         })
     }
@@ -302,6 +306,11 @@ impl Machine {
     /// Whether other processes can be given its memory.
     pub(crate) fn shares_memory(&self) -> bool {
         self.shared
+    }
+
+    /// Whether all of its memory is there, and not still to come from a snapshot.
+    pub(crate) fn has_its_memory(&self) -> bool {
+        self.pager.as_ref().is_none_or(Pager::is_complete)
     }
 
     /// vCPUs it started with.
@@ -418,12 +427,29 @@ impl Origin<'_> {
             Self::Boot { .. } => None,
         }
     }
+
+    fn pager(&mut self) -> Option<Pager> {
+        match self {
+            Self::Saved(saved) => saved.pager(),
+            Self::Boot { .. } => None,
+        }
+    }
+
+    fn saved_mut(&mut self) -> Option<&mut Saved> {
+        match self {
+            Self::Saved(saved) => Some(saved),
+            Self::Boot { .. } => None,
+        }
+    }
 }
 
 fn plan(kvm: &Kvm, config: &VmConfig, origin: &Origin<'_>) -> Result<CpuPlan, MachineError> {
     let cpus = &config.cpus;
     let vcpus = match origin {
-        Origin::Saved(saved) => return Ok(CpuPlan::restore(kvm, &saved.cpus)?),
+        Origin::Saved(saved) => {
+            crate::cpu_features::check(kvm, &saved.processor()?)?;
+            return Ok(CpuPlan::restore(kvm, &saved.cpus)?);
+        }
         Origin::Boot { vcpus, .. } => *vcpus,
     };
     let count = CpuCount {
@@ -442,6 +468,7 @@ fn plan(kvm: &Kvm, config: &VmConfig, origin: &Origin<'_>) -> Result<CpuPlan, Ma
 fn boot(
     memory: &GuestMemory,
     config: &VmConfig,
+    numa: Numa,
     plan: &CpuPlan,
     board: &Board,
     devices: &Devices,
@@ -458,6 +485,7 @@ fn boot(
         initramfs: payload.initramfs,
         cmdline: payload.cmdline.unwrap_or_default(),
         device_tree: has_device_tree(config),
+        numa,
         serial_number: platform.serial_number,
         uuid: platform.uuid,
         oem_strings: platform.oem_strings.unwrap_or_default(),
@@ -486,20 +514,5 @@ fn topology(t: CpuTopology) -> Topology {
         cores_per_die: t.cores_per_die,
         dies_per_package: t.dies_per_package,
         packages: t.packages,
-    }
-}
-
-fn ram_options(config: &VmConfig) -> RamOptions {
-    let shared = config.memory.shared || config.needs_shared_memory();
-    let config = &config.memory;
-    RamOptions {
-        shared,
-        huge_pages: config.hugepages.then_some(HugePages {
-            page_size: config.hugepage_size,
-        }),
-        thp: config.thp,
-        prefault: config.prefault,
-        mergeable: config.mergeable,
-        copy_on_write: false,
     }
 }

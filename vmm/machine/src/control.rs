@@ -22,6 +22,7 @@ use crate::daemons::Daemons;
 use crate::inbox::Outbox;
 use crate::memory::Dimms;
 use crate::metrics::GuestMeters;
+use crate::migration::Migrations;
 use crate::plug::Plugs;
 use crate::progress::Progress;
 use crate::resize::{Part, Resizes};
@@ -79,6 +80,7 @@ pub struct Controller {
     pub(crate) dimms: Dimms,
     pub(crate) serial_input: Option<SubscriberId>,
     pub(crate) plugs: Plugs,
+    pub(crate) migrations: Migrations,
     /// How many guests were built.
     pub(crate) generation: u64,
     outcome: Option<Outcome>,
@@ -134,6 +136,7 @@ impl Controller {
             processors: Processors::default(),
             dimms: Dimms::default(),
             plugs: Plugs::default(),
+            migrations: Migrations::default(),
             serial_input: None,
             generation: 0,
             outcome: None,
@@ -249,6 +252,10 @@ impl Controller {
             Message::Guest(..) => {}
             Message::HangUp { by_kernel } => self.hang_up(by_kernel),
             Message::Alive => self.supervisor.alive(),
+            Message::Call(call) => {
+                call.run(self);
+                self.publish();
+            }
             Message::Patience => {
                 self.look_at_resizes();
                 self.look_at_plugs();
@@ -264,6 +271,7 @@ impl Controller {
     }
 
     fn guest_event(&mut self, event: GuestEvent) -> Result<(), MachineError> {
+        let Some(event) = self.defer(event) else { return Ok(()) };
         match event {
             GuestEvent::Power(PowerEvent::Off) | GuestEvent::Vcpu(_, VcpuEvent::PowerOff) => {
                 tracing::info!("the guest powered itself off");
@@ -287,6 +295,7 @@ impl Controller {
             GuestEvent::Link => {}
             GuestEvent::Balloon => self.balloon_stands(),
             GuestEvent::Memory => self.memory_stands(),
+            GuestEvent::MemoryLost(reason) => return Err(self.abandon_guest(reason)),
             GuestEvent::Vcpu(index, VcpuEvent::Failed(reason)) => {
                 let error = MachineError::Guest { index, reason };
                 let text = error.to_string();
@@ -321,6 +330,7 @@ impl Controller {
             Request::PowerButton => self.power_button()?,
             Request::Nmi => self.inject_nmi()?,
             Request::Resize(target) => self.resize(&target)?,
+            Request::ResizeZone(target) => self.resize_zone(&target)?,
             Request::ResizeDisk(target) => self.resize_disk(&target)?,
             Request::AddDisk(disk) => return self.add_disk(*disk),
             Request::AddNet(net, fds) => return self.add_net(*net, fds),
@@ -332,6 +342,7 @@ impl Controller {
             Request::Snapshot(snapshot) => self.snapshot(&snapshot)?,
             Request::Restore(restore, fds) => self.restore(&restore, fds)?,
             Request::VmmShutdown => self.outcome = Some(Outcome::Terminated),
+            request => return self.during_migration(&request),
         }
         Ok(Reply::Done)
     }
@@ -349,7 +360,7 @@ impl Controller {
             .map_or(0, |balloon| balloon.actual());
         let memory = self.publish_memory(&mut config);
         let plugged = self.machine.as_ref().map_or(0, Machine::plugged);
-        let memory_actual_size = (config.memory.size + plugged).saturating_sub(lent);
+        let memory_actual_size = (config.memory.boot_size() + plugged).saturating_sub(lent);
         let device_tree = self.machine.as_ref().map(Machine::device_tree).unwrap_or_default();
         Some(VmInfo {
             config,
@@ -358,6 +369,7 @@ impl Controller {
             device_tree,
             vcpus,
             memory,
+            memory_zones: self.zone_counts(),
             links: self.machine.as_ref().map(Machine::links).unwrap_or_default(),
         })
     }
@@ -393,6 +405,7 @@ impl Controller {
     }
 
     pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
+        self.take_back_locks()?;
         self.tell(&kind::VM_RESUMING, Cause::Client);
         if let Some(machine) = &mut self.machine {
             machine.resume()?;
@@ -456,7 +469,7 @@ impl Controller {
     }
 
     /// Whether there was a guest to end.
-    fn end_machine(&mut self) -> bool {
+    pub(crate) fn end_machine(&mut self) -> bool {
         if let Some(id) = self.serial_input.take() {
             // It was added by us and is removed nowhere else.
             let _ = self.events.remove_subscriber(id);
@@ -491,6 +504,7 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
+        self.end_migration();
         self.forget(Progress::NONE);
         self.tell(&kind::VMM_SHUTDOWN, Cause::Client);
     }

@@ -32,6 +32,11 @@ pub(crate) fn told(processor: Result<GuestProcessor, CpuError>) -> Option<GuestP
         .ok()
 }
 
+/// Checks that this host has all of the CPU that a guest was given elsewhere. What it lacks is in the error, by name.
+pub(crate) fn check(kvm: &Kvm, guest: &GuestProcessor) -> Result<(), MachineError> {
+    Ok(triarch_arch::check_processor(guest, offered(kvm)?)?)
+}
+
 /// What this host offers. A VM is made to find out, once: it stays the same for as long as KVM is held open.
 fn offered(kvm: &Kvm) -> Result<&'static HostProcessor, MachineError> {
     static OFFERED: OnceLock<HostProcessor> = OnceLock::new();

@@ -147,7 +147,7 @@ impl Devices {
             saved.fill_rest(
                 &devices.host.memory.memory(),
                 &before,
-                devices.host.discarder.options(),
+                devices.host.discarder.backing(),
                 progress,
             )?;
         }
@@ -307,6 +307,11 @@ impl Devices {
             fixed |= if placed.removable { 0 } else { bit };
         }
         (present, fixed)
+    }
+
+    /// How the guest's memory is made.
+    pub(crate) fn backing(&self) -> &triarch_memory::Backing {
+        self.host.discarder.backing()
     }
 
     /// Saves them all, which are paused, and returns how they are on the bus.

@@ -19,6 +19,7 @@ impl Controller {
     /// `vm.resize`. A target that is reached already is always fine.
     pub(crate) fn resize(&mut self, target: &Resize) -> Result<(), ApiError> {
         self.tell(&kind::VM_RESIZING, Cause::Client);
+        self.refuse_zones(target.desired_ram)?;
         let running = self.machine.is_some();
         let before = self.config.clone();
         let begun = self.resizes.begun();
@@ -163,6 +164,7 @@ impl Controller {
     /// Lets a daemon of our own carry out what only it can: the resize of a disk it serves. Its answer is given when there is one, and
     /// other requests need not wait for it. What is no daemon's business is given back.
     pub(crate) fn pass_on(&mut self, request: Request, answer: Answer) -> Option<(Request, Answer)> {
+        let (request, answer) = self.migrate(request, answer)?;
         if let Request::ResizeDisk(target) = &request
             && request.check(self.phase).is_ok()
             && let Some(daemon) = self.backends.as_mut().and_then(|backends| backends.daemon(&target.id))
@@ -282,7 +284,7 @@ impl Controller {
     }
 
     /// Changes the configuration as a whole or not at all.
-    fn change(&mut self, edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>) -> Result<(), ApiError> {
+    pub(crate) fn change(&mut self, edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>) -> Result<(), ApiError> {
         if let Some(changed) = self.changed(edit)? {
             self.config = Some(changed);
         }

@@ -7,7 +7,7 @@ use triarch_api::{ApiError, ConfigError};
 use triarch_arch::{AddressLimit, BoardError, CpuError, LoadError, NmiError, StateError};
 use triarch_hypervisor::HypervisorError;
 use triarch_legacy::console::OpenError;
-use triarch_memory::MemoryError;
+use triarch_memory::{MemoryError, UserfaultError};
 use triarch_pci::AddError;
 use triarch_sandbox::SandboxError;
 use triarch_state::{PayloadError, SnapshotError};
@@ -71,6 +71,9 @@ pub enum MachineError {
         #[source]
         source: AddError,
     },
+    /// A guest that is moved.
+    #[error("the guest cannot be moved: {0}")]
+    Moved(String),
     /// Memory that a daemon of a device should map.
     #[error("the daemon of the device {id} cannot have the guest's memory")]
     Share {
@@ -89,6 +92,12 @@ pub enum MachineError {
     /// What is saved of the processors and interrupt controllers.
     #[error("cannot carry the guest's processors over")]
     State(#[from] StateError),
+    /// Memory that comes on demand.
+    #[error("memory cannot come on demand")]
+    OnDemand(#[from] UserfaultError),
+    /// Memory that was to come on demand.
+    #[error("the guest has ended, since memory that was saved cannot be provided any more: {0}")]
+    MemoryLost(String),
     /// A device, to be saved or restored.
     #[error("cannot carry the device {id} over")]
     Carry {
@@ -147,7 +156,7 @@ impl MachineError {
     /// Whether what the client configured cannot be had, so that another configuration would do; otherwise the host failed, or we did.
     fn another_configuration_would_do(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Address(_) | Self::Slot { .. } => true,
+            Self::Config(_) | Self::Address(_) | Self::Slot { .. } | Self::Moved(_) => true,
             Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_) | CpuError::Description(_)),
             // A mapping fails for want of pages: of the host's, or of its pool of huge ones.
             Self::Memory(cause) => !matches!(cause, MemoryError::MemFd { .. } | MemoryError::Layout(_)),
@@ -160,12 +169,15 @@ impl MachineError {
             Self::Snapshot(cause) => !host_is_short(cause),
             Self::State(cause) => !matches!(cause, StateError::Kvm(_) | StateError::Cpu(_)),
             Self::Board(BoardError::Saved { .. }) => true,
+            // Another mode of restoring it would.
+            Self::OnDemand(cause) => !matches!(cause, UserfaultError::Host { .. }),
             Self::Hypervisor(_)
             | Self::Vcpu(_)
             | Self::Board(_)
             | Self::Nmi(_)
             | Self::Sandbox(_)
             | Self::Host { .. }
+            | Self::MemoryLost(_)
             | Self::Guest { .. } => false,
         }
     }

@@ -14,6 +14,7 @@ use triarch_vcpu::VcpuEvent;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::metrics::{GuestMeters, Meters};
+use crate::migration::Call;
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub enum Message {
     Patience,
     /// The terminal may have another size (SIGWINCH).
     Resized,
+    /// The thread that moves the guest wants something done.
+    Call(Call),
 }
 
 /// What happens in a guest.
@@ -55,6 +58,8 @@ pub enum GuestEvent {
     Link,
     /// Its balloon has another size, or a driver; [`Machine`](crate::Machine) knows which.
     Balloon,
+    /// Memory that it should have cannot be provided, for this reason. Threads that touch it stand still for good.
+    MemoryLost(String),
     /// It has plugged or unplugged memory; [`Machine`](crate::Machine) knows how much.
     Memory,
 }

@@ -7,6 +7,7 @@
 #[allow(unsafe_code)] // inherited descriptors
 mod backends;
 mod build;
+mod changes;
 mod configured;
 mod consoles;
 mod control;
@@ -20,6 +21,7 @@ mod identity;
 mod inbox;
 mod memory;
 mod metrics;
+mod migration;
 mod plug;
 mod progress;
 mod resize;
@@ -35,6 +37,7 @@ pub use control::{Controller, Outcome};
 pub use daemons::{DaemonError, DaemonOrder, DaemonSockets, Daemons};
 pub use error::MachineError;
 pub use inbox::{GuestEvent, Inbox, Message};
+pub use migration::Call;
 pub use signals::{ENDED_AT_ONCE, HeldSignals, hold_signals, told_to_end};
 pub use supervisor::{Supervisor, Unsupervised};
 

@@ -1,6 +1,7 @@
 //! Gathers what the parts of the guest and of the process count, on the thread of whoever asks. Nothing here waits for the controller,
 //! a vCPU or a device; while the guest is built or ended, what there was before can still be read.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use triarch_virtio::vsock::VsockHandle;
 
 use crate::cpus::CpuMeters;
 use crate::memory::MemoryMeters;
+use crate::memory::plan::device_id;
 use crate::plug::PlugMeters;
 
 /// What devices count, by their ids.
@@ -89,16 +91,23 @@ impl GuestMeters {
         let ram = self.ram.read();
         api::Metrics {
             vcpus: self.vcpus.iter().enumerate().map(|(i, v)| vcpu(i, v)).collect(),
-            hotplug: self.cpus.read(),
+            hotplug: self
+                .cpus
+                .read()
+                .map(|(counts, changes)| api::CpuHotplugMetrics { counts, changes }),
             interrupts: Some(self.interrupts.load(Relaxed)),
-            devices: Some(self.plug.0.read(self.plug.1 as u64)),
+            devices: Some(api::DeviceHotplugMetrics {
+                count: self.plug.1 as u64,
+                changes: self.plug.0.changes(),
+            }),
             memory: Some(api::MemoryMetrics {
-                size: ram.as_ref().map_or(self.memory.size, |ram| ram.counts.taken)
+                size: ram.as_ref().map_or(self.memory.boot_size(), |(counts, _)| counts.taken)
                     + devices.memories.iter().map(|(_, m)| m.plugged()).sum::<u64>(),
                 resident: process.map(|process| resident(&self.memory, process)),
                 slots: self.slots.load(Relaxed),
             }),
-            memory_hotplug: ram,
+            memory_zones: zones(&self.memory, &devices.memories),
+            memory_hotplug: ram.map(|(counts, changes)| api::MemoryHotplugMetrics { counts, changes }),
             balloon: devices.balloon.as_ref().map(|(id, b)| balloon(id, b)),
             memories: devices.memories.iter().map(|(id, m)| memory(id, m)).collect(),
             disks: devices.disks.iter().map(|(id, disk)| self::disk(id, disk)).collect(),
@@ -112,13 +121,35 @@ impl GuestMeters {
 
 /// What of guest RAM is in the host's memory, as the kernel books it.
 fn resident(memory: &MemoryConfig, process: &api::ProcessMetrics) -> u64 {
-    if memory.hugepages {
-        process.huge_pages
-    } else if memory.shared {
-        process.resident_shared
-    } else {
-        process.resident_anonymous
-    }
+    let kind = |hugepages, shared| match (hugepages, shared) {
+        (true, _) => 0,
+        (false, true) => 1,
+        (false, false) => 2,
+    };
+    let zones = memory
+        .zones()
+        .iter()
+        .map(|zone| kind(zone.hugepages, memory.shared || zone.shared));
+    let kinds: BTreeSet<usize> = match memory.zones() {
+        [] => [kind(memory.hugepages, memory.shared)].into(),
+        _ => zones.collect(),
+    };
+    let booked = [process.huge_pages, process.resident_shared, process.resident_anonymous];
+    kinds.into_iter().filter_map(|kind| booked.get(kind)).sum()
+}
+
+/// How much each of the guest's zones has.
+fn zones(memory: &MemoryConfig, devices: &[(String, MemHandle)]) -> Vec<api::MemoryZoneMetrics> {
+    let zones = memory.zones().iter().map(|zone| {
+        let name = device_id(&zone.id);
+        let device = devices.iter().find(|(device, _)| *device == name);
+        api::MemoryZoneMetrics {
+            id: zone.id.clone(),
+            target: zone.size + device.map_or(0, |(_, memory)| memory.requested()),
+            actual: zone.size + device.map_or(0, |(_, memory)| memory.plugged()),
+        }
+    });
+    zones.collect()
 }
 
 fn vcpu(index: usize, vcpu: &VcpuMetrics) -> api::VcpuMetrics {

@@ -22,6 +22,7 @@ impl Controller {
         vcpus: Option<u32>,
         memory: &[MemoryPlace],
     ) -> Result<(), MachineError> {
+        self.take_back_locks()?;
         let Some(config) = &self.config else {
             return Ok(());
         };
@@ -51,6 +52,7 @@ impl Controller {
                     handed,
                     daemons,
                     sandbox,
+                    locked: true,
                 };
                 Backends::open(config, opener)?
             }
@@ -79,5 +81,20 @@ impl Controller {
         });
         self.machine = Some(machine);
         self.phase = phase;
+    }
+
+    /// Leaves the guest alone whose memory cannot be provided: whoever waited for the threads that touch it would wait for ever. The end of
+    /// the process ends them, and none of them has seen anything but what was saved.
+    pub(crate) fn abandon_guest(&mut self, reason: String) -> MachineError {
+        std::mem::forget(self.machine.take());
+        // What it listened on would stay behind with it.
+        if let Some(config) = &self.config {
+            let consoles = [&config.serial, &config.console].map(|console| console.socket.as_ref());
+            let vsock = config.vsock.as_ref().map(|vsock| &vsock.socket);
+            for path in consoles.into_iter().flatten().chain(vsock) {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        MachineError::MemoryLost(reason)
     }
 }

@@ -35,6 +35,9 @@ pub fn map_copy_on_write(
 pub(crate) fn renew(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) -> io::Result<()> {
     remap(region, offset, len, None)?;
     // What it was told of before goes with the mapping.
+    if let Some(node) = options.host_node {
+        crate::node::bind(region, offset, len, node)?;
+    }
     crate::ram::advise_range(region, offset, len, options);
     Ok(())
 }
@@ -115,7 +118,7 @@ mod tests {
         saved.read_exact_at(&mut first, MIB).expect("read");
         assert_eq!((byte(8 * MIB), first), (9, [5]));
         // What is given back is zeroes and not what the file has.
-        let discarder = Discarder::new(memory.clone(), &options).expect("a page size");
+        let discarder = Discarder::new(memory.clone(), options).expect("a page size");
         discarder.discard(GuestAddress(8 * MIB), 8192).expect("discard");
         assert_eq!([8 * MIB, 8 * MIB + 8191, 8 * MIB + 8192].map(byte), [0, 0, 5]);
     }

@@ -7,9 +7,10 @@ use thiserror::Error;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::backing::Pages;
 use crate::cow::renew;
-use crate::ram::{MemoryError, page_size};
-use crate::{GuestMemory, GuestMemoryHandle, GuestRegion, RamOptions};
+use crate::ram::MemoryError;
+use crate::{Backing, GuestMemory, GuestMemoryHandle, GuestRegion, RamOptions};
 
 /// The smallest page of any guest, and the step in which addresses outside of memory are passed over.
 const STEP: u64 = 4096;
@@ -32,26 +33,26 @@ pub struct DiscardError {
 #[derive(Clone)]
 pub struct Discarder {
     memory: GuestMemoryHandle,
-    page: u64,
-    options: RamOptions,
+    pages: Pages,
+    backing: Backing,
 }
 
 impl Discarder {
-    /// For `memory`, all of which was made with `options`.
-    pub fn new(memory: GuestMemoryHandle, options: &RamOptions) -> Result<Self, MemoryError> {
-        let page = page_size(options)?;
-        let options = *options;
-        Ok(Self { memory, page, options })
+    /// For `memory`, which was made as `backing` says.
+    pub fn new(memory: GuestMemoryHandle, backing: impl Into<Backing>) -> Result<Self, MemoryError> {
+        let backing = backing.into();
+        let pages = backing.pages()?;
+        Ok(Self { memory, pages, backing })
     }
 
-    /// Bytes of a page as the host backs the memory: less than one cannot be given back.
+    /// Bytes of the largest page that the host backs any of the memory with: that much can be given back anywhere, less perhaps not.
     pub fn page_size(&self) -> u64 {
-        self.page
+        self.pages.largest()
     }
 
-    /// What the memory was made with.
-    pub fn options(&self) -> &RamOptions {
-        &self.options
+    /// How the memory was made.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
     }
 
     /// Whether there is guest memory at `at`.
@@ -64,11 +65,13 @@ impl Discarder {
         let memory = self.memory.memory();
         let mut done = 0;
         for (region, offset, len) in pieces(&memory, at, len) {
-            let end = (offset + len) / self.page * self.page;
-            let start = offset.next_multiple_of(self.page);
+            let base = region.start_addr().raw_value();
+            let (options, page) = (self.backing.of(base), self.pages.at(base));
+            let end = (offset + len) / page * page;
+            let start = offset.next_multiple_of(page);
             if start < end {
-                punch(region, start, end - start, &self.options).map_err(|source| DiscardError {
-                    at: region.start_addr().raw_value() + start,
+                punch(region, start, end - start, options).map_err(|source| DiscardError {
+                    at: base + start,
                     len: end - start,
                     source,
                 })?;
@@ -81,11 +84,11 @@ impl Discarder {
     /// Takes memory of the host for all of `[at, at + len)` now, if that is what could run short later: a pool of huge pages, where a
     /// guest's access would find none and end it. `[at, at + len)` must be whole pages of guest memory.
     pub fn reserve(&self, at: GuestAddress, len: u64) -> io::Result<()> {
-        if self.page == STEP {
-            return Ok(());
-        }
         let memory = self.memory.memory();
         for (region, offset, len) in pieces(&memory, at, len) {
+            if self.backing.of(region.start_addr().raw_value()).huge_pages.is_none() {
+                continue;
+            }
             advise(region, offset, len, libc::MADV_POPULATE_WRITE)?;
         }
         Ok(())
@@ -118,7 +121,8 @@ fn pieces(memory: &GuestMemory, at: GuestAddress, len: u64) -> impl Iterator<Ite
 pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) -> io::Result<()> {
     let shared = region.flags() & libc::MAP_SHARED != 0;
     match region.file_offset().filter(|_| shared) {
-        // Unmapping would leave the pages in the file.
+        // Unmapping would leave the pages in the file. Not by the file's descriptor: who serves page faults would not be told.
+        Some(_) if options.huge_pages.is_none() => advise(region, offset, len, libc::MADV_REMOVE)?,
         Some(file) => {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let (start, len) = (file.start() + offset, len);
@@ -169,7 +173,7 @@ mod tests {
             (GuestAddress(5 * MIB), MIB),
         ];
         let memory = allocate(&ranges, &options).expect("allocate");
-        Discarder::new(GuestMemoryHandle::new(memory), &options).expect("a page size")
+        Discarder::new(GuestMemoryHandle::new(memory), options).expect("a page size")
     }
 
     fn filled(shared: bool) -> Discarder {

@@ -2,21 +2,28 @@
 //!
 //! Guest physical addresses (GPA) are [`vm_memory::GuestAddress`]; sizes are bytes.
 
-#![allow(unsafe_code)] // madvise on mappings this crate owns
+#![allow(unsafe_code)] // madvise and userfaultfd on mappings this crate owns
 
+mod backing;
 mod content;
 mod cow;
 mod discard;
+mod node;
 mod ram;
 mod regions;
 mod sparse;
+mod touched;
+mod userfault;
 
+pub use backing::{Backing, ZoneRam, allocate_zones};
 pub use content::read_content;
 pub use cow::map_copy_on_write;
 pub use discard::{DiscardError, Discarder};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
 pub use regions::{allocate_region, gaps, insert, remove};
 pub use sparse::SparseMemory;
+pub use touched::{Touched, host_page};
+pub use userfault::{Fault, Userfault, UserfaultError};
 
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap};

@@ -11,7 +11,7 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
 use crate::discard::advise;
-use crate::{GuestMemory, GuestRegion};
+use crate::{GuestMemory, GuestRegion, node};
 
 /// Explicit huge pages (hugetlbfs).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,9 @@ pub struct RamOptions {
     pub mergeable: bool,
     /// It may begin as what a file has ([`map_copy_on_write`](crate::map_copy_on_write)); private memory only.
     pub copy_on_write: bool,
+    /// NUMA node of the host that has its pages, and no other; huge pages should be prefaulted then, since a pool of one node can be short
+    /// when the guest comes to use them.
+    pub host_node: Option<u32>,
 }
 
 impl Default for RamOptions {
@@ -46,6 +49,7 @@ impl Default for RamOptions {
             prefault: false,
             mergeable: false,
             copy_on_write: false,
+            host_node: None,
         }
     }
 }
@@ -112,6 +116,37 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// A node that the host does not have.
+    #[error(
+        "the host has no memory in NUMA node {node}; {}",
+        match .nodes.as_str() { "" => "its kernel has no NUMA".to_owned(), nodes => format!("it has some in {nodes}") }
+    )]
+    NoNode {
+        /// The node.
+        node: u32,
+        /// Those that have memory.
+        nodes: String,
+    },
+    /// The host does not take pages from the node.
+    #[error("cannot have {size} bytes of guest memory in the host's NUMA node {node}")]
+    Bind {
+        /// Size in bytes.
+        size: u64,
+        /// The node.
+        node: u32,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A zone could not be made.
+    #[error("the memory zone '{id}' cannot be made")]
+    Zone {
+        /// Its name.
+        id: String,
+        /// Cause.
+        #[source]
+        source: Box<MemoryError>,
+    },
     /// The ranges overlap or are not sorted by address.
     #[error("the memory layout is invalid")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
@@ -119,8 +154,9 @@ pub enum MemoryError {
 
 /// Makes guest memory of `ranges` (GPA and size in bytes, sorted, not overlapping).
 pub fn allocate(ranges: &[(GuestAddress, u64)], options: &RamOptions) -> Result<GuestMemory, MemoryError> {
-    let total: u64 = ranges.iter().map(|(_, size)| size).sum();
+    let total = ranges.iter().fold(0u64, |sum, (_, size)| sum.saturating_add(*size));
     let page = page_size(options)?;
+    options.host_node.map_or(Ok(()), node::check)?;
     if options.huge_pages.is_none() {
         check_host_has(total)?;
     }
@@ -208,6 +244,10 @@ pub(crate) fn map<B: Bitmap>(
 }
 
 pub(crate) fn advise_region(region: &GuestRegion, options: &RamOptions) -> Result<(), MemoryError> {
+    if let Some(node) = options.host_node {
+        let size = region.len();
+        node::bind(region, 0, size, node).map_err(|source| MemoryError::Bind { size, node, source })?;
+    }
     advise_range(region, 0, region.len(), options);
     if options.prefault {
         advise(region, 0, region.len(), libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Prefault {

@@ -13,7 +13,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
 
 use crate::discard::{advise, punch};
 use crate::ram::{advise_region, map, memfd, page_size};
-use crate::{GuestRegion, MemoryError, RamOptions};
+use crate::{GuestRegion, MemoryError, RamOptions, node};
 
 /// A range of guest physical addresses whose memory comes and goes in parts. Without parts it costs the host nothing.
 ///
@@ -32,6 +32,7 @@ impl SparseMemory {
     /// Room at the GPAs `range`, whole pages, for memory that is made with `options`.
     pub fn new(range: Range<u64>, options: &RamOptions) -> Result<Self, MemoryError> {
         let page = page_size(options)?;
+        options.host_node.map_or(Ok(()), node::check)?;
         let (base, size) = (range.start, range.end.saturating_sub(range.start));
         if size == 0 || !size.is_multiple_of(page) || !base.is_multiple_of(page) {
             return Err(MemoryError::Unaligned { base, size, page });

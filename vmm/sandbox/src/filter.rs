@@ -148,9 +148,11 @@ mod tests {
 
     #[test]
     fn every_class_has_a_filter() {
-        use ThreadClass::{BackEnd, Control, Device, Disk, Http, Net, Report, Switch, Vcpu, VhostUser, Vsock};
+        use ThreadClass::{
+            BackEnd, Control, Device, Disk, Http, Migration, Net, Report, Switch, Vcpu, VhostUser, Vsock,
+        };
         for class in [
-            Control, Http, Report, Vcpu, Disk, Net, Switch, Vsock, VhostUser, BackEnd, Device,
+            Control, Http, Report, Vcpu, Disk, Net, Switch, Vsock, VhostUser, BackEnd, Migration, Device,
         ] {
             let program = build(class, Mode::Enforce, &[]).expect("a filter");
             assert!(program.len() > 50, "{class:?} has {} instructions", program.len());

@@ -102,7 +102,7 @@ const SOCKETS: &[i64] = &[
     SYS_unlinkat,
 ];
 
-/// Reading what the kernel counts, from files of /proc that others opened.
+/// Reading at places of files that others opened: what the kernel counts, from /proc.
 const METRICS: &[i64] = &[SYS_pread64];
 
 /// Sending lines to a daemon, also to the one that took the place of the first. Files are open before.
@@ -119,10 +119,32 @@ const SHARED: &[i64] = &[
 ];
 
 /// Giving memory that other processes map back to the host.
-const MEMORY: &[i64] = &[SYS_fallocate];
+const MEMORY: &[i64] = &[SYS_fallocate, SYS_mbind];
 
 /// Letting a guest reach memory, and taking it away.
 const MEMORY_SLOTS: &[u64] = &[0x4020_ae46]; // KVM_SET_USER_MEMORY_REGION
+
+/// Reading guest memory where it has something, and what the guest wrote; giving it back to the host.
+const MIGRATION: &[i64] = &[SYS_fallocate, SYS_lseek, SYS_pread64, SYS_fdatasync];
+
+/// Not waiting for a socket, as the standard library asks for it.
+const NO_WAIT: &[u64] = &[0x5421]; // FIONBIO
+
+/// What of memory was written, by KVM's account.
+const DIRTY_LOG: &[u64] = &[
+    0x4010_ae42, // KVM_GET_DIRTY_LOG
+    0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
+    0xaec7,      // KVM_RESET_DIRTY_RINGS
+];
+
+/// Serving page faults of guest memory, from a file that others opened.
+const PAGER: &[u64] = &[
+    0xc020_aa00, // UFFDIO_REGISTER
+    0x8010_aa01, // UFFDIO_UNREGISTER
+    0x8010_aa02, // UFFDIO_WAKE
+    0xc028_aa03, // UFFDIO_COPY
+    0xc020_aa04, // UFFDIO_ZEROPAGE
+];
 
 /// Building a machine, again after a guest's reset: files, threads, terminals, taps.
 const BUILD: &[i64] = &[
@@ -139,6 +161,7 @@ const BUILD: &[i64] = &[
     SYS_geteuid,
     SYS_getpgid,
     SYS_getuid,
+    SYS_mbind,
     SYS_memfd_create,
     SYS_mkdirat,
     SYS_newfstatat,
@@ -156,6 +179,7 @@ const BUILD: &[i64] = &[
     SYS_statx,
     SYS_sysinfo,
     SYS_uname,
+    SYS_userfaultfd,
     SYS_wait4,
 ];
 
@@ -231,12 +255,16 @@ fn ioctls(list: &'static [u64]) -> impl Iterator<Item = Allowed> {
     })
 }
 
-fn unix_sockets() -> impl Iterator<Item = Allowed> {
-    std::iter::once(Allowed::With {
+fn sockets(families: &'static [i32]) -> impl Iterator<Item = Allowed> {
+    families.iter().map(|family| Allowed::With {
         number: SYS_socket,
         arg: 0,
-        value: AF_UNIX as u64,
+        value: *family as u64,
     })
+}
+
+fn unix_sockets() -> impl Iterator<Item = Allowed> {
+    sockets(&[AF_UNIX])
 }
 
 /// What threads of `class` may do.
@@ -298,6 +326,21 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(EVENTS))
             .chain(calls(MEMORY))
             .chain(ioctls(MEMORY_SLOTS))
+            .collect(),
+        // Connects to other hosts, whose names and certificates were read before.
+        ThreadClass::Migration => base
+            .chain(calls(EVENTS))
+            .chain(calls(SOCKETS))
+            .chain(calls(MIGRATION))
+            .chain(ioctls(NO_WAIT))
+            .chain(ioctls(MEMORY_SLOTS))
+            .chain(ioctls(DIRTY_LOG))
+            .chain(sockets(&[AF_UNIX, AF_INET, AF_INET6]))
+            .collect(),
+        ThreadClass::Pager => base
+            .chain(calls(EVENTS))
+            .chain(calls(METRICS))
+            .chain(ioctls(PAGER))
             .collect(),
         ThreadClass::Device => base
             .chain(calls(EVENTS))

@@ -123,6 +123,9 @@ pub enum PayloadError {
         #[source]
         source: serde_json::Error,
     },
+    /// What was sent is none.
+    #[error("what was sent as saved state cannot be understood")]
+    Sent(#[source] serde_json::Error),
     /// It is there twice.
     #[error("there are two saved states of {}", name(.kind, .id))]
     Twice {

@@ -15,6 +15,7 @@ mod document;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod message;
 mod pages;
 mod payload;
 mod read;
@@ -24,8 +25,9 @@ mod write;
 
 pub use document::MemoryRange;
 pub use error::{PayloadError, SnapshotError};
+pub use pages::{CHUNK, filled};
 pub use payload::{Kind, Payloads};
-pub use read::Snapshot;
+pub use read::{SavedMemory, Snapshot};
 pub use write::{About, SnapshotWriter};
 
 /// The VM's configuration.

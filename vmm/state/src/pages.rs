@@ -5,12 +5,12 @@ use std::ops::Range;
 use crate::PAGE;
 
 /// Bytes of a chunk of memory: what one checksum is of.
-pub(crate) const CHUNK: usize = 4 << 20;
+pub const CHUNK: usize = 4 << 20;
 
 static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// Runs of pages of `bytes` that are not all zeroes, as ranges of bytes.
-pub(crate) fn filled(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
+pub fn filled(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
     let pages = bytes.len().div_ceil(PAGE as usize);
     let page = |n: usize| n * PAGE as usize..bytes.len().min((n + 1) * PAGE as usize);
     // Compared at once: a loop over bytes is slow in builds without optimisation.

@@ -72,31 +72,67 @@ impl Snapshot {
         mut progress: impl FnMut(u64, u64),
     ) -> Result<(), SnapshotError> {
         let path = Path::new(MEMORY);
-        let failed = SnapshotError::host("read", path);
         let total: u64 = self.ranges().iter().map(|range| range.size).sum();
         let (mut done, mut buffer) = (0, vec![0; CHUNK]);
         for range in &self.table.ranges {
             if !wanted(range) {
                 continue;
             }
-            for (at, checksum) in (0..range.size).step_by(CHUNK).zip(&range.checksums) {
-                let len = (range.size - at).min(CHUNK as u64) as usize;
-                if let Some(checksum) = checksum {
-                    let bytes = &mut buffer[..len];
-                    self.memory.read_exact_at(bytes, range.offset + at).map_err(&failed)?;
-                    if crc32fast::hash(bytes) != *checksum {
-                        return Err(SnapshotError::MemoryDamaged { gpa: range.gpa + at });
-                    }
+            for at in (0..range.size).step_by(CHUNK) {
+                if let Some(bytes) = range.chunk(&self.memory, at, &mut buffer)? {
                     for run in filled(bytes) {
                         write(range.gpa + at + run.start as u64, &bytes[run])
                             .map_err(SnapshotError::host("fill guest memory from", path))?;
                     }
                 }
-                done += len as u64;
+                done += (range.size - at).min(CHUNK as u64);
                 progress(done, total);
             }
         }
         Ok(())
+    }
+
+    /// Its memory, for whoever reads it when the rest is not needed any more.
+    pub fn saved_memory(&self) -> Result<SavedMemory, SnapshotError> {
+        let file = self.memory.try_clone();
+        file.map(SavedMemory)
+            .map_err(SnapshotError::host("read", Path::new(MEMORY)))
+    }
+}
+
+/// The memory of a snapshot, which is read in any order.
+#[derive(Debug)]
+pub struct SavedMemory(File);
+
+impl SavedMemory {
+    /// The chunk of `range`, one of its snapshot's, that begins `at` bytes behind the range's begin, a multiple of [`CHUNK`]. It is read into
+    /// `buffer`, which has as many bytes. `None`: it is all zeroes.
+    ///
+    /// # Errors
+    /// Also when its checksum differs.
+    pub fn chunk<'a>(
+        &self,
+        range: &MemoryRange,
+        at: u64,
+        buffer: &'a mut [u8],
+    ) -> Result<Option<&'a [u8]>, SnapshotError> {
+        range.chunk(&self.0, at, buffer)
+    }
+}
+
+impl MemoryRange {
+    /// What is in `file` at the chunk that begins `at` bytes behind the range's begin; `None`: it is all zeroes.
+    fn chunk<'a>(&self, file: &File, at: u64, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>, SnapshotError> {
+        let Some(Some(checksum)) = self.checksums.get((at / CHUNK as u64) as usize) else {
+            return Ok(None);
+        };
+        let bytes = &mut buffer[..self.size.saturating_sub(at).min(CHUNK as u64) as usize];
+        let read = file.read_exact_at(bytes, self.offset + at);
+        read.map_err(SnapshotError::host("read", Path::new(MEMORY)))?;
+        match crc32fast::hash(bytes) == *checksum {
+            true => Ok(Some(bytes)),
+            false => Err(SnapshotError::MemoryDamaged { gpa: self.gpa + at }),
+        }
     }
 }
 

@@ -71,6 +71,17 @@ pub(crate) enum Command {
     Delete,
     /// Set the number of vCPUs, the size of memory
     Resize(Resize),
+    /// Set the size of a memory zone
+    ResizeZone {
+        /// The zone's id
+        id: String,
+        /// Its size with what it started with, such as 4G
+        #[arg(value_parser = triarch_api::parse_size)]
+        size: u64,
+        /// Wait until the guest has done its part, or has not
+        #[arg(long)]
+        wait: bool,
+    },
     /// Make a disk larger
     ResizeDisk {
         /// The disk's id
@@ -130,6 +141,29 @@ pub(crate) enum Command {
         #[arg(long)]
         resume: bool,
     },
+    /// Move the VM to another VMM, which waits for it
+    SendMigration(SendMigration),
+    /// Wait for a VM from another VMM and take it
+    ReceiveMigration {
+        /// Where to listen: unix:/path, tcp:host:port with --cert, --key and --ca, or tcp-plain:host:port
+        #[arg(value_name = "URL")]
+        from: String,
+        #[command(flatten)]
+        tls: Tls,
+        /// A file with what of the VM's configuration is different here, in JSON; - is standard input
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Change a migration that is under way
+    SetMigration {
+        /// Bytes a second that may be sent, such as 400M; 0 for as many as there is room for
+        #[arg(long, value_parser = triarch_api::parse_size)]
+        bandwidth: u64,
+    },
+    /// End a migration that is under way; the guest stays where it is
+    CancelMigration,
+    /// Show how far the migration is that is under way, or how the last one ended
+    MigrationProgress,
     /// Show long work: what is under way, and the last that ended
     Jobs {
         /// Only this one
@@ -180,9 +214,70 @@ impl Command {
             Self::Shutdown => Operation::Shutdown,
             Self::Reboot => Operation::Reboot,
             Self::Delete => Operation::Delete,
+            Self::CancelMigration => Operation::CancelMigration,
             Self::VmmShutdown => Operation::VmmShutdown,
             _ => return None,
         })
+    }
+}
+
+/// How a VM is moved.
+#[derive(Debug, Args)]
+pub(crate) struct SendMigration {
+    /// Where the other VMM waits: unix:/path, tcp:host:port with --cert, --key and --ca, or tcp-plain:host:port
+    #[arg(value_name = "URL")]
+    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) tls: Tls,
+    /// Milliseconds for which the guest may stand still
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    pub(crate) downtime: u64,
+    /// Seconds that copying may take
+    #[arg(long = "give-up-after", value_name = "S", default_value_t = 3600)]
+    pub(crate) time: u64,
+    /// Do not give up then, but move the guest however long it stands still
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Connections for memory
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) connections: u16,
+    /// Bytes a second that may be sent, such as 400M
+    #[arg(long, value_parser = triarch_api::parse_size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Compress pages where that is faster
+    #[arg(long)]
+    pub(crate) compress: bool,
+}
+
+/// Files with which the two sides of a migration know each other, PEM.
+#[derive(Debug, Args)]
+pub(crate) struct Tls {
+    /// This side's certificate
+    #[arg(long, value_name = "FILE", requires_all = ["key", "ca"])]
+    cert: Option<PathBuf>,
+    /// Its private key
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+    /// Certificates of authorities
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    ca: Option<PathBuf>,
+    /// The name that the other side's certificate must have
+    #[arg(long, value_name = "NAME", requires = "cert")]
+    peer: Option<String>,
+}
+
+impl Tls {
+    /// The same for a request.
+    pub(crate) fn into_request(self) -> Result<Option<triarch_api::MigrationTls>, std::io::Error> {
+        let (Some(certificate), Some(key), Some(ca)) = (self.cert, self.key, self.ca) else {
+            return Ok(None);
+        };
+        Ok(Some(triarch_api::MigrationTls {
+            certificate: std::path::absolute(certificate)?,
+            key: std::path::absolute(key)?,
+            ca: std::path::absolute(ca)?,
+            peer: self.peer,
+        }))
     }
 }
 
@@ -311,6 +406,7 @@ mod tests {
             &["resize"][..],
             &["resize", "--memory", "1.5G"],
             &["resize-disk", "_disk0"],
+            &["resize-zone", "z0"],
             &["raw", "POST", "vm.info"],
             &["top", "--once", "--iterations", "2"],
             &["jobs", "x"],

@@ -10,7 +10,10 @@ use serde::Serialize;
 use triarch_api::flags::{self, FlagError};
 use triarch_api::jobs::{Job, JobState};
 use triarch_api::server::Method;
-use triarch_api::{Operation, RemoveDevice, Resize, ResizeDisk, RestoreConfig, SnapshotConfig};
+use triarch_api::{
+    Operation, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration,
+    SetMigration, SnapshotConfig, TimeoutStrategy,
+};
 use triarch_client::{Client, Response};
 
 use crate::cli::{self, AddNet, Cli, Command, Global};
@@ -44,6 +47,10 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             session.put(Operation::Create, Some(config), &[])
         }
         Command::Resize(target) => session.resize(&target),
+        Command::ResizeZone { id, size, wait } => {
+            let desired_ram = size;
+            session.put_and_follow(Operation::ResizeZone, &ResizeZone { id, desired_ram }, wait)
+        }
         Command::ResizeDisk { id, size } => {
             let desired_size = size;
             session.put_json(Operation::ResizeDisk, &ResizeDisk { id, desired_size })
@@ -79,6 +86,22 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             };
             session.put_json(Operation::Restore, &body)
         }
+        Command::SendMigration(arguments) => session.send_migration(arguments),
+        Command::ReceiveMigration { from, tls, config } => {
+            let body = ReceiveMigration {
+                receiver_url: from,
+                tls: tls.into_request()?,
+                config: config.as_deref().map(overlay).transpose()?.unwrap_or_default(),
+                net_fds: None,
+            };
+            session.patient();
+            session.put_json(Operation::ReceiveMigration, &body)
+        }
+        Command::SetMigration { bandwidth } => {
+            let bandwidth = Some(bandwidth);
+            session.put_json(Operation::SetMigration, &SetMigration { bandwidth })
+        }
+        Command::MigrationProgress => session.show("vm.migration-progress", show::migration),
         Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
         Command::Events(events) => follow::run(&mut session.client, &events, session.json),
         Command::Metrics => print(&session.client.get("/metrics")?),
@@ -160,6 +183,30 @@ impl Session {
         self.answer(response)
     }
 
+    /// A migration takes as long as it takes; the VMM itself gives up in time.
+    fn patient(&mut self) {
+        self.client = self.client.another().limit(Duration::ZERO);
+    }
+
+    fn send_migration(&mut self, arguments: cli::SendMigration) -> Result<(), Failure> {
+        let body = SendMigration {
+            destination_url: arguments.to,
+            downtime_ms: arguments.downtime,
+            timeout_s: arguments.time,
+            timeout_strategy: match arguments.force {
+                true => TimeoutStrategy::Ignore,
+                false => TimeoutStrategy::Cancel,
+            },
+            connections: arguments.connections,
+            bandwidth: arguments.bandwidth,
+            compress: arguments.compress,
+            tls: arguments.tls.into_request()?,
+            local: false,
+        };
+        self.patient();
+        self.put_json(Operation::SendMigration, &body)
+    }
+
     /// What a guest that runs has to do itself is a job, which is shown.
     fn resize(&mut self, target: &cli::Resize) -> Result<(), Failure> {
         let body = Resize {
@@ -176,9 +223,10 @@ impl Session {
         self.put_json(operation, body)?;
         let after = jobs::of(&mut self.client, operation);
         let is_new = |job: &&Job| before.iter().all(|before| before.id != job.id);
-        // vCPUs, memory and the balloon have one each. A target that was asked for before has the same job still; another device's
+        // vCPUs, memory or each of its zones, and the balloon have one each. A target that was asked for before has the same job still; another device's
         // removal is of no interest.
-        let same = |job: &&Job| operation == Operation::Resize && job.state == JobState::Running;
+        let sizes = matches!(operation, Operation::Resize | Operation::ResizeZone);
+        let same = |job: &&Job| sizes && job.state == JobState::Running;
         let shown = after.iter().filter(|job| is_new(job) || same(job));
         let show = |job: &Job| match wait {
             true => jobs::run(&mut self.client, Some(job.id), true, self.json),
@@ -236,6 +284,12 @@ impl Session {
 
 fn json(operation: Operation, body: &impl Serialize) -> Result<String, Failure> {
     serde_json::to_string(body).map_err(|error| Failure::Usage(format!("{}: {error}", operation.name())))
+}
+
+/// A part of a configuration, from a file.
+fn overlay(file: &Path) -> Result<serde_json::Map<String, serde_json::Value>, Failure> {
+    let problem = |error| Failure::Usage(format!("{} is no JSON object: {error}", file.display()));
+    serde_json::from_str(&read(file)?).map_err(problem)
 }
 
 /// A flag's value, or what is wrong with it, called by the name it has here.

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use triarch_api::server::Identity;
 use triarch_api::{
     ConsoleConfig, ConsoleMode, CpusConfig, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, MemoryCounts,
-    NetConfig, VcpuCounts, VmConfig, VmInfo,
+    MigrationPhase, MigrationProgress, MigrationSide, NetConfig, VcpuCounts, VmConfig, VmInfo, ZoneCounts,
 };
 
 use crate::table::{Side, Table};
@@ -37,6 +37,7 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         device_tree,
         vcpus,
         memory: counts,
+        memory_zones,
         links,
     } = serde_json::from_str(body)?;
     let cpus = &config.cpus;
@@ -60,6 +61,10 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         lines.push((name, terminal(console)));
     }
     let mut text = facts(&lines);
+    if !config.memory.zones().is_empty() {
+        text.push('\n');
+        text.push_str(&zones(&config, &memory_zones).text());
+    }
     let devices = devices(&config, &device_tree);
     if !devices.is_empty() {
         text.push('\n');
@@ -70,6 +75,45 @@ pub(crate) fn info(body: &str) -> serde_json::Result<String> {
         text.push_str(&daemons(&links).text());
     }
     Ok(text)
+}
+
+/// `vm.migration-progress`.
+pub(crate) fn migration(body: &str) -> serde_json::Result<String> {
+    let found: MigrationProgress = serde_json::from_str(body)?;
+    let side = match found.side {
+        MigrationSide::Source => "to",
+        MigrationSide::Destination => "from",
+    };
+    let phase = match found.phase {
+        MigrationPhase::Connecting => "connecting",
+        MigrationPhase::Copying => "copying, the guest runs",
+        MigrationPhase::Switching => "the guest stands still",
+        MigrationPhase::Committed => "the guest was given away",
+        MigrationPhase::Done => "done",
+        MigrationPhase::Failed => "failed",
+    };
+    let mut lines = vec![
+        ("Migration", format!("job {}, {side} {}", found.job, found.address)),
+        ("Phase", phase.to_owned()),
+        ("Time", format!("{:.1} s", found.elapsed_ms as f64 / 1e3)),
+        ("Round", found.rounds.to_string()),
+        ("Left", format!("{} of {}", bytes(found.remaining), bytes(found.total))),
+        ("Sent", bytes(found.wire_bytes)),
+        ("Rate", format!("{} a second", bytes(found.rate))),
+        ("Written", format!("{} a second by the guest", bytes(found.dirty_rate))),
+    ];
+    if let Some(downtime) = found.downtime_ms {
+        let what = match found.phase {
+            MigrationPhase::Done => "Stood still",
+            _ => "Would stand still",
+        };
+        lines.push((what, format!("{downtime} ms")));
+    }
+    if let Some(cap) = found.bandwidth {
+        lines.push(("Cap", format!("{} a second", bytes(cap))));
+    }
+    lines.extend(found.error.map(|error| ("Error", clean(&error))));
+    Ok(facts(&lines))
 }
 
 /// `2 of 4 at most`, and what is under way.
@@ -87,11 +131,28 @@ fn processors(cpus: &CpusConfig, counts: Option<VcpuCounts>) -> String {
     text
 }
 
+/// What each memory zone has, and what it can have.
+fn zones(config: &VmConfig, counts: &[ZoneCounts]) -> Table {
+    let mut table = Table::new(&[
+        ("ZONE", Side::Left),
+        ("MEMORY", Side::Left),
+        ("TARGET", Side::Left),
+        ("AT MOST", Side::Left),
+    ]);
+    for zone in config.memory.zones() {
+        let told = counts.iter().find(|counts| counts.id == zone.id);
+        let (actual, target) = told.map_or((zone.size, zone.size), |told| (told.actual, told.target));
+        let most = zone.size.saturating_add(zone.hotplug_room());
+        table.row([clean(&zone.id), bytes(actual), bytes(target), bytes(most)]);
+    }
+    table
+}
+
 fn memory(config: &VmConfig, actual: u64, counts: Option<MemoryCounts>) -> String {
     let memory = &config.memory;
     let mut text = bytes(actual);
-    if actual != memory.size {
-        text.push_str(&format!(" of {}", bytes(memory.size)));
+    if actual != memory.boot_size() {
+        text.push_str(&format!(" of {}", bytes(memory.boot_size())));
     }
     for (is, name) in [
         (memory.shared, "shared"),
@@ -326,6 +387,12 @@ _vsock3  vsock  -             cid 3, /v.sock
             text.contains("shared; it was given 768 MiB and should have 1 GiB\n"),
             "{text}"
         );
+        let zoned = r#"{"config":{"memory":{"size":0,"zones":[{"id":"a","size":1073741824,"hotplug_size":2147483648},
+            {"id":"b","size":1073741824}]}},"state":"Running","memory_actual_size":2684354560,
+            "memory_zones":[{"id":"a","target":2147483648,"actual":1610612736}]}"#;
+        let text = info(zoned).expect("a table");
+        let table = "ZONE  MEMORY   TARGET  AT MOST\na     1.5 GiB  2 GiB   3 GiB\nb     1 GiB    1 GiB   1 GiB\n";
+        assert!(text.contains(table) && text.contains("2.5 GiB of 2 GiB"), "{text}");
         let bare = r#"{"config":{},"state":"Created","memory_actual_size":536870912}"#;
         let text = info(bare).expect("a table");
         assert!(

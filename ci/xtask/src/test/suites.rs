@@ -26,7 +26,8 @@ use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
 use crate::{packages, payload, schemathesis, tools};
 
-const SUITES: &str = "triarch-suites";
+/// The program with the tests.
+pub const SUITES: &str = "triarch-suites";
 const VMM: &str = "triarch";
 /// The daemons, which tests find beside the VMM.
 const BLKD: &str = "triarch-blkd";
@@ -38,7 +39,7 @@ const PAYLOAD: &str = "triarch-payload";
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// How much longer than on this machine tests with the payload guest may take on an emulated host.
-const PATIENCE: &str = "12";
+pub const PATIENCE: &str = "12";
 /// The framework's own tests, which say nothing about a host.
 const FRAMEWORK: &str = "framework::";
 /// What the names of tests with the payload guest begin with on the nested level.
@@ -161,9 +162,11 @@ impl Programs {
         Ok(names.filter(wanted).map(str::to_owned).collect())
     }
 
-    /// What the tests need on a host: name, permission bits, source.
-    fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
-        let rig = Rig::get(arch)?;
+    /// What tests without Linux guests need on a host: name, permission bits, source.
+    ///
+    /// # Errors
+    /// A program does not compile.
+    pub fn without_linux(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
         let dir = if arch == Arch::native() {
             self.dir.clone()
         } else {
@@ -183,6 +186,13 @@ impl Programs {
             payload::build(arch)?
         };
         files.push((PAYLOAD.to_owned(), 0o644, payload));
+        Ok(files)
+    }
+
+    /// What all tests need on a host.
+    fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
+        let rig = Rig::get(arch)?;
+        let mut files = self.without_linux(arch)?;
         for version in [Version::V6_1, Version::V6_12] {
             let kernel = Kernel::get(version, arch, &rig.root)?;
             let mut add = |name: String, source: &Path| files.push((name, 0o644, source.to_path_buf()));

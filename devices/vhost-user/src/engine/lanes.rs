@@ -26,6 +26,8 @@ pub(super) enum Pause {
     Requests(Parked),
     /// They stand in the daemon's record; how the queue was handed back.
     Record(QueueStateV1),
+    /// Their heads, in order: the daemon served another process.
+    Heads(Vec<u16>),
 }
 
 impl Lane {
@@ -188,6 +190,7 @@ impl Engine {
         *slot = Some(match pause {
             Some(Pause::Record(state)) if same(&state) => Lane::Direct(Direct::new(queue)),
             Some(Pause::Requests(parked)) => Lane::Relay(Relay::new(kind, queue, Some(parked))),
+            Some(Pause::Heads(heads)) => Lane::Relay(Relay::adopt(kind, queue, Ok(heads))),
             _ => Lane::Relay(Relay::new(kind, queue, None)),
         });
         if matches!(slot, Some(Lane::Relay(_))) {

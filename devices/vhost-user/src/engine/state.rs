@@ -6,15 +6,22 @@ use std::time::Duration;
 
 use triarch_vhost_protocol::StateTransfer;
 
+use super::lanes::Pause;
 use super::{Engine, Link};
+use crate::direct::record_failed;
+use crate::inflight::Inflight;
 use crate::{LinkError, StateError};
 
-/// What is asked of the thread about the daemon's state.
+/// What is asked of the thread about the daemon's state, and about requests that no daemon has answered.
 pub(crate) enum StateOrder {
     /// The daemon is given a channel; answered with another one, if it made one.
     Begin(StateTransfer, OwnedFd, SyncSender<Result<Option<OwnedFd>, StateError>>),
     /// Nothing goes through the channel any more.
     End(End, SyncSender<Result<(), StateError>>),
+    /// Answered with the heads of the requests of a queue that has stopped, of so many entries, that have no answer.
+    Unanswered(u16, u16, SyncSender<Result<Vec<u16>, LinkError>>),
+    /// A queue starts with these next.
+    Reopen(u16, Vec<u16>),
 }
 
 /// How a transfer ends.
@@ -38,6 +45,27 @@ impl Engine {
             StateOrder::End(end, reply) => {
                 let _ = reply.send(self.end_state(end));
             }
+            StateOrder::Unanswered(index, size, reply) => {
+                let _ = reply.send(self.unanswered(index, size));
+            }
+            StateOrder::Reopen(index, heads) => {
+                if let Some(pause) = self.paused.get_mut(usize::from(index)) {
+                    *pause = Some(Pause::Heads(heads));
+                }
+            }
+        }
+    }
+
+    fn unanswered(&self, index: u16, size: u16) -> Result<Vec<u16>, LinkError> {
+        match self.paused.get(usize::from(index)).and_then(Option::as_ref) {
+            Some(Pause::Requests(parked)) => Ok(parked.heads()),
+            Some(Pause::Heads(heads)) => Ok(heads.clone()),
+            Some(Pause::Record(state)) => {
+                let read = |record: &Inflight| record.read(index, size, state.next_used);
+                let heads = self.record.as_ref().map_or(Ok(Vec::new()), read);
+                heads.map_err(record_failed)
+            }
+            None => Ok(Vec::new()),
         }
     }
 

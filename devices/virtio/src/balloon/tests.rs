@@ -41,7 +41,7 @@ impl Rig {
             shared,
             ..RamOptions::default()
         };
-        let discarder = Discarder::new(inflate.memory.clone(), &options).expect("page size");
+        let discarder = Discarder::new(inflate.memory.clone(), options).expect("page size");
         let told = Arc::new(AtomicU64::new(0));
         let count = told.clone();
         let observer = Box::new(move || {
@@ -280,7 +280,7 @@ const MAX_LIST: u64 = 4 * 65536;
 #[test]
 fn calls_out_of_order_are_errors() {
     let driver = FakeDriver::new(8, false);
-    let discarder = Discarder::new(driver.memory.clone(), &RamOptions::default()).expect("page size");
+    let discarder = Discarder::new(driver.memory.clone(), RamOptions::default()).expect("page size");
     let options = BalloonOptions {
         free_page_reporting: false,
         ..ALL

@@ -2,7 +2,7 @@
 
 use super::notices::{Block, CHECK, EJECT_REQUEST, PRESENT};
 use crate::arch::{paging, smp as arch};
-use crate::clock::Deadline;
+use crate::clock::{self, Deadline};
 use crate::memory::MapEntry;
 use crate::shell::{Args, Reply};
 use crate::{Guest, interrupts};
@@ -26,7 +26,7 @@ fn place(memory: &Block, slot: u32) -> (u64, u64) {
     (wide(ADDRESS), wide(SIZE))
 }
 
-/// `dimm count|events|status|place|next|eject|ost|take|drop|serve`
+/// `dimm count|events|status|place|next|eject|ost|take|drop|serve|timed`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let memory = Block::map(arch::MEMORY_HOTPLUG, "slot", MOST, STRIDE)?;
     let what = args.word("what")?;
@@ -46,7 +46,11 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             forget(guest, &memory, memory.index(args)?);
             String::new()
         }
-        "serve" => serve(guest, &memory, args)?,
+        "serve" => serve(guest, &memory, args)?.0,
+        "timed" => {
+            let (answer, us) = serve(guest, &memory, args)?;
+            format!("{answer} us={us}")
+        }
         other => return Err(format!("dimm {other}?")),
     })
 }
@@ -91,11 +95,13 @@ fn forget(guest: &mut Guest, memory: &Block, slot: u32) {
         .retain(|entry| (entry.base, entry.size) != (base, size));
 }
 
-/// `dimm serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds.
-fn serve(guest: &mut Guest, memory: &Block, args: &mut Args) -> Reply {
+/// `dimm serve N MS`: does what N notices ask for as an operating system would, and gives up after so many milliseconds. `dimm timed` also
+/// tells how many microseconds it took from the first interrupt on.
+fn serve(guest: &mut Guest, memory: &Block, args: &mut Args) -> Result<(String, u64), String> {
     let wanted = args.number("N")?;
     let deadline = Deadline::after_ms(args.number_to("MS", 600_000)?);
     let (mut taken, mut ejected) = (0u64, 0u64);
+    let mut heard = None;
     while taken + ejected < wanted {
         if deadline.left().is_none() {
             return Err(format!("taken={taken} ejected={ejected} and no more notices"));
@@ -104,6 +110,7 @@ fn serve(guest: &mut Guest, memory: &Block, args: &mut Args) -> Reply {
             interrupts::sleep(0, interrupts::count(0), 200_000);
             continue;
         }
+        heard.get_or_insert_with(clock::ticks);
         while let Some((slot, value)) = memory.next() {
             match value {
                 CHECK => {
@@ -121,5 +128,6 @@ fn serve(guest: &mut Guest, memory: &Block, args: &mut Args) -> Reply {
             }
         }
     }
-    Ok(format!("taken={taken} ejected={ejected}"))
+    let us = heard.map_or(0, |heard| clock::nanoseconds(clock::ticks() - heard) / 1000);
+    Ok((format!("taken={taken} ejected={ejected}"), us))
 }

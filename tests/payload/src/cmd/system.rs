@@ -1,5 +1,6 @@
 //! Commands about the machine: greeting, ACPI, time, processors, power.
 
+use crate::acpi::Affinity;
 use crate::arch::{NAME, commands, interrupts::processor_id, power};
 use crate::clock::{self, Deadline};
 use crate::interrupts::WAKE_VECTOR;
@@ -42,6 +43,28 @@ pub fn acpi(guest: &Guest) -> Reply {
     }
     let _ = write!(text, " reduced={}", u8::from(acpi.hardware_reduced));
     Ok(text)
+}
+
+/// `numa`: processors and memory with their nodes, `!` before what may come only later, then rows of distances.
+pub fn numa(guest: &Guest) -> Reply {
+    let acpi = guest.acpi()?;
+    let mut text = String::new();
+    for affinity in &acpi.affinities {
+        let _ = match *affinity {
+            Affinity::Processor(id, node) => write!(text, "cpu{id}@{node} "),
+            Affinity::Memory(base, size, node, later) => {
+                write!(text, "{}{base:#x}+{size:#x}@{node} ", if later { "!" } else { "" })
+            }
+        };
+    }
+    let Some((count, distances)) = &acpi.distances else {
+        return Ok(format!("{text}no distances"));
+    };
+    let rows = distances.chunks((*count).max(1) as usize);
+    let rows: Vec<String> = rows
+        .map(|row| row.iter().map(|far| format!("{far},")).collect())
+        .collect();
+    Ok(format!("{text}{}", rows.join(" ")))
 }
 
 /// `sleep MS`: halted, woken by the timer; answers how long it took in microseconds.

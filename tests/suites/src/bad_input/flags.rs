@@ -10,6 +10,7 @@ payload_tests!("bad_input":
     unknown_flags,
     flags_that_would_go_unheard,
     flags_of_cloud_hypervisor,
+    zones_and_nodes,
     log_flags,
     configuration_files,
 );
@@ -41,7 +42,6 @@ fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
     for (flag, value) in [
         ("--device", "path=/sys/bus/pci/devices/0000:00:01.0"),
         ("--pmem", "file=/nonexistent/p"),
-        ("--numa", "guest_numa_id=0,cpus=[0]"),
         ("--restore", "source_url=file:///nonexistent"),
     ] {
         let words = [&format!("{flag} is not supported by this version; leave it out")[..]];
@@ -52,6 +52,44 @@ fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
         builder(context)?.flag("--compat", "qemu"),
         &["'qemu'", "cloud-hypervisor"],
     )?;
+    Ok(Outcome::Passed)
+}
+
+fn zones_and_nodes(context: &Context) -> Result<Outcome> {
+    for (memory, flag, value, words) in [
+        ("size=1G", "--memory-zone", "id=a,size=1G", "set memory.size to 0"),
+        (
+            "size=0",
+            "--memory-zone",
+            "id=a,size=1G,hotplug_size=1G",
+            "memory.hotplug_method VirtioMem",
+        ),
+        (
+            "size=0",
+            "--memory-zone",
+            "id=a,size=1G,file=/dev/shm",
+            "memory.zones[0].file is not supported",
+        ),
+        (
+            "size=1G",
+            "--numa",
+            "guest_numa_id=0,memory_zones=[a]",
+            "numa[0].memory_zones has 'a'",
+        ),
+        (
+            "size=1G",
+            "--numa",
+            "guest_numa_id=1,cpus=[0]",
+            "numa[0].guest_numa_id is 1",
+        ),
+        ("size=1G", "--numa", "cpus=[0]", "write guest_numa_id=0"),
+    ] {
+        refused(
+            context,
+            builder(context)?.set("--memory", memory).flag(flag, value),
+            &[words],
+        )?;
+    }
     Ok(Outcome::Passed)
 }
 

@@ -1,10 +1,10 @@
 //! vCPUs come and go under a stock kernel.
 
 use super::load::{self, LIMIT};
-use crate::held::Held;
+use crate::soak::Soak;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
@@ -100,38 +100,39 @@ impl Subject {
         Ok(())
     }
 
-    /// One vCPU comes and goes `count` times, and afterwards the VMM holds what it held before.
-    fn many_rounds(&self, count: u32) -> Result<()> {
-        let before = Held::at_rest(self.guest.vm())?;
+    /// One vCPU comes and goes again and again.
+    fn many_rounds(&mut self) -> Result<()> {
         self.guest.shell("dmesg -c >/dev/null")?;
-        let begin = Instant::now();
-        for round in 1..=count {
-            let what = || format!("round {round} of {count}");
-            self.resize(2)?;
-            self.bring_online(1, 1)?;
-            self.done("the guest started vCPU 1").with_context(what)?;
-            if round % 50 == 0 || round == count {
-                self.has(2).with_context(what)?;
-            }
-            self.resize(1)?;
-            self.done("the guest gave back vCPU 1").with_context(what)?;
-            before.is_all_of(self.guest.vm()).with_context(what)?;
-        }
-        let took = begin.elapsed();
+        let soak = Soak {
+            rounds: rounds(2),
+            settles: 1,
+        };
+        let last = soak.rounds.saturating_sub(1);
+        let soaked = soak.run(
+            self,
+            |subject| subject.guest.vm(),
+            |subject, round| {
+                subject.resize(2)?;
+                subject.bring_online(1, 1)?;
+                subject.done("the guest started vCPU 1")?;
+                if round % 50 == 49 || round == last {
+                    subject.has(2)?;
+                }
+                subject.resize(1)?;
+                subject.done("the guest gave back vCPU 1")
+            },
+        )?;
         self.has(1)?;
         let complaints = self
             .guest
             .shell("dmesg | grep -e 'ACPI.*Error' -e 'cut here' || true")?;
         ensure!(complaints.trim().is_empty(), "{complaints}");
-        let after = Held::of(self.guest.vm())?;
-        figure(&format!(
-            "{count} rounds of a vCPU under Linux: {took:.1?}; first {before}; last {after}"
-        ))
+        figure(&format!("a vCPU under Linux: {soaked}"))
     }
 }
 
 fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
-    let subject = Subject::boot(context, kernel, "boot=1,max=4", "")?;
+    let mut subject = Subject::boot(context, kernel, "boot=1,max=4", "")?;
     subject.guest.shell(LOAD)?;
     subject.has(1)?;
     for (from, to) in [(1, 4), (4, 2), (2, 3), (3, 1)] {
@@ -153,7 +154,7 @@ fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
     let bad = subject.guest.shell("dmesg | grep -e 'ACPI.*Error' || true")?;
     ensure!(bad.trim().is_empty(), "{bad}");
     if kernel == Kernel::V6_12 {
-        subject.many_rounds(rounds(2))?;
+        subject.many_rounds()?;
     }
     subject.guest.power_off()?;
     Ok(Outcome::Passed)

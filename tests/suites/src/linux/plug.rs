@@ -1,22 +1,25 @@
 //! Disks and network interfaces come and go under a stock kernel.
 
 use super::load::{self, LIMIT};
+use crate::soak::{Soak, Times};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use triarch_harness::api::Api;
 use triarch_harness::disk::{DiskImage, pattern};
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
 use triarch_harness::net;
-use triarch_harness::suite::{Context, Outcome, Test};
+use triarch_harness::suite::{Context, Outcome, Test, figure, rounds};
 
 pub const TESTS: &[Test] = &[
     Test::nested("plug::disks_come_and_go_under_linux_6_1", |c| disks(c, Kernel::V6_1))
-        .within(Duration::from_secs(300)),
+        .within(Duration::from_secs(300))
+        .soak(),
     Test::nested("plug::disks_come_and_go_under_linux_6_12", |c| disks(c, Kernel::V6_12))
-        .within(Duration::from_secs(300)),
+        .within(Duration::from_secs(300))
+        .soak(),
     Test::nested("plug::interfaces_come_and_go_under_linux_6_1", |c| {
         interfaces(c, Kernel::V6_1)
     })
@@ -41,20 +44,20 @@ const LOAD: &str = r#"mkdir /load; head -c 65536 /dev/urandom >/load/data; want=
 done) </dev/null >/dev/null 2>&1 &"#;
 
 /// A Linux guest that gets devices.
-struct Subject {
-    guest: LinuxVm,
+pub(super) struct Subject {
+    pub(super) guest: LinuxVm,
     api: Api,
 }
 
 impl Subject {
-    fn boot(builder: LinuxBuilder) -> Result<Self> {
+    pub(super) fn boot(builder: LinuxBuilder) -> Result<Self> {
         let guest = builder.vm(|vm| vm.api()).boot()?;
         let api = guest.vm().api()?.clone();
         Ok(Self { guest, api })
     }
 
     /// Adds a device; returns its place on the bus, which `file` in the guest leads to.
-    fn add(&self, route: &str, body: &Value, file: &str) -> Result<String> {
+    pub(super) fn add(&self, route: &str, body: &Value, file: &str) -> Result<String> {
         let answer = self.api.request("PUT", route, Some(&body.to_string()))?;
         ensure!(answer.status == 200, "{} {}", answer.status, answer.body);
         let added: Value = serde_json::from_str(&answer.body)?;
@@ -66,7 +69,7 @@ impl Subject {
     }
 
     /// Removes a device which `file` in the guest shows.
-    fn remove(&self, id: &str, bdf: &str, file: &str) -> Result<()> {
+    pub(super) fn remove(&self, id: &str, bdf: &str, file: &str) -> Result<()> {
         self.api
             .put("vm.remove-device", Some(&json!({ "id": id }).to_string()))?;
         let done = format!("the guest gave back '{id}'");
@@ -86,7 +89,7 @@ impl Subject {
     }
 
     /// Nothing went wrong, and the guest ends.
-    fn end(self) -> Result<Outcome> {
+    pub(super) fn end(self) -> Result<Outcome> {
         let bad = "dmesg | grep -e 'ACPI.*Error' -e 'Call Trace' -e 'BUG' || true";
         let bad = self.guest.shell(bad)?;
         ensure!(bad.trim().is_empty(), "{bad}");
@@ -99,7 +102,7 @@ fn disks(context: &Context, kernel: Kernel) -> Result<Outcome> {
     let image = |name: &str, seed| DiskImage::with(context.dir.join(name), &pattern(seed, SIZE));
     let (first, second) = (image("first", 1)?, image("second", 2)?);
     let builder = LinuxBuilder::new(context, kernel)?;
-    let s = Subject::boot(builder.vm(|vm| vm.disk(first.path(), "id=first")))?;
+    let mut s = Subject::boot(builder.vm(|vm| vm.disk(first.path(), "id=first")))?;
     s.guest.shell("[ -e /sys/block/vda ] && [ ! -e /sys/block/vdb ]")?;
     s.guest.shell(LOAD)?;
     for round in 0..2 {
@@ -115,6 +118,7 @@ fn disks(context: &Context, kernel: Kernel) -> Result<Outcome> {
         ensure!(second.read(0, SIZE)? == pattern(3 + round, SIZE), "lost");
         load::works(&s.guest)?;
     }
+    many_rounds(&mut s, &second)?;
     // While somebody reads it.
     let body = json!({ "id": "second", "path": second.path() });
     let bdf = s.add("vm.add-disk", &body, "/sys/block/vdb")?;
@@ -127,6 +131,34 @@ fn disks(context: &Context, kernel: Kernel) -> Result<Outcome> {
     // The one it booted with goes as well.
     s.remove("first", "0000:00:01.0", "/sys/block/vda")?;
     s.end()
+}
+
+/// A disk comes and goes again and again, while another one works.
+fn many_rounds(s: &mut Subject, disk: &DiskImage) -> Result<()> {
+    const FILE: &str = "/sys/block/vdb";
+    let soak = Soak {
+        rounds: rounds(2),
+        settles: 1,
+    };
+    let (mut added, mut removed) = (Times::default(), Times::default());
+    let body = json!({ "id": "second", "path": disk.path() });
+    let soaked = soak.run(
+        s,
+        |s| s.guest.vm(),
+        |s, _| {
+            let begin = Instant::now();
+            let bdf = s.add("vm.add-disk", &body, FILE)?;
+            added.since(begin);
+            let begin = Instant::now();
+            s.remove("second", &bdf, FILE)?;
+            removed.since(begin);
+            Ok(())
+        },
+    )?;
+    load::works(&s.guest)?;
+    figure(&format!(
+        "a disk under Linux: added {added}; removed {removed}; {soaked}"
+    ))
 }
 
 fn interfaces(context: &Context, kernel: Kernel) -> Result<Outcome> {

@@ -1,15 +1,12 @@
 //! A directory of the host that virtiofsd shares with a guest.
 
-use crate::storage::{soon, wait_state};
+use crate::storage::wait_state;
+use crate::virtiofsd::{self, Virtiofsd};
 use anyhow::{Result, ensure};
 use std::fs;
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
 use triarch_harness::disk::pattern;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::LinuxBuilder;
-use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome, Test};
 
 pub const TESTS: &[Test] = &[
@@ -21,29 +18,17 @@ pub const TESTS: &[Test] = &[
     }),
 ];
 
-const PROGRAM: &str = "virtiofsd";
 const SIZE: usize = 1 << 20;
 
 fn files_are_shared(context: &Context, kernel: Kernel) -> Result<Outcome> {
-    let Ok(program) = context.images.path(PROGRAM) else {
-        return Ok(Outcome::Skipped(format!("there is no {PROGRAM} among the images")));
+    let Some(mut daemon) = Virtiofsd::find(context)? else {
+        return Ok(Outcome::Skipped(virtiofsd::missing()));
     };
-    let dir = tempfile::Builder::new().prefix("files").tempdir_in(&context.dir)?;
-    let (socket, shared) = (dir.path().join("fs.sock"), dir.path().join("shared"));
+    let shared = daemon.shared().to_owned();
     fs::create_dir_all(shared.join("deep/er"))?;
     fs::write(shared.join("deep/er/file"), pattern(3, SIZE))?;
-    let mut command = Command::new(program);
-    command.arg(format!("--socket-path={}", socket.display()));
-    command.arg(format!("--shared-dir={}", shared.display()));
-    // Neither needs more of the host's kernel than an emulated host has.
-    command.args(["--sandbox=chroot", "--inode-file-handles=never"]);
-    let mut daemon = Process::start(&mut command)?;
-    let deadline = Instant::now() + soon();
-    while !socket.exists() {
-        ensure!(Instant::now() < deadline, "it does not listen{}", daemon.last_words());
-        thread::sleep(Duration::from_millis(10));
-    }
-    let flag = format!("tag=shared,socket={},id=served", socket.display());
+    daemon.start()?;
+    let flag = format!("tag=shared,socket={},id=served", daemon.socket().display());
     let guest = LinuxBuilder::new(context, kernel)?
         .vm(|vm| vm.api().flag("--fs", flag))
         .boot()?;
@@ -74,8 +59,6 @@ fn files_are_shared(context: &Context, kernel: Kernel) -> Result<Outcome> {
     );
     guest.shell("umount /tmp/shared")?;
     guest.power_off()?;
-    // Its front end is gone, and so is it.
-    let status = daemon.wait(soon())?;
-    daemon.expect(status, 0)?;
+    daemon.expect_end()?;
     Ok(Outcome::Passed)
 }

@@ -33,7 +33,7 @@ const PORT: u16 = 5000;
 /// What is sent, in pieces; the second half when the sender is told to go on, so that a switch can die in the midst of it however fast or
 /// slow the host is.
 const PIECES: usize = 16;
-const PIECE: usize = 256 << 10;
+const PIECE: usize = 32 << 10;
 /// A full frame: what is longer than that on average went as segments that nobody cut.
 const FRAME: u64 = 1514;
 

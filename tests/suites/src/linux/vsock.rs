@@ -48,7 +48,7 @@ fn host_reaches_guest(context: &Context, kernel: Kernel) -> Result<Outcome> {
 }
 
 /// Sends `content` and reads it back at the same time: the other side need not keep it all.
-fn echoed(stream: &UnixStream, content: &[u8]) -> Result<()> {
+pub(super) fn echoed(stream: &UnixStream, content: &[u8]) -> Result<()> {
     stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
     thread::scope(|scope| {

@@ -2,7 +2,7 @@
 
 use super::dimms::{BLOCK, MIB, SLOTS, disk_reaches, done, resize, room, start, works};
 use super::guest::{Guest, builder};
-use crate::held::Held;
+use crate::soak::{Soak, Times};
 use crate::storage::{self, Daemon, Program};
 use anyhow::{Context as _, Result, ensure};
 use std::time::{Duration, Instant};
@@ -65,11 +65,13 @@ fn daemons_reach_it(context: &Context) -> Result<Outcome> {
 }
 
 fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
-    let rounds = rounds(if is_patient() { 4 } else { 20 });
+    let soak = Soak {
+        rounds: rounds(if is_patient() { 4 } else { 20 }),
+        settles: 3,
+    };
     let (mut guest, api) = start(context, ",shared=on")?;
-    let mut before = None;
-    let (mut answers, mut whole) = (Vec::new(), Vec::new());
-    for round in 0..rounds {
+    let (mut answers, mut whole) = (Times::default(), Times::default());
+    let soaked = soak.run(&mut guest, Guest::vm, |guest, round| {
         // Every tenth round fills all slots, or as many as an emulated host has memory for.
         let all = if is_patient() { 8 } else { SLOTS };
         let most = if round % 10 == 1 { all } else { 2 };
@@ -77,42 +79,22 @@ fn many_rounds_leave_nothing_behind(context: &Context) -> Result<Outcome> {
             guest.send("dimm serve 1 5000")?;
             let begin = Instant::now();
             resize(&api, blocks)?;
-            answers.push(begin.elapsed());
+            answers.since(begin);
             guest.answer()?;
             done(&api, "the guest took 128 MiB")?;
-            whole.push(begin.elapsed());
+            whole.since(begin);
         }
-        works(&mut guest, room() + most * BLOCK - MIB, MIB)?;
+        works(guest, room() + most * BLOCK - MIB, MIB)?;
         guest.send(&format!("dimm serve {most} 10000"))?;
         let begin = Instant::now();
         resize(&api, 0)?;
-        answers.push(begin.elapsed());
+        answers.since(begin);
         guest.answer()?;
         done(&api, &format!("the guest gave back {} MiB", most * 128))?;
-        whole.push(begin.elapsed());
-        // The first rounds make what is kept.
-        if round == 2 {
-            before = Some(Held::at_rest(guest.vm())?);
-        }
-        if let Some(before) = &before {
-            let same = before.is_all_of(guest.vm());
-            same.with_context(|| format!("round {round}"))?;
-        }
-    }
-    let before = before.context("too few rounds")?;
-    let after = Held::of(guest.vm())?;
-    let median = |times: &mut Vec<Duration>| {
-        times.sort_unstable();
-        times.get(times.len() / 2).copied().unwrap_or_default()
-    };
-    figure(&format!(
-        "{rounds} rounds of memory, {} resizes: answer {:?} median, {:?} at most; done {:?} median, {:?} at most; first {before}; last {after}",
-        answers.len(),
-        median(&mut answers),
-        answers.last().copied().unwrap_or_default(),
-        median(&mut whole),
-        whole.last().copied().unwrap_or_default(),
-    ))?;
+        whole.since(begin);
+        Ok(())
+    })?;
+    figure(&format!("memory devices: answer {answers}; done {whole}; {soaked}"))?;
     guest.power_off()?;
     Ok(Outcome::Passed)
 }

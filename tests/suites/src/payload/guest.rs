@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Chain, Cursor, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
@@ -50,7 +50,8 @@ pub fn builder(context: &Context) -> Result<VmBuilder> {
 
 /// A running payload.
 pub struct Guest {
-    line: BufReader<UnixStream>,
+    /// What it said where it was before, and then what it says here.
+    line: Chain<Cursor<Vec<u8>>, BufReader<UnixStream>>,
     vm: Vm,
 }
 
@@ -70,10 +71,15 @@ impl Guest {
 
     /// Takes the serial line of a guest in `vm` that said that it is there long ago.
     pub fn attach_restored(vm: Vm, serial: &Path) -> Result<Self> {
+        Self::attach_moved(vm, serial, Vec::new())
+    }
+
+    /// The same of a guest that had said `before` elsewhere, perhaps the beginning of a line.
+    pub fn attach_moved(vm: Vm, serial: &Path, before: Vec<u8>) -> Result<Self> {
         let stream = connect(&vm, serial)?;
         stream.set_read_timeout(Some(patient(ANSWER)))?;
         stream.set_write_timeout(Some(patient(ANSWER)))?;
-        let line = BufReader::new(stream);
+        let line = Cursor::new(before).chain(BufReader::new(stream));
         Ok(Self { line, vm })
     }
 
@@ -112,9 +118,21 @@ impl Guest {
         self.vm.last_words()
     }
 
+    /// What the guest has said that nobody has read, where it is no more; ends the VMM.
+    pub fn rest(mut self) -> Vec<u8> {
+        let mut rest = Vec::new();
+        // The line ends with the VM, if need be with an error.
+        let _ = self.line.read_to_end(&mut rest);
+        rest
+    }
+
     /// Sends a command without waiting for its answer.
     pub fn send(&mut self, command: &str) -> Result<()> {
-        self.line.get_mut().write_all(format!("{command}\n").as_bytes())?;
+        self.line
+            .get_mut()
+            .1
+            .get_mut()
+            .write_all(format!("{command}\n").as_bytes())?;
         Ok(())
     }
 

@@ -17,6 +17,7 @@ mod dimms_soak;
 mod edit;
 mod ends;
 mod events;
+mod golden;
 pub(crate) mod guest;
 mod hand_over;
 mod hotplug;
@@ -26,6 +27,7 @@ mod launch;
 mod log;
 mod memory;
 mod metrics;
+mod migration;
 mod net;
 mod netd;
 mod nursery;
@@ -40,6 +42,7 @@ mod rng;
 mod sandbox;
 mod smp;
 mod snapshot;
+mod snapshot_cpu;
 mod trictl;
 mod vhost;
 mod vhost_fs;
@@ -47,6 +50,7 @@ mod vhost_generic;
 mod vhost_net;
 mod virtio_mem;
 mod vsock;
+mod zones;
 
 use triarch_harness::suite::Test;
 
@@ -60,6 +64,7 @@ pub fn tests() -> Vec<Test> {
         balloon::TESTS,
         virtio_mem::TESTS,
         virtio_mem::SLOW,
+        zones::TESTS,
         smp::TESTS,
         hotplug::TESTS,
         hotplug::SLOW,
@@ -87,8 +92,11 @@ pub fn tests() -> Vec<Test> {
         passt::TESTS,
         nursery::TESTS,
         rings::TESTS,
+        &migration::tests(),
         pause::TESTS,
-        snapshot::TESTS,
+        &snapshot::tests(),
+        snapshot_cpu::TESTS,
+        golden::NESTED,
         ends::TESTS,
         sandbox::TESTS,
         api::TESTS,

@@ -44,14 +44,14 @@ const RELAY: (&str, &str) = (",datapath=relay", "relay");
 const MAC: &str = "52:54:00:00:0a:01";
 
 /// A guest with two interfaces that a switch connects.
-struct Rig {
-    guest: Guest,
-    switch: Switch,
+pub(super) struct Rig {
+    pub(super) guest: Guest,
+    pub(super) switch: Switch,
 }
 
 impl Rig {
     /// `None` where the switch is missing. `options` are further ones of both interfaces, beginning with a comma.
-    fn start(context: &Context, kind: Program, pairs: u16, options: &str) -> Result<Option<Self>> {
+    pub(super) fn start(context: &Context, kind: Program, pairs: u16, options: &str) -> Result<Option<Self>> {
         let Some(mut switch) = Switch::find(kind, context, pairs)? else {
             return Ok(None);
         };
@@ -71,7 +71,7 @@ impl Rig {
     }
 
     /// Frames from interface `from` must reach the other one.
-    fn cross(&mut self, from: usize, seed: u64, options: &str) -> Result<()> {
+    pub(super) fn cross(&mut self, from: usize, seed: u64, options: &str) -> Result<()> {
         let to = 1 - from;
         self.guest.ask(&format!("net {from} send 400 {seed} 20{options}"))?;
         self.guest.ask(&format!("net {to} expect 400 {seed} 20 5000"))?;
@@ -79,7 +79,7 @@ impl Rig {
     }
 
     /// Frames go through as soon as the switch has both of its ports.
-    fn settle(&mut self) -> Result<()> {
+    pub(super) fn settle(&mut self) -> Result<()> {
         wait_state(self.guest.vm(), "Connected")?;
         let deadline = Instant::now() + 2 * soon();
         for seed in 0.. {

@@ -71,26 +71,16 @@ impl Board {
         let line = |number: u32| -> io::Result<Arc<dyn InterruptLine>> {
             Ok(interrupts.line(number - interrupt::FIRST_SHARED)?)
         };
-        let serial = match config.serial {
-            Some(console) => {
-                let line = line(interrupt::UART)?;
-                let serial = match saved {
-                    Some(saved) => {
-                        let state = saved.serial.as_ref().ok_or(BoardError::differs("serial port"))?;
-                        let serial = Pl011::restore(state, console.clone(), line);
-                        serial.map_err(BoardError::saved("serial port"))?
-                    }
-                    None => Pl011::new(console.clone(), line),
-                };
-                let serial = Arc::new(serial);
-                mmio.claim(layout::UART, PL011_SIZE, serial.clone())?;
-                Some((serial.clone(), serial as Arc<dyn SerialPort>))
-            }
-            None if saved.is_some_and(|saved| saved.serial.is_some()) => {
-                return Err(BoardError::differs("serial port"));
-            }
-            None => None,
-        };
+        let serial = config.serial_port(
+            || line(interrupt::UART),
+            |saved| saved.serial.as_ref(),
+            Pl011::new,
+            Pl011::restore,
+        )?;
+        if let Some(serial) = &serial {
+            mmio.claim(layout::UART, PL011_SIZE, serial.clone())?;
+        }
+        let serial = serial.map(|serial| (serial.clone(), serial as Arc<dyn SerialPort>));
         let clock = Arc::new(HostClock::new());
         let clock = Arc::new(match saved {
             Some(saved) => Pl031::restore(saved.clock, clock),

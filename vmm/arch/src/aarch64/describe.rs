@@ -22,6 +22,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
     let cpu = |index| ArmCpu {
         mpidr: plan.hardware_id(index),
         enabled: index < plan.fixed_vcpus(),
+        node: config.numa.of_cpu(index),
     };
     ArmAcpiConfig {
         placement: AcpiPlacement {
@@ -62,6 +63,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
             gsi: interrupt::UART,
         }),
         claimed: vec![(layout::RTC, PL031_SIZE)],
+        numa: config.numa.nodes.clone(),
     }
 }
 

@@ -11,8 +11,10 @@ use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
 
 use super::cpu::{CpuError, CpuPlan, create_vcpus};
 use super::platform::Platform;
-use crate::CpuCount;
+use super::state::{CpuPlanStateV1, PlatformStateV1, VcpuStateV1};
 use crate::common::kernel_release;
+use crate::common::state::no_vcpus;
+use crate::{CpuCount, StateError};
 
 /// Registers that KVM can list at most.
 pub(super) const MAX_REGISTERS: usize = 500;
@@ -116,6 +118,35 @@ pub fn host_processor(kvm: &Kvm) -> Result<HostProcessor, CpuError> {
         tsc_scaling: false,
         writable: writable(&vm, offered)?,
     })?)
+}
+
+/// The CPU of a guest that was saved, as its first vCPU tells: to be compared with what a host offers.
+pub fn saved_processor(
+    cpus: &CpuPlanStateV1,
+    vcpus: &[VcpuStateV1],
+    platform: &PlatformStateV1,
+) -> Result<GuestProcessor, StateError> {
+    let first = vcpus.first().ok_or_else(no_vcpus)?;
+    let mut registers = BTreeMap::new();
+    let mut vector_lengths = Vec::new();
+    for register in &first.registers {
+        let bytes = register.value.0.as_slice();
+        if register.id == VECTOR_LENGTHS {
+            vector_lengths = lengths(bytes);
+        } else if tells(register.id) {
+            let mut value = [0; 8];
+            value.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+            registers.insert(register.id as u32, u64::from_le_bytes(value));
+        }
+    }
+    let processor = Processor::Arm64(Arm64 {
+        registers,
+        init: first.features,
+        vector_lengths,
+        counter_hz: platform.clock.counter_hz,
+        address_bits: cpus.address_bits,
+    });
+    GuestProcessor::new(processor).map_err(|error| StateError::damaged("a vCPU", error))
 }
 
 /// The bits of registers that KVM lets be set. Kernels that do not tell let none be set, or not all there are.

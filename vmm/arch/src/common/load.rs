@@ -44,9 +44,17 @@ pub enum LoadError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Regions of RAM: first GPA and length in bytes.
+/// Ranges of RAM: first GPA and length in bytes. Regions that touch are one: what backs them is no matter of the guest's.
 pub fn ram(memory: &GuestMemory) -> impl Iterator<Item = (u64, u64)> {
-    memory.iter().map(|region| (region.start_addr().0, region.len()))
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for region in memory.iter() {
+        let (at, size) = (region.start_addr().0, region.len());
+        match joined.last_mut() {
+            Some((start, len)) if *start + *len == at => *len += size,
+            _ => joined.push((at, size)),
+        }
+    }
+    joined.into_iter()
 }
 
 /// Writes the pieces of the ACPI tables: each with its GPA.

@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use triarch_cpu_model::GuestProcessor;
-use triarch_device_core::{Bus, BusError};
+use triarch_device_core::{Bus, BusError, InterruptLine};
 use triarch_hypervisor::{Firmware, Interrupts, Vcpu};
 use triarch_legacy::console::Console;
 use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, MemoryHotplug, MemoryPlace, PciHotplug, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
+use triarch_tables::acpi::NumaNode;
 
 use crate::{Board, BoardStateV1, CpuError, CpuPlan};
 
@@ -220,7 +221,34 @@ pub struct BoardConfig<'a> {
     pub saved: Option<&'a BoardStateV1>,
 }
 
+type SharedLine = Arc<dyn InterruptLine>;
+
 impl BoardConfig<'_> {
+    /// Makes the serial port, if there is one: a `new` one, or where the guest was saved one that goes on from what was `saved` of it; either
+    /// both are there or neither is.
+    pub(crate) fn serial_port<D, S, E: std::error::Error + Send + Sync + 'static>(
+        &self,
+        line: impl FnOnce() -> io::Result<SharedLine>,
+        saved: fn(&BoardStateV1) -> Option<&S>,
+        new: fn(Arc<Console>, SharedLine) -> D,
+        restore: fn(&S, Arc<Console>, SharedLine) -> Result<D, E>,
+    ) -> Result<Option<Arc<D>>, BoardError> {
+        const PORT: &str = "serial port";
+        let state = self.saved.and_then(saved);
+        let Some(console) = self.serial else {
+            return match state {
+                Some(_) => Err(BoardError::differs(PORT)),
+                None => Ok(None),
+            };
+        };
+        let port = match (self.saved, state) {
+            (None, _) => new(console.clone(), line()?),
+            (Some(_), Some(state)) => restore(state, console.clone(), line()?).map_err(BoardError::saved(PORT))?,
+            (Some(_), None) => return Err(BoardError::differs(PORT)),
+        };
+        Ok(Some(Arc::new(port)))
+    }
+
     /// Makes the registers at `at` of processors that come and go by notices through `events`. One that the guest does not have has the
     /// status `absent`.
     pub(crate) fn claim_processors(&self, events: &Arc<Ged>, at: u64, absent: u8) -> Result<Arc<CpuHotplug>, BusError> {
@@ -256,6 +284,22 @@ impl BoardConfig<'_> {
     }
 }
 
+/// NUMA nodes of a guest, which ACPI tells of.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Numa {
+    /// The nodes, by their numbers; none: no NUMA.
+    pub nodes: Vec<NumaNode>,
+    /// The node of each vCPU there may ever be.
+    pub cpus: Vec<u32>,
+}
+
+impl Numa {
+    /// The node of vCPU `index`.
+    pub(crate) fn of_cpu(&self, index: u32) -> u32 {
+        self.cpus.get(index as usize).copied().unwrap_or(0)
+    }
+}
+
 /// What to load for whom.
 pub struct LoadConfig<'a> {
     /// Fresh guest memory.
@@ -274,6 +318,8 @@ pub struct LoadConfig<'a> {
     pub cmdline: String,
     /// Whether to describe the machine by a device tree, which a [`Board`] of a PC refuses.
     pub device_tree: bool,
+    /// Its NUMA nodes.
+    pub numa: Numa,
     /// Serial number for SMBIOS.
     pub serial_number: Option<String>,
     /// UUID for SMBIOS.

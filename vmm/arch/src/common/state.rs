@@ -13,10 +13,11 @@
 //!
 //! Restoring, onto a fresh VM:
 //!
-//! 1. `CpuPlan::restore`; then a VM whose memory is mapped and filled, with its `Platform`.
-//! 2. `recreate_vcpus`, which makes them and sets their registers. Before their threads begin.
-//! 3. `Platform::restore`. On ARM it reads guest memory. Interrupts of devices that come earlier are lost.
-//! 4. `restore_time`, as late as possible: the guest's time goes on from here.
+//! 1. `saved_processor`, and [`check_processor`] with what this host offers. Nothing is made yet.
+//! 2. `CpuPlan::restore`; then a VM whose memory is mapped and filled, with its `Platform`.
+//! 3. `recreate_vcpus`, which makes them and sets their registers. Before their threads begin.
+//! 4. `Platform::restore`. On ARM it reads guest memory. Interrupts of devices that come earlier are lost.
+//! 5. `restore_time`, as late as possible: the guest's time goes on from here.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,7 +25,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
-use triarch_cpu_model::Verdict;
+use triarch_cpu_model::{GuestProcessor, HostProcessor, Verdict, compare};
 use triarch_hypervisor::{FirmwareStateV1, HypervisorError, StartV1};
 
 use crate::CpuError;
@@ -40,7 +41,7 @@ pub enum StateError {
     Cpu(#[from] CpuError),
     /// The CPU here lacks something, or has something else.
     #[error("{0}; restore the guest on a host with the CPU features it was started with")]
-    Processor(Verdict),
+    Processor(Box<Verdict>),
     /// The parts do not belong together.
     #[error("the saved state has {found} vCPUs, where {expected}; its parts are not of one guest")]
     Count {
@@ -110,6 +111,23 @@ impl StateError {
     }
 }
 
+/// Checks that a host which offers `host` can run the guest with `guest`: every register that tells features is compared. What stands in the
+/// way is in [`StateError::Processor`], by name.
+pub fn check_processor(guest: &GuestProcessor, host: &HostProcessor) -> Result<(), StateError> {
+    let verdict = compare(guest, host);
+    match verdict.is_accepted() {
+        true => Ok(()),
+        false => Err(StateError::Processor(Box::new(verdict))),
+    }
+}
+
+pub(crate) fn no_vcpus() -> StateError {
+    StateError::Count {
+        found: 0,
+        expected: "there is at least one in every guest".to_owned(),
+    }
+}
+
 /// What becomes of the time between saving and restoring, for the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Elapsed {
@@ -147,7 +165,7 @@ pub(crate) fn ticks(time: Duration, hz: u64) -> u64 {
 pub(crate) fn check_firmware(vcpus: usize, firmware: &FirmwareStateV1, max: u32) -> Result<(), StateError> {
     let count = |found, expected| Err(StateError::Count { found, expected });
     match (vcpus, firmware.vcpus()) {
-        (0, _) => return count(0, "there is at least one in every guest".to_owned()),
+        (0, _) => return Err(no_vcpus()),
         (some, _) if some > max as usize => return count(some, format!("the guest can have {max} at most")),
         (_, told) if told != max as usize => return count(told, format!("the guest may have {max}")),
         _ => {}
@@ -221,7 +239,10 @@ impl<'de> Deserialize<'de> for HexBytes {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
+    use triarch_cpu_model::{CpuidEntry, Host, Processor, X86};
 
     use super::*;
 
@@ -241,6 +262,48 @@ mod tests {
             let exact = u128::from(ns) * u128::from(hz) / 1_000_000_000;
             prop_assert_eq!(u128::from(ticks(Duration::from_nanos(ns), hz)), exact.min(u128::from(u64::MAX)));
         }
+    }
+
+    #[test]
+    fn what_a_host_lacks_is_named() {
+        let leaf = |leaf, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry {
+            leaf,
+            subleaf: 0,
+            indexed: leaf == 7,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        };
+        let amd = ["Auth", "enti", "cAMD"].map(|part| u32::from_le_bytes(part.as_bytes().try_into().unwrap()));
+        let cpu = |[ebx, edx, ecx]: [u32; 3], features, weakness| {
+            let zero = leaf(0, [7, ebx, ecx, edx]);
+            Processor::X86(X86 {
+                cpuid: [zero, leaf(7, [0, features, 0, 0])].into_iter().collect(),
+                msrs: [(0x10a, weakness)].into(),
+                tsc_khz: None,
+            })
+        };
+        let guest = |processor| GuestProcessor::new(processor).unwrap();
+        let host = HostProcessor::new(Host {
+            processor: cpu(amd, 1 << 5, 1 << 19),
+            kernel: "6.1".to_owned(),
+            tsc_scaling: false,
+            writable: BTreeMap::new(),
+        })
+        .unwrap();
+        assert!(check_processor(&guest(cpu(amd, 1 << 5, 1 << 19)), &host).is_ok());
+        // AVX2 and MPX, and not told of a weakness.
+        let error = check_processor(&guest(cpu(amd, 1 << 5 | 1 << 14, 0)), &host).unwrap_err();
+        let StateError::Processor(verdict) = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(verdict.names(), ["mpx", "rrsba"]);
+        assert!(error.to_string().contains("mpx, rrsba; restore"), "{error}");
+        // The other vendor's bits mean something else.
+        let [ebx, ..] = amd;
+        let error = check_processor(&guest(cpu([ebx, 0, 0], 1 << 14, 0)), &host).unwrap_err();
+        assert!(matches!(&error, StateError::Processor(verdict) if verdict.names() == ["vendor"]));
     }
 
     #[test]

@@ -85,26 +85,16 @@ impl Board {
         let port = |base: u16, len, device: Arc<dyn BusDevice>| pio.claim(u64::from(base), len, device);
         let clock = Arc::new(HostClock::new());
 
-        let serial = match config.serial {
-            Some(console) => {
-                let line = interrupts.line(COM1_GSI)?;
-                let serial = match saved {
-                    Some(saved) => {
-                        let state = saved.serial.as_ref().ok_or(BoardError::differs("serial port"))?;
-                        let serial = Serial::restore(state, console.clone(), line);
-                        serial.map_err(BoardError::saved("serial port"))?
-                    }
-                    None => Serial::new(console.clone(), line),
-                };
-                let serial = Arc::new(serial);
-                port(COM1, SERIAL_PORTS, serial.clone())?;
-                Some((serial.clone(), serial as Arc<dyn SerialPort>))
-            }
-            None if saved.is_some_and(|saved| saved.serial.is_some()) => {
-                return Err(BoardError::differs("serial port"));
-            }
-            None => None,
-        };
+        let serial = config.serial_port(
+            || Ok(interrupts.line(COM1_GSI)?),
+            |saved| saved.serial.as_ref(),
+            Serial::new,
+            Serial::restore,
+        )?;
+        if let Some(serial) = &serial {
+            port(COM1, SERIAL_PORTS, serial.clone())?;
+        }
+        let serial = serial.map(|serial| (serial.clone(), serial as Arc<dyn SerialPort>));
         let line: Arc<dyn InterruptLine> = interrupts.line(GED_GSI)?;
         let events = Arc::new(Ged::new(line));
         port(GED, 1, events.clone())?;

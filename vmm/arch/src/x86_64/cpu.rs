@@ -74,7 +74,7 @@ pub struct CpuPlan {
     pub(super) tsc_deadline: bool,
     /// Indices of the MSRs that tell features.
     pub(super) feature_msrs: Vec<u32>,
-    /// Indices of the MSRs that are state.
+    /// Indices of the MSRs that are state, and of those that tell features.
     pub(super) saved_msrs: Vec<u32>,
     /// Bytes of an XSAVE area; 0 where it is as large as ever.
     pub(super) xsave_size: usize,
@@ -108,18 +108,18 @@ impl CpuPlan {
             .map(from_kvm)
             .chain(names_and_caches())
             .collect();
+        let listed = kvm.get_msr_index_list().map_err(HypervisorError::kvm("list MSRs"))?;
+        let mut saved_msrs = listed.as_slice().to_vec();
+        let feature_msrs = processor::feature_msrs(kvm, &saved_msrs);
+        saved_msrs.extend(feature_msrs.iter().filter(|index| !listed.as_slice().contains(index)));
         Ok(Self {
             host,
             topology,
             boot: now,
             max,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
-            feature_msrs: processor::feature_msrs(kvm),
-            saved_msrs: kvm
-                .get_msr_index_list()
-                .map_err(HypervisorError::kvm("list MSRs"))?
-                .as_slice()
-                .to_vec(),
+            feature_msrs,
+            saved_msrs,
             xsave_size: usize::try_from(kvm.check_extension_int(Cap::Xsave2)).unwrap_or(0),
             can_nest: kvm.check_extension(Cap::NestedState),
         })
@@ -204,8 +204,7 @@ pub fn create_later(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuErro
 
 pub(super) fn create_vcpu(vm: &Vm, plan: &CpuPlan, index: u32) -> Result<Vcpu, CpuError> {
     let vcpu = vm.create_vcpu(u64::from(plan.hardware_id(index)))?;
-    let entries: Vec<_> = plan.cpuid(index).entries().iter().map(to_kvm).collect();
-    let cpuid = CpuId::from_entries(&entries).map_err(|_| HypervisorError::Capability("room for all CPUID entries"))?;
+    let cpuid = kvm_cpuid(&plan.cpuid(index)).ok_or(HypervisorError::Capability("room for all CPUID entries"))?;
     vcpu.fd()
         .set_cpuid2(&cpuid)
         .map_err(HypervisorError::kvm("set CPUID"))?;
@@ -251,7 +250,13 @@ pub(super) fn from_kvm(e: &kvm_cpuid_entry2) -> CpuidEntry {
     }
 }
 
-pub(super) fn to_kvm(e: &CpuidEntry) -> kvm_cpuid_entry2 {
+/// CPUID as KVM takes it; `None`: more than it has room for.
+pub(super) fn kvm_cpuid(table: &CpuidTable) -> Option<CpuId> {
+    let entries: Vec<_> = table.entries().iter().map(to_kvm).collect();
+    CpuId::from_entries(&entries).ok()
+}
+
+fn to_kvm(e: &CpuidEntry) -> kvm_cpuid_entry2 {
     kvm_cpuid_entry2 {
         function: e.leaf,
         index: e.subleaf,

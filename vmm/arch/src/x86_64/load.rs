@@ -100,7 +100,7 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
         apic_id: plan.hardware_id(index),
         enabled: index < plan.boot_vcpus(),
         removable: index >= plan.fixed_vcpus(),
-        node: 0,
+        node: config.numa.of_cpu(index),
     };
     AcpiConfig {
         placement: AcpiPlacement::PC,
@@ -143,6 +143,6 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
             port: board::CMOS,
             gsi: None,
         }),
-        numa: Vec::new(),
+        numa: config.numa.nodes.clone(),
     }
 }

@@ -13,7 +13,7 @@ pub use board::{Board, BoardStateV1};
 pub use cpu::{CpuError, CpuPlan, create_later, create_vcpus, set_entry};
 pub use load::{Entry, load};
 pub use platform::{Platform, inject_nmi};
-pub use processor::host_processor;
+pub use processor::{host_processor, saved_processor};
 pub use state::{CpuPlanStateV1, PlatformStateV1, VcpuStateV1, recreate_vcpus, restore_time, restore_vcpu, save_vcpu};
 pub use syscalls::OLDER_SYSCALLS;
 

@@ -8,18 +8,17 @@ mod sizing;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use triarch_api::events::kind;
-use triarch_api::metrics::CpuHotplugMetrics;
 use triarch_api::{ApiError, Handler, Operation, VcpuCounts};
 use triarch_legacy::{CpuHotplug, CpuSlot};
 
+use crate::changes::{ChangeMeters, Changing, Outcome};
 use crate::control::Controller;
 use crate::resize::{Goal, PATIENCE, Part};
 pub(crate) use sizing::status_name;
-use sizing::{Direction, News, Sizing, listed, news};
+use sizing::{News, Sizing, listed, news};
 
 /// What the controller knows of the guest's processors.
 #[derive(Default)]
@@ -34,53 +33,24 @@ pub(crate) struct Processors {
 }
 
 /// How many processors there are and what came of resizes, for whoever asks.
-#[derive(Default)]
-pub(crate) struct CpuMeters {
-    counts: Mutex<Option<VcpuCounts>>,
-    changes: [[AtomicU64; RESULTS.len()]; DIRECTIONS.len()],
+pub(crate) type CpuMeters = ChangeMeters<VcpuCounts>;
+
+impl Changing for VcpuCounts {
+    const OUTCOMES: &'static [Outcome] = &[
+        Outcome::Done,
+        Outcome::Refused,
+        Outcome::Timeout,
+        Outcome::Replaced,
+        Outcome::Reset,
+    ];
 }
 
-const DIRECTIONS: [(Direction, &str); 2] = [(Direction::Add, "add"), (Direction::Remove, "remove")];
-
-/// What came of one processor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    Done,
-    Refused,
-    Timeout,
-    Replaced,
-    Reset,
-}
-
-const RESULTS: [&str; 5] = ["done", "refused", "timeout", "replaced", "reset"];
-
-impl CpuMeters {
-    fn count(&self, direction: Direction, outcome: Outcome, processors: usize) {
-        self.changes[direction as usize][outcome as usize].fetch_add(processors as u64, Ordering::Relaxed);
-    }
-
-    /// Everything about `sizing`; `end` is what became of those of which nothing was heard.
-    fn count_all(&self, sizing: &Sizing, end: Outcome) {
-        for (direction, side, done) in sizing.sides() {
-            self.count(direction, Outcome::Done, done);
-            self.count(direction, Outcome::Refused, side.refused.len());
-            self.count(direction, end, side.waiting.len());
-        }
-    }
-
-    fn show(&self, counts: Option<VcpuCounts>) {
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counts;
-    }
-
-    /// Everything, while there is a guest.
-    pub(crate) fn read(&self) -> Option<CpuHotplugMetrics> {
-        let counts = (*self.counts.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let mut changes = Vec::new();
-        for (direction, name) in DIRECTIONS {
-            let counted = RESULTS.iter().zip(&self.changes[direction as usize]);
-            changes.extend(counted.map(|(result, count)| (name, *result, count.load(Ordering::Relaxed))));
-        }
-        Some(CpuHotplugMetrics { counts, changes })
+/// Counts everything about `sizing`; `end` is what became of those of which nothing was heard.
+fn count_all(meters: &CpuMeters, sizing: &Sizing, end: Outcome) {
+    for (direction, side, done) in sizing.sides() {
+        meters.count(direction, Outcome::Done, done);
+        meters.count(direction, Outcome::Refused, side.refused.len());
+        meters.count(direction, end, side.waiting.len());
     }
 }
 
@@ -136,7 +106,7 @@ impl Controller {
             machine.ready_vcpus(&sizing.added)?;
         }
         if let Some(open) = self.processors.open.take() {
-            self.processors.meters.count_all(&open, Outcome::Replaced);
+            count_all(&self.processors.meters, &open, Outcome::Replaced);
         }
         self.resizes.replace(Part::Vcpus, target.into());
         if !sizing.is_empty() {
@@ -247,7 +217,7 @@ impl Controller {
         let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        self.processors.meters.count_all(&sizing, Outcome::Done);
+        count_all(&self.processors.meters, &sizing, Outcome::Done);
         let (phase, failure) = (sizing.outcome(), sizing.failure());
         self.end_resize(Part::Vcpus, Some(&phase), failure.as_deref().map_or(Ok(()), Err));
     }
@@ -261,7 +231,7 @@ impl Controller {
             return;
         };
         sizing.going.waiting.iter().for_each(|index| cpus.leave(*index));
-        self.processors.meters.count_all(&sizing, Outcome::Timeout);
+        count_all(&self.processors.meters, &sizing, Outcome::Timeout);
         let text = sizing.late(&self.processors.known, PATIENCE);
         let phase = sizing.outcome();
         self.end_resize(Part::Vcpus, Some(&phase), Err(&text));
@@ -273,7 +243,7 @@ impl Controller {
         let Some(sizing) = self.processors.open.take() else {
             return;
         };
-        self.processors.meters.count_all(&sizing, Outcome::Reset);
+        count_all(&self.processors.meters, &sizing, Outcome::Reset);
         if rebuilt {
             let phase = format!("the guest was reset and has {}", counted(sizing.target));
             self.end_resize(Part::Vcpus, Some(&phase), Ok(()));

@@ -4,14 +4,7 @@ use std::time::Duration;
 
 use triarch_legacy::{CpuHotplug, CpuSlot, Removal};
 
-/// Which way a processor goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// The guest gets it.
-    Add,
-    /// It should give it back.
-    Remove,
-}
+use crate::changes::Direction;
 
 /// What a guest did about a processor, or what became of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

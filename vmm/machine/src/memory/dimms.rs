@@ -4,17 +4,16 @@
 //! says is observed: that it takes memory, gives some back, or refuses. What it refuses to take is taken away again.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use triarch_api::events::kind;
-use triarch_api::metrics::MemoryHotplugMetrics;
 use triarch_api::{ApiError, Handler, MemoryCounts, Operation, VmConfig};
 use triarch_arch::layout;
 use triarch_legacy::{MemoryHotplug, MemoryPlace, MemorySlot, Removal};
 
-use super::sizing::{BLOCK, Dimm, Direction, News, Sizing, bytes, mib, news, present};
+use super::sizing::{BLOCK, Dimm, News, Sizing, bytes, mib, news, present};
 use crate::Machine;
+use crate::changes::{ChangeMeters, Changing, Direction, Outcome};
 use crate::control::Controller;
 use crate::cpus::status_name;
 use crate::resize::{Goal, PATIENCE, Part};
@@ -30,45 +29,23 @@ pub(crate) struct Dimms {
 }
 
 /// How much memory there is and what came of resizes, for whoever asks.
-#[derive(Default)]
-pub(crate) struct MemoryMeters {
-    counts: Mutex<Option<MemoryCounts>>,
-    changes: [[AtomicU64; RESULTS.len()]; DIRECTIONS.len()],
+pub(crate) type MemoryMeters = ChangeMeters<MemoryCounts>;
+
+impl Changing for MemoryCounts {
+    const OUTCOMES: &'static [Outcome] = &[
+        Outcome::Done,
+        Outcome::Refused,
+        Outcome::Timeout,
+        Outcome::Replaced,
+        Outcome::Reset,
+    ];
 }
 
-const DIRECTIONS: [(Direction, &str); 2] = [(Direction::Add, "add"), (Direction::Remove, "remove")];
-
-/// What came of one memory device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    Done,
-    Refused,
-    Timeout,
-    Replaced,
-    Reset,
-}
-
-const RESULTS: [&str; 5] = ["done", "refused", "timeout", "replaced", "reset"];
-
-impl MemoryMeters {
-    fn count(&self, direction: Direction, outcome: Outcome, devices: usize) {
-        self.changes[direction as usize][outcome as usize].fetch_add(devices as u64, Ordering::Relaxed);
-    }
-
-    fn show(&self, counts: Option<MemoryCounts>) {
-        *self.counts.lock().unwrap_or_else(PoisonError::into_inner) = counts;
-    }
-
-    /// Everything, while there is a guest whose memory can change.
-    pub(crate) fn read(&self) -> Option<MemoryHotplugMetrics> {
-        let counts = (*self.counts.lock().unwrap_or_else(PoisonError::into_inner))?;
-        let mut changes = Vec::new();
-        for (direction, name) in DIRECTIONS {
-            let counted = RESULTS.iter().zip(&self.changes[direction as usize]);
-            changes.extend(counted.map(|(result, count)| (name, *result, count.load(Ordering::Relaxed))));
-        }
-        Some(MemoryHotplugMetrics { counts, changes })
-    }
+/// Counts everything about `sizing`; `end` is what became of those of which nothing was heard.
+pub(super) fn count_all(meters: &MemoryMeters, sizing: &Sizing, end: Outcome) {
+    meters.count(sizing.direction, Outcome::Done, sizing.done.len());
+    meters.count(sizing.direction, Outcome::Refused, sizing.refused.len());
+    meters.count(sizing.direction, end, sizing.waiting.len());
 }
 
 impl Dimms {
@@ -136,11 +113,7 @@ impl Controller {
 
     /// Takes away what the guest never saw if it should have less than it has with that: nobody waits for it any more.
     fn withdraw_unseen(&mut self, boot: u64, target: u64) {
-        let Some(memory) = self
-            .machine
-            .as_ref()
-            .and_then(|machine| machine.memory_slots().cloned())
-        else {
+        let Some(memory) = self.memory_devices() else {
             return;
         };
         let known = &self.dimms.known;
@@ -157,9 +130,7 @@ impl Controller {
             Removal::Asked | Removal::Withdrawn => {}
         });
         if let Some(open) = self.dimms.open.take() {
-            self.dimms
-                .meters
-                .count(open.direction, Outcome::Replaced, open.waiting.len());
+            count_all(&self.dimms.meters, &open, Outcome::Replaced);
         }
         self.resizes.replace(Part::Dimms, target);
         self.look_at_dimms();
@@ -169,15 +140,10 @@ impl Controller {
     pub(crate) fn commit_memory(&mut self, MemoryChange(sizing): MemoryChange) {
         let before = self.dimms.open.take();
         if let Some(open) = &before {
-            self.dimms
-                .meters
-                .count(open.direction, Outcome::Replaced, open.waiting.len());
+            count_all(&self.dimms.meters, open, Outcome::Replaced);
         }
         self.resizes.replace(Part::Dimms, sizing.target);
-        let memory = self
-            .machine
-            .as_ref()
-            .and_then(|machine| machine.memory_slots().cloned());
+        let memory = self.memory_devices();
         let Some(memory) = memory.filter(|_| !sizing.waiting.is_empty()) else {
             return;
         };
@@ -206,11 +172,7 @@ impl Controller {
 
     /// The guest did something about memory, or may have.
     pub(crate) fn look_at_dimms(&mut self) {
-        let Some(memory) = self
-            .machine
-            .as_ref()
-            .and_then(|machine| machine.memory_slots().cloned())
-        else {
+        let Some(memory) = self.memory_devices() else {
             return;
         };
         loop {
@@ -282,7 +244,7 @@ impl Controller {
         let Some(sizing) = self.dimms.open.take() else {
             return;
         };
-        self.count_memory_answers(&sizing);
+        count_all(&self.dimms.meters, &sizing, Outcome::Done);
         let phase = sizing.direction.outcome(&sizing.done);
         if sizing.refused.is_empty() {
             self.end_resize(Part::Dimms, Some(&phase), Ok(()));
@@ -300,18 +262,10 @@ impl Controller {
         if sizing.direction == Direction::Remove {
             sizing.waiting.iter().for_each(|dimm| memory.leave(dimm.slot));
         }
-        self.count_memory_answers(&sizing);
-        let meters = &self.dimms.meters;
-        meters.count(sizing.direction, Outcome::Timeout, sizing.waiting.len());
+        count_all(&self.dimms.meters, &sizing, Outcome::Timeout);
         let text = sizing.late(&self.dimms.known, PATIENCE);
         let phase = sizing.direction.outcome(&sizing.done);
         self.end_resize(Part::Dimms, Some(&phase), Err(&text));
-    }
-
-    fn count_memory_answers(&self, sizing: &Sizing) {
-        let meters = &self.dimms.meters;
-        meters.count(sizing.direction, Outcome::Done, sizing.done.len());
-        meters.count(sizing.direction, Outcome::Refused, sizing.refused.len());
     }
 
     /// The guest is gone: what it was asked for ends. One that is built anew has as much as was asked for.
@@ -319,9 +273,7 @@ impl Controller {
         let Some(sizing) = self.dimms.open.take() else {
             return;
         };
-        self.count_memory_answers(&sizing);
-        let meters = &self.dimms.meters;
-        meters.count(sizing.direction, Outcome::Reset, sizing.waiting.len());
+        count_all(&self.dimms.meters, &sizing, Outcome::Reset);
         if rebuilt {
             let phase = format!("the guest was reset and has {}", mib(sizing.target));
             self.end_resize(Part::Dimms, Some(&phase), Ok(()));
@@ -348,6 +300,11 @@ impl Controller {
             shown.memory.size = counts.taken;
         }
         counts
+    }
+
+    /// The slots of the guest's memory devices, if it has any.
+    fn memory_devices(&self) -> Option<Arc<MemoryHotplug>> {
+        self.machine.as_ref()?.memory_slots().cloned()
     }
 
     /// Bytes the guest should have; `None` if that cannot change.

@@ -1,10 +1,12 @@
 //! The guest's memory: what it starts with, and what comes and goes while it runs.
 
 mod dimms;
+pub(crate) mod plan;
 mod sizing;
 #[cfg(test)]
 mod tests;
 pub(crate) mod virtio_mem;
+mod zones;
 
 pub(crate) use dimms::{Dimms, MemoryMeters};
 
@@ -16,7 +18,7 @@ use triarch_legacy::MemoryPlace;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, RamOptions};
 use triarch_state::SnapshotError;
 use triarch_vhost_user::VhostUserHandle;
-use vm_memory::{GuestAddress, GuestAddressSpace};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::MachineError;
 
@@ -57,6 +59,15 @@ impl Regions {
                 return Err(SnapshotError::Memory(text).into());
             }
             let at = GuestAddress(start);
+            let there = self
+                .handle
+                .memory()
+                .find_region(at)
+                .map(|region| (region.start_addr(), region.len()));
+            if there == Some((at, size)) {
+                // It came before the guest did.
+                continue;
+            }
             let region = triarch_memory::allocate_region(&self.handle.memory(), at, size, &self.options)?;
             triarch_memory::insert(&self.handle, region)?;
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 use triarch_legacy::{MemoryHotplug, MemoryPlace, MemorySlot, Removal};
 
+use crate::changes::Direction;
 use crate::cpus::status_name;
 
 /// Memory comes in multiples of this: the block of x86 guests with less than 64 GiB, and of ARM guests with pages of 4 KiB.
@@ -14,15 +15,6 @@ pub(super) const BLOCK: u64 = 128 << 20;
 /// What a Linux guest needs to take memory.
 const NEEDS: &str = "Linux needs CONFIG_ACPI_HOTPLUG_MEMORY, and memory in multiples of its block, which \
                      /sys/devices/system/memory/block_size_bytes tells";
-
-/// Which way a resize goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// The guest gets memory.
-    Add,
-    /// It should give some back.
-    Remove,
-}
 
 impl Direction {
     /// What the job does.

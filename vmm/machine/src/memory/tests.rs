@@ -9,8 +9,9 @@ use triarch_device_core::BusDevice;
 use triarch_device_core::mock::CountingLine;
 use triarch_legacy::{Ged, MemoryHotplug, MemorySlot};
 
-use super::dimms::check_target;
+use super::dimms::{MemoryMeters, check_target, count_all};
 use super::sizing::*;
+use crate::changes::{Direction, Outcome};
 
 const BOOT: u64 = 1 << 30;
 const ROOM: std::ops::Range<u64> = 4 << 30..(4 << 30) + 8 * BLOCK;
@@ -250,6 +251,22 @@ fn texts_say_what_happened() {
     assert_eq!(open.direction.outcome(&open.done), "the guest took none");
     assert_eq!(open.direction.outcome(&[dimm, dimm]), "the guest took 512 MiB");
     assert_eq!(Direction::Remove.outcome(&[dimm]), "the guest gave back 256 MiB");
+}
+
+#[test]
+fn sizes_are_counted_whole() {
+    let (meters, world) = (MemoryMeters::default(), World::new());
+    let gaps: Vec<_> = (0..3).map(|index| (ROOM.start + 2 * index * BLOCK, BLOCK)).collect();
+    let mut sizing = Sizing::plan(&world.known, BOOT, BOOT + 3 * BLOCK, &gaps).expect("there is room");
+    let [first, second, _] = sizing.waiting[..] else {
+        panic!("one memory device a gap: {sizing:?}");
+    };
+    sizing.hear(&News::Taken(first));
+    sizing.hear(&News::Refused(second, 1));
+    count_all(&meters, &sizing, Outcome::Replaced);
+    let counted: Vec<_> = meters.changes().into_iter().filter(|change| change.2 > 0).collect();
+    let all = [("add", "done", 1), ("add", "refused", 1), ("add", "replaced", 1)];
+    assert_eq!(counted, all);
 }
 
 #[test]

@@ -5,20 +5,17 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use triarch_api::{ApiError, Handler, HotplugMethod, Operation, VmConfig};
-use triarch_arch::layout;
+use triarch_api::{ApiError, Handler, Operation};
 use triarch_hypervisor::MemorySlots;
-use triarch_memory::{GuestMemory, GuestMemoryHandle, GuestRegion, MemoryError, RamOptions, SparseMemory};
+use triarch_memory::{GuestMemory, GuestMemoryHandle, GuestRegion, MemoryError, SparseMemory};
 use triarch_virtio::mem::{MIN_BLOCK, Mem, MemError, MemHandle, MemOptions, MemoryHost};
 use vm_memory::GuestAddressSpace;
 
+use super::plan::{MemoryPlan, ZonePlan};
 use crate::build::Report;
 use crate::control::Controller;
 use crate::resize::{Goal, Part};
 use crate::{GuestEvent, Machine, MachineError};
-
-/// Id of the device of a guest without memory zones.
-pub(crate) const DEVICE: &str = "_virtio-mem-mem0";
 
 /// The guest gets and loses memory slots in parts of this size at least: what Linux adds and removes at once on most machines.
 const MIN_PART: u64 = 128 << 20;
@@ -37,20 +34,28 @@ pub(crate) struct Room {
 }
 
 /// The rooms of a guest by virtio-mem. They cost nothing as long as the guest has no memory there.
-pub(crate) fn rooms(config: &VmConfig, options: &RamOptions) -> Result<Vec<Room>, MachineError> {
-    let memory = &config.memory;
-    let size = memory.hotplug_room();
-    if memory.hotplug_method != HotplugMethod::VirtioMem || size == 0 {
-        return Ok(Vec::new());
+pub(crate) fn rooms(plan: &MemoryPlan) -> Result<Vec<Room>, MachineError> {
+    let room = |zone: &ZonePlan| {
+        let range = zone.room.clone()?;
+        let memory = SparseMemory::new(range, &zone.ram.options);
+        Some(memory.map(|memory| Room {
+            id: zone.device.clone(),
+            memory,
+            requested: zone.requested,
+            node: zone.node.and_then(|node| u16::try_from(node).ok()),
+        }))
+    };
+    let rooms: Result<Vec<_>, _> = plan.zones.iter().filter_map(room).collect();
+    Ok(rooms?)
+}
+
+impl Room {
+    /// The part of it at the GPAs `part`, if it is in this room at all.
+    pub(crate) fn part(&mut self, part: Range<u64>) -> Option<Result<Arc<GuestRegion>, MemoryError>> {
+        let range = self.memory.range();
+        let inside = range.start <= part.start && part.end <= range.end;
+        inside.then(|| self.memory.part(part))
     }
-    // Its end was checked with that of RAM.
-    let range = layout::hotplug(memory.size, size).unwrap_or(0..0);
-    Ok(vec![Room {
-        id: DEVICE.to_owned(),
-        memory: SparseMemory::new(range, options)?,
-        requested: memory.hotplugged_size.unwrap_or(0),
-        node: None,
-    }])
 }
 
 /// What of `rooms` daemons share.
@@ -295,19 +300,5 @@ mod tests {
         assert_eq!(of(64 * GIB + 2 * MIB, 4096), (2 * MIB, 256 * MIB));
         assert_eq!(of(4096 * GIB, 2 * MIB), (2 * MIB, 8 * GIB));
         assert_eq!(of(16 * GIB, GIB), (GIB, GIB));
-    }
-
-    #[test]
-    fn only_virtio_mem_has_rooms_here() {
-        let mut config = VmConfig::default();
-        let options = RamOptions::default();
-        let count = |config: &VmConfig| rooms(config, &options).expect("rooms").len();
-        assert_eq!(count(&config), 0);
-        config.memory.hotplug_size = Some(GIB);
-        assert_eq!(count(&config), 0);
-        config.memory.hotplug_method = HotplugMethod::VirtioMem;
-        assert_eq!(count(&config), 1);
-        config.memory.hotplug_size = None;
-        assert_eq!(count(&config), 0);
     }
 }

@@ -5,7 +5,6 @@
 //! nothing else waits for that. Its id, its slot and its place in the configuration are free when that is done, which is when its job
 //! ends.
 
-mod meters;
 mod removal;
 mod request;
 
@@ -15,10 +14,9 @@ use triarch_api::events::kind;
 use triarch_api::{Handler, Operation, Phase};
 use triarch_legacy::PciSlot;
 
+use crate::changes::{ChangeMeters, Changing, Direction, Outcome};
 use crate::control::Controller;
 use crate::resize::PATIENCE;
-pub(crate) use meters::PlugMeters;
-use meters::{Direction, Outcome};
 use removal::{Asked, Leaving, Manner};
 
 /// How often a guest that should hear of something is told again.
@@ -34,6 +32,24 @@ pub(crate) struct Plugs {
     /// When a guest was given a device, while it may not have heard of it.
     announced: Option<Instant>,
     pub(crate) meters: std::sync::Arc<PlugMeters>,
+}
+
+/// What came of devices that were added and asked back.
+pub(crate) type PlugMeters = ChangeMeters<Plugged>;
+
+/// Devices that come and go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plugged;
+
+impl Changing for Plugged {
+    const OUTCOMES: &'static [Outcome] = &[
+        Outcome::Done,
+        Outcome::Refused,
+        Outcome::Timeout,
+        Outcome::Forced,
+        Outcome::Reset,
+        Outcome::Failed,
+    ];
 }
 
 impl Controller {
@@ -76,7 +92,7 @@ impl Controller {
             }
             None => Direction::Add,
         };
-        self.plugs.meters.count(direction, Outcome::Refused);
+        self.plugs.meters.count(direction, Outcome::Refused, 1);
         self.watch_slots();
     }
 
@@ -120,7 +136,7 @@ impl Controller {
                 ),
                 false => format!("the guest did not give back '{id}' within {seconds} s; force takes it"),
             };
-            self.plugs.meters.count(Direction::Remove, Outcome::Timeout);
+            self.plugs.meters.count(Direction::Remove, Outcome::Timeout, 1);
             self.publish();
             asked.job.finish(Err(&text));
         }

@@ -9,8 +9,8 @@ use triarch_api::Handler;
 use triarch_api::events::kind;
 use triarch_api::jobs::JobHandle;
 
-use super::meters::{Direction, Outcome};
 use crate::backends::End;
+use crate::changes::{Direction, Outcome};
 use crate::control::Controller;
 use crate::devices::Taken;
 use crate::{GuestEvent, Message, configured};
@@ -174,7 +174,7 @@ impl Controller {
         if let Some(config) = &mut self.config {
             configured::take(config, id);
         }
-        self.plugs.meters.count(Direction::Remove, outcome);
+        self.plugs.meters.count(Direction::Remove, outcome, 1);
         // Whoever sees that the job has ended sees what it changed.
         self.publish();
         self.inbox.events().post(&kind::PCI_REMOVED, &[("id", id.into())]);

@@ -9,10 +9,10 @@ use triarch_legacy::PciSlot;
 use triarch_net::Tap;
 use triarch_pci::{AddError, PciAddress};
 
-use super::meters::{Direction, Outcome};
 use super::removal::{Asked, Manner};
 use crate::MachineError;
 use crate::backends::{End, HandedTaps, Opener};
+use crate::changes::{Direction, Outcome};
 use crate::configured::DeviceConfig;
 use crate::control::Controller;
 
@@ -35,7 +35,7 @@ impl Controller {
         self.look_at_slots();
         let result = self.plug_into_guest(config, id, tap);
         let outcome = if result.is_ok() { Outcome::Done } else { Outcome::Failed };
-        self.plugs.meters.count(Direction::Add, outcome);
+        self.plugs.meters.count(Direction::Add, outcome, 1);
         let address = result?;
         self.show_meters();
         self.plugs.announced = Some(Instant::now());
@@ -64,6 +64,13 @@ impl Controller {
                  with memory.shared on"
             )));
         }
+        // What the daemon touched first would be zeroes.
+        if config.needs_shared_memory() && !machine.has_its_memory() {
+            return Err(ApiError::Busy(format!(
+                "a daemon is to serve '{id}', and memory of this guest still comes from its snapshot; try again after the event \
+                 memory-restored"
+            )));
+        }
         let place = free_slot(&slots.peek()).ok_or(MachineError::Slot {
             id: id.to_owned(),
             source: AddError::Full(0),
@@ -73,6 +80,7 @@ impl Controller {
             handed: &handed,
             daemons: self.daemons.as_ref(),
             sandbox: &self.sandbox,
+            locked: true,
         };
         let end = End::open(device, opener)?;
         let address = PciAddress::from_devfn(0, 0, place << 3);

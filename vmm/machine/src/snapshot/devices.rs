@@ -27,6 +27,9 @@ const MEM: Kind = Kind::new("virtio-mem", 1);
 /// What a daemon knows of a device.
 const DAEMON: Kind = Kind::new("daemon", 1);
 
+/// Requests that no daemon has answered.
+const UNANSWERED: Kind = Kind::new("unanswered", 1);
+
 /// Most bytes of a daemon's state.
 const DAEMON_BYTES: u64 = 64 << 20;
 /// Bytes of the host bridge's configuration space that a guest may have written.
@@ -63,8 +66,18 @@ pub(crate) struct SavedDevices {
 
 type Carried<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
-/// A request that nobody has answered cannot be carried to another process.
-const UNANSWERED: &str = "requests of it wait for its daemon, which is gone; let a daemon serve it again first";
+/// A daemon's note of its requests cannot be believed.
+const UNKNOWN: &str =
+    "which requests of it wait for its daemon, which is gone, is not known; let a daemon serve it again first";
+
+/// Requests of a queue that no daemon has answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UnansweredV1 {
+    queue: u16,
+    /// Where their descriptor chains begin, in the order in which they came.
+    heads: Vec<u16>,
+}
 
 /// Saves `function`, of the device `id`, which is paused.
 pub(crate) fn save(id: &str, function: &VirtioPci, payloads: &mut Payloads) -> Result<(), MachineError> {
@@ -100,18 +113,34 @@ fn save_device(
     } else if let Some(mem) = device.downcast_ref::<Mem>() {
         payloads.put(MEM, id, &mem.handle().state())?;
     } else if let Some(served) = device.downcast_mut::<VhostUser>() {
-        let open = |queue: &triarch_virtio::QueueStateV1| queue.next_avail != queue.next_used;
-        if state
-            .queues
-            .iter()
-            .filter_map(|queue| queue.progress.as_ref())
-            .any(open)
-        {
-            return Err(UNANSWERED.into());
+        let open = unanswered(served, state)?;
+        if !open.is_empty() {
+            payloads.put(UNANSWERED, id, &open)?;
         }
         save_daemon(id, kind, served, payloads)?;
     }
     Ok(())
+}
+
+/// What of `served` waits for a daemon. With one that serves it, nothing of a disk does: a pause waits for it.
+fn unanswered(served: &VhostUser, state: &VirtioPciStateV1) -> Carried<Vec<UnansweredV1>> {
+    let mut all = Vec::new();
+    for queue in &state.queues {
+        let Some(progress) = &queue.progress else { continue };
+        let open = progress.next_avail.wrapping_sub(progress.next_used);
+        if open == 0 {
+            continue;
+        }
+        let heads = served.unanswered(progress.index, queue.size)?;
+        if heads.len() != usize::from(open) {
+            return Err(UNKNOWN.into());
+        }
+        all.push(UnansweredV1 {
+            queue: progress.index,
+            heads,
+        });
+    }
+    Ok(all)
 }
 
 /// Disks and interfaces have all their state in what the guest negotiated; daemons of other devices have to tell theirs.
@@ -220,10 +249,14 @@ fn restore_after(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads: 
     let device: &mut dyn Any = device;
     if let Some(disk) = device.downcast_mut::<Block>() {
         disk.restore(&payloads.take(BLOCK, id)?)?;
-    } else if let Some(served) = device.downcast_mut::<VhostUser>()
-        && let Some(HexBytes(bytes)) = payloads.take_if_there(DAEMON, id)?
-    {
-        served.load_state(&mut bytes.as_slice(), &StateLimits::default())?;
+    } else if let Some(served) = device.downcast_mut::<VhostUser>() {
+        if let Some(HexBytes(bytes)) = payloads.take_if_there(DAEMON, id)? {
+            served.load_state(&mut bytes.as_slice(), &StateLimits::default())?;
+        }
+        let open: Option<Vec<UnansweredV1>> = payloads.take_if_there(UNANSWERED, id)?;
+        for UnansweredV1 { queue, heads } in open.into_iter().flatten() {
+            served.reopen(queue, heads);
+        }
     }
     Ok(())
 }

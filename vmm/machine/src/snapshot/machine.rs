@@ -1,37 +1,64 @@
 //! What a whole guest saves, and continues from.
 
+use std::sync::Arc;
+
+use triarch_api::RestoreMode;
+use triarch_api::events::EventLog;
 use triarch_arch::{
-    BoardStateV1, CpuPlan, CpuPlanStateV1, Elapsed, Platform, PlatformStateV1, VcpuStateV1, Vcpus, recreate_vcpus,
-    restore_time, save_vcpu,
+    BoardStateV1, CpuPlan, CpuPlanStateV1, Elapsed, Platform, PlatformStateV1, StateError, VcpuStateV1, Vcpus,
+    recreate_vcpus, restore_time, save_vcpu, saved_processor,
 };
+use triarch_cpu_model::GuestProcessor;
+use triarch_device_core::Sandbox;
 use triarch_hypervisor::{FirmwareStateV1, Vcpu, Vm};
-use triarch_memory::{GuestMemory, RamOptions, map_copy_on_write};
+use triarch_memory::{Backing, GuestMemory, GuestMemoryHandle, map_copy_on_write};
 use triarch_state::{MemoryRange, PayloadError, Payloads, Snapshot, SnapshotWriter};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::devices::{PciStateV1, SavedDevices};
-use super::{BOARD, CPUS, FIRMWARE, PCI, PLATFORM, VCPU, memory};
+use super::{BOARD, CPUS, FIRMWARE, PCI, PLATFORM, Pager, VCPU, memory};
+use crate::build::Report;
+use crate::memory::virtio_mem::Room;
+use crate::migration::Prepared;
 use crate::progress::Progress;
 use crate::{Machine, MachineError};
 
 /// A snapshot that a guest continues from.
 pub(crate) struct Saved {
-    snapshot: Snapshot,
+    /// `None`: memory is there.
+    snapshot: Option<Snapshot>,
+    /// The memory of a guest that was moved here.
+    moved: Option<Prepared>,
     pub(crate) cpus: CpuPlanStateV1,
     pub(crate) board: BoardStateV1,
     vcpus: Vec<VcpuStateV1>,
     firmware: FirmwareStateV1,
     platform: PlatformStateV1,
-    /// Memory is mapped, not copied.
-    mapped: bool,
+    mode: RestoreMode,
+    /// What provides memory on demand, until the machine has it.
+    pager: Option<Pager>,
     /// `None`: they were taken by the devices.
     devices: Option<SavedDevices>,
 }
 
 impl Saved {
-    /// Sorts what `snapshot` has, whose memory is to be `mapped` or else copied.
-    pub(crate) fn read(mut snapshot: Snapshot, mapped: bool) -> Result<Self, PayloadError> {
-        let mut payloads = std::mem::take(&mut snapshot.payloads);
+    /// Sorts what `snapshot` has, whose memory comes as `mode` says.
+    pub(crate) fn read(mut snapshot: Snapshot, mode: RestoreMode) -> Result<Self, PayloadError> {
+        let payloads = std::mem::take(&mut snapshot.payloads);
+        Self::sort(payloads, Some(snapshot), None, mode)
+    }
+
+    /// Sorts `payloads`, of a guest whose memory is there already.
+    pub(crate) fn moved(payloads: Payloads, memory: Prepared) -> Result<Self, PayloadError> {
+        Self::sort(payloads, None, Some(memory), RestoreMode::Copy)
+    }
+
+    fn sort(
+        mut payloads: Payloads,
+        snapshot: Option<Snapshot>,
+        moved: Option<Prepared>,
+        mode: RestoreMode,
+    ) -> Result<Self, PayloadError> {
         let all = &mut payloads;
         let mut vcpus = Vec::new();
         while let Some(vcpu) = all.take_if_there(VCPU, &vcpus.len().to_string())? {
@@ -41,19 +68,65 @@ impl Saved {
         let (board, pci): (_, PciStateV1) = (all.take(BOARD, "")?, all.take(PCI, "")?);
         Ok(Self {
             snapshot,
+            moved,
             cpus,
             board,
             vcpus,
             firmware,
             platform,
-            mapped,
+            mode,
+            pager: None,
             devices: Some(SavedDevices { pci, payloads }),
         })
     }
 
+    /// The CPU that the guest was given.
+    pub(crate) fn processor(&self) -> Result<GuestProcessor, StateError> {
+        saved_processor(&self.cpus, &self.vcpus, &self.platform)
+    }
+
+    /// The memory, if it is there already.
+    pub(crate) fn memory(&self) -> Option<&GuestMemoryHandle> {
+        self.moved.as_ref().map(|moved| &moved.handle)
+    }
+
+    /// The room of memory devices, once, if it is there already.
+    pub(crate) fn rooms(&mut self) -> Option<Vec<Room>> {
+        self.moved.as_mut()?.rooms.take()
+    }
+
+    /// Whether a guest that was moved has the memory devices that it was offered with.
+    pub(crate) fn check_devices(&self) -> Result<(), MachineError> {
+        let places = self.board.memory_places();
+        match &self.moved {
+            Some(moved) => moved.check_devices(places.iter().map(|place| (place.start, place.size))),
+            None => Ok(()),
+        }
+    }
+
     /// Whether memory becomes that of the file.
     pub(crate) fn is_mapped(&self) -> bool {
-        self.mapped
+        self.mode == RestoreMode::Mapped
+    }
+
+    /// Begins to provide memory, if it comes on demand.
+    pub(crate) fn begin(
+        &mut self,
+        sandbox: &Arc<dyn Sandbox>,
+        events: &Arc<EventLog>,
+        report: &Report,
+    ) -> Result<(), MachineError> {
+        if self.mode == RestoreMode::OnDemand
+            && let Some(snapshot) = &self.snapshot
+        {
+            self.pager = Some(Pager::start(snapshot.saved_memory()?, sandbox, events, report)?);
+        }
+        Ok(())
+    }
+
+    /// What provides memory, if that comes on demand: it has to outlive whoever may touch it.
+    pub(crate) fn pager(&mut self) -> Option<Pager> {
+        self.pager.take()
     }
 
     /// What the devices continue from, once.
@@ -65,12 +138,12 @@ impl Saved {
     pub(crate) fn fill(
         &self,
         memory: &GuestMemory,
-        options: &RamOptions,
+        backing: &Backing,
         progress: Progress<'_>,
     ) -> Result<(), MachineError> {
         progress.note("memory");
         let here = |range: &MemoryRange| memory.find_region(GuestAddress(range.gpa)).is_some();
-        self.put(memory, options, here, progress)
+        self.put(memory, backing, here, progress)
     }
 
     /// Fills what of `memory` was not in `before`. Now all has to be there.
@@ -78,28 +151,43 @@ impl Saved {
         &self,
         memory: &GuestMemory,
         before: &GuestMemory,
-        options: &RamOptions,
+        backing: &Backing,
         progress: Progress<'_>,
     ) -> Result<(), MachineError> {
-        memory::check(memory, &self.snapshot)?;
+        match (&self.snapshot, &self.moved) {
+            (Some(snapshot), _) => memory::check(memory, snapshot)?,
+            (None, Some(moved)) => moved.check(memory)?,
+            (None, None) => {}
+        }
         let new = |range: &MemoryRange| before.find_region(GuestAddress(range.gpa)).is_none();
-        self.put(memory, options, new, progress)
+        self.put(memory, backing, new, progress)?;
+        if let Some(pager) = &self.pager {
+            pager.seal();
+        }
+        Ok(())
     }
 
     fn put(
         &self,
         memory: &GuestMemory,
-        options: &RamOptions,
+        backing: &Backing,
         wanted: impl Fn(&MemoryRange) -> bool,
         progress: Progress<'_>,
     ) -> Result<(), MachineError> {
-        if !self.mapped {
-            return Ok(memory::fill(memory, &self.snapshot, wanted, progress)?);
+        let Some(snapshot) = &self.snapshot else {
+            return Ok(());
+        };
+        if let Some(pager) = &self.pager {
+            let mut ranges = snapshot.ranges().iter().filter(|range| wanted(range));
+            return ranges.try_for_each(|range| pager.add(memory, range));
         }
-        for range in self.snapshot.ranges().iter().filter(|range| wanted(range)) {
+        if !self.is_mapped() {
+            return Ok(memory::fill(memory, snapshot, wanted, progress)?);
+        }
+        for range in snapshot.ranges().iter().filter(|range| wanted(range)) {
             let region = memory.find_region(GuestAddress(range.gpa));
             if let Some(region) = region.filter(|region| region.len() == range.size) {
-                map_copy_on_write(region, options, self.snapshot.memory_file(), range.offset)?;
+                map_copy_on_write(region, backing.of(range.gpa), snapshot.memory_file(), range.offset)?;
             }
         }
         Ok(())
@@ -123,7 +211,18 @@ impl Machine {
         writer: &mut SnapshotWriter,
         progress: Progress<'_>,
     ) -> Result<Payloads, MachineError> {
+        if let Some(pager) = &self.pager {
+            progress.note("memory of the snapshot before");
+            pager.complete()?;
+        }
         progress.note("processors and devices");
+        let payloads = self.save_state()?;
+        memory::save(&self.memory.memory(), writer, progress)?;
+        Ok(payloads)
+    }
+
+    /// What a guest that is paused is, beside its memory and what is in its configuration.
+    pub(crate) fn save_state(&mut self) -> Result<Payloads, MachineError> {
         let mut payloads = Payloads::default();
         payloads.put(CPUS, "", &self.plan.save())?;
         let plan = self.plan.clone();
@@ -136,7 +235,6 @@ impl Machine {
         payloads.put(BOARD, "", &self.board.save())?;
         let pci = self.devices.save(&mut payloads)?;
         payloads.put(PCI, "", &pci)?;
-        memory::save(&self.memory.memory(), writer, progress)?;
         Ok(payloads)
     }
 }

@@ -6,10 +6,13 @@
 mod devices;
 mod machine;
 mod memory;
+mod pager;
 mod request;
 
 pub(crate) use devices::{FunctionPlaceV1, PciStateV1, SavedDevices, save as save_function};
 pub(crate) use machine::Saved;
+pub(crate) use pager::Pager;
+pub(crate) use request::{WantedV1, saved_config, take_taps};
 
 use triarch_state::Kind;
 
@@ -26,4 +29,4 @@ const BOARD: Kind = Kind::new("board", 1);
 /// The PCI bus.
 const PCI: Kind = Kind::new("pci", 1);
 /// What clients wanted that the guest has not done yet.
-const WANTED: Kind = Kind::new("wanted", 1);
+pub(crate) const WANTED: Kind = Kind::new("wanted", 1);

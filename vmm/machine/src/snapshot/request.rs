@@ -23,7 +23,7 @@ use crate::{Machine, MachineError};
 /// What clients wanted that the guest has not done yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WantedV1 {
+pub(crate) struct WantedV1 {
     /// vCPUs it should have.
     vcpus: Option<u32>,
     /// Bytes of memory it should have, if it comes by memory devices.
@@ -50,16 +50,7 @@ impl Controller {
     }
 
     fn save(&mut self, directory: &Path, progress: Progress<'_>) -> Result<(), MachineError> {
-        // A device on its way out is neither there nor gone.
-        self.finish_removals();
-        self.look_at_processors();
-        self.look_at_dimms();
-        self.look_at_slots();
-        let wanted = WantedV1 {
-            vcpus: self.vcpu_target(),
-            memory: self.memory_target(),
-            removals: self.asked_for(),
-        };
+        let wanted = self.settle();
         let (Some(config), Some(machine)) = (&self.config, &mut self.machine) else {
             return Ok(());
         };
@@ -71,8 +62,22 @@ impl Controller {
         Ok(writer.finish(&config, &about(), payloads)?)
     }
 
-    /// Makes the VM that a snapshot has. On error there is none.
-    pub(crate) fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
+    /// Takes note of all that the guest has done, before it is saved, and returns what it has not.
+    pub(crate) fn settle(&mut self) -> WantedV1 {
+        // A device on its way out is neither there nor gone.
+        self.finish_removals();
+        self.look_at_processors();
+        self.look_at_dimms();
+        self.look_at_slots();
+        WantedV1 {
+            vcpus: self.vcpu_target(),
+            memory: self.memory_target(),
+            removals: self.asked_for(),
+        }
+    }
+
+    /// Makes the VM that a snapshot has, with `fds` as the taps that `net_fds` tells of (`vm.restore`). On error there is none.
+    pub fn restore(&mut self, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<(), ApiError> {
         let directory = config.directory()?;
         if fds.len() != config.descriptors() {
             return Err(ApiError::BadRequest(format!(
@@ -120,25 +125,13 @@ impl Controller {
         for field in ignored {
             tracing::warn!("config.json of the snapshot: {field} is no field of a configuration, and was ignored");
         }
-        let mapped = config.memory_restore_mode == RestoreMode::Mapped;
-        if mapped && (vm.memory.shared || vm.needs_shared_memory() || vm.memory.hugepages) {
-            return Err(RestoreError::Request(ApiError::BadRequest(
-                "memory_restore_mode Mapped takes memory that is neither shared, as daemons need it, nor of huge pages; use Copy"
-                    .to_owned(),
-            )));
-        }
         vm.memory.prefault |= config.prefault;
-        if config.memory_restore_mode == RestoreMode::OnDemand {
-            return Err(RestoreError::Request(ApiError::Unsupported(format!(
-                "this version does not have memory_restore_mode {:?}; use Copy or Mapped",
-                config.memory_restore_mode
-            ))));
-        }
+        check_mode(&vm, config.memory_restore_mode)?;
         let taps = take_taps(&mut vm, config, fds)?;
         let wanted: WantedV1 = snapshot.payloads.take(WANTED, "").map_err(MachineError::from)?;
         self.create(vm)?;
         self.taps = taps;
-        let mut saved = Saved::read(snapshot, mapped).map_err(MachineError::from)?;
+        let mut saved = Saved::read(snapshot, config.memory_restore_mode).map_err(MachineError::from)?;
         let machine = self.build(progress, Origin::Saved(&mut saved))?;
         self.take_in(machine, Phase::Paused);
         self.want_again(&wanted)?;
@@ -146,7 +139,7 @@ impl Controller {
     }
 
     /// Goes on waiting for what the guest was asked for.
-    fn want_again(&mut self, wanted: &WantedV1) -> Result<(), ApiError> {
+    pub(crate) fn want_again(&mut self, wanted: &WantedV1) -> Result<(), ApiError> {
         self.publish();
         if let Some(vcpus) = wanted.vcpus.filter(|vcpus| self.vcpu_target() != Some(*vcpus)) {
             self.resize_vcpus(vcpus)?;
@@ -160,8 +153,16 @@ impl Controller {
         self.ask_again(&wanted.removals);
         let memories = self.machine.as_ref().map(Machine::memories).unwrap_or_default();
         let requested: Vec<u64> = memories.iter().map(|(_, memory)| memory.status().requested).collect();
+        let zoned = self
+            .config
+            .as_ref()
+            .is_some_and(|config| !config.memory.zones().is_empty());
+        let operation = match zoned {
+            true => Operation::ResizeZone,
+            false => Operation::Resize,
+        };
         for (at, bytes) in requested.into_iter().enumerate() {
-            self.resize_memory(at, bytes, Operation::Resize)?;
+            self.resize_memory(at, bytes, operation)?;
         }
         Ok(())
     }
@@ -186,7 +187,7 @@ impl From<ApiError> for RestoreError {
 }
 
 /// `config.json`. Interfaces whose taps clients opened have so many descriptors: nobody else can open those.
-fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u8>, MachineError> {
+pub(crate) fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u8>, MachineError> {
     let mut config = config.clone();
     for net in config.net.iter_mut().flatten() {
         if net.id.as_ref().is_some_and(|id| taps.contains_key(id)) {
@@ -197,12 +198,30 @@ fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u8>, Machine
     Ok(text.map_err(SnapshotError::Document)?)
 }
 
+/// Whether memory can come back in this way.
+fn check_mode(vm: &VmConfig, mode: RestoreMode) -> Result<(), ApiError> {
+    let problem = match mode {
+        RestoreMode::Copy => return Ok(()),
+        _ if vm.memory.any_hugepages() => "takes memory that is not of huge pages",
+        RestoreMode::Mapped if vm.memory.any_shared() || vm.needs_shared_memory() => {
+            "takes memory that is not shared, as daemons need it"
+        }
+        // Pages that a daemon touches first would be zeroes: its faults are its own.
+        RestoreMode::OnDemand if vm.needs_shared_memory() => "takes a VM without devices that daemons serve",
+        RestoreMode::OnDemand if vm.memory.any_prefault() => "and prefault contradict each other: leave prefault out",
+        _ => return Ok(()),
+    };
+    Err(ApiError::BadRequest(format!(
+        "memory_restore_mode {mode:?} {problem}; or use Copy"
+    )))
+}
+
 fn pairs(net: &NetConfig) -> usize {
     usize::from(net.num_queues / 2)
 }
 
 /// The taps that came as `fds`, for the interfaces of `vm` that are to have them.
-fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<HandedTaps, ApiError> {
+pub(crate) fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<HandedTaps, ApiError> {
     let mut rest = fds.into_iter();
     let mut handed = BTreeMap::new();
     for given in config.net_fds.iter().flatten() {

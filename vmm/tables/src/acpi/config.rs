@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use super::AcpiError;
 use super::memory::MemorySlots;
+use super::{AcpiError, numa};
 
 /// Names run from C000 to CFFF.
 pub(super) const MAX_CPUS: usize = 0x1000;
@@ -292,7 +292,7 @@ impl AcpiConfig {
             });
         }
         self.pci.iter().try_for_each(PciSegment::check)?;
-        self.check_numa()
+        numa::check(&self.numa, self.cpus.iter().map(|cpu| cpu.node), &self.pci)
     }
 
     fn check_cpus(&self) -> Result<(), AcpiError> {
@@ -310,37 +310,6 @@ impl AcpiConfig {
             Some(cpu) => Err(AcpiError::DuplicateApicId(cpu.apic_id)),
             None => Ok(()),
         }
-    }
-
-    fn check_numa(&self) -> Result<(), AcpiError> {
-        let nodes = self.numa.len();
-        if nodes == 0 {
-            return Ok(());
-        }
-        let used = self
-            .cpus
-            .iter()
-            .map(|cpu| cpu.node)
-            .chain(self.pci.iter().map(|segment| segment.node));
-        if let Some(node) = used.into_iter().find(|&node| node as usize >= nodes) {
-            return Err(AcpiError::BadNuma(format!(
-                "node {node} is used and there are {nodes} nodes"
-            )));
-        }
-        let with_distances = !self.numa[0].distances.is_empty();
-        let expected = if with_distances { nodes } else { 0 };
-        for (index, node) in self.numa.iter().enumerate() {
-            if node.distances.len() != expected {
-                return Err(AcpiError::BadNuma(format!(
-                    "node {index} has {} distances instead of {expected}",
-                    node.distances.len()
-                )));
-            }
-            for memory in &node.memory {
-                check_window("NUMA memory", memory.start, memory.size)?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -388,7 +357,7 @@ impl PciSegment {
 }
 
 /// Checks that a window has bytes, does not wrap, and does not lie across 4 GiB, where descriptors change their size.
-fn check_window(what: &'static str, start: u64, size: u64) -> Result<(), AcpiError> {
+pub(super) fn check_window(what: &'static str, start: u64, size: u64) -> Result<(), AcpiError> {
     const FOUR_GIB: u64 = 1 << 32;
     let bad = AcpiError::BadWindow { what, start, size };
     match start.checked_add(size) {

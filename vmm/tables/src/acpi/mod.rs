@@ -173,8 +173,9 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
         pointers.push(block.add(pci::mcfg(&config.pci)));
     }
     if !config.numa.is_empty() {
-        pointers.push(block.add(numa::srat(config)));
-        if let Some(slit) = numa::slit(config) {
+        let cpus = config.cpus.iter().map(|cpu| numa::apic(cpu.apic_id, cpu.node));
+        pointers.push(block.add(numa::srat(cpus, &config.numa)));
+        if let Some(slit) = numa::slit(&config.numa) {
             pointers.push(block.add(slit));
         }
     }

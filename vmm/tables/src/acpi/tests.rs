@@ -243,6 +243,26 @@ fn numa_tables() {
     let slit = &tables["SLIT"];
     assert_eq!(u64_at(slit, 36), 2);
     assert_eq!(slit[44..], [10, 20, 20, 10]);
+    // Identifiers that do not fit into a byte have wide entries, also those of processors that may come later.
+    let mut wide = with_numa(machine(4));
+    wide.cpus[3] = Cpu {
+        apic_id: 300,
+        enabled: false,
+        removable: true,
+        node: 1,
+    };
+    let srat = &walk(&build(&wide).unwrap())["SRAT"];
+    let entry = &srat[48 + 3 * 16..48 + 3 * 16 + 24];
+    assert_eq!(
+        (
+            entry[0],
+            entry[1],
+            u32_at(entry, 4),
+            u32_at(entry, 8),
+            u32_at(entry, 12)
+        ),
+        (2, 24, 1, 300, 1)
+    );
 
     let mut without = with_numa(machine(4));
     without.numa.iter_mut().for_each(|n| n.distances.clear());

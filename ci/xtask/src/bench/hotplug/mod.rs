@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::client::{Client, config, quantile};
+use super::client::{Client, Guest, Vmm, config, number, quantile};
 use super::shown;
 use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::{payload, table, tools};
 
 mod devices;
+mod dimms;
 mod vcpus;
 mod virtio_mem;
 
@@ -37,11 +38,15 @@ pub struct Args {
 }
 
 /// What can come and go, and how it is measured.
-const SUBJECTS: [(&str, Measure); 3] = [
+const SUBJECTS: [(&str, Measure); 4] = [
     ("vCPUs", vcpus::measure),
     ("devices", devices::measure),
+    ("DIMMs", dimms::measure),
     ("virtio-mem", virtio_mem::measure),
 ];
+
+/// RAM of the guests, in bytes.
+const RAM: u64 = 512 << 20;
 
 type Measure = fn(&Setup) -> Result<Vec<Row>>;
 
@@ -53,12 +58,121 @@ struct Setup {
     guests: u32,
 }
 
+/// What a configuration has beside what all have: JSON, with a comma behind each field.
+#[derive(Default)]
+struct More {
+    fields: String,
+    /// Fields of its memory.
+    memory: String,
+}
+
 impl Setup {
-    /// A configuration with `fields` in it: JSON, with a comma behind each.
-    fn config(&self, fields: &str, serial: &str) -> String {
-        let config = config(&self.kernel, serial);
-        format!("{{{fields}{}", config.trim_start_matches('{'))
+    fn config(&self, more: &More, serial: &str) -> String {
+        const MEMORY: &str = r#""memory":{"#;
+        let config = config(&self.kernel, serial).replace(MEMORY, &format!("{MEMORY}{}", more.memory));
+        format!("{{{}{}", more.fields, config.trim_start_matches('{'))
     }
+
+    /// A VMM with a guest, a client, and the guest.
+    fn start(&self, more: &More) -> Result<(Vmm, Client, Guest)> {
+        Vmm::with_guest(&self.program, |serial| self.config(more, serial))
+    }
+}
+
+/// Something that a client asks for and the guest does.
+struct Change<'a> {
+    route: &'a str,
+    body: &'a str,
+    /// What the guest is told to do; it answers with its time.
+    guest: &'a str,
+    /// What it says that it did.
+    counts: [(&'a str, u32); 2],
+    /// Kind of the job that follows; there may be none.
+    job: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// Has it made, by a guest that listens already.
+    fn make(&self, client: &mut Client, guest: &mut Guest) -> Result<Sample> {
+        guest.send(self.guest)?;
+        let start = Instant::now();
+        client.put(self.route, self.body)?;
+        let answer = us(start.elapsed());
+        let said = guest.answer()?;
+        let whole = us(start.elapsed());
+        if let Some(kind) = self.job {
+            last_job(client, kind)?;
+        }
+        let job = self.job.map(|_| us(start.elapsed()));
+        for (name, count) in self.counts {
+            ensure!(number(&said, name)? == f64::from(count), "{said}, not {name}={count}");
+        }
+        let guest = number(&said, "us")?;
+        Ok(Sample {
+            answer,
+            way: whole - guest,
+            guest,
+            job,
+        })
+    }
+}
+
+/// What one change took, in microseconds.
+struct Sample {
+    /// From the request to its answer.
+    answer: f64,
+    /// From the request until the guest did what it was asked and said so, without what it did.
+    way: f64,
+    /// What the guest did: from the first interrupt on.
+    guest: f64,
+    /// From the request until its job was done, if it has one.
+    job: Option<f64>,
+}
+
+impl Sample {
+    /// Lines about changes that are all of one kind.
+    fn rows(name: &str, samples: &[Self]) -> Vec<Row> {
+        let row = |what: &str, goal, of: fn(&Self) -> Option<f64>| {
+            let times: Vec<_> = samples.iter().filter_map(of).collect();
+            (!times.is_empty()).then(|| Row::times(format!("{name}: {what}, ms"), goal, times))
+        };
+        let rows = [
+            row("answer", "5", |s| Some(s.answer)),
+            row("request to guest's answer but for its work", "50", |s| Some(s.way)),
+            row("the guest's work", "", |s| Some(s.guest)),
+            row("job done", "", |s| s.job),
+        ];
+        rows.into_iter().flatten().collect()
+    }
+}
+
+/// Lines about what came first to guests one by one, and then came and went on one of them; the last is how often it did so in a second.
+fn comes_and_goes(
+    setup: &Setup,
+    more: &More,
+    name: &str,
+    add: impl Fn(&mut Client, &mut Guest) -> Result<Sample>,
+    remove: impl Fn(&mut Client, &mut Guest) -> Result<Sample>,
+) -> Result<Vec<Row>> {
+    let mut first = Vec::new();
+    for _ in 0..setup.guests {
+        let (_vmm, mut client, mut guest) = setup.start(more)?;
+        first.push(add(&mut client, &mut guest)?);
+    }
+    let (_vmm, mut client, mut guest) = setup.start(more)?;
+    let (mut adds, mut removes) = (Vec::new(), Vec::new());
+    let begin = Instant::now();
+    for _ in 0..setup.rounds {
+        adds.push(add(&mut client, &mut guest)?);
+        removes.push(remove(&mut client, &mut guest)?);
+    }
+    let rate = f64::from(setup.rounds) / begin.elapsed().as_secs_f64();
+    let mut rows = Vec::new();
+    for (when, samples) in [("first time", &first), ("added again", &adds), ("removed", &removes)] {
+        rows.extend(Sample::rows(&format!("{name} {when}"), samples));
+    }
+    rows.push(Row::one(format!("{name} added and removed, rounds/s"), "", rate));
+    Ok(rows)
 }
 
 /// A line of the table.
@@ -162,6 +276,22 @@ mod tests {
     }
 
     #[test]
+    fn only_changes_with_a_job_have_a_line_about_it() {
+        let sample = |job| Sample {
+            answer: 1000.0,
+            way: 2000.0,
+            guest: 3000.0,
+            job,
+        };
+        let names = |job| {
+            let rows = Sample::rows("x", &[sample(job)]);
+            rows.into_iter().map(|row| row.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(None).len(), 3);
+        assert_eq!(names(Some(4000.0)).last().unwrap(), "x: job done, ms");
+    }
+
+    #[test]
     fn fields_are_added_to_a_configuration() {
         let setup = Setup {
             program: PathBuf::new(),
@@ -169,9 +299,14 @@ mod tests {
             rounds: 1,
             guests: 1,
         };
-        let config = setup.config(r#""cpus":{"boot_vcpus":1},"#, "{}");
-        let config: Value = serde_json::from_str(&config).unwrap();
+        let more = More {
+            fields: r#""cpus":{"boot_vcpus":1},"#.into(),
+            memory: r#""hotplug_size":7,"#.into(),
+        };
+        let config: Value = serde_json::from_str(&setup.config(&more, "{}")).unwrap();
         assert_eq!(config["cpus"]["boot_vcpus"], 1);
+        assert_eq!(config["memory"]["hotplug_size"], 7);
+        assert_eq!(config["memory"]["size"], RAM);
         assert_eq!(config["payload"]["kernel"], "k");
     }
 }

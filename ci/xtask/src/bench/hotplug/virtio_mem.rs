@@ -3,31 +3,24 @@
 use std::fs;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::super::client::{Client, Guest, Vmm};
-use super::{Row, Setup, last_job, us};
+use super::super::client::{Client, Guest, Vmm, quantile};
+use super::{More, RAM, Row, Setup, last_job, us};
 
 const MIB: u64 = 1 << 20;
-/// RAM of the bench's guests.
-const RAM: u64 = 512 * MIB;
 const ROOM_GIB: u64 = 64;
 /// What comes and goes.
 const PLUGGED: u64 = 256 * MIB;
 
+/// With room for memory, or without.
 fn start(setup: &Setup, room: bool) -> Result<(Vmm, Client, Guest)> {
-    Vmm::with_guest(&setup.program, |serial| {
-        let config = setup.config("", serial);
-        let more = format!(
-            r#""size":{RAM},"hotplug_method":"VirtioMem","hotplug_size":{}"#,
-            ROOM_GIB << 30
-        );
-        match room {
-            true => config.replace(&format!(r#""size":{RAM}"#), &more),
-            false => config,
-        }
-    })
+    let mut more = More::default();
+    if room {
+        more.memory = format!(r#""hotplug_method":"VirtioMem","hotplug_size":{},"#, ROOM_GIB << 30);
+    }
+    setup.start(&more)
 }
 
 /// Nanoseconds since whenever, as a job tells them.
@@ -36,7 +29,7 @@ fn clock(time: &Value) -> Result<f64> {
     Ok(part("secs")? * 1e9 + part("nanos")?)
 }
 
-/// Microseconds of the boot, and bytes of memory that only the VMM has.
+/// Microseconds of the boot, and KiB of memory that only the VMM has.
 fn cost(setup: &Setup, room: bool) -> Result<(f64, f64)> {
     let (vmm, mut client, _guest) = start(setup, room)?;
     let boot = last_job(&mut client, "vm.boot")?;
@@ -78,12 +71,10 @@ pub(super) fn measure(setup: &Setup) -> Result<Vec<Row>> {
         let of = |sample: &(f64, f64)| if second { sample.1 } else { sample.0 };
         Row::times(name, goal, samples.iter().map(of).collect())
     };
-    let median = |samples: &[(f64, f64)]| {
-        let mut all: Vec<f64> = samples.iter().map(|sample| sample.1).collect();
-        all.sort_by(f64::total_cmp);
-        all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+    let more = |of: fn(&(f64, f64)) -> f64| {
+        let median = |samples: &[(f64, f64)]| quantile(&samples.iter().map(of).collect::<Vec<_>>(), 0.5);
+        median(&with) - median(&without)
     };
-    ensure!(!with.is_empty(), "no guests");
     let mib = PLUGGED / MIB;
     Ok(vec![
         times("boot without room, ms".into(), "", &without, false),
@@ -94,9 +85,14 @@ pub(super) fn measure(setup: &Setup) -> Result<Vec<Row>> {
             false,
         ),
         Row::one(
+            format!("what a boot takes longer with {ROOM_GIB} GiB of room, ms"),
+            "20",
+            more(|sample| sample.0) / 1000.0,
+        ),
+        Row::one(
             format!("what the VMM has more of memory for {ROOM_GIB} GiB of room, KiB"),
             "",
-            median(&with) - median(&without),
+            more(|sample| sample.1),
         ),
         times(format!("{mib} MiB added: answer, ms"), "5", &adds, false),
         times(format!("{mib} MiB added: job done, ms"), "", &adds, true),

@@ -32,6 +32,9 @@ pub const NESTED: &[Test] = &[
     Test::nested("cpu_state::time_goes_on_and_never_back", |context| {
         on_x86(context, time_goes_on_and_never_back)
     }),
+    Test::nested("cpu_state::counters_stay_with_the_clock", |context| {
+        on_x86(context, counters_stay_with_the_clock)
+    }),
 ];
 
 fn on_x86(context: &Context, test: fn(&Context) -> Result<Outcome>) -> Result<Outcome> {
@@ -44,7 +47,7 @@ fn on_x86(context: &Context, test: fn(&Context) -> Result<Outcome>) -> Result<Ou
 /// Takes from a state what differs from one moment to the next.
 fn without_time(mut saved: Saved) -> Saved {
     for vcpu in &mut saved.vcpus {
-        for time in ["value", "offset"] {
+        for time in ["value", "host", "offset"] {
             if let Some(tsc) = vcpu.get_mut("tsc") {
                 tsc[time] = Value::Null;
             }
@@ -185,5 +188,46 @@ fn time_goes_on_and_never_back(_: &Context) -> Result<Outcome> {
     ensure!(stood < day / 2.0, "{stood} s passed while time stood still");
     let passed = moved(Elapsed::Passes)?;
     ensure!((day..1.5 * day).contains(&passed), "{passed} s passed of a day");
+    Ok(Outcome::Passed)
+}
+
+/// A moment of an x86 guest: its clock in nanoseconds, and what each of its counters counts at that instant.
+fn pair(saved: &Saved) -> Result<(u64, Vec<u64>)> {
+    let number = |value: &Value, name: &str| value[name].as_u64().with_context(|| format!("{name} in {value}"));
+    let clock = &saved.platform["clock"];
+    let then = number(clock, "host_tsc")?;
+    let counts = |vcpu: &Value| {
+        let tsc = &vcpu["tsc"];
+        Ok(number(tsc, "value")?.wrapping_add(then.wrapping_sub(number(tsc, "host")?)))
+    };
+    let counters = saved.vcpus.iter().map(counts).collect::<Result<_>>()?;
+    Ok((number(clock, "guest_ns")?, counters))
+}
+
+/// A guest that compares its counters with the clock finds what it found before, and its counters do not drift apart.
+fn counters_stay_with_the_clock(_: &Context) -> Result<Outcome> {
+    let tolerance = if is_patient() { 1e6 } else { 20e3 };
+    let fresh = Bed::new(2, 2)?;
+    std::thread::sleep(Duration::from_millis(300));
+    let mut saved = fresh.save()?;
+    for _ in 0..3 {
+        let khz = saved.vcpus[0]["tsc"]["khz"].as_f64().context("a frequency")?;
+        let (before_ns, before) = pair(&saved)?;
+        std::thread::sleep(Duration::from_millis(1500));
+        let next = Bed::restore(&saved, &fresh.memory, Elapsed::Stands)?;
+        std::thread::sleep(Duration::from_millis(300));
+        saved = next.save()?;
+        let (after_ns, after) = pair(&saved)?;
+        let passed = (after_ns - before_ns) as f64;
+        ensure!((0.3e9..1.5e9).contains(&passed), "{passed} ns passed");
+        for (index, (before, after)) in before.iter().zip(&after).enumerate() {
+            let counted = after.wrapping_sub(*before) as f64 / khz * 1e6;
+            let apart = counted - passed;
+            eprintln!("vCPU {index}: {passed} ns by the clock, {counted} by the counter");
+            ensure!(apart.abs() < tolerance, "vCPU {index} is {apart} ns from the clock");
+        }
+        let offsets: Vec<_> = saved.vcpus.iter().map(|vcpu| &vcpu["tsc"]["offset"]).collect();
+        ensure!(offsets.windows(2).all(|pair| pair[0] == pair[1]), "{offsets:?}");
+    }
     Ok(Outcome::Passed)
 }

@@ -7,18 +7,17 @@ use crate::payload::ends::started_by;
 use crate::payload::guest::{Guest, builder, number};
 use crate::payload::nursery::children;
 use crate::payload::vsock::echo_once;
-use crate::storage::{Daemon, Program, soon};
+use crate::storage::{Daemon, Program};
+use crate::virtiofsd::{self, Virtiofsd};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 use triarch_harness::jobs::wait;
 use triarch_harness::net::{self, Tap};
-use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome, Test, is_patient, patient};
 
 /// This module's tests.
@@ -38,7 +37,6 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const SHARED: (&str, &str) = ("--memory", "size=64M,shared=on");
 const PORT: u32 = 52;
-const VIRTIOFSD: &str = "virtiofsd";
 
 /// How often each comes and goes: once each way, and then again.
 fn rounds() -> u64 {
@@ -118,37 +116,19 @@ fn vsock(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// A virtiofsd that shares `shared` and listens.
-fn virtiofsd(program: &Path, socket: &Path, shared: &Path) -> Result<Process> {
-    let _ = fs::remove_file(socket);
-    let mut command = Command::new(program);
-    command.arg(format!("--socket-path={}", socket.display()));
-    command.arg(format!("--shared-dir={}", shared.display()));
-    command.args(["--sandbox=chroot", "--inode-file-handles=never"]);
-    let daemon = Process::start(&mut command)?;
-    wait("virtiofsd does not listen", soon(), || {
-        Ok(socket.exists().then_some(()))
-    })
-    .with_context(|| daemon.last_words())?;
-    Ok(daemon)
-}
-
 fn file_system(context: &Context) -> Result<Outcome> {
-    let Ok(program) = context.images.path(VIRTIOFSD) else {
-        return Ok(Outcome::Skipped(format!("there is no {VIRTIOFSD} among the images")));
+    let Some(daemon) = Virtiofsd::find(context)? else {
+        return Ok(Outcome::Skipped(virtiofsd::missing()));
     };
-    let dir = tempfile::Builder::new().prefix("files").tempdir_in(&context.dir)?;
-    let (socket, shared) = (dir.path().join("fs.sock"), dir.path().join("shared"));
-    fs::create_dir(&shared)?;
+    let (socket, shared) = (daemon.socket().to_owned(), daemon.shared().to_owned());
     fs::write(shared.join("file"), pattern(3, 0, 200_000))?;
     fs::write(shared.join("written"), "")?;
     let mut p = Plug::start(context, &[SHARED])?;
-    // It serves one front end, and ends with it.
-    let daemon = std::cell::RefCell::new(None);
+    let daemon = std::cell::RefCell::new(daemon);
     let kind = Kind {
         id: "files",
         add: &mut |p, _| {
-            *daemon.borrow_mut() = Some(virtiofsd(&program, &socket, &shared)?);
+            daemon.borrow_mut().start()?;
             p.add(
                 "vm.add-fs",
                 &json!({ "id": "files", "tag": "shared", "socket": socket }),
@@ -170,11 +150,7 @@ fn file_system(context: &Context) -> Result<Outcome> {
             guest.refused("fs 0 read missing")?;
             Ok(())
         },
-        gone: &mut |_| {
-            let mut daemon = daemon.borrow_mut().take().context("no daemon")?;
-            let status = daemon.wait(soon())?;
-            daemon.expect(status, 0)
-        },
+        gone: &mut |_| daemon.borrow_mut().expect_end(),
     };
     come_and_go(&mut p, kind)?;
     p.guest.power_off()?;

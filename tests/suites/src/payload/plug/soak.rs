@@ -1,10 +1,10 @@
 //! A disk and an interface come and go for a long time, while another disk works.
 
 use super::{LIMIT, Plug, SIZE, image};
-use crate::held::Held;
 use crate::payload::data::pattern;
 use crate::payload::guest::number;
-use anyhow::{Context as _, Result, ensure};
+use crate::soak::{Soak, Times};
+use anyhow::{Result, ensure};
 use serde_json::json;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -25,33 +25,16 @@ const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const DEPTH: u32 = 16;
 const BLOCKS: u64 = SIZE / 4096;
 
-/// What it took.
-#[derive(Default)]
-struct Times {
-    adds: Vec<Duration>,
-    removes: Vec<Duration>,
+/// A guest with the disk `stays`, which gets others.
+struct Subject {
+    p: Plug,
+    adds: Times,
+    removes: Times,
+    /// Requests that the disk `stays` has served.
     requests: u64,
 }
 
-impl Times {
-    fn of(times: &mut [Duration]) -> String {
-        times.sort_unstable();
-        let at = |place: usize| times.get(place).copied().unwrap_or_default();
-        format!(
-            "{:.1?} median, {:.1?} at most",
-            at(times.len() / 2),
-            at(times.len().saturating_sub(1))
-        )
-    }
-}
-
-/// A guest with the disk `stays`, which gets others.
-struct Soak {
-    p: Plug,
-    times: Times,
-}
-
-impl Soak {
+impl Subject {
     /// The guest does what `count` notices ask for, while the disk that stays works; `answer` is what it says of them.
     fn meanwhile(
         &mut self,
@@ -67,19 +50,19 @@ impl Soak {
         ask(self)?;
         let said = self.p.guest.answer()?;
         ensure!(said.starts_with(answer), "{said}, not {answer}");
-        self.times.requests += number(&said, "requests")?;
+        self.requests += number(&said, "requests")?;
         Ok(())
     }
 
     fn round(&mut self, disk: &DiskImage, round: u64) -> Result<()> {
-        self.meanwhile(2, 2 * round, "came=2 went=0 lost=0", |soak| {
+        self.meanwhile(2, 2 * round, "came=2 went=0 lost=0", |subject| {
             let begin = Instant::now();
-            soak.p.add_disk("comes", disk.path())?;
-            soak.times.adds.push(begin.elapsed());
+            subject.p.add_disk("comes", disk.path())?;
+            subject.adds.since(begin);
             let body = json!({ "id": "nic", "tap": "tap0", "ip": HOST, "mask": MASK });
             let begin = Instant::now();
-            soak.p.add("vm.add-net", &body)?;
-            soak.times.adds.push(begin.elapsed());
+            subject.p.add("vm.add-net", &body)?;
+            subject.adds.since(begin);
             Ok(())
         })?;
         let guest = &mut self.p.guest;
@@ -94,11 +77,11 @@ impl Soak {
         } else {
             "came=0 went=2 lost=0"
         };
-        self.meanwhile(2, 2 * round + 1, answer, |soak| {
+        self.meanwhile(2, 2 * round + 1, answer, |subject| {
             for id in ["comes", "nic"] {
                 let begin = Instant::now();
-                soak.p.remove(id, by_force)?;
-                soak.times.removes.push(begin.elapsed());
+                subject.p.remove(id, by_force)?;
+                subject.removes.since(begin);
             }
             Ok(())
         })?;
@@ -123,33 +106,32 @@ fn many_rounds(context: &Context) -> Result<Outcome> {
         return Ok(Outcome::Skipped(why));
     }
     net::enter_namespace()?;
-    let rounds = rounds(if is_patient() { 6 } else { 20 });
     let (stays, comes) = (image(context, "stays", 0)?, image(context, "comes", 0)?);
     let disk = format!("path={},id=stays", stays.path().display());
-    let mut soak = Soak {
+    let mut subject = Subject {
         p: Plug::start(context, &[("--disk", &disk)])?,
-        times: Times::default(),
+        adds: Times::default(),
+        removes: Times::default(),
+        requests: 0,
     };
-    let (mut first, begin) = (None, Instant::now());
-    for round in 0..rounds.into() {
-        let what = || format!("round {round} of {rounds}");
-        soak.round(&comes, round).with_context(what)?;
-        match &first {
-            // One of each way makes what is kept.
-            None if round == 4 => first = Some(Held::at_rest(soak.p.guest.vm())?),
-            None => {}
-            Some(first) => Held::is_all_of(first, soak.p.guest.vm()).with_context(what)?,
-        }
-    }
-    let (first, took) = (first.context("too few rounds")?, begin.elapsed());
-    let last = Held::of(soak.p.guest.vm())?;
-    let Soak { p, mut times } = soak;
+    let soak = Soak {
+        rounds: rounds(if is_patient() { 6 } else { 20 }),
+        // One of each way makes what is kept.
+        settles: 5,
+    };
+    let soaked = soak.run(
+        &mut subject,
+        |subject| subject.p.guest.vm(),
+        |subject, round| subject.round(&comes, round.into()),
+    )?;
+    let Subject {
+        p,
+        adds,
+        removes,
+        requests,
+    } = subject;
     figure(&format!(
-        "{rounds} rounds of a disk and an interface: {took:.1?}; add answered {}; remove answered {}; {} requests of another disk; first \
-         {first}; last {last}",
-        Times::of(&mut times.adds),
-        Times::of(&mut times.removes),
-        times.requests
+        "a disk and an interface: add answered {adds}; remove answered {removes}; {requests} requests of another disk; {soaked}"
     ))?;
     p.guest.power_off()?;
     Ok(Outcome::Passed)

@@ -43,7 +43,7 @@ impl CpuPlan {
     }
 
     /// Plans the processors of a guest that was saved. That this host's CPU has all of theirs is checked register by register when they
-    /// are made; for everything at once, compare the guest's processor with [`host_processor`](crate::host_processor).
+    /// are made; everything at once, and before, by [`check_processor`](crate::check_processor).
     pub fn restore(kvm: &Kvm, saved: &CpuPlanStateV1) -> Result<Self, StateError> {
         let CpuPlanStateV1 { boot, now, max, .. } = *saved;
         if boot == 0 || now == 0 || boot > max || now > max || max > u32::from(u16::MAX) {

@@ -4,6 +4,7 @@
 //! application processor has come), its fields have names here and the numbers of KVM's header files do not appear.
 
 mod convert;
+mod counter;
 mod msr;
 #[allow(unsafe_code)] // a union
 mod nested;
@@ -11,6 +12,7 @@ mod nested;
 mod offset;
 #[allow(unsafe_code)] // unions
 mod platform;
+#[allow(unsafe_code)] // an instruction
 mod time;
 mod vcpu;
 #[allow(unsafe_code)] // an area whose size the kernel tells
@@ -20,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use triarch_cpu_model::{CpuidTable, Topology};
 
 use crate::HexBytes;
-pub(super) use msr::read as read_msrs;
+pub(super) use msr::{offered as offered_msrs, read as read_msrs};
 pub use time::restore_time;
 pub use vcpu::{recreate_vcpus, restore_vcpu, save_vcpu};
 
@@ -259,7 +261,9 @@ pub struct SmmV1 {
 pub struct TscV1 {
     /// What it counted when it was saved. vCPUs are saved one after the other.
     pub value: u64,
-    /// What it counts more than the host's; of several vCPUs this tells how their counters differ. Kernels before 5.16 do not tell.
+    /// What the host's counted then.
+    pub host: u64,
+    /// What it counts more than the host's, scaled; of several vCPUs this tells how their counters differ. Kernels before 5.16 do not tell.
     pub offset: Option<u64>,
     /// Frequency in kHz; `None` where KVM does not tell.
     pub khz: Option<u32>,
@@ -341,4 +345,6 @@ pub struct ClockV1 {
     pub guest_ns: u64,
     /// The host's clock then, in nanoseconds since 1970.
     pub host_ns: u64,
+    /// What the host's time stamp counter counted then: at this instant the guest's counters belong to this clock.
+    pub host_tsc: u64,
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_ioctls::Kvm;
 use triarch_cpu_model::features::Register;
 use triarch_hypervisor::{HypervisorError, Vcpu};
 
@@ -50,23 +51,31 @@ fn entries(list: &[NumberedV1]) -> Result<Msrs, HypervisorError> {
 
 /// Reads the registers `indexes` in as few calls as there can be. One that the vCPU does not have is left out.
 pub(in crate::x86_64) fn read(vcpu: &Vcpu, indexes: &[u32]) -> Result<Vec<NumberedV1>, HypervisorError> {
+    read_by(indexes, |batch| {
+        vcpu.fd().get_msrs(batch).map_err(HypervisorError::kvm("read MSRs"))
+    })
+}
+
+/// The most that KVM offers in those of `indexes` that are features of its own.
+pub(in crate::x86_64) fn offered(kvm: &Kvm, indexes: &[u32]) -> Result<Vec<NumberedV1>, HypervisorError> {
+    // Kernels before 4.17 cannot be asked.
+    read_by(indexes, |batch| Ok(kvm.get_msrs(batch).unwrap_or(0)))
+}
+
+fn read_by(
+    indexes: &[u32],
+    mut get: impl FnMut(&mut Msrs) -> Result<usize, HypervisorError>,
+) -> Result<Vec<NumberedV1>, HypervisorError> {
     let mut read = Vec::with_capacity(indexes.len());
     let mut rest = indexes;
     while !rest.is_empty() {
-        let asked: Vec<_> = rest.iter().take(KVM_MAX_MSR_ENTRIES).collect();
-        let mut batch = entries(
-            &asked
-                .iter()
-                .map(|index| NumberedV1 {
-                    index: **index,
-                    value: 0,
-                })
-                .collect::<Vec<_>>(),
-        )?;
-        let count = vcpu
-            .fd()
-            .get_msrs(&mut batch)
-            .map_err(HypervisorError::kvm("read MSRs"))?;
+        let asked = rest.get(..KVM_MAX_MSR_ENTRIES).unwrap_or(rest);
+        let blank = |index: &u32| NumberedV1 {
+            index: *index,
+            value: 0,
+        };
+        let mut batch = entries(&asked.iter().map(blank).collect::<Vec<_>>())?;
+        let count = get(&mut batch)?;
         let known = batch.as_slice().iter().take(count);
         read.extend(known.map(|entry| NumberedV1 {
             index: entry.index,

@@ -1,20 +1,79 @@
 //! The guest's time: time stamp counters, the timers that wait for them, KVM's clock.
+//!
+//! Guests compare the two, and do without a counter that is not where the clock says. So what is saved is a pair, of one instant, which is
+//! told by the host's counter: each vCPU's counter and the clock with what the host's was then. A pair is what is set again (Linux,
+//! Documentation/virt/kvm/devices/vcpu.rst, 4.1).
 
+use std::arch::x86_64::_rdtsc;
 use std::time::Duration;
 
-use kvm_bindings::kvm_clock_data;
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use triarch_hypervisor::{HypervisorError, Vcpu, Vm};
 
+use super::counter::{Counter, later, middle};
 use super::{ClockV1, PlatformStateV1, TscV1, VcpuStateV1, msr, offset};
-use crate::common::state::{now_ns, ticks};
+use crate::common::state::now_ns;
 use crate::{Elapsed, StateError};
+
+/// How often a moment is taken: the shortest is kept, in which the fewest others ran.
+const TRIES: usize = 4;
+
+fn host_tsc() -> u64 {
+    // SAFETY: every CPU that KVM runs on has the instruction, and it does nothing else.
+    unsafe { _rdtsc() }
+}
+
+/// What `read` tells, and what the host's counter was before and after.
+fn moment<T, E>(mut read: impl FnMut() -> Result<T, E>) -> Result<(T, [u64; 2]), E> {
+    let mut once = || {
+        let before = host_tsc();
+        let told = read()?;
+        Ok((told, [before, host_tsc()]))
+    };
+    let mut best = once()?;
+    let width = |(_, [before, after]): &(T, [u64; 2])| after.wrapping_sub(*before);
+    for _ in 1..TRIES {
+        let next = once()?;
+        if width(&next) < width(&best) {
+            best = next;
+        }
+    }
+    Ok(best)
+}
 
 /// KVM's clock now.
 pub(super) fn clock(vm: &Vm) -> Result<ClockV1, HypervisorError> {
-    let clock = vm.fd().get_clock().map_err(HypervisorError::kvm("read its clock"))?;
+    let read = || {
+        let clock = vm.fd().get_clock().map_err(HypervisorError::kvm("read its clock"))?;
+        Ok((clock, now_ns()))
+    };
+    let ((clock, now), bounds) = moment(read)?;
+    let has = |flag, told, else_| if clock.flags & flag != 0 { told } else { else_ };
     Ok(ClockV1 {
         guest_ns: clock.clock,
-        host_ns: now_ns(),
+        // Since Linux 5.16, if the host's own clock is its counter.
+        host_ns: has(KVM_CLOCK_REALTIME, clock.realtime, now),
+        host_tsc: has(KVM_CLOCK_HOST_TSC, clock.host_tsc, middle(bounds)),
+    })
+}
+
+/// A vCPU's counter now.
+fn counter(vcpu: &Vcpu) -> Result<(Counter, u64), HypervisorError> {
+    let offset = offset::get(vcpu);
+    let (value, bounds) = moment(|| msr::read_one(vcpu, msr::TSC))?;
+    let value = value.unwrap_or(0);
+    Ok((Counter::read(value, bounds, offset), value))
+}
+
+/// Reads a vCPU's counter and the timer that waits for it.
+pub(super) fn tsc(vcpu: &Vcpu) -> Result<TscV1, HypervisorError> {
+    let (counter, value) = counter(vcpu)?;
+    Ok(TscV1 {
+        value,
+        host: counter.host(),
+        offset: offset::get(vcpu),
+        khz: vcpu.fd().get_tsc_khz().ok().filter(|khz| *khz > 0),
+        deadline: msr::read_one(vcpu, msr::TSC_DEADLINE)?,
     })
 }
 
@@ -36,7 +95,7 @@ pub(super) fn restore_frequency(vcpu: &Vcpu, saved: &TscV1) -> Result<(), StateE
     }
 }
 
-/// Lets the guest's time go on from where it was when `saved` and `platform` were, and with it the timers. The vCPUs must not have run
+/// Lets the guest's time go on from where it was when `platform` was saved, and with it the timers. The vCPUs must not have run
 /// yet; call it as late as possible, since from here on time passes.
 pub fn restore_time(
     vm: &Vm,
@@ -51,12 +110,19 @@ pub fn restore_time(
             expected: format!("{} were made", vcpus.len()),
         });
     }
-    let elapsed = elapsed.since(platform.clock.host_ns);
+    let saved_clock = &platform.clock;
+    set_clock(vm, saved_clock, elapsed.since(saved_clock.host_ns))?;
+    // The clock runs: where it is now, the counters have to be.
+    let here = clock(vm)?;
+    let passed = Duration::from_nanos(here.guest_ns.saturating_sub(saved_clock.guest_ns));
     let counters: Vec<&TscV1> = saved.iter().map(|vcpu| &vcpu.tsc).collect();
-    if !restore_offsets(vcpus, &counters, elapsed)? {
+    let wanted = later(&counters, saved_clock, passed);
+    if !set_offsets(vcpus, &wanted, here.host_tsc)? {
         // KVM takes values that follow one another this fast for those of counters that are to be the same.
-        for (vcpu, tsc) in vcpus.iter().zip(&counters) {
-            set(vcpu, msr::TSC, at(tsc, elapsed))?;
+        for (vcpu, value) in vcpus.iter().zip(wanted) {
+            let (counter, _) = counter(vcpu)?;
+            let since = counter.at(host_tsc()).wrapping_sub(counter.at(here.host_tsc));
+            set(vcpu, msr::TSC, value.wrapping_add(since))?;
         }
     }
     for (vcpu, tsc) in vcpus.iter().zip(&counters) {
@@ -64,13 +130,7 @@ pub fn restore_time(
             set(vcpu, msr::TSC_DEADLINE, deadline)?;
         }
     }
-    restore_clock(vm, vcpus, &platform.clock, elapsed)
-}
-
-/// What a counter is to count after `elapsed`.
-fn at(tsc: &TscV1, elapsed: Duration) -> u64 {
-    let hz = u64::from(tsc.khz.unwrap_or(0)) * 1000;
-    tsc.value.wrapping_add(ticks(elapsed, hz))
+    tell_that_it_stood(vcpus)
 }
 
 /// Sets a register that every CPU has, unless it has that value anyway: 0 of one that this CPU does not have.
@@ -81,22 +141,19 @@ fn set(vcpu: &Vcpu, index: u32, value: u64) -> Result<(), StateError> {
     Err(StateError::damaged("a vCPU", format!("KVM refuses its MSR {index:#x}")))
 }
 
-/// Sets the counters by what they count more than the host's, so that they differ from one another as they did. False when this cannot
-/// be told on this host or was not saved.
-fn restore_offsets(vcpus: &[Vcpu], saved: &[&TscV1], elapsed: Duration) -> Result<bool, StateError> {
-    let (Some(first), Some(tsc)) = (vcpus.first(), saved.first()) else {
+/// Has the counters count `wanted` when the host's counts `host`. False where KVM does not let it be told like this.
+fn set_offsets(vcpus: &[Vcpu], wanted: &[u64], host: u64) -> Result<bool, StateError> {
+    let (Some(first), Some(base)) = (vcpus.first(), wanted.first()) else {
         return Ok(true);
     };
-    let offsets: Option<Vec<u64>> = saved.iter().map(|tsc| tsc.offset).collect();
-    let (Some(offsets), Some(saved_first), Some(here)) = (offsets, tsc.offset, offset::get(first)) else {
+    let (here, _) = counter(first)?;
+    let Some(offset) = here.offset_for(*base, host) else {
         return Ok(false);
     };
-    let counts = msr::read_one(first, msr::TSC)?.unwrap_or(0);
-    // By so much the first one has to be set forth, and with it all.
-    let first_offset = here.wrapping_add(at(tsc, elapsed).wrapping_sub(counts));
-    let moved = first_offset.wrapping_sub(saved_first);
-    for (vcpu, saved) in vcpus.iter().zip(offsets) {
-        offset::set(vcpu, saved.wrapping_add(moved)).map_err(|source| HypervisorError::Kvm {
+    for (vcpu, value) in vcpus.iter().zip(wanted) {
+        // All are scaled alike: what is common to them must not differ by how one of them was read.
+        let offset = offset.wrapping_add(value.wrapping_sub(*base));
+        offset::set(vcpu, offset).map_err(|source| HypervisorError::Kvm {
             what: "set the TSC",
             source,
         })?;
@@ -104,15 +161,16 @@ fn restore_offsets(vcpus: &[Vcpu], saved: &[&TscV1], elapsed: Duration) -> Resul
     Ok(true)
 }
 
-fn restore_clock(vm: &Vm, vcpus: &[Vcpu], saved: &ClockV1, elapsed: Duration) -> Result<(), StateError> {
+fn set_clock(vm: &Vm, saved: &ClockV1, elapsed: Duration) -> Result<(), HypervisorError> {
     let passed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
     let clock = kvm_clock_data {
         clock: saved.guest_ns.saturating_add(passed),
         ..Default::default()
     };
-    vm.fd()
-        .set_clock(&clock)
-        .map_err(HypervisorError::kvm("set its clock"))?;
+    vm.fd().set_clock(&clock).map_err(HypervisorError::kvm("set its clock"))
+}
+
+fn tell_that_it_stood(vcpus: &[Vcpu]) -> Result<(), StateError> {
     for vcpu in vcpus {
         match vcpu.fd().kvmclock_ctrl() {
             Ok(()) => {}

@@ -7,7 +7,7 @@ use kvm_ioctls::Kvm;
 use triarch_cpu_model::CpuidTable;
 use triarch_hypervisor::{FirmwareStateV1, HypervisorError, Vcpu, Vm};
 
-use super::{CpuPlanStateV1, EventsV1, NumberedV1, RunV1, TscV1, VcpuStateV1, msr, nested, offset, xsave};
+use super::{CpuPlanStateV1, EventsV1, NumberedV1, RunV1, VcpuStateV1, msr, nested, time, xsave};
 use crate::common::state::check_firmware;
 use crate::starts::Starts;
 use crate::x86_64::cpu::{self, CpuPlan};
@@ -32,8 +32,8 @@ impl CpuPlan {
         }
     }
 
-    /// Plans the processors of a guest that was saved. That this host's CPU has all of theirs is not checked here: compare the guest's
-    /// processor with [`host_processor`](crate::host_processor).
+    /// Plans the processors of a guest that was saved. That this host's CPU has all of theirs is not checked here, but by
+    /// [`check_processor`](crate::check_processor).
     pub fn restore(kvm: &Kvm, saved: &CpuPlanStateV1) -> Result<Self, StateError> {
         let CpuPlanStateV1 { boot, max, .. } = *saved;
         if boot == 0 || boot > max || max > u32::from(u16::MAX) {
@@ -124,12 +124,7 @@ pub fn save_vcpu(vcpu: &Vcpu, plan: &CpuPlan) -> Result<VcpuStateV1, StateError>
         local_apic: apic_registers(&apic.regs),
         run,
         events: EventsV1::from(&events),
-        tsc: TscV1 {
-            value: msr::read_one(vcpu, msr::TSC)?.unwrap_or(0),
-            offset: offset::get(vcpu),
-            khz: fd.get_tsc_khz().ok().filter(|khz| *khz > 0),
-            deadline: msr::read_one(vcpu, msr::TSC_DEADLINE)?,
-        },
+        tsc: time::tsc(vcpu)?,
     })
 }
 
@@ -140,7 +135,7 @@ pub fn restore_vcpu(vcpu: &Vcpu, plan: &CpuPlan, state: &VcpuStateV1) -> Result<
     let apic = apic_page(&state.local_apic)?;
     let xcrs = xcrs(&state.xcrs)?;
     set_cpuid(vcpu, &state.cpuid)?;
-    super::time::restore_frequency(vcpu, &state.tsc)?;
+    time::restore_frequency(vcpu, &state.tsc)?;
     // Where the local APIC is decides what of it can be set; when it is there, its timer and what MSRs say of it.
     let special = (&state.special).into();
     fd.set_sregs(&special)
@@ -168,9 +163,9 @@ fn refused(what: &str, error: kvm_ioctls::Error) -> StateError {
 }
 
 fn set_cpuid(vcpu: &Vcpu, cpuid: &CpuidTable) -> Result<(), StateError> {
-    let entries: Vec<_> = cpuid.entries().iter().map(cpu::to_kvm).collect();
-    let table = kvm_bindings::CpuId::from_entries(&entries)
-        .map_err(|_| StateError::damaged("a vCPU", format!("it has {} entries of CPUID", entries.len())))?;
+    let count = cpuid.entries().len();
+    let table = cpu::kvm_cpuid(cpuid)
+        .ok_or_else(|| StateError::damaged("a vCPU", format!("it has {count} entries of CPUID")))?;
     vcpu.fd()
         .set_cpuid2(&table)
         .map_err(|error| refused("its CPUID", error))

@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 
 use super::super::AcpiError;
-use super::super::config::{AcpiPlacement, EventDevice, MAX_CPUS, MAX_SEGMENTS, PciSegment};
+use super::super::config::{AcpiPlacement, EventDevice, MAX_CPUS, MAX_SEGMENTS, NumaNode, PciSegment};
 use super::super::memory::MemorySlots;
+use super::super::numa;
 
 /// Everything the tables say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct ArmAcpiConfig {
     pub uart: Option<Uart>,
     /// Other registers that belong to the machine: first address and length in bytes.
     pub claimed: Vec<(u64, u64)>,
+    /// NUMA nodes; the index is the proximity domain. Empty: no NUMA.
+    pub numa: Vec<NumaNode>,
 }
 
 /// A processor.
@@ -40,6 +43,8 @@ pub struct ArmCpu {
     pub mpidr: u64,
     /// There from the start, or to be added later.
     pub enabled: bool,
+    /// Its NUMA node; not read without NUMA.
+    pub node: u32,
 }
 
 /// The shape of the processors, in units per next larger unit; none is 0.
@@ -128,6 +133,7 @@ impl ArmAcpiConfig {
                 max: MAX_SEGMENTS,
             });
         }
-        self.pci.iter().try_for_each(PciSegment::check)
+        self.pci.iter().try_for_each(PciSegment::check)?;
+        numa::check(&self.numa, self.cpus.iter().map(|cpu| cpu.node), &self.pci)
     }
 }

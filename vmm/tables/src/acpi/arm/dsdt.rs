@@ -14,13 +14,14 @@ const STATUS_DISABLED: u8 = 0xd;
 
 pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
     let mut table = Table::new(*b"DSDT", REVISION);
-    for segment in pci::roots(&config.pci, false, false) {
+    let numa = !config.numa.is_empty();
+    for segment in pci::roots(&config.pci, false, numa) {
         table.push_aml(&segment);
     }
     table.push_aml(&motherboard(config));
     table.push_aml(&processors(config));
     if let Some(slots) = &config.memory_hotplug {
-        table.push_aml(&memory::container(slots, false));
+        table.push_aml(&memory::container(slots, numa));
     }
     if let Some(uart) = &config.uart {
         table.push_aml(&serial(uart));
@@ -65,6 +66,7 @@ fn motherboard(config: &ArmAcpiConfig) -> Raw {
 }
 
 fn processors(config: &ArmAcpiConfig) -> Raw {
+    let numa = !config.numa.is_empty();
     let processor = |(uid, cpu): (u32, &ArmCpu)| cpus::Processor {
         entry: enabled_cpu_entry(uid, cpu, &config.gic),
         status: if cpu.enabled {
@@ -74,7 +76,7 @@ fn processors(config: &ArmAcpiConfig) -> Raw {
         },
         // Those that the MADT tells to be enabled stay (ACPI 5.2.12.14).
         removable: !cpu.enabled,
-        node: None,
+        node: numa.then_some(cpu.node),
     };
     let processors: Vec<_> = (0u32..).zip(&config.cpus).map(processor).collect();
     cpus::processor_container(&processors, config.cpu_hotplug)

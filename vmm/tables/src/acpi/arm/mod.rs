@@ -9,6 +9,7 @@
 //! | SPCR | the PL011, as the console |
 //! | PPTT | which processors share a core, a die, a package |
 //! | MCFG | ECAM of every PCI segment |
+//! | SRAT, SLIT | NUMA nodes of processors and memory, distances between them |
 //! | DSDT | PCI roots, processors, event device, power button, serial port |
 
 mod config;
@@ -23,7 +24,7 @@ mod tests;
 
 pub use config::{ArmAcpiConfig, ArmCpu, Gic, Timer, Topology, Uart};
 
-use super::{AcpiError, AcpiTables, Block, fadt, pci};
+use super::{AcpiError, AcpiTables, Block, fadt, numa, pci};
 
 /// Makes the tables for `config`.
 pub fn build(config: &ArmAcpiConfig) -> Result<AcpiTables, AcpiError> {
@@ -42,6 +43,11 @@ pub fn build(config: &ArmAcpiConfig) -> Result<AcpiTables, AcpiError> {
     }
     if let Some(uart) = &config.uart {
         tables.push(spcr::spcr(uart));
+    }
+    if !config.numa.is_empty() {
+        let cpus = (0u32..).zip(&config.cpus).map(|(uid, cpu)| numa::gicc(uid, cpu.node));
+        tables.push(numa::srat(cpus, &config.numa));
+        tables.extend(numa::slit(&config.numa));
     }
     let pointers = tables.into_iter().map(|table| block.add(table)).collect();
     block.finish(pointers, &config.placement)

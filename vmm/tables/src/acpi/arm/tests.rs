@@ -2,7 +2,7 @@ use std::process::Command;
 
 use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, PciSlots, Register};
 use super::super::tests::acpica_accepts;
-use super::super::{AcpiError, AcpiTables, MemorySlots, checksum};
+use super::super::{AcpiError, AcpiTables, MemoryAffinity, MemorySlots, NumaNode, checksum};
 use super::*;
 
 fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
@@ -16,6 +16,7 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             .map(|n| ArmCpu {
                 mpidr: u64::from(n & 0xf | (n >> 4) << 8),
                 enabled: n < enabled,
+                node: 0,
             })
             .collect(),
         cpu_hotplug: (enabled < cpus).then_some(0x0905_0000),
@@ -70,6 +71,7 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             gsi: 33,
         }),
         claimed: vec![(0x0901_0000, 0x1000)],
+        numa: vec![],
     }
 }
 
@@ -92,6 +94,42 @@ fn found(tables: &AcpiTables) -> Vec<&[u8]> {
 
 fn named<'a>(tables: &[&'a [u8]], signature: &[u8]) -> &'a [u8] {
     tables.iter().find(|t| t.starts_with(signature)).unwrap()
+}
+
+#[test]
+fn nodes_have_processors_by_their_uid_and_memory() {
+    let mut config = config(4, 2);
+    config.cpus[3].node = 1;
+    let node = |start, hotplug, distances: [u8; 2]| NumaNode {
+        memory: vec![MemoryAffinity {
+            start,
+            size: 1 << 30,
+            hotplug,
+        }],
+        distances: distances.to_vec(),
+    };
+    config.numa = vec![node(1 << 30, false, [10, 15]), node(4 << 30, true, [21, 10])];
+    let built = build(&config).unwrap();
+    let tables = found(&built);
+    let (srat, slit) = (named(&tables, b"SRAT"), named(&tables, b"SLIT"));
+    assert_eq!((checksum(srat), checksum(slit)), (0, 0));
+    assert_eq!(srat.len(), 48 + 4 * 18 + 2 * 40);
+    // Those that may come later are told of as well: type, length, node, UID, enabled.
+    let last = &srat[48 + 3 * 18..48 + 4 * 18];
+    assert_eq!(last, [3, 18, 1, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    let memory = &srat[48 + 4 * 18 + 40..];
+    assert_eq!(
+        (memory[0], memory[2], memory[28]),
+        (1, 1, 3),
+        "memory of node 1, enabled and hot-pluggable"
+    );
+    assert_eq!(memory[8..16], (4u64 << 30).to_le_bytes());
+    assert_eq!(slit[44..], [10, 15, 21, 10]);
+    let dsdt = named(&tables, b"DSDT");
+    let nodes = dsdt.windows(4).filter(|name| name == b"_PXM").count();
+    assert_eq!(nodes, 1 + 4 + 32, "the PCI root, processors, memory devices");
+    config.cpus[3].node = 2;
+    assert!(matches!(build(&config), Err(AcpiError::BadNuma(_))));
 }
 
 #[test]

@@ -12,8 +12,27 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
-use triarch_harness::suite::{Context, Outcome, patient};
+use triarch_harness::suite::{Context, Outcome, Test, patient};
 use triarch_harness::vm::{Vm, VmBuilder};
+
+mod daemons;
+mod elsewhere;
+mod flag;
+mod killed;
+mod on_demand;
+
+/// This module's tests.
+pub fn tests() -> Vec<Test> {
+    [
+        TESTS,
+        flag::TESTS,
+        elsewhere::TESTS,
+        daemons::TESTS,
+        killed::TESTS,
+        on_demand::TESTS,
+    ]
+    .concat()
+}
 
 payload_tests!("snapshot":
     goes_on_where_it_was,
@@ -30,11 +49,11 @@ payload_tests!("snapshot":
 const MIB: u64 = 1 << 20;
 const SECTORS: u64 = 16 * MIB / 512;
 
-fn url(field: &str, directory: &Path) -> Value {
+pub(super) fn url(field: &str, directory: &Path) -> Value {
     json!({ field: format!("file://{}", directory.display()) })
 }
 
-fn snapshot(api: &Api, directory: &Path) -> Result<()> {
+pub(super) fn snapshot(api: &Api, directory: &Path) -> Result<()> {
     api.put("vm.snapshot", Some(&url("destination_url", directory).to_string()))?;
     let mut names: Vec<_> = fs::read_dir(directory)?
         .map(|entry| entry.map(|entry| entry.file_name()))
@@ -45,14 +64,14 @@ fn snapshot(api: &Api, directory: &Path) -> Result<()> {
 }
 
 /// A VMM without a VM, with another socket.
-fn another(context: &Context) -> Result<(Vm, Api)> {
+pub(super) fn another(context: &Context) -> Result<(Vm, Api)> {
     let vm = VmBuilder::new(context)?.api().start()?;
     let api = vm.api()?.clone();
     Ok((vm, api))
 }
 
 /// Changes the configuration in a snapshot, as agents do.
-fn edit(directory: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
+pub(super) fn edit(directory: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
     let path = directory.join("config.json");
     let mut config = serde_json::from_slice(&fs::read(&path)?)?;
     change(&mut config);
@@ -60,22 +79,38 @@ fn edit(directory: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
 }
 
 /// Restores what is in `directory` in a process of its own, with a serial line of its own, and lets it go on.
-fn restore(context: &Context, directory: &Path) -> Result<Guest> {
+pub(super) fn restore(context: &Context, directory: &Path) -> Result<Guest> {
     restore_with(context, directory, json!({}))
 }
 
 /// The same with more in the request.
-fn restore_with(context: &Context, directory: &Path, mut request: Value) -> Result<Guest> {
-    let (vm, api) = another(context)?;
+fn restore_with(context: &Context, directory: &Path, request: Value) -> Result<Guest> {
+    let (vm, _) = another(context)?;
+    let guest = restore_in(vm, directory, request)?;
+    guest.vm().resume()?;
+    Ok(guest)
+}
+
+/// Restores what is in `directory` in `vm`, with a serial line of its own; it stays paused.
+fn restore_in(vm: Vm, directory: &Path, mut request: Value) -> Result<Guest> {
+    let api = vm.api()?.clone();
     let serial = vm.dir().join(SERIAL);
     edit(directory, |config| config["serial"]["socket"] = json!(serial))?;
     request["source_url"] = url("source_url", directory)["source_url"].clone();
     api.put("vm.restore", Some(&request.to_string()))?;
     let info = api.get("vm.info")?;
     ensure!(info["state"] == "Paused", "{}", info["state"]);
-    let guest = Guest::attach_restored(vm, &serial)?;
-    guest.vm().resume()?;
-    Ok(guest)
+    Guest::attach_restored(vm, &serial)
+}
+
+/// Has a guest of 64 MiB take 16 MiB more by virtio-mem, and fill them with the pattern 3; they begin at `room`.
+fn grow(guest: &mut Guest, room: u64) -> Result<()> {
+    let more = json!({ "desired_ram": 80 * MIB });
+    guest.vm().api()?.put("vm.resize", Some(&more.to_string()))?;
+    guest.ask(&format!("vmem 0 wait {} 2000", 16 * MIB))?;
+    guest.ask(&format!("vmem 0 reach {}", 16 * MIB))?;
+    guest.ask(&format!("mem fill {room} {} 3", 16 * MIB))?;
+    Ok(())
 }
 
 /// Ends the VMM as a crash does.
@@ -136,11 +171,7 @@ fn what_came_while_it_ran_is_there(context: &Context) -> Result<Outcome> {
     let room = number(&guest.ask("vmem 0 info")?, "addr")?;
     api.put("vm.resize", Some(&json!({ "desired_vcpus": 2 }).to_string()))?;
     guest.ask("hot serve 1 2000")?;
-    let more = json!({ "desired_ram": 80 * MIB, "desired_vcpus": 2 });
-    api.put("vm.resize", Some(&more.to_string()))?;
-    guest.ask(&format!("vmem 0 wait {} 2000", 16 * MIB))?;
-    guest.ask(&format!("vmem 0 reach {}", 16 * MIB))?;
-    guest.ask(&format!("mem fill {room} {} 3", 16 * MIB))?;
+    grow(&mut guest, room)?;
     let disk = DiskImage::empty(kept.path().join("disk"), SECTORS * 512)?;
     api.put(
         "vm.add-disk",
@@ -254,11 +285,7 @@ fn mapped_memory_is_copied_when_it_is_written(context: &Context) -> Result<Outco
     let mut guest = Guest::start(vm.api())?;
     let ram = super::guest::test_ram();
     let room = number(&guest.ask("vmem 0 info")?, "addr")?;
-    let more = json!({ "desired_ram": 80 * MIB });
-    guest.vm().api()?.put("vm.resize", Some(&more.to_string()))?;
-    guest.ask(&format!("vmem 0 wait {} 2000", 16 * MIB))?;
-    guest.ask(&format!("vmem 0 reach {}", 16 * MIB))?;
-    guest.ask(&format!("mem fill {room} {} 3", 16 * MIB))?;
+    grow(&mut guest, room)?;
     guest.ask(&format!("mem fill {ram} {} 5", 8 * MIB))?;
     guest.vm().pause()?;
     let directory = kept.path().join("snapshot");
@@ -293,7 +320,7 @@ fn mapped_memory_is_copied_when_it_is_written(context: &Context) -> Result<Outco
     edit(&directory, |config| config["memory"]["shared"] = json!(true))?;
     let (_vm, api) = another(context)?;
     let mapped = json!({ "source_url": url("source_url", &directory)["source_url"], "memory_restore_mode": "Mapped" });
-    api.refused("vm.restore", &mapped, 400, &["Mapped", "shared", "use Copy"])?;
+    api.refused("vm.restore", &mapped, 400, &["Mapped", "not shared", "use Copy"])?;
     Ok(Outcome::Passed)
 }
 
@@ -332,7 +359,7 @@ fn only_a_paused_guest_is_saved(context: &Context) -> Result<Outcome> {
 }
 
 /// A snapshot of a small guest.
-fn small(context: &Context, kept: &Path) -> Result<PathBuf> {
+pub(super) fn small(context: &Context, kept: &Path) -> Result<PathBuf> {
     let mut guest = Guest::start(builder(context)?.api())?;
     guest.ask(&format!("mem fill {} {MIB} 5", super::guest::test_ram()))?;
     guest.vm().pause()?;
@@ -405,7 +432,7 @@ fn flip_last(bytes: &mut [u8]) {
 }
 
 /// Changes `state.json` as somebody does who knows of its checksum.
-fn resign(directory: &Path, change: impl FnOnce(&str) -> String) -> Result<()> {
+pub(super) fn resign(directory: &Path, change: impl FnOnce(&str) -> String) -> Result<()> {
     let path = directory.join("state.json");
     let text = fs::read_to_string(&path)?;
     let (head, body) = text.split_once('\n').context("one line")?;
@@ -442,8 +469,6 @@ fn what_does_not_fit_is_refused(context: &Context) -> Result<Outcome> {
     with(&|config| config["payload"] = json!(7), &["config.json", "payload"])?;
     let two = json!({ "source_url": from["source_url"], "net_fds": [{ "id": "net0", "num_fds": 1 }] });
     api.refused("vm.restore", &two, 400, &["0 descriptors", "1"])?;
-    let lazy = json!({ "source_url": from["source_url"], "memory_restore_mode": "OnDemand" });
-    api.refused("vm.restore", &lazy, 501, &["OnDemand"])?;
     api.refused("vm.restore", &url("source_url", kept.path()), 400, &["no snapshot"])?;
     // It goes on at once when it should.
     let at_once = json!({ "source_url": from["source_url"], "resume": true });

@@ -1,0 +1,329 @@
+//! What clients say of live migrations, and are told of them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{ApiError, RestoredNet};
+
+/// Most connections for memory.
+pub const MAX_CONNECTIONS: u16 = 16;
+
+/// Files with which the two sides of a migration know each other, PEM; TLS 1.3, in both directions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct MigrationTls {
+    /// This side's certificate, and those between it and the authority's.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Certificates of authorities, one of which must have signed the other side's.
+    pub ca: PathBuf,
+    /// The name or IP address that the other side's certificate must have. Without one a source expects the host of the address, and a
+    /// destination takes whoever has a certificate of the authority.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+}
+
+/// What happens when a migration takes longer than it may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum TimeoutStrategy {
+    /// It ends, and the guest stays.
+    #[default]
+    Cancel,
+    /// The guest is moved, however long it is paused for that.
+    Ignore,
+}
+
+/// Body of `vm.send-migration`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct SendMigration {
+    /// Where the other VMM waits: `unix:/path`, `tcp:host:port` with TLS, or `tcp-plain:host:port`, which anybody on the way can read and
+    /// change.
+    #[cfg_attr(feature = "openapi", schemars(required))]
+    pub destination_url: String,
+    /// Milliseconds for which the guest may be paused. It is not paused while that cannot be kept.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1)))]
+    pub downtime_ms: u64,
+    /// Seconds that copying may take.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1)))]
+    pub timeout_s: u64,
+    /// What happens after that.
+    pub timeout_strategy: TimeoutStrategy,
+    /// Connections for memory, beside one for all else.
+    #[cfg_attr(feature = "openapi", schemars(range(min = 1, max = 16)))]
+    pub connections: u16,
+    /// Bytes a second that may be sent; absent or 0: as many as there is room for. It can be changed while the guest is moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// Whether pages are compressed (LZ4) as long as that is faster than to send them as they are.
+    pub compress: bool,
+    /// Certificates, for `tcp:`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<MigrationTls>,
+    /// Cloud Hypervisor's wish to hand memory over within one host. This version copies; only `false` is taken.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub local: bool,
+}
+
+impl Default for SendMigration {
+    fn default() -> Self {
+        Self {
+            destination_url: String::new(),
+            downtime_ms: 300,
+            timeout_s: 3600,
+            timeout_strategy: TimeoutStrategy::default(),
+            connections: 1,
+            bandwidth: None,
+            compress: false,
+            tls: None,
+            local: false,
+        }
+    }
+}
+
+impl SendMigration {
+    /// Whether all of it can be done.
+    pub fn validate(&self) -> Result<(), ApiError> {
+        let bad = |text: String| Err(ApiError::BadRequest(text));
+        if self.local {
+            return Err(ApiError::Unsupported(
+                "this version does not hand over memory within one host; leave local out, and it is copied".to_owned(),
+            ));
+        }
+        if !(1..=MAX_CONNECTIONS).contains(&self.connections) {
+            return bad(format!(
+                "connections: {} is not between 1 and {MAX_CONNECTIONS}",
+                self.connections
+            ));
+        }
+        if self.downtime_ms == 0 {
+            return bad("downtime_ms: a guest is paused for a moment at least; give 1 or more".to_owned());
+        }
+        if self.timeout_s == 0 {
+            return bad("timeout_s: give 1 second at least".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Body of `vm.receive-migration`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct ReceiveMigration {
+    /// Where to wait for the guest: `unix:/path`, `tcp:host:port` with TLS, or `tcp-plain:host:port`, which anybody on the way can read and
+    /// change. Port 0 is any that is free; the event `listening` tells which.
+    #[cfg_attr(feature = "openapi", schemars(required))]
+    pub receiver_url: String,
+    /// Certificates, for `tcp:`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<MigrationTls>,
+    /// What of the guest's configuration is different here: a part of a configuration that is laid over it. Devices are found by their
+    /// `id`. Paths, sockets, taps and modes of consoles may differ, not what the guest sees.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub config: Map<String, Value>,
+    /// Network interfaces whose taps the client opened: their descriptors come with the request, one for each pair of queues, in this
+    /// order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNet>>,
+}
+
+/// Body of `vm.set-migration`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct SetMigration {
+    /// Bytes a second that may be sent from now on; null or 0: as many as there is room for.
+    pub bandwidth: Option<u64>,
+}
+
+/// Which side of a migration a VMM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum MigrationSide {
+    /// It has the guest.
+    Source,
+    /// It gets it.
+    Destination,
+}
+
+/// Where a migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum MigrationPhase {
+    /// The two sides are not joined yet.
+    Connecting,
+    /// Memory is copied while the guest runs.
+    Copying,
+    /// The guest is paused, and the rest is copied.
+    Switching,
+    /// The guest was given away; its end is awaited.
+    Committed,
+    /// It is over, and the guest was moved.
+    Done,
+    /// It is over, and the guest was not moved.
+    Failed,
+}
+
+/// Answer of `vm.migration-progress`: the migration that is under way, or the last one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct MigrationProgress {
+    /// Which side this VMM is.
+    pub side: MigrationSide,
+    /// Where it is.
+    pub phase: MigrationPhase,
+    /// Number of the job.
+    pub job: u64,
+    /// Where the destination listens.
+    pub address: String,
+    /// Milliseconds since it began, or that it took.
+    pub elapsed_ms: u64,
+    /// Rounds of copying that began.
+    pub rounds: u32,
+    /// Bytes of the guest's memory.
+    pub total: u64,
+    /// Bytes left in this round.
+    pub remaining: u64,
+    /// Pages of 4 KiB that were sent, each time they were.
+    pub pages: u64,
+    /// Pages of zeroes: told in a few bytes, or not at all.
+    pub zero_pages: u64,
+    /// Bytes that were sent.
+    pub wire_bytes: u64,
+    /// Bytes of memory that go a second.
+    pub rate: u64,
+    /// Bytes of memory that the guest writes a second.
+    pub dirty_rate: u64,
+    /// Milliseconds for which the guest would be paused if it were moved at the end of this round; of one that was moved, for which it
+    /// was. Null where it is not known.
+    pub downtime_ms: Option<u64>,
+    /// How often the guest was paused and went on, since it would have taken longer than allowed.
+    pub retreats: u32,
+    /// Bytes a second that may be sent; null: as many as there is room for.
+    pub bandwidth: Option<u64>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// Lays `over` over `config`: objects are merged by their fields, lists of objects by their `id`; anything else takes the place of what was
+/// there, and null takes it away.
+///
+/// # Errors
+/// An object of a list has an id that is not there, or none.
+pub fn lay_over(config: &mut Map<String, Value>, over: Map<String, Value>) -> Result<(), String> {
+    for (name, new) in over {
+        match (config.get_mut(&name), new) {
+            (_, Value::Null) => drop(config.remove(&name)),
+            (Some(Value::Object(old)), Value::Object(new)) => {
+                lay_over(old, new).map_err(|error| format!("{name}.{error}"))?;
+            }
+            (Some(Value::Array(old)), Value::Array(new)) if new.iter().any(Value::is_object) => {
+                for one in new {
+                    lay_over_one(old, one).map_err(|error| format!("{name}: {error}"))?;
+                }
+            }
+            (None, Value::Array(new)) if new.iter().any(Value::is_object) => {
+                return Err(format!("{name}: the guest has none"));
+            }
+            (_, new) => drop(config.insert(name, new)),
+        }
+    }
+    Ok(())
+}
+
+fn lay_over_one(list: &mut [Value], new: Value) -> Result<(), String> {
+    let id = new["id"].as_str().map(ToOwned::to_owned);
+    let (Some(id), Value::Object(new)) = (id, new) else {
+        return Err("each element needs the id of the device it is about".to_owned());
+    };
+    match list.iter_mut().find(|one| one["id"] == *id) {
+        Some(Value::Object(old)) => lay_over(old, new),
+        _ => Err(format!("the guest has no '{id}' there")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn laid(config: Value, over: Value) -> Result<Value, String> {
+        let (Value::Object(mut config), Value::Object(over)) = (config, over) else {
+            panic!("two objects");
+        };
+        lay_over(&mut config, over)?;
+        Ok(Value::Object(config))
+    }
+
+    #[test]
+    fn what_is_different_here_is_laid_over() {
+        let config = json!({
+            "serial": { "mode": "Socket", "socket": "/a" }, "cpus": { "boot_vcpus": 2 },
+            "disks": [{ "id": "a", "path": "/a", "readonly": true }, { "id": "b", "path": "/b" }],
+        });
+        let over = json!({
+            "serial": { "socket": "/c" }, "disks": [{ "id": "b", "path": "/c" }],
+            "vsock": { "cid": 3 }, "cpus": { "boot_vcpus": null },
+        });
+        let expected = json!({
+            "serial": { "mode": "Socket", "socket": "/c" }, "cpus": {},
+            "disks": [{ "id": "a", "path": "/a", "readonly": true }, { "id": "b", "path": "/c" }],
+            "vsock": { "cid": 3 },
+        });
+        assert_eq!(laid(config.clone(), over), Ok(expected));
+        assert_eq!(laid(config.clone(), json!({})), Ok(config.clone()));
+        let error = laid(config.clone(), json!({ "disks": [{ "id": "x", "path": "/c" }] })).expect_err("no such disk");
+        assert_eq!(error, "disks: the guest has no 'x' there");
+        assert!(laid(config.clone(), json!({ "disks": [{ "path": "/c" }] })).is_err());
+        let error = laid(config, json!({ "net": [{ "id": "x" }] })).expect_err("no interfaces");
+        assert_eq!(error, "net: the guest has none");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let good = SendMigration::default();
+        assert_eq!(good.validate(), Ok(()));
+        for (bad, status) in [
+            (
+                SendMigration {
+                    connections: 0,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    connections: 17,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    downtime_ms: 0,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    timeout_s: 0,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (SendMigration { local: true, ..good }, 501),
+        ] {
+            assert_eq!(bad.validate().expect_err("refused").status(), status, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! When the guest is switched over, and what is done if that moment does not come by itself.
+
+use std::time::Duration;
+
+/// What a migration must keep to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// How long the guest may be paused.
+    pub downtime: Duration,
+    /// What of that goes to saving, sending and restoring its state, beside memory.
+    pub state_time: Duration,
+    /// By how many percent its vCPUs may be slowed down; 0: not at all.
+    pub max_throttle: u8,
+    /// How long the copying may take; `None`: as long as it does.
+    pub time: Option<Duration>,
+    /// What happens after that.
+    pub on_time_out: OnTimeOut,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            downtime: Duration::from_millis(300),
+            state_time: Duration::from_millis(20),
+            max_throttle: 0,
+            time: Some(Duration::from_secs(3600)),
+            on_time_out: OnTimeOut::Fail,
+        }
+    }
+}
+
+/// What happens when the time for copying is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnTimeOut {
+    /// The migration ends, and the guest stays.
+    Fail,
+    /// The guest is switched over, however long it is paused.
+    Switch,
+}
+
+/// What was measured when a round was over.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Measured {
+    /// Since when memory is copied.
+    pub(crate) elapsed: Duration,
+    /// Bytes that were written meanwhile: the next round.
+    pub(crate) remaining: u64,
+    /// The same, of the round before; `None` after the first.
+    pub(crate) before: Option<u64>,
+    /// Bytes that go a second; 0: nothing was sent yet.
+    pub(crate) rate: f64,
+    /// By how many percent vCPUs are slowed down.
+    pub(crate) throttle: u8,
+}
+
+/// What to do after a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// Pause the guest.
+    Switch,
+    /// Pause it, whatever that means for the promise.
+    SwitchAnyway,
+    /// Copy what was written.
+    Again,
+    /// The same, with vCPUs slowed down by so many percent.
+    Throttle(u8),
+    /// It takes too long.
+    TimedOut,
+}
+
+/// By how many percent vCPUs are slowed down the first time, and further each time that did not help.
+const FIRST_THROTTLE: u8 = 20;
+const NEXT_THROTTLE: u8 = 10;
+
+/// How long the guest is paused with `remaining` bytes to be sent. Unknown while nothing was measured, unless there is nothing.
+pub(crate) fn expected_downtime(remaining: u64, rate: f64, state_time: Duration) -> Option<Duration> {
+    if remaining == 0 {
+        return Some(state_time);
+    }
+    let seconds = remaining as f64 / rate;
+    // More than a year is as good as never.
+    (rate > 0.0).then(|| state_time + Duration::from_secs_f64(seconds.min(3e7)))
+}
+
+pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
+    let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time);
+    if expected.is_some_and(|expected| expected <= limits.downtime) || measured.remaining == 0 {
+        return Decision::Switch;
+    }
+    if limits.time.is_some_and(|time| measured.elapsed >= time) {
+        return match limits.on_time_out {
+            OnTimeOut::Fail => Decision::TimedOut,
+            OnTimeOut::Switch => Decision::SwitchAnyway,
+        };
+    }
+    // Every round should leave clearly less than the one before; what stays the same does not end.
+    let shrinks = measured
+        .before
+        .is_none_or(|before| measured.remaining <= before / 4 * 3);
+    let more = match measured.throttle {
+        0 => FIRST_THROTTLE,
+        percent => percent.saturating_add(NEXT_THROTTLE),
+    };
+    let more = more.min(limits.max_throttle).min(99);
+    match !shrinks && more > measured.throttle {
+        true => Decision::Throttle(more),
+        false => Decision::Again,
+    }
+}
+
+/// Bytes a second, of the last rounds: each counts half of the one after it.
+#[derive(Debug, Default)]
+pub(crate) struct Rate {
+    bytes: f64,
+    seconds: f64,
+}
+
+impl Rate {
+    pub(crate) fn add(&mut self, bytes: u64, time: Duration) {
+        self.bytes = self.bytes / 2.0 + bytes as f64;
+        self.seconds = self.seconds / 2.0 + time.as_secs_f64();
+    }
+
+    pub(crate) fn get(&self) -> f64 {
+        match self.seconds > 0.0 {
+            true => self.bytes / self.seconds,
+            false => 0.0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn after(remaining: u64, before: Option<u64>, throttle: u8) -> Measured {
+        Measured {
+            elapsed: Duration::from_secs(10),
+            remaining: remaining * MIB,
+            before: before.map(|bytes| bytes * MIB),
+            rate: (1000 * MIB) as f64,
+            throttle,
+        }
+    }
+
+    fn limits() -> Limits {
+        Limits {
+            downtime: Duration::from_millis(120),
+            state_time: Duration::from_millis(20),
+            max_throttle: 45,
+            time: Some(Duration::from_secs(60)),
+            on_time_out: OnTimeOut::Fail,
+        }
+    }
+
+    #[test]
+    fn it_switches_when_the_promise_can_be_kept() {
+        assert_eq!(decide(&after(100, None, 0), &limits()), Decision::Switch);
+        assert_eq!(decide(&after(101, None, 0), &limits()), Decision::Again);
+        assert_eq!(decide(&after(0, Some(0), 0), &limits()), Decision::Switch);
+        let unmeasured = Measured {
+            rate: 0.0,
+            ..after(1, None, 0)
+        };
+        assert_eq!(decide(&unmeasured, &limits()), Decision::Again);
+        let nothing = Measured {
+            rate: 0.0,
+            ..after(0, None, 0)
+        };
+        assert_eq!(decide(&nothing, &limits()), Decision::Switch);
+    }
+
+    #[test]
+    fn it_throttles_what_does_not_shrink_and_never_more_than_told() {
+        assert_eq!(decide(&after(500, Some(1000), 0), &limits()), Decision::Again);
+        let mut throttle = 0;
+        let mut seen = Vec::new();
+        while let Decision::Throttle(percent) = decide(&after(900, Some(1000), throttle), &limits()) {
+            throttle = percent;
+            seen.push(percent);
+        }
+        assert_eq!(seen, [20, 30, 40, 45]);
+        assert_eq!(decide(&after(900, Some(1000), 45), &limits()), Decision::Again);
+        let never = Limits {
+            max_throttle: 0,
+            ..limits()
+        };
+        assert_eq!(decide(&after(900, Some(1000), 0), &never), Decision::Again);
+    }
+
+    #[test]
+    fn time_ends_it_as_told() {
+        let late = Measured {
+            elapsed: Duration::from_secs(60),
+            ..after(900, Some(1000), 0)
+        };
+        assert_eq!(decide(&late, &limits()), Decision::TimedOut);
+        let switch = Limits {
+            on_time_out: OnTimeOut::Switch,
+            ..limits()
+        };
+        assert_eq!(decide(&late, &switch), Decision::SwitchAnyway);
+        let forever = Limits { time: None, ..limits() };
+        assert_eq!(decide(&late, &forever), Decision::Throttle(20));
+        // Who could switch at that moment does.
+        let late = Measured { remaining: MIB, ..late };
+        assert_eq!(decide(&late, &limits()), Decision::Switch);
+    }
+
+    #[test]
+    fn the_last_rounds_count_most() {
+        let mut rate = Rate::default();
+        assert_eq!(rate.get(), 0.0);
+        rate.add(1000, Duration::from_secs(1));
+        assert_eq!(rate.get(), 1000.0);
+        for _ in 0..10 {
+            rate.add(100, Duration::from_secs(1));
+        }
+        assert!((100.0..103.0).contains(&rate.get()), "{}", rate.get());
+        // Rounds without anything change nothing.
+        rate.add(0, Duration::ZERO);
+        assert!((100.0..103.0).contains(&rate.get()), "{}", rate.get());
+    }
+}

@@ -1,0 +1,496 @@
+//! The side that has the guest.
+
+mod pack;
+mod round;
+mod switch;
+mod worker;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use triarch_device_core::Sandbox;
+use triarch_state::{PayloadError, Payloads};
+
+use crate::Cause;
+use crate::address::Address;
+use crate::connect::{ConnectError, Deadlines, Dialer};
+use crate::converge::{Decision, Limits, Measured, Rate, decide, expected_downtime};
+use crate::handle::{Handle, Phase, Progress};
+use crate::memory::{Layout, Memory};
+use crate::stream::{Answer, Stream, StreamError};
+use crate::tls::TlsFiles;
+use crate::wire::{self, Hello, Kind, MAX_CONFIG, MAX_CPU, MAX_STREAMS, Message, Offer, Role, Token, WireError};
+use round::{Round, union};
+use worker::{Common, Done, Failed, Team};
+
+/// The guest at the source. Called on the thread that runs the migration.
+pub trait Guest {
+    /// The guest will be paused next: what would keep it paused for longer can be done now.
+    fn before_pause(&mut self) {}
+    /// Pauses vCPUs and devices: nothing of the guest writes to memory or disks from then on.
+    fn pause(&mut self) -> Result<(), Cause>;
+    /// The state of everything beside memory, of the paused guest.
+    fn save(&mut self) -> Result<Payloads, Cause>;
+    /// Gives up the locks of disks: all, or none.
+    fn release_locks(&mut self) -> Result<(), Cause>;
+    /// Takes them again: all, or none. Also called when only some, or none, were released.
+    fn take_locks(&mut self) -> Result<(), Cause>;
+    /// Lets the paused guest run.
+    fn resume(&mut self) -> Result<(), Cause>;
+    /// The same, since it would stand still for too long: the migration goes on.
+    fn retreat(&mut self) -> Result<(), Cause> {
+        self.resume()
+    }
+    /// Lets the vCPUs run less than they could, by `percent`; 0: as they could.
+    fn throttle(&mut self, percent: u8) -> Result<(), Cause>;
+}
+
+/// How a guest is to be moved.
+#[derive(Debug, Clone)]
+pub struct SourceOptions {
+    /// Where to.
+    pub address: Address,
+    /// Who we are and whom to expect; none for unix sockets and `tcp-plain:`.
+    pub tls: Option<TlsFiles>,
+    /// Streams for memory, 1 to 16.
+    pub streams: u16,
+    /// Compress pages by LZ4 where that is faster.
+    pub compress: bool,
+    /// What to keep to.
+    pub limits: Limits,
+    /// How long to wait for what.
+    pub deadlines: Deadlines,
+    /// Version of the VMM, for the other side's log.
+    pub vmm: String,
+}
+
+/// Why a guest was not moved.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// No connection.
+    #[error("cannot reach the destination")]
+    Connect(#[from] ConnectError),
+    /// What it is told cannot be.
+    #[error("{0}")]
+    Options(&'static str),
+    /// Its memory is laid out in a way that cannot be moved.
+    #[error("this guest cannot be described to a destination")]
+    Layout(#[source] WireError),
+    /// It said no.
+    #[error("the destination refused: {0}")]
+    Refused(String),
+    /// The conversation failed.
+    #[error("the conversation with the destination failed")]
+    Stream(#[from] StreamError),
+    /// Somebody wants it to stay.
+    #[error("the migration was cancelled")]
+    Cancelled,
+    /// It took too long.
+    #[error(
+        "the guest writes memory faster than it can be sent: after {} s it would still be paused for {expected_ms} ms, and {limit_ms} ms are allowed",
+        .elapsed.as_secs()
+    )]
+    TimedOut {
+        /// How long was tried.
+        elapsed: Duration,
+        /// How long it would be paused.
+        expected_ms: u128,
+        /// What is allowed.
+        limit_ms: u128,
+    },
+    /// Memory of the guest could not be read.
+    #[error("cannot read the guest's memory, or what of it was written")]
+    Memory(#[source] std::io::Error),
+    /// Something of the guest failed.
+    #[error("cannot {what}")]
+    Guest {
+        /// What was tried.
+        what: &'static str,
+        /// Cause.
+        #[source]
+        source: Cause,
+    },
+    /// The state cannot be sent.
+    #[error("the guest's state cannot be sent")]
+    State(#[from] PayloadError),
+    /// There is too much of it.
+    #[error("the guest's state has {0} bytes, more than a destination takes")]
+    StateTooLarge(usize),
+    /// No thread.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Where the guest is after a migration that did not succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// Here, and it runs as before.
+    RunsHere,
+    /// Here, paused. It does not run at the destination and never will.
+    PausedHere,
+    /// Here, paused; it may run at the destination.
+    Unknown,
+}
+
+/// A migration that did not succeed.
+#[derive(Debug, Error)]
+pub struct NotMoved {
+    /// Why.
+    #[source]
+    pub why: SourceError,
+    /// Where the guest is.
+    pub guest: Whereabouts,
+}
+
+impl fmt::Display for NotMoved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.guest {
+            Whereabouts::RunsHere => "the guest was not moved, and runs here as before",
+            Whereabouts::PausedHere => {
+                "the guest was not moved and is paused here, since it could not be let run; it does not run at the \
+                 destination: resume it here once the cause is gone"
+            }
+            Whereabouts::Unknown => {
+                "the destination was given the guest, and does not answer: the guest is paused here and may run there. Look \
+                 whether it runs at the destination: if so, end this VMM; if not, end the destination's VMM, and resume here"
+            }
+        })
+    }
+}
+
+/// A migration that succeeded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moved {
+    /// From the pause here until the destination said that the guest runs.
+    pub downtime: Duration,
+    /// What it took.
+    pub progress: Progress,
+}
+
+/// A guest that is offered to a destination.
+pub struct Source {
+    options: SourceOptions,
+    dialer: Dialer,
+    memory: Arc<dyn Memory>,
+    handle: Handle,
+    sandbox: Arc<dyn Sandbox>,
+}
+
+/// What a session is while memory is copied.
+struct Session {
+    token: Token,
+    control: Stream,
+    team: Team,
+    layout: Layout,
+    rate: Rate,
+    /// Bytes a second of the first round, if it sent nothing but zeroes.
+    guess: f64,
+    rounds: u32,
+    throttle: u8,
+    began: Instant,
+}
+
+impl Source {
+    /// Reads certificates and resolves names: the thread that runs the migration may do neither.
+    pub fn new(
+        options: SourceOptions,
+        memory: Arc<dyn Memory>,
+        handle: &Handle,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> Result<Self, SourceError> {
+        if !(1..=MAX_STREAMS).contains(&options.streams) {
+            return Err(SourceError::Options("a migration has 1 to 16 streams"));
+        }
+        let dialer = Dialer::new(&options.address, options.tls.as_ref(), options.deadlines)?;
+        Ok(Self {
+            options,
+            dialer,
+            memory,
+            handle: handle.clone(),
+            sandbox: sandbox.clone(),
+        })
+    }
+
+    /// Moves the guest. `config` and `cpu` are for the destination's [`prepare`](crate::Sink::prepare).
+    ///
+    /// # Errors
+    /// The error says where the guest is; only after [`Moved`] it is not here.
+    pub fn run(self, guest: &mut dyn Guest, config: &[u8], cpu: &[u8]) -> Result<Moved, NotMoved> {
+        let result = self.copy_and_switch(guest, config, cpu);
+        self.handle.enter(Phase::Over);
+        result.map(|downtime| Moved {
+            downtime,
+            progress: self.handle.progress(),
+        })
+    }
+
+    fn copy_and_switch(&self, guest: &mut dyn Guest, config: &[u8], cpu: &[u8]) -> Result<Duration, NotMoved> {
+        let runs_here = |why| NotMoved {
+            why: self.cancelled_or(why),
+            guest: Whereabouts::RunsHere,
+        };
+        let mut session = self.open(config, cpu).map_err(runs_here)?;
+        self.handle.enter(Phase::Copying);
+        let result = match self.memory.start_log() {
+            Ok(()) => self.copy_until_switched(&mut session, guest),
+            Err(error) => Err(session.keep(SourceError::Memory(error))),
+        };
+        if let Err(NotMoved { guest: whereabouts, .. }) = &result {
+            if *whereabouts != Whereabouts::Unknown {
+                self.memory.stop_log();
+            }
+            if session.throttle > 0
+                && let Err(error) = guest.throttle(0)
+            {
+                tracing::error!("the guest's vCPUs stay slowed down: {error}");
+            }
+            self.handle.set_throttle(0);
+        }
+        result.map_err(|NotMoved { why, guest }| NotMoved {
+            why: self.cancelled_or(why),
+            guest,
+        })
+    }
+
+    /// What failed because of a cancel did not fail.
+    fn cancelled_or(&self, why: SourceError) -> SourceError {
+        match why {
+            SourceError::Stream(StreamError::Stopped) | SourceError::Connect(_) if self.handle.is_cancelled() => {
+                SourceError::Cancelled
+            }
+            why => why,
+        }
+    }
+
+    /// Connects all streams, and has the destination make a machine.
+    fn open(&self, config: &[u8], cpu: &[u8]) -> Result<Session, SourceError> {
+        if config.len() > MAX_CONFIG || cpu.len() > MAX_CPU {
+            return Err(SourceError::Options(
+                "the configuration is larger than a destination takes",
+            ));
+        }
+        let layout = Layout::new(self.memory.regions()).map_err(SourceError::Layout)?;
+        self.handle.set_total(layout.len());
+        let mut token = Token::default();
+        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| SourceError::Thread(error.into()))?;
+        let mut control = self.connect(token, Role::Control)?;
+        let data: Result<Vec<_>, _> = (0..self.options.streams)
+            .map(|index| self.connect(token, Role::Data(index)))
+            .collect();
+        let silence = self.options.deadlines.silence;
+        let accepted = data.and_then(|data| {
+            let offer = Offer {
+                layout: layout.clone(),
+                config,
+                cpu,
+            };
+            control.send(&Message::Offer(offer))?;
+            answered(control.expect(Kind::Accepted, silence, "prepare a machine"))?;
+            Ok(data)
+        });
+        let interrupt = self.handle.interrupt().child();
+        let team = accepted.and_then(|data| {
+            let common = Common {
+                memory: self.memory.clone(),
+                handle: self.handle.clone(),
+                compress: self.options.compress,
+                silence,
+            };
+            Team::start(data, &common, &interrupt, &self.sandbox).map_err(SourceError::Thread)
+        });
+        match team {
+            Ok(team) => Ok(Session {
+                token,
+                control,
+                team,
+                layout,
+                rate: Rate::default(),
+                guess: 0.0,
+                rounds: 0,
+                throttle: 0,
+                began: Instant::now(),
+            }),
+            Err(error) => {
+                say_no(&mut control, &error);
+                Err(error)
+            }
+        }
+    }
+
+    fn connect(&self, token: Token, role: Role) -> Result<Stream, SourceError> {
+        let mut stream = self.dialer.connect(self.handle.interrupt())?;
+        self.greet(&mut stream, token, role)?;
+        match stream.receive(self.options.deadlines.connect, "answer")? {
+            Message::Welcome(vmm) => {
+                if role == Role::Control {
+                    tracing::info!("the destination is Triarch {vmm}");
+                }
+                Ok(stream)
+            }
+            Message::Abort(reason) => Err(SourceError::Refused(reason.to_owned())),
+            other => Err(crate::stream::unexpected(&other, "a welcome").into()),
+        }
+    }
+
+    fn greet(&self, stream: &mut Stream, token: Token, role: Role) -> Result<(), StreamError> {
+        let hello = Hello {
+            token,
+            role,
+            streams: self.options.streams,
+            vmm: self.options.vmm.clone(),
+        };
+        stream.send(&Message::Hello(hello)).map(|_| ())
+    }
+
+    /// Copies memory in rounds, until the guest is switched or that is given up.
+    fn copy_until_switched(&self, session: &mut Session, guest: &mut dyn Guest) -> Result<Duration, NotMoved> {
+        let all = session.layout.regions().iter();
+        let mut next: Vec<Range<u64>> = all.map(|region| region.gpa..region.gpa + region.len).collect();
+        let mut before = None;
+        loop {
+            let began = Instant::now();
+            let written = match self.copy(session, next) {
+                Ok(written) => written,
+                Err(why) => return Err(session.keep(why)),
+            };
+            let remaining = round::bytes(&written);
+            let measured = self.measure(session, remaining, before, began.elapsed());
+            before = Some(remaining);
+            match decide(&measured, &self.options.limits) {
+                Decision::Again => next = written,
+                Decision::Throttle(percent) => {
+                    if let Err(source) = guest.throttle(percent) {
+                        let what = "slow the guest's vCPUs down";
+                        return Err(session.keep(SourceError::Guest { what, source }));
+                    }
+                    session.throttle = percent;
+                    self.handle.set_throttle(percent);
+                    next = written;
+                }
+                Decision::TimedOut => return Err(session.keep(self.timed_out(&measured))),
+                switch @ (Decision::Switch | Decision::SwitchAnyway) => {
+                    match self.switch(session, guest, written, switch == Decision::Switch)? {
+                        switch::Outcome::Moved(downtime) => return Ok(downtime),
+                        switch::Outcome::Retreat(left) => next = left,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends `runs`, and returns what was written meanwhile.
+    fn copy(&self, session: &mut Session, runs: Vec<Range<u64>>) -> Result<Vec<Range<u64>>, SourceError> {
+        let began = Instant::now();
+        let round = self.next_round(session, runs);
+        session.team.begin(round);
+        let (control, rounds) = (&mut session.control, session.rounds);
+        let mut said = Instant::now();
+        let done = session.team.finish(|| {
+            // The interrupt of the control stream is that of a cancel.
+            if said.elapsed() >= worker::ALIVE.min(self.options.deadlines.silence / 3) {
+                said = Instant::now();
+                let remaining = self.handle.counters().remaining.load(Ordering::Relaxed);
+                control.send(&Message::Progress(wire::Progress {
+                    round: rounds,
+                    remaining,
+                }))?;
+            }
+            Ok(())
+        });
+        let done = done.map_err(|failed| self.reason(session, failed))?;
+        session.learn(&done, began.elapsed());
+        let written = self.memory.fetch_log().map_err(SourceError::Memory)?;
+        Ok(session.layout.clip(&written))
+    }
+
+    fn next_round(&self, session: &mut Session, runs: Vec<Range<u64>>) -> Round {
+        let counters = self.handle.counters();
+        let number = session.rounds;
+        session.rounds += 1;
+        counters.rounds.store(session.rounds, Ordering::Relaxed);
+        counters.remaining.store(round::bytes(&runs), Ordering::Relaxed);
+        Round::new(number, number == 0, runs)
+    }
+
+    fn measure(&self, session: &Session, remaining: u64, before: Option<u64>, round: Duration) -> Measured {
+        let rate = session.rate();
+        let expected = expected_downtime(remaining, rate, self.options.limits.state_time);
+        let dirty_rate = remaining as f64 / round.as_secs_f64().max(1e-6);
+        self.handle.set_rates(rate as u64, dirty_rate as u64, expected);
+        Measured {
+            elapsed: session.began.elapsed(),
+            remaining,
+            before,
+            rate,
+            throttle: session.throttle,
+        }
+    }
+
+    fn timed_out(&self, measured: &Measured) -> SourceError {
+        let limits = &self.options.limits;
+        let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time);
+        SourceError::TimedOut {
+            elapsed: measured.elapsed,
+            expected_ms: expected.unwrap_or(Duration::MAX).as_millis(),
+            limit_ms: limits.downtime.as_millis(),
+        }
+    }
+
+    /// Why memory could not be sent: the destination says more than a connection that it closed.
+    fn reason(&self, session: &mut Session, failed: Failed) -> SourceError {
+        const WAIT: Duration = Duration::from_secs(2);
+        match failed {
+            Failed::Memory(error) => SourceError::Memory(error),
+            Failed::Stream(StreamError::Stopped) => StreamError::Stopped.into(),
+            Failed::Stream(error) => match session.control.receive(WAIT, "say why") {
+                Ok(Message::Abort(reason)) => SourceError::Refused(reason.to_owned()),
+                _ => error.into(),
+            },
+        }
+    }
+}
+
+impl Session {
+    /// Tells the destination that the guest stays, which it does.
+    fn keep(&mut self, why: SourceError) -> NotMoved {
+        say_no(&mut self.control, &why);
+        NotMoved {
+            why,
+            guest: Whereabouts::RunsHere,
+        }
+    }
+
+    fn learn(&mut self, done: &Done, time: Duration) {
+        self.rate.add(done.data, done.data_time);
+        if done.all > 0 {
+            self.guess = done.all as f64 / time.as_secs_f64().max(1e-6);
+        }
+    }
+
+    /// Bytes that go a second.
+    fn rate(&self) -> f64 {
+        match self.rate.get() {
+            measured if measured > 0.0 => measured,
+            // Nothing but zeroes so far.
+            _ => self.guess,
+        }
+    }
+}
+
+fn answered(answer: Result<(), Answer>) -> Result<(), SourceError> {
+    answer.map_err(|answer| match answer {
+        Answer::Abort(reason) => SourceError::Refused(reason),
+        Answer::Stream(error) => error.into(),
+    })
+}
+
+/// Sends `Abort`, which may fail; also after a cancel, which interrupts everything else.
+fn say_no(control: &mut Stream, why: &SourceError) {
+    control.set_interrupt(&crate::stream::Interrupt::default());
+    let _ = control.send_within(&Message::Abort(&crate::sentence(why)), Duration::from_secs(2));
+}

@@ -1,0 +1,186 @@
+//! One pass over memory, shared by the threads that send it.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+
+use crate::handle::Counters;
+use crate::memory::{Memory, PAGE};
+
+/// Bytes of memory that a thread takes at once.
+pub(super) const BATCH: u64 = 512 << 10;
+
+/// What is to be sent in a round.
+pub(super) struct Round {
+    pub(super) number: u32,
+    /// All memory at the destination still reads as zeroes, where nothing was sent to.
+    pub(super) first: bool,
+    left: Mutex<Left>,
+}
+
+struct Left {
+    /// Runs in order, each in one region.
+    runs: std::vec::IntoIter<Range<u64>>,
+    /// What is left of the one that was begun.
+    current: Range<u64>,
+    /// In the first round: until where `current` is known to hold something.
+    data_end: u64,
+}
+
+impl Round {
+    pub(super) fn new(number: u32, first: bool, runs: Vec<Range<u64>>) -> Self {
+        Self {
+            number,
+            first,
+            left: Mutex::new(Left {
+                runs: runs.into_iter(),
+                current: 0..0,
+                data_end: 0,
+            }),
+        }
+    }
+
+    /// The next pieces to send, each in one region; [`BATCH`] bytes at most. None: nothing is left.
+    pub(super) fn take(&self, memory: &dyn Memory, counters: &Counters) -> io::Result<Vec<Range<u64>>> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut pieces, mut room) = (Vec::new(), BATCH);
+        let mut done = 0;
+        while room > 0 {
+            if left.current.is_empty() {
+                let Some(next) = left.runs.next() else { break };
+                left.data_end = if self.first { next.start } else { next.end };
+                left.current = next;
+            }
+            if left.data_end <= left.current.start {
+                let data = memory.data(left.current.clone())?;
+                // Whatever is said about what was not asked for is not believed, and widened to whole pages.
+                let data = data.map_or(left.current.end..left.current.end, |data| {
+                    let start = (data.start - data.start % PAGE).clamp(left.current.start, left.current.end);
+                    let end = data.end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+                    start..end.clamp(start, left.current.end)
+                });
+                let hole = data.start - left.current.start;
+                counters.zero_pages.fetch_add(hole / PAGE, Ordering::Relaxed);
+                done += hole;
+                left.current.start = data.start;
+                // An empty run of data would never end.
+                left.data_end = match data.is_empty() {
+                    true => left.current.end,
+                    false => data.end,
+                };
+                continue;
+            }
+            let end = (left.current.start + room).min(left.data_end);
+            let piece = left.current.start..end;
+            left.current.start = end;
+            room -= piece.end - piece.start;
+            done += piece.end - piece.start;
+            pieces.push(piece);
+        }
+        counters.remaining.fetch_sub(done, Ordering::Relaxed);
+        Ok(pieces)
+    }
+}
+
+/// Bytes of runs.
+pub(super) fn bytes(runs: &[Range<u64>]) -> u64 {
+    runs.iter().map(|run| run.end - run.start).sum()
+}
+
+/// What is in either, in order.
+pub(super) fn union(mut runs: Vec<Range<u64>>, more: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    runs.extend(more);
+    runs.sort_by_key(|run| run.start);
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(runs.len());
+    for run in runs {
+        match merged.last_mut() {
+            // Runs that only touch may be of two regions.
+            Some(last) if run.start < last.end => last.end = last.end.max(run.end),
+            _ => merged.push(run),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Region;
+
+    /// Memory of which every second page holds something.
+    struct Striped;
+
+    impl Memory for Striped {
+        fn regions(&self) -> Vec<Region> {
+            Vec::new()
+        }
+
+        fn read(&self, _gpa: u64, _buffer: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            let start = range.start.next_multiple_of(2 * PAGE);
+            Ok((start < range.end).then_some(start..start + PAGE))
+        }
+
+        fn start_log(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn fetch_log(&self) -> io::Result<Vec<Range<u64>>> {
+            Ok(Vec::new())
+        }
+
+        fn stop_log(&self) {}
+    }
+
+    fn all(first: bool, pages: &[Range<u64>]) -> (Vec<Range<u64>>, u64) {
+        let counters = Counters::default();
+        let runs: Vec<_> = pages.iter().map(|run| run.start * PAGE..run.end * PAGE).collect();
+        counters.remaining.store(bytes(&runs), Ordering::Relaxed);
+        let round = Round::new(0, first, runs);
+        let mut taken = Vec::new();
+        loop {
+            let batch = round.take(&Striped, &counters).expect("taken");
+            if batch.is_empty() {
+                break;
+            }
+            assert!(bytes(&batch) <= BATCH);
+            taken.extend(batch);
+        }
+        assert_eq!(counters.remaining.load(Ordering::Relaxed), 0);
+        (taken, counters.zero_pages.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn holes_are_left_out_the_first_time_only() {
+        let pages = |taken: Vec<Range<u64>>| {
+            taken
+                .iter()
+                .map(|run| run.start / PAGE..run.end / PAGE)
+                .collect::<Vec<_>>()
+        };
+        let (taken, holes) = all(true, &[0..4, 5..6, 8..9]);
+        assert_eq!((pages(taken), holes), (vec![0..1, 2..3, 8..9], 3));
+        let (taken, holes) = all(false, &[0..4, 5..6, 8..9]);
+        assert_eq!((pages(taken), holes), (vec![0..4, 5..6, 8..9], 0));
+    }
+
+    #[test]
+    fn long_runs_are_cut_to_batches() {
+        let (taken, _) = all(false, std::slice::from_ref(&(0..1000)));
+        assert_eq!(taken.len() as u64, (1000 * PAGE).div_ceil(BATCH));
+        assert_eq!(bytes(&taken), 1000 * PAGE);
+    }
+
+    #[test]
+    fn a_union_has_each_page_once() {
+        assert_eq!(
+            union(vec![0..4, 8..9], vec![2..6, 6..7, 20..21]),
+            [0..6, 6..7, 8..9, 20..21]
+        );
+        assert_eq!(union(vec![0..10, 20..21], vec![2..4, 3..12]), [0..12, 20..21]);
+    }
+}

@@ -1,0 +1,319 @@
+//! A thread that sends memory on one stream.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use triarch_device_core::{Sandbox, ThreadClass, Worker};
+
+use super::pack::Packer;
+use super::round::Round;
+use crate::handle::Handle;
+use crate::memory::{Memory, PAGE};
+use crate::stream::{Interrupt, Stream, StreamError, unexpected};
+use crate::wire::{Message, Pages, Runs};
+
+static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
+
+/// How often a stream on which nothing is sent says that it is not dead, at least.
+pub(super) const ALIVE: Duration = Duration::from_secs(5);
+
+/// Why memory could not be sent.
+#[derive(Debug)]
+pub(super) enum Failed {
+    Stream(StreamError),
+    Memory(io::Error),
+}
+
+impl From<StreamError> for Failed {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+/// What a thread did of a round.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Done {
+    /// Bytes of memory sent with what is in them.
+    pub(super) data: u64,
+    /// What that took.
+    pub(super) data_time: Duration,
+    /// Bytes of memory looked at.
+    pub(super) all: u64,
+}
+
+/// All threads of a migration.
+pub(super) struct Team {
+    orders: Vec<Sender<Order>>,
+    results: Receiver<Result<Done, Failed>>,
+    workers: Vec<Worker<()>>,
+    interrupt: Interrupt,
+}
+
+enum Order {
+    Round(Arc<Round>),
+    /// Ends the stream as agreed.
+    End,
+}
+
+/// What every thread has.
+#[derive(Clone)]
+pub(super) struct Common {
+    pub(super) memory: Arc<dyn Memory>,
+    pub(super) handle: Handle,
+    pub(super) compress: bool,
+    /// How long a destination may be silent.
+    pub(super) silence: Duration,
+}
+
+impl Team {
+    /// Starts a thread for each stream.
+    pub(super) fn start(
+        streams: Vec<Stream>,
+        common: &Common,
+        interrupt: &Interrupt,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> io::Result<Self> {
+        let (report, results) = channel();
+        let mut team = Self {
+            orders: Vec::new(),
+            results,
+            workers: Vec::new(),
+            interrupt: interrupt.clone(),
+        };
+        for (index, mut stream) in streams.into_iter().enumerate() {
+            stream.set_interrupt(interrupt);
+            let (order, orders) = channel();
+            let sender = SendsMemory {
+                packer: Packer::new(common.compress),
+                common: common.clone(),
+                interrupt: interrupt.clone(),
+                stream,
+                said: Instant::now(),
+                buffer: Vec::new(),
+                kept: 0,
+                data: Runs::default(),
+                zeroes: Runs::default(),
+            };
+            let report = report.clone();
+            let name = format!("migrate-{index}");
+            let run = move |(): &mut (), _: &_| sender.run(&orders, &report);
+            let worker = Worker::spawn(&name, ThreadClass::Migration, sandbox, (), run)?;
+            team.workers.push(worker);
+            team.orders.push(order);
+        }
+        Ok(team)
+    }
+
+    pub(super) fn begin(&self, round: Round) {
+        let round = Arc::new(round);
+        for order in &self.orders {
+            // Whoever is gone has said why.
+            let _ = order.send(Order::Round(round.clone()));
+        }
+    }
+
+    /// Waits until all have done their part; `meanwhile` is called now and then.
+    pub(super) fn finish(&self, mut meanwhile: impl FnMut() -> Result<(), Failed>) -> Result<Done, Failed> {
+        let mut sum = Done::default();
+        for _ in &self.orders {
+            let done = loop {
+                match self.results.recv_timeout(ALIVE / 5) {
+                    Ok(result) => break result?,
+                    Err(RecvTimeoutError::Timeout) => meanwhile()?,
+                    Err(RecvTimeoutError::Disconnected) => return Err(StreamError::Stopped.into()),
+                }
+            };
+            sum.data += done.data;
+            sum.all += done.all;
+            // They work at the same time.
+            sum.data_time = sum.data_time.max(done.data_time);
+        }
+        Ok(sum)
+    }
+
+    /// Ends all streams, after the last round.
+    pub(super) fn end(&self) -> Result<(), Failed> {
+        for order in &self.orders {
+            let _ = order.send(Order::End);
+        }
+        self.finish(|| Ok(())).map(|_| ())
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.interrupt.raise();
+        self.orders.clear();
+        for worker in self.workers.drain(..) {
+            let _ = worker.stop();
+        }
+    }
+}
+
+struct SendsMemory {
+    common: Common,
+    packer: Packer,
+    interrupt: Interrupt,
+    stream: Stream,
+    /// When something was sent last.
+    said: Instant,
+    buffer: Vec<u8>,
+    /// Bytes of the buffer that are to be sent.
+    kept: usize,
+    data: Runs,
+    zeroes: Runs,
+}
+
+impl SendsMemory {
+    fn run(mut self, orders: &Receiver<Order>, report: &Sender<Result<Done, Failed>>) {
+        loop {
+            let result = match orders.recv_timeout(self.alive()) {
+                Ok(Order::Round(round)) => self.round(&round),
+                Ok(Order::End) => self.send(&Message::End).map(|()| Done::default()),
+                Err(RecvTimeoutError::Timeout) => match self.send(&Message::Alive) {
+                    Ok(()) => continue,
+                    Err(error) => Err(error),
+                },
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let failed = result.is_err();
+            if report.send(result).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    fn alive(&self) -> Duration {
+        ALIVE.min(self.common.silence / 3)
+    }
+
+    fn send(&mut self, message: &Message) -> Result<(), Failed> {
+        let sent = self.stream.send(message)?;
+        self.count(sent);
+        Ok(())
+    }
+
+    fn count(&mut self, bytes: usize) {
+        let wire = &self.common.handle.counters().wire_bytes;
+        wire.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.said = Instant::now();
+    }
+
+    fn round(&mut self, round: &Round) -> Result<Done, Failed> {
+        let mut done = Done::default();
+        let memory = self.common.memory.clone();
+        loop {
+            let taken = round.take(&*memory, self.common.handle.counters());
+            let pieces = taken.map_err(Failed::Memory)?;
+            if pieces.is_empty() {
+                break;
+            }
+            let began = Instant::now();
+            self.fill(&pieces, round.first)?;
+            let (data, zeroes) = (self.data.len(), self.zeroes.len());
+            self.send_batch()?;
+            done.data += data;
+            done.all += super::round::bytes(&pieces);
+            if data > 0 {
+                // Of what has zeroes as well, the part of the others.
+                done.data_time += began.elapsed().mul_f64(data as f64 / (data + zeroes) as f64);
+            }
+        }
+        let asked = Instant::now();
+        self.send(&Message::RoundEnd(round.number))?;
+        match self.stream.receive(self.common.silence, "confirm what it got")? {
+            Message::RoundDone(number) if number == round.number => {}
+            other => return Err(unexpected(&other, "the end of the round").into()),
+        }
+        if done.data > 0 {
+            done.data_time += asked.elapsed();
+        }
+        Ok(done)
+    }
+
+    /// Reads the pages of `pieces`, and keeps those that are something, or became nothing.
+    fn fill(&mut self, pieces: &[Range<u64>], first: bool) -> Result<(), Failed> {
+        const P: usize = PAGE as usize;
+        self.data.clear();
+        self.zeroes.clear();
+        let (mut kept, mut nothing) = (0, 0_u64);
+        for piece in pieces {
+            let len = (piece.end - piece.start) as usize;
+            if self.buffer.len() < kept + len {
+                self.buffer.resize(kept + len, 0);
+            }
+            let read = self.common.memory.read(piece.start, &mut self.buffer[kept..kept + len]);
+            read.map_err(Failed::Memory)?;
+            let mut from = kept;
+            for gpa in piece.clone().step_by(P) {
+                // Pages of the same piece are of the same region.
+                let joins = gpa > piece.start;
+                // Compared at once: a loop over bytes is slow in builds without optimisation.
+                if self.buffer[from..from + P] == ZEROES {
+                    nothing += 1;
+                    if !first {
+                        self.zeroes.push(gpa, PAGE, joins);
+                    }
+                } else {
+                    if from != kept {
+                        self.buffer.copy_within(from..from + P, kept);
+                    }
+                    self.data.push(gpa, PAGE, joins);
+                    kept += P;
+                }
+                from += P;
+            }
+        }
+        self.kept = kept;
+        let counters = self.common.handle.counters();
+        counters.zero_pages.fetch_add(nothing, Ordering::Relaxed);
+        counters.pages.fetch_add((kept / P) as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn send_batch(&mut self) -> Result<(), Failed> {
+        if !self.zeroes.is_empty() {
+            let zeroes = Message::Zeroes(std::mem::take(&mut self.zeroes));
+            self.send(&zeroes)?;
+        }
+        if self.data.is_empty() {
+            return Ok(());
+        }
+        // Taken out of `self` while they are borrowed by the message.
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut packer = std::mem::replace(&mut self.packer, Packer::new(false));
+        let plain = &buffer[..self.kept];
+        let packed = packer.pack(plain);
+        let bytes = packed.unwrap_or(plain);
+        let message = Message::Pages(Pages {
+            runs: std::mem::take(&mut self.data),
+            packed: packed.is_some(),
+            bytes,
+        });
+        let began = Instant::now();
+        self.pace(bytes.len() as u64)?;
+        self.send(&message)?;
+        let sent = bytes.len();
+        packer.sent(sent, began.elapsed());
+        (self.packer, self.buffer) = (packer, buffer);
+        Ok(())
+    }
+
+    /// Waits until so many bytes may go, and keeps the stream alive meanwhile.
+    fn pace(&mut self, bytes: u64) -> Result<(), Failed> {
+        let handle = self.common.handle.clone();
+        handle.pacer().wait(bytes, || {
+            if self.interrupt.is_raised() {
+                return Err(Failed::Stream(StreamError::Stopped));
+            }
+            match self.said.elapsed() > self.alive() {
+                true => self.send(&Message::Alive),
+                false => Ok(()),
+            }
+        })
+    }
+}

@@ -1,0 +1,9 @@
+//! Both sides in one process, with guests of plain memory.
+
+mod end_to_end;
+mod failures;
+mod hostile;
+mod mock;
+mod model;
+mod proxy;
+mod security;

@@ -1,0 +1,323 @@
+//! Messages and how they are laid out.
+//!
+//! A message is a head of eight bytes (kind: u16, zeroes: u16, bytes that follow: u32), and a body. Numbers are little-endian. What a
+//! kind may be long is known, so a length is checked before a byte of the body is taken. Numbers that no kind has are errors, as are
+//! bytes that are left over: a change of the layout is another [`VERSION`].
+
+pub(crate) mod decode;
+pub(crate) mod encode;
+#[cfg(test)]
+mod tests;
+
+use thiserror::Error;
+
+use crate::memory::{Layout, PAGE};
+
+/// Version of the format. A destination takes this one only.
+pub const VERSION: u32 = 1;
+/// What a stream begins with.
+pub(crate) const MAGIC: [u8; 8] = *b"TRIARCHM";
+/// Bytes of a head.
+pub(crate) const HEAD: usize = 8;
+
+/// Most data streams.
+pub const MAX_STREAMS: u16 = 16;
+/// Most bytes of memory in one message.
+pub(crate) const MAX_BATCH: usize = 4 << 20;
+/// Most runs in one message.
+pub(crate) const MAX_RUNS: usize = 1024;
+/// Most bytes of a configuration.
+pub(crate) const MAX_CONFIG: usize = 16 << 20;
+/// Most bytes of the description of the guest's processors.
+pub(crate) const MAX_CPU: usize = 4 << 20;
+/// Most bytes of saved state.
+pub(crate) const MAX_STATE: u64 = 64 << 20;
+/// Most bytes of it in one message.
+pub(crate) const MAX_STATE_PART: usize = 1 << 20;
+/// Most bytes of a sentence or a name.
+pub(crate) const MAX_TEXT: usize = 4096;
+
+/// What tells a session from others, and who belongs to it: random, and said to the destination only.
+pub(crate) type Token = [u8; 16];
+
+/// What a message is. The numbers from 64 to 79 are kept for requests of pages by a guest that runs at the destination already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub(crate) enum Kind {
+    Hello = 1,
+    Welcome = 2,
+    Offer = 3,
+    Accepted = 4,
+    Pages = 5,
+    Zeroes = 6,
+    RoundEnd = 7,
+    RoundDone = 8,
+    Switch = 9,
+    State = 10,
+    Complete = 11,
+    Ready = 12,
+    Go = 13,
+    Running = 14,
+    Abort = 15,
+    Progress = 16,
+    Alive = 17,
+    End = 18,
+}
+
+/// The numbers of messages of a later step, by which a guest that runs asks for its pages.
+const POST_COPY: std::ops::RangeInclusive<u16> = 64..=79;
+
+impl Kind {
+    pub(crate) const ALL: [Self; 18] = [
+        Self::Hello,
+        Self::Welcome,
+        Self::Offer,
+        Self::Accepted,
+        Self::Pages,
+        Self::Zeroes,
+        Self::RoundEnd,
+        Self::RoundDone,
+        Self::Switch,
+        Self::State,
+        Self::Complete,
+        Self::Ready,
+        Self::Go,
+        Self::Running,
+        Self::Abort,
+        Self::Progress,
+        Self::Alive,
+        Self::End,
+    ];
+
+    fn from_number(number: u16) -> Result<Self, WireError> {
+        let found = Self::ALL.into_iter().find(|kind| *kind as u16 == number);
+        found.ok_or(match POST_COPY.contains(&number) {
+            true => WireError::PostCopy,
+            false => WireError::Kind(number),
+        })
+    }
+
+    /// Most bytes of a body.
+    fn limit(self) -> usize {
+        const RUN: usize = 16;
+        match self {
+            Self::Hello | Self::Welcome | Self::Abort => 64 + MAX_TEXT,
+            Self::Offer => 64 + crate::memory::MAX_REGIONS * RUN + MAX_CONFIG + MAX_CPU,
+            Self::Pages => 64 + MAX_RUNS * RUN + MAX_BATCH,
+            Self::Zeroes => 64 + MAX_RUNS * RUN,
+            Self::State => 64 + MAX_STATE_PART,
+            Self::RoundEnd | Self::RoundDone | Self::Progress => 64,
+            Self::Accepted
+            | Self::Switch
+            | Self::Complete
+            | Self::Ready
+            | Self::Go
+            | Self::Running
+            | Self::Alive
+            | Self::End => 0,
+        }
+    }
+}
+
+/// Why something is no message.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum WireError {
+    /// No kind has the number.
+    #[error("a message of the unknown kind {0}; the other side is another version, or no Triarch")]
+    Kind(u16),
+    /// A message of post-copy.
+    #[error("a message of post-copy, which this version does not do")]
+    PostCopy,
+    /// The reserved bytes are something.
+    #[error("a message with reserved bits")]
+    Reserved,
+    /// Longer than any of its kind.
+    #[error("a message of {len} bytes where {limit} is the most")]
+    TooLong {
+        /// Its bytes.
+        len: usize,
+        /// Bytes it may have.
+        limit: usize,
+    },
+    /// Its body ends too early.
+    #[error("a message that was cut short")]
+    Short,
+    /// Its body does not end.
+    #[error("a message with bytes that mean nothing")]
+    Left,
+    /// It does not begin as a stream does.
+    #[error("a stream that is no migration of Triarch")]
+    Magic,
+    /// Another version.
+    #[error("format {found}; this version of Triarch speaks format {VERSION}")]
+    Version {
+        /// What it speaks.
+        found: u32,
+    },
+    /// What it says cannot be.
+    #[error("{0}")]
+    Invalid(&'static str),
+}
+
+/// The first message on a stream, by the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hello {
+    /// To which session the stream belongs.
+    pub(crate) token: Token,
+    pub(crate) role: Role,
+    /// Data streams of the session.
+    pub(crate) streams: u16,
+    /// Version of the VMM.
+    pub(crate) vmm: String,
+}
+
+/// What a stream is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Begins a session.
+    Control,
+    /// Carries memory: one of these numbers, from 0.
+    Data(u16),
+    /// The source lost its session after it had given the guest away, and asks what became of it.
+    Ask,
+}
+
+/// What the guest is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer<'a> {
+    /// Where its memory is.
+    pub layout: Layout,
+    /// Its configuration.
+    pub config: &'a [u8],
+    /// What its processors can do.
+    pub cpu: &'a [u8],
+}
+
+/// Pages with what is on them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pages<'a> {
+    pub(crate) runs: Runs,
+    /// Compressed by LZ4 (block format).
+    pub(crate) packed: bool,
+    /// The pages one after the other, or what they are packed to.
+    pub(crate) bytes: &'a [u8],
+}
+
+/// Runs of pages: GPA and bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Runs(Vec<(u64, u64)>);
+
+impl Runs {
+    /// Adds a page. `joins`: the one before it is of the same region, so that they may be one run.
+    pub(crate) fn push(&mut self, gpa: u64, len: u64, joins: bool) {
+        match self.0.last_mut() {
+            Some((start, bytes)) if joins && *start + *bytes == gpa => *bytes += len,
+            _ => self.0.push((gpa, len)),
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.0.iter().copied()
+    }
+
+    /// Bytes of all.
+    pub(crate) fn len(&self) -> u64 {
+        self.0.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn checked(runs: Vec<(u64, u64)>) -> Result<Self, WireError> {
+        if runs.is_empty() {
+            return Err(WireError::Invalid("a message about no page"));
+        }
+        for (gpa, len) in &runs {
+            let whole = gpa.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && *len > 0;
+            if !whole || gpa.checked_add(*len).is_none() {
+                return Err(WireError::Invalid("memory that is no whole pages"));
+            }
+        }
+        Ok(Self(runs))
+    }
+}
+
+/// How far the source is, for whoever asks the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Progress {
+    /// Rounds that began.
+    pub(crate) round: u32,
+    /// Bytes left of this one.
+    pub(crate) remaining: u64,
+}
+
+/// A message. What is large is borrowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Message<'a> {
+    /// Source: what this stream is. First on every stream.
+    Hello(Hello),
+    /// Destination: the stream is taken; the version of its VMM.
+    Welcome(String),
+    /// Source: what the guest is.
+    Offer(Offer<'a>),
+    /// Destination: there is a machine for it.
+    Accepted,
+    /// Source, on data streams.
+    Pages(Pages<'a>),
+    /// Source, on data streams: pages that became zeroes.
+    Zeroes(Runs),
+    /// Source, on data streams: nothing more of round number ... comes on this one.
+    RoundEnd(u32),
+    /// Destination, as the answer: all of it is in memory.
+    RoundDone(u32),
+    /// Source: the guest is paused.
+    Switch,
+    /// Source: the next part of the saved state, which has `total` bytes.
+    State { total: u64, part: &'a [u8] },
+    /// Source: that was all.
+    Complete,
+    /// Destination: everything is restored.
+    Ready,
+    /// Source: the guest is yours.
+    Go,
+    /// Destination: it runs.
+    Running,
+    /// Either: no. Of a destination: the guest does not run here, and will not.
+    Abort(&'a str),
+    /// Source, on the control stream, while it sends memory.
+    Progress(Progress),
+    /// Source, on data streams on which nothing is to be sent.
+    Alive,
+    /// Source: this stream ends here as it should.
+    End,
+}
+
+impl Message<'_> {
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Welcome(_) => Kind::Welcome,
+            Self::Offer(_) => Kind::Offer,
+            Self::Accepted => Kind::Accepted,
+            Self::Pages(_) => Kind::Pages,
+            Self::Zeroes(_) => Kind::Zeroes,
+            Self::RoundEnd(_) => Kind::RoundEnd,
+            Self::RoundDone(_) => Kind::RoundDone,
+            Self::Switch => Kind::Switch,
+            Self::State { .. } => Kind::State,
+            Self::Complete => Kind::Complete,
+            Self::Ready => Kind::Ready,
+            Self::Go => Kind::Go,
+            Self::Running => Kind::Running,
+            Self::Abort(_) => Kind::Abort,
+            Self::Progress(_) => Kind::Progress,
+            Self::Alive => Kind::Alive,
+            Self::End => Kind::End,
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Bytes of the other side to messages.
+
+use super::{
+    HEAD, Hello, Kind, MAGIC, MAX_BATCH, MAX_CONFIG, MAX_CPU, MAX_RUNS, MAX_STATE, MAX_STREAMS, MAX_TEXT, Message,
+    Offer, Pages, Progress, Role, Runs, VERSION, WireError,
+};
+use crate::memory::{Layout, MAX_REGIONS, PAGE, Region};
+
+/// Kind and length of the body that follows.
+pub(crate) fn head(bytes: [u8; HEAD]) -> Result<(Kind, usize), WireError> {
+    let [k0, k1, r0, r1, l0, l1, l2, l3] = bytes;
+    let kind = Kind::from_number(u16::from_le_bytes([k0, k1]))?;
+    if [r0, r1] != [0, 0] {
+        return Err(WireError::Reserved);
+    }
+    let (len, limit) = (u32::from_le_bytes([l0, l1, l2, l3]) as usize, kind.limit());
+    match len > limit {
+        true => Err(WireError::TooLong { len, limit }),
+        false => Ok((kind, len)),
+    }
+}
+
+/// The message with this body.
+pub(crate) fn body(kind: Kind, bytes: &[u8]) -> Result<Message<'_>, WireError> {
+    let mut rest = Rest(bytes);
+    let message = match kind {
+        Kind::Hello => Message::Hello(hello(&mut rest)?),
+        Kind::Welcome => {
+            begins(&mut rest)?;
+            Message::Welcome(rest.text()?.to_owned())
+        }
+        Kind::Offer => Message::Offer(offer(&mut rest)?),
+        Kind::Accepted => Message::Accepted,
+        Kind::Pages => Message::Pages(pages(&mut rest)?),
+        Kind::Zeroes => Message::Zeroes(runs(&mut rest)?),
+        Kind::RoundEnd => Message::RoundEnd(rest.u32()?),
+        Kind::RoundDone => Message::RoundDone(rest.u32()?),
+        Kind::Switch => Message::Switch,
+        Kind::State => {
+            let total = rest.u64()?;
+            let part = rest.all();
+            if total > MAX_STATE || part.is_empty() || part.len() as u64 > total {
+                return Err(WireError::Invalid("more saved state than any guest has, or none"));
+            }
+            Message::State { total, part }
+        }
+        Kind::Complete => Message::Complete,
+        Kind::Ready => Message::Ready,
+        Kind::Go => Message::Go,
+        Kind::Running => Message::Running,
+        Kind::Abort => Message::Abort(rest.text()?),
+        Kind::Progress => Message::Progress(Progress {
+            round: rest.u32()?,
+            remaining: rest.u64()?,
+        }),
+        Kind::Alive => Message::Alive,
+        Kind::End => Message::End,
+    };
+    match rest.0.is_empty() {
+        true => Ok(message),
+        false => Err(WireError::Left),
+    }
+}
+
+fn begins(rest: &mut Rest) -> Result<(), WireError> {
+    if rest.array::<8>()? != MAGIC {
+        return Err(WireError::Magic);
+    }
+    match rest.u32()? {
+        VERSION => Ok(()),
+        found => Err(WireError::Version { found }),
+    }
+}
+
+fn hello(rest: &mut Rest) -> Result<Hello, WireError> {
+    begins(rest)?;
+    let token = rest.array()?;
+    let (role, index, streams) = (rest.u16()?, rest.u16()?, rest.u16()?);
+    if !(1..=MAX_STREAMS).contains(&streams) || index >= streams {
+        return Err(WireError::Invalid("a number of streams that is not from 1 to 16"));
+    }
+    let role = match (role, index) {
+        (0, 0) => Role::Control,
+        (1, index) => Role::Data(index),
+        (2, 0) => Role::Ask,
+        _ => return Err(WireError::Invalid("a stream that is for nothing known")),
+    };
+    let vmm = rest.text()?.to_owned();
+    Ok(Hello {
+        token,
+        role,
+        streams,
+        vmm,
+    })
+}
+
+fn offer<'a>(rest: &mut Rest<'a>) -> Result<Offer<'a>, WireError> {
+    let count = rest.u32()? as usize;
+    if count > MAX_REGIONS {
+        return Err(WireError::Invalid("more regions of memory than any guest has"));
+    }
+    let pairs = rest.pairs(count)?;
+    let layout = Layout::new(pairs.map(|(gpa, len)| Region { gpa, len }).collect())?;
+    let (config, cpu) = (rest.u32()? as usize, rest.u32()? as usize);
+    if config > MAX_CONFIG || cpu > MAX_CPU {
+        return Err(WireError::Invalid("a configuration that is larger than any"));
+    }
+    Ok(Offer {
+        layout,
+        config: rest.take(config)?,
+        cpu: rest.take(cpu)?,
+    })
+}
+
+fn runs(rest: &mut Rest) -> Result<Runs, WireError> {
+    let count = rest.u32()? as usize;
+    if count > MAX_RUNS {
+        return Err(WireError::Invalid("more runs of pages than a message may have"));
+    }
+    Runs::checked(rest.pairs(count)?.collect())
+}
+
+fn pages<'a>(rest: &mut Rest<'a>) -> Result<Pages<'a>, WireError> {
+    let packed = match rest.u32()? {
+        0 => false,
+        1 => true,
+        _ => return Err(WireError::Invalid("pages in an unknown compression")),
+    };
+    let runs = runs(rest)?;
+    let bytes = rest.all();
+    let len = runs.len();
+    let fits = match packed {
+        // What is longer than it was is sent as it was.
+        true => !bytes.is_empty() && (bytes.len() as u64) < len,
+        false => bytes.len() as u64 == len,
+    };
+    if len > MAX_BATCH as u64 || !fits {
+        return Err(WireError::Invalid("pages of another length than their list says"));
+    }
+    debug_assert!(len.is_multiple_of(PAGE));
+    Ok(Pages { runs, packed, bytes })
+}
+
+/// What is left of a body.
+struct Rest<'a>(&'a [u8]);
+
+impl<'a> Rest<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8], WireError> {
+        let (taken, rest) = self.0.split_at_checked(len).ok_or(WireError::Short)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn all(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (taken, rest) = self.0.split_first_chunk().ok_or(WireError::Short)?;
+        self.0 = rest;
+        Ok(*taken)
+    }
+
+    fn u16(&mut self) -> Result<u16, WireError> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32, WireError> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, WireError> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    /// `count` pairs of u64; their bytes are there.
+    fn pairs(&mut self, count: usize) -> Result<impl Iterator<Item = (u64, u64)> + use<'a>, WireError> {
+        let bytes = self.take(count.checked_mul(16).ok_or(WireError::Short)?)?;
+        let (numbers, _) = bytes.as_chunks::<8>();
+        let pair = |pair: &[[u8; 8]]| match pair {
+            [first, second] => (u64::from_le_bytes(*first), u64::from_le_bytes(*second)),
+            _ => (0, 0),
+        };
+        Ok(numbers.chunks_exact(2).map(pair))
+    }
+
+    fn text(&mut self) -> Result<&'a str, WireError> {
+        let len = self.u32()? as usize;
+        if len > MAX_TEXT {
+            return Err(WireError::Invalid("a sentence that is too long"));
+        }
+        let bytes = self.take(len)?;
+        str::from_utf8(bytes).map_err(|_| WireError::Invalid("a sentence that is no UTF-8"))
+    }
+}

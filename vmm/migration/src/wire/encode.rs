@@ -1,0 +1,107 @@
+//! Messages to bytes.
+
+use super::{HEAD, Hello, MAGIC, MAX_TEXT, Message, Offer, Pages, Role, Runs, VERSION};
+
+/// Puts `message` into `out`, which is emptied first, but for the bytes that end a message of pages, offers or saved state: those are
+/// returned, to be sent after it without being copied.
+pub(crate) fn message<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
+    out.clear();
+    out.extend_from_slice(&(message.kind() as u16).to_le_bytes());
+    // Reserved, and the length, which comes when it is known.
+    out.extend_from_slice(&[0; HEAD - 2]);
+    let tail = body(message, out);
+    let len = (out.len() - HEAD + tail.len()) as u32;
+    out[HEAD - 4..HEAD].copy_from_slice(&len.to_le_bytes());
+    tail
+}
+
+fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
+    match message {
+        Message::Hello(hello) => put_hello(hello, out),
+        Message::Welcome(vmm) => {
+            begin(out);
+            put_text(vmm, out);
+        }
+        Message::Offer(offer) => put_offer(offer, out),
+        Message::Pages(Pages { runs, packed, bytes }) => {
+            put_u32(u32::from(*packed), out);
+            put_runs(runs, out);
+            return bytes;
+        }
+        Message::Zeroes(runs) => put_runs(runs, out),
+        Message::RoundEnd(round) | Message::RoundDone(round) => put_u32(*round, out),
+        Message::State { total, part } => {
+            put_u64(*total, out);
+            return part;
+        }
+        Message::Abort(reason) => put_text(reason, out),
+        Message::Progress(progress) => {
+            put_u32(progress.round, out);
+            put_u64(progress.remaining, out);
+        }
+        Message::Accepted
+        | Message::Switch
+        | Message::Complete
+        | Message::Ready
+        | Message::Go
+        | Message::Running
+        | Message::Alive
+        | Message::End => {}
+    }
+    &[]
+}
+
+fn put_u32(value: u32, out: &mut Vec<u8>) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn put_u64(value: u64, out: &mut Vec<u8>) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn begin(out: &mut Vec<u8>) {
+    out.extend_from_slice(&MAGIC);
+    put_u32(VERSION, out);
+}
+
+/// As much of `text` as a message takes.
+fn put_text(text: &str, out: &mut Vec<u8>) {
+    let text = &text[..text.floor_char_boundary(MAX_TEXT)];
+    put_u32(text.len() as u32, out);
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn put_hello(hello: &Hello, out: &mut Vec<u8>) {
+    begin(out);
+    out.extend_from_slice(&hello.token);
+    let (role, index) = match hello.role {
+        Role::Control => (0, 0),
+        Role::Data(index) => (1, index),
+        Role::Ask => (2, 0),
+    };
+    for number in [role, index, hello.streams] {
+        out.extend_from_slice(&u16::to_le_bytes(number));
+    }
+    put_text(&hello.vmm, out);
+}
+
+fn put_offer(offer: &Offer, out: &mut Vec<u8>) {
+    let regions = offer.layout.regions();
+    put_u32(regions.len() as u32, out);
+    for region in regions {
+        put_u64(region.gpa, out);
+        put_u64(region.len, out);
+    }
+    put_u32(offer.config.len() as u32, out);
+    put_u32(offer.cpu.len() as u32, out);
+    out.extend_from_slice(offer.config);
+    out.extend_from_slice(offer.cpu);
+}
+
+fn put_runs(runs: &Runs, out: &mut Vec<u8>) {
+    put_u32(runs.iter().count() as u32, out);
+    for (gpa, len) in runs.iter() {
+        put_u64(gpa, out);
+        put_u64(len, out);
+    }
+}
