@@ -4,6 +4,7 @@
 
 #![allow(unsafe_code)] // madvise and userfaultfd on mappings this crate owns
 
+mod align;
 mod backing;
 mod content;
 mod cow;

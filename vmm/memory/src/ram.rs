@@ -10,6 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
+use crate::align::Room;
 use crate::discard::advise;
 use crate::{GuestMemory, GuestRegion, node};
 
@@ -218,7 +219,10 @@ fn map_region(
         map(size, (), flags, backing.clone()).map_err(failed)?;
     }
     let bitmap = AtomicBitmap::with_len(size as usize);
+    // The pool's pages are aligned by themselves.
+    let room = options.huge_pages.is_none().then(|| Room::new(base.0, size));
     let mapping = map(size, bitmap, flags, backing).map_err(failed)?;
+    drop(room);
     let region = GuestRegion::new(mapping, base).ok_or(MemoryError::Unaligned {
         base: base.0,
         size,
