@@ -384,8 +384,16 @@ impl Run {
         )
         .with_context(|| format!("{:?}", self.model.open))?;
         self.disks.check(&self.api)?;
-        let memory = &self.api.get("vm.info")?["memory_actual_size"];
-        ensure!(*memory == RAM + self.plugged, "{memory} bytes");
+        let has = RAM + self.plugged;
+        // So does what the guest plugged: the answer it has is the device's.
+        wait(
+            "the memory is not as it should be",
+            patient(Duration::from_secs(5)),
+            || {
+                let memory = &self.api.get("vm.info")?["memory_actual_size"];
+                Ok((*memory == has).then_some(()))
+            },
+        )?;
         let state = &self.api.get("vm.info")?["state"];
         let wanted = if self.model.paused { "Paused" } else { "Running" };
         ensure!(*state == wanted, "it is {state}");
