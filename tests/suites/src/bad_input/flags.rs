@@ -42,7 +42,7 @@ fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
     for (flag, value) in [
         ("--device", "path=/sys/bus/pci/devices/0000:00:01.0"),
         ("--pmem", "file=/nonexistent/p"),
-        ("--restore", "source_url=file:///nonexistent"),
+        ("--vdpa", "path=/dev/vhost-vdpa-0"),
     ] {
         let words = [&format!("{flag} is not supported by this version; leave it out")[..]];
         refused(context, builder(context)?.flag(flag, value), &words)?;
