@@ -79,8 +79,11 @@ fn file_system(context: &Context, s: &Subject) -> Result<()> {
     s.guest
         .shell("grep -q virtiofs /proc/filesystems || /init load virtiofs")?;
     let bdf = s.add("vm.add-fs", &body, FILE)?;
-    s.guest
-        .shell("mkdir -p /tmp/shared; mount -t virtiofs shared /tmp/shared")?;
+    // The driver has the device before it has looked at it, and knows its tag.
+    let mount = "mount -t virtiofs shared /tmp/shared";
+    s.guest.shell(&format!(
+        "mkdir -p /tmp/shared; n=0; until {mount}; do n=$((n + 1)); [ $n -lt 100 ]; sleep 0.2; done"
+    ))?;
     ensure!(
         s.guest.agent().get("/tmp/shared/file")? == pattern(2, SIZE),
         "the guest reads something else"
