@@ -17,6 +17,7 @@ use crate::arch::Arch;
 use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::local::{self, Local};
+use crate::passthrough;
 use crate::qemu::{Hardware, Qemu};
 use crate::root::Rig;
 
@@ -207,6 +208,7 @@ impl Host {
         // The file has no name: the emulator reads it through our own descriptor.
         let path = format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd());
         let console = kind.arch().console();
+        let spare = passthrough::Devices::new()?;
         let hardware = Hardware {
             arch: kind.arch(),
             cpu: model,
@@ -214,10 +216,14 @@ impl Host {
             memory_mib: options.memory_mib,
             kernel: parts.kernel.shipped(),
             initramfs: Path::new(&path),
-            cmdline: &format!("console={console} quiet panic=-1 triarch.agent=port:{PORT}"),
+            cmdline: &format!(
+                "console={console} quiet panic=-1 {} triarch.agent=port:{PORT}",
+                passthrough::cmdline(kind.arch())
+            ),
             port: PORT,
             terminal: options.terminal,
             vhost_disk: options.vhost_disk.as_deref(),
+            spare: &spare,
             name: &format!("host-{kind}"),
         };
         let (mut qemu, stream) = Qemu::start(&parts.rig, &hardware)?;

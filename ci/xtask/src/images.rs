@@ -28,6 +28,9 @@ const HOST_MODULES: [&str; 7] = [
     "loop",
 ];
 
+/// Modules that a host has and loads when a test asks for it: what gives devices to guests, and drivers of such devices.
+const HOST_SPARE: [&str; 4] = ["vfio-pci", "vfio_iommu_type1", "nvme", "virtio_net"];
+
 /// The module with the host's KVM; on ARM it is built in.
 fn kvm_modules(arch: Arch) -> &'static [&'static str] {
     match arch {
@@ -50,7 +53,7 @@ const GUEST_MODULES: [&str; 9] = [
 ];
 
 /// Modules that a guest has and loads when a test asks for it (`/init load MODULE`): all others boot sooner without.
-const GUEST_SPARE: [&str; 2] = ["virtiofs", "virtio_mem"];
+const GUEST_SPARE: [&str; 3] = ["virtiofs", "virtio_mem", "nvme"];
 
 /// The initramfs of an emulated host with this kernel.
 ///
@@ -60,7 +63,7 @@ pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
     image(
         "host",
         &[&HOST_MODULES, kvm_modules(rig.arch)].concat(),
-        &[],
+        &HOST_SPARE,
         kernel,
         rig,
     )

@@ -23,7 +23,7 @@ const PAYLOAD_LENGTH: usize = 0x24c;
 const IMAGE_MAGIC: (usize, &[u8]) = (0x38, b"ARM\x64");
 
 /// Modules taken from the packages, with all they depend on.
-const WANTED: [&str; 26] = [
+const WANTED: [&str; 28] = [
     "kvm-amd",
     "kvm-intel",
     "tun",
@@ -48,6 +48,8 @@ const WANTED: [&str; 26] = [
     "virtio_pmem",
     "virtio_mem",
     "nvme",
+    "vfio-pci",
+    "vfio_iommu_type1",
     "button",
     "evdev",
 ];

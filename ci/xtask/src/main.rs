@@ -23,6 +23,7 @@ mod local;
 mod modules;
 mod openapi;
 mod packages;
+mod passthrough;
 mod payload;
 mod qemu;
 mod root;

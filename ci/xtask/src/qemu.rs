@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::arch::Arch;
 use crate::root::Rig;
-use crate::{cache, tools};
+use crate::{cache, passthrough, tools};
 
 /// The emulator's file descriptor of the agent's channel.
 const AGENT_FD: &str = "3";
@@ -25,8 +25,11 @@ const KEEP_LOGS: Duration = Duration::from_secs(24 * 3600);
 /// Lines of each log that a failure shows.
 const TAIL: usize = 12;
 
-/// What QEMU says of each feature of the CPU model that it cannot emulate; nothing is wrong.
-const UNSUPPORTED: &str = "TCG doesn't support requested feature";
+/// What QEMU says of each feature of the CPU model that it cannot emulate, and of a wire that ends in the host itself; nothing is wrong.
+const HARMLESS: [&str; 2] = [
+    "TCG doesn't support requested feature",
+    "is not connected to host network",
+];
 
 /// What the machine is made of.
 #[derive(Debug)]
@@ -51,6 +54,8 @@ pub struct Hardware<'a> {
     pub terminal: bool,
     /// Socket of a daemon that serves it a disk over vhost-user.
     pub vhost_disk: Option<&'a Path>,
+    /// What its guests may get.
+    pub spare: &'a passthrough::Devices,
     /// Starts the log files' names.
     pub name: &'a str,
 }
@@ -138,7 +143,9 @@ impl Qemu {
         [
             state,
             last("the host's console", &self.logs.console, |_| true),
-            last("QEMU's words", &self.logs.errors, |l| !l.contains(UNSUPPORTED)),
+            last("QEMU's words", &self.logs.errors, |l| {
+                !HARMLESS.iter().any(|words| l.contains(words))
+            }),
             last("CPU resets", &self.logs.resets, |l| {
                 l.starts_with("CPU Reset") || l.contains("ault") || l.contains("RIP=") || l.contains("PC=")
             }),
@@ -189,7 +196,7 @@ fn forget_old(dir: &Path) {
 fn machine(arch: Arch) -> &'static str {
     match arch {
         Arch::X86_64 => "q35",
-        Arch::Aarch64 => "virt,virtualization=on,gic-version=3,its=on",
+        Arch::Aarch64 => "virt,virtualization=on,gic-version=3,its=on,iommu=smmuv3",
     }
 }
 
@@ -230,6 +237,7 @@ fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
             &format!("vhost-user-blk-pci,chardev=disk,num-queues={DISK_QUEUES}"),
         ]);
     }
+    command.args(hardware.spare.arguments(hardware.arch));
     if hardware.terminal {
         command.args(["-chardev", "stdio,id=terminal,signal=off"]);
         command.args(["-device", "virtconsole,chardev=terminal"]);
