@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use anyhow::{Context, Result, bail};
-use std::ffi::c_int;
+use std::ffi::{CString, c_int};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::mem;
@@ -57,6 +57,16 @@ impl Tap {
     /// # Errors
     /// No permission, or there is one of that name.
     pub fn create(name: &str, address: Ipv4Addr, mask: Ipv4Addr, multi_queue: bool) -> Result<Self> {
+        let tap = Self::without_address(name, multi_queue)?;
+        add_address(name, address, mask)?;
+        Ok(tap)
+    }
+
+    /// The same without an address, such as a bridge's port is.
+    ///
+    /// # Errors
+    /// As [`Tap::create`].
+    pub fn without_address(name: &str, multi_queue: bool) -> Result<Self> {
         if interfaces()?.iter().any(|n| n == name) {
             bail!("there is an interface {name} already");
         }
@@ -64,16 +74,48 @@ impl Tap {
         let keep: c_int = 1;
         // SAFETY: TUNSETPERSIST takes a plain number.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, keep) })?;
-        let tap = Self { name: name.into() };
-        add_address(name, address, mask)?;
         interface_up(name)?;
-        Ok(tap)
+        Ok(Self { name: name.into() })
     }
 
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Makes a bridge of Linux's with these interfaces as its ports, and brings it up.
+///
+/// # Errors
+/// No permission, or there is one of that name, or no such interface, or the kernel has no bridges.
+pub fn bridge(name: &str, ports: &[&str]) -> Result<()> {
+    let socket = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
+    let mut named = request(name)?;
+    // SAFETY: the name ends in a zero byte, which `request` sees to, and it is what this ioctl reads.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCBRADDBR, named.ifr_name.as_ptr()) })
+        .with_context(|| format!("cannot make the bridge {name}"))?;
+    for port in ports {
+        let ends = CString::new(*port)?;
+        // SAFETY: takes a string that ends in a zero byte.
+        let index = unsafe { libc::if_nametoindex(ends.as_ptr()) };
+        named.ifr_ifru.ifru_ifindex = c_int::try_from(index)?;
+        // SAFETY: the request is a live ifreq, which is what this ioctl reads.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCBRADDIF, &raw const named) })
+            .with_context(|| format!("cannot make {port} a port of {name}"))?;
+    }
+    Ok(interface_up(name)?)
+}
+
+/// Requests of Linux's bridges (linux/sockios.h).
+const SIOCBRADDBR: libc::Ioctl = 0x89a0;
+const SIOCBRADDIF: libc::Ioctl = 0x89a2;
+
+/// A socket that is closed when a program is started.
+fn socket(domain: c_int, kind: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: takes plain numbers.
+    let socket = check(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the kernel just made this descriptor and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
 /// Makes a wire: a pair of Ethernet interfaces, each of which receives what the other one sends, and brings both up.
@@ -94,16 +136,8 @@ pub fn wire(ends: [&str; 2]) -> Result<()> {
     let len = 16 + body.len() as u32;
     let [kind, flags] = [libc::RTM_NEWLINK, flags].map(u16::to_ne_bytes);
     let message = [&len.to_ne_bytes()[..], &kind, &flags, &[0; 8], &body].concat();
-    // SAFETY: takes plain numbers.
-    let socket = check(unsafe {
-        libc::socket(
-            libc::AF_NETLINK,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::NETLINK_ROUTE,
-        )
-    })?;
-    // SAFETY: the kernel just made this descriptor and nothing else owns it.
-    let mut socket = File::from(unsafe { OwnedFd::from_raw_fd(socket) });
+    // NETLINK_ROUTE is the protocol 0.
+    let mut socket = File::from(socket(libc::AF_NETLINK, libc::SOCK_RAW)?);
     let make = || -> io::Result<i32> {
         socket.write_all(&message)?;
         let mut answer = [0; 512];
@@ -206,10 +240,7 @@ fn set_address(name: &str, what: libc::Ioctl, address: Ipv4Addr) -> io::Result<(
     };
     // SAFETY: both are 16 bytes of plain data, one the general, one the particular form.
     request.ifr_ifru.ifru_addr = unsafe { mem::transmute::<libc::sockaddr_in, libc::sockaddr>(address) };
-    // SAFETY: takes plain numbers.
-    let socket = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: the kernel just made this descriptor and nothing else owns it.
-    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let socket = socket(libc::AF_INET, libc::SOCK_DGRAM)?;
     // SAFETY: the request is a live ifreq, which is what this ioctl reads.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw const request) }).map(drop)
 }
@@ -254,6 +285,25 @@ mod tests {
         let inside = inside.join().unwrap();
         assert!(inside.contains(&"ttest0".to_owned()), "{inside:?}");
         assert_eq!(interfaces().unwrap(), before);
+    }
+
+    #[test]
+    fn a_bridge_has_ports() {
+        if let Some(why) = unavailable() {
+            eprintln!("not tried: {why}");
+            return;
+        }
+        let inside = thread::spawn(|| {
+            enter_namespace().unwrap();
+            for port in ["port0", "port1"] {
+                Tap::without_address(port, false).unwrap();
+            }
+            bridge("bridge0", &["port0", "port1"]).unwrap();
+            assert!(bridge("bridge0", &[]).is_err(), "there is one of that name");
+            assert!(bridge("bridge1", &["port0"]).is_err(), "it is a port already");
+            assert!(bridge("bridge2", &["nothing"]).is_err());
+        });
+        inside.join().unwrap();
     }
 
     #[test]

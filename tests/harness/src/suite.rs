@@ -26,6 +26,9 @@ pub const KILLS: &str = "TRIARCH_KILLS";
 /// The environment variable that says how often soak tests let something come and go in a running guest, when it is not as often as
 /// they do by themselves. With it they have all the time they need.
 pub const ROUNDS: &str = "TRIARCH_HOTPLUG_ROUNDS";
+/// The environment variable that says how often tests move a guest to and fro, when it is not as often as they do by themselves. With it
+/// they have all the time they need.
+pub const MOVES: &str = "TRIARCH_MIGRATIONS";
 /// The environment variable that names a file to which tests add a line with what they measured.
 pub const FIGURES: &str = "TRIARCH_FIGURES";
 
@@ -41,10 +44,16 @@ pub fn kills() -> u64 {
 
 /// How often something comes and goes: as [`ROUNDS`] says, else `few` times.
 pub fn rounds(few: u32) -> u32 {
-    std::env::var(ROUNDS)
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(few)
+    number(ROUNDS).unwrap_or(few)
+}
+
+/// How often a guest is moved: as [`MOVES`] says, else `few` times.
+pub fn moves(few: u32) -> u32 {
+    number(MOVES).unwrap_or(few)
+}
+
+fn number(variable: &str) -> Option<u32> {
+    std::env::var(variable).ok()?.parse().ok()
 }
 
 /// Adds a line to the file that [`FIGURES`] names, if any.
@@ -143,7 +152,7 @@ pub struct Test {
     pub timeout: Duration,
     /// Whether it runs a VM: where /dev/kvm cannot be used it is skipped.
     pub needs_kvm: bool,
-    /// Whether it takes longer when [`ROUNDS`] says so.
+    /// Whether it takes longer when [`ROUNDS`] or [`MOVES`] says so.
     pub is_soak: bool,
 }
 
@@ -174,7 +183,7 @@ impl Test {
 
     /// After this it has failed, on this machine.
     pub fn limit(&self) -> Duration {
-        if self.is_soak && std::env::var_os(ROUNDS).is_some() {
+        if self.is_soak && [ROUNDS, MOVES].iter().any(|name| std::env::var_os(name).is_some()) {
             return SOAK;
         }
         match self.level {
@@ -183,7 +192,7 @@ impl Test {
         }
     }
 
-    /// The same test, which repeats something as often as [`rounds`] tells.
+    /// The same test, which repeats something as often as [`rounds`] or [`moves`] tells.
     #[must_use]
     pub const fn soak(mut self) -> Self {
         self.is_soak = true;

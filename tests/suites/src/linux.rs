@@ -12,6 +12,8 @@ mod device_tree;
 mod dimms;
 mod hotplug;
 mod load;
+mod migration;
+mod moving;
 mod net;
 mod numa;
 mod ovs;
@@ -51,6 +53,7 @@ pub fn tests() -> Vec<Test> {
         vsock::TESTS,
         pause::TESTS,
         snapshot::TESTS,
+        migration::TESTS,
         hotplug::TESTS,
         dimms::TESTS,
         virtio_mem::TESTS,

@@ -265,7 +265,7 @@ fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
         .cwd(&host.path(""))
         .timeout(LIMIT)
         .env(suite::PATIENCE, PATIENCE);
-    for variable in [suite::KILLS, suite::ROUNDS] {
+    for variable in [suite::KILLS, suite::ROUNDS, suite::MOVES] {
         if let Ok(value) = env::var(variable) {
             exec = exec.env(variable, &value);
         }

@@ -1,7 +1,7 @@
 //! A stock kernel that works is saved, and goes on in another process.
 
-use super::load::{self, LIMIT};
-use anyhow::{Context as _, Result, ensure};
+use super::load::{self, LIMIT, complaints, uptime};
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
 use std::time::Duration;
@@ -25,36 +25,13 @@ pub const TESTS: &[Test] = &[
 /// How long an emulated host may take to write or read all of memory.
 const LONG: Duration = Duration::from_secs(120);
 
-/// Writes other data to the disk each time and reads it back from there.
-const LOAD: &str = r#"mkdir /load; : >/load/good
-(n=0; while [ ! -e /load/stop ]; do
-  n=$((n+1)); { echo $n; head -c 65000 /dev/urandom; } | head -c 65000 >/load/data; want=$(md5sum </load/data)
-  dd if=/load/data of=/dev/vda bs=4096 conv=fsync 2>/dev/null
-  if [ "$(dd if=/dev/vda bs=4096 count=16 iflag=direct 2>/dev/null | head -c 65000 | md5sum)" = "$want" ]; then echo >>/load/good
-  else echo "round $n differs" >>/load/bad; fi
-done) </dev/null >/dev/null 2>&1 &"#;
-
-/// Words of a kernel that has found somebody standing still, or worse.
-const COMPLAINTS: &str =
-    "rcu.*stall|soft lockup|hard LOCKUP|hung_task|blocked for more than|BUG:|Oops|clocksource.*unstable|I/O error";
-
-fn uptime(guest: &LinuxVm) -> Result<f64> {
-    let text = guest.shell("cut -d' ' -f1 /proc/uptime")?;
-    text.trim().parse().with_context(|| text)
-}
-
-/// What the kernel complained about so far: an emulated host may be slow before anything is saved.
-fn complaints(guest: &LinuxVm) -> Result<String> {
-    guest.shell(&format!("dmesg | grep -E '{COMPLAINTS}' || true"))
-}
-
 fn goes_on(context: &Context, kernel: Kernel) -> Result<Outcome> {
     let kept = tempfile::tempdir_in(&context.dir)?;
     let disk = DiskImage::empty(kept.path().join("disk"), 16 << 20)?;
     let mut guest = LinuxBuilder::new(context, kernel)?
         .vm(|vm| vm.api().cpus(2).disk(disk.path(), ""))
         .boot()?;
-    guest.shell(LOAD)?;
+    guest.shell(load::DISK)?;
     load::works(&guest)?;
     let first = complaints(&guest)?;
     for round in 0..2 {

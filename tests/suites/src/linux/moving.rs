@@ -1,0 +1,159 @@
+//! What tests of migrations with Linux guests stand on: both sides of a move, a network that the guest stays in, and somebody there who
+//! talks with it all the while.
+
+use super::load::{self, LIMIT};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use triarch_harness::jobs::wait;
+use triarch_harness::linux::LinuxVm;
+use triarch_harness::vm::Vm;
+
+/// How long a migration may take on a busy emulated host.
+pub const MOVE: Duration = Duration::from_secs(240);
+/// The id of the guest's interface.
+pub const NET: &str = "net0";
+/// The guest's hardware address.
+pub const MAC: &str = "52:54:00:00:0a:01";
+/// Its address.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 247, 100);
+
+/// A VMM that waits for a guest.
+pub struct Receiving {
+    vm: Vm,
+    address: String,
+    answer: JoinHandle<Result<String>>,
+}
+
+impl Receiving {
+    /// Lets `vm` wait at `url` for a guest, whose interface, if it has one, is `tap` here; `tls` is what the request has of that.
+    pub fn start(vm: Vm, url: &str, tap: Option<&str>, tls: &Value) -> Result<Self> {
+        let api = vm.api()?.clone();
+        let mut config = json!({ "vsock": { "socket": vm.dir().join("vsock.sock") } });
+        if let Some(tap) = tap {
+            config["net"] = json!([{ "id": NET, "tap": tap }]);
+        }
+        let mut body = json!({ "receiver_url": url, "config": config });
+        if !tls.is_null() {
+            body["tls"] = tls.clone();
+        }
+        let before = listening(&vm)?.len();
+        let answer = thread::spawn(move || api.within(MOVE).put("vm.receive-migration", Some(&body.to_string())));
+        let address = wait("nobody listens", LIMIT, || {
+            ensure!(!answer.is_finished(), "it does not wait: {}", vm.last_words());
+            Ok(listening(&vm)?.get(before).cloned())
+        })?;
+        Ok(Self { vm, address, answer })
+    }
+
+    /// Where it waits.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The guest that came.
+    pub fn guest(self) -> Result<LinuxVm> {
+        let said = || self.vm.last_words();
+        joined(self.answer).with_context(|| format!("nobody came{}", said()))?;
+        LinuxVm::attach(self.vm)
+    }
+}
+
+fn joined<T>(thread: JoinHandle<Result<T>>) -> Result<T> {
+    thread.join().map_err(|_| anyhow!("a thread panicked"))?
+}
+
+/// Where the VMM listened so far.
+fn listening(vm: &Vm) -> Result<Vec<String>> {
+    let all = vm.api()?.get("vm.events?since=0&follow=false")?;
+    let all = all.as_array().context("no events")?.iter();
+    let named = all.filter(|event| event["source"] == "migration" && event["event"] == "listening");
+    let address = |event: &Value| event["properties"]["address"].as_str().map(ToOwned::to_owned);
+    Ok(named.filter_map(address).collect())
+}
+
+/// Moves the guest of `vm` there; gives what was told of it in the end.
+///
+/// An emulated host is slow, and its guest writes all the while: it may stand still for two seconds, and for longer after a while.
+pub fn send(vm: &Vm, address: &str, tls: &Value) -> Result<Value> {
+    let mut body = json!({
+        "destination_url": address, "connections": 2, "downtime_ms": 2000, "timeout_s": 60, "timeout_strategy": "Ignore",
+    });
+    if !tls.is_null() {
+        body["tls"] = tls.clone();
+    }
+    let api = vm.api()?.within(MOVE);
+    api.put("vm.send-migration", Some(&body.to_string()))?;
+    let info = api.request("GET", "vm.info", None)?;
+    ensure!(info.status == 404, "the source has a VM: {}", info.body);
+    let last = api.get("vm.migration-progress")?;
+    ensure!(last["phase"] == "done" && last["downtime_ms"].is_u64(), "{last}");
+    Ok(last)
+}
+
+/// Says each number back that the guest says. The host never answers wrongly, and nothing is lost on the way: each number is one more than
+/// the one before.
+pub struct Talk {
+    heard: Arc<AtomicU64>,
+    answers: JoinHandle<Result<u64>>,
+}
+
+impl Talk {
+    /// Begins to talk, over TCP, with a guest that has an address and reaches `host`. This thread's network namespace is where the host is.
+    pub fn with(guest: &LinuxVm, host: Ipv4Addr) -> Result<Self> {
+        let listener = TcpListener::bind((host, 0)).context("cannot listen on the host's address")?;
+        let port = listener.local_addr()?.port();
+        let talk = b"#!/bin/sh\nn=0\nwhile [ ! -e /load/stop ]; do\n\
+            n=$((n+1)); echo $n; read said\n\
+            [ \"$said\" = $n ] || { echo \"$n came back as $said\" >>/load/bad; exit 1; }\n\
+            echo >>/load/said; usleep 20000\ndone\n";
+        guest.shell("mkdir -p /load; : >/load/said")?;
+        guest.agent().put("/load/talk", 0o700, talk)?;
+        guest.shell(&format!(
+            "(nc {host} {port} -e /load/talk || echo 'nobody talks' >>/load/bad) </dev/null >/dev/null 2>&1 &"
+        ))?;
+        let (stream, _) = listener.accept()?;
+        let heard = Arc::new(AtomicU64::new(0));
+        let ours = Arc::clone(&heard);
+        let answers = thread::spawn(move || answer(stream, &ours));
+        Ok(Self { heard, answers })
+    }
+
+    /// They still talk.
+    pub fn goes_on(&self, guest: &LinuxVm) -> Result<()> {
+        load::goes_on(guest, "said")?;
+        let before = self.heard.load(Ordering::Relaxed);
+        wait("the host hears nothing", LIMIT, || {
+            let now = self.heard.load(Ordering::Relaxed);
+            Ok((now > before).then_some(()))
+        })
+    }
+
+    /// The guest has ended its load, and thus hung up: all that it said was heard.
+    pub fn ends(self, guest: &LinuxVm) -> Result<()> {
+        let heard = joined(self.answers)?;
+        let said: u64 = guest.shell("wc -l </load/said")?.trim().parse()?;
+        ensure!(heard == said && said > 0, "{said} numbers were said, {heard} heard");
+        Ok(())
+    }
+}
+
+fn answer(stream: TcpStream, heard: &AtomicU64) -> Result<u64> {
+    stream.set_read_timeout(Some(MOVE))?;
+    stream.set_nodelay(true)?;
+    let mut answers = stream.try_clone()?;
+    let mut last = 0;
+    for line in BufReader::new(stream).lines() {
+        let number: u64 = line.context("the connection was lost")?.parse()?;
+        ensure!(number == last + 1, "{number} was said after {last}");
+        last = number;
+        writeln!(answers, "{number}")?;
+        heard.store(number, Ordering::Relaxed);
+    }
+    Ok(last)
+}
