@@ -18,7 +18,7 @@ use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::local::{self, Local};
 use crate::passthrough;
-use crate::qemu::{Hardware, Qemu};
+use crate::qemu::{Hardware, Paired, Qemu};
 use crate::root::Rig;
 
 /// Time an emulated host has to start. It takes 4 s on an idle machine.
@@ -99,6 +99,8 @@ pub struct Options {
     pub terminal: bool,
     /// Socket of a daemon that serves an emulated host a disk, /dev/vda, over vhost-user.
     pub vhost_disk: Option<PathBuf>,
+    /// What an emulated host has in common with another one: a network card leads there, and its disk /dev/vda is that one's as well.
+    pub pair: Option<Paired>,
 }
 
 impl Default for Options {
@@ -111,6 +113,7 @@ impl Default for Options {
             files: Vec::new(),
             terminal: false,
             vhost_disk: None,
+            pair: None,
         }
     }
 }
@@ -224,6 +227,7 @@ impl Host {
             terminal: options.terminal,
             vhost_disk: options.vhost_disk.as_deref(),
             spare: &spare,
+            pair: options.pair.as_ref(),
             name: &format!("host-{kind}"),
         };
         let (mut qemu, stream) = Qemu::start(&parts.rig, &hardware)?;

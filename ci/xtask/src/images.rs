@@ -28,7 +28,8 @@ const HOST_MODULES: [&str; 7] = [
     "loop",
 ];
 
-/// Modules that a host has and loads when a test asks for it: what gives devices to guests, and drivers of such devices.
+/// Modules that a host has and loads when a test asks for it: what gives devices to guests, drivers of such devices, and of the card that leads
+/// to another host.
 const HOST_SPARE: [&str; 4] = ["vfio-pci", "vfio_iommu_type1", "nvme", "virtio_net"];
 
 /// The module with the host's KVM; on ARM it is built in.

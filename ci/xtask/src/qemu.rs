@@ -56,8 +56,21 @@ pub struct Hardware<'a> {
     pub vhost_disk: Option<&'a Path>,
     /// What its guests may get.
     pub spare: &'a passthrough::Devices,
+    /// What leads to another machine.
+    pub pair: Option<&'a Paired>,
     /// Starts the log files' names.
     pub name: &'a str,
+}
+
+/// What a machine has in common with another one.
+#[derive(Debug, Clone)]
+pub struct Paired {
+    /// The socket that stands for the wire between their network cards.
+    pub wire: PathBuf,
+    /// Whether this one makes the socket.
+    pub is_server: bool,
+    /// The image of the disk that both have.
+    pub disk: PathBuf,
 }
 
 /// The running emulator. It is killed when this is dropped, and by the kernel when the thread that
@@ -238,9 +251,44 @@ fn arguments(command: &mut Command, hardware: &Hardware<'_>, logs: &Logs) {
         ]);
     }
     command.args(hardware.spare.arguments(hardware.arch));
+    if let Some(pair) = hardware.pair {
+        pair_up(command, pair);
+    }
     if hardware.terminal {
         command.args(["-chardev", "stdio,id=terminal,signal=off"]);
         command.args(["-device", "virtconsole,chardev=terminal"]);
     }
     command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+}
+
+/// A network card with a wire to the other machine's, and a disk that both write to: what one has written the other one reads, since
+/// both emulators have it in this machine's page cache.
+fn pair_up(command: &mut Command, pair: &Paired) {
+    let path = |path: &Path| path.display().to_string().replace(',', ",,");
+    let role = match pair.is_server {
+        true => "server=on",
+        // The server may not be there yet.
+        false => "server=off,reconnect-ms=100",
+    };
+    let mac = if pair.is_server { "01" } else { "02" };
+    let (wire, disk) = (path(&pair.wire), path(&pair.disk));
+    let pairs = [
+        (
+            "-netdev",
+            format!("stream,id=wire,{role},addr.type=unix,addr.path={wire}"),
+        ),
+        (
+            "-device",
+            format!("virtio-net-pci,netdev=wire,mac=52:54:00:00:0b:{mac}"),
+        ),
+        (
+            "-blockdev",
+            format!("driver=file,node-name=image,filename={disk},locking=off"),
+        ),
+        ("-blockdev", "driver=raw,node-name=both,file=image".to_owned()),
+        ("-device", "virtio-blk-pci,drive=both,share-rw=on".to_owned()),
+    ];
+    for (flag, value) in pairs {
+        command.arg(flag).arg(value);
+    }
 }

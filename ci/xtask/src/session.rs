@@ -74,6 +74,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         files,
         terminal: shell && args.kind != Kind::Native,
         vhost_disk: None,
+        pair: None,
     };
     let host = Host::start(args.kind, &options)?;
     if shell {

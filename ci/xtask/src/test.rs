@@ -1,6 +1,7 @@
 //! `cargo xtask test`: every test there is, on every level and host, counted together.
 
 mod front_end;
+mod pair;
 mod place;
 mod suites;
 mod tally;
@@ -14,6 +15,7 @@ use anyhow::Result;
 use crate::host::Kind;
 use crate::kernels::Version;
 use crate::lint;
+use pair::Pair;
 use place::Place;
 pub use suites::{PATIENCE, Programs, SUITES};
 use tally::{Tally, Verdict};
@@ -49,6 +51,8 @@ enum Level {
     Payload,
     /// Hardware KVM, or an emulated host: Linux guests
     Nested,
+    /// Two emulated hosts: Linux guests that move from one to the other. Only when it is named
+    Pair,
 }
 
 impl Args {
@@ -85,7 +89,8 @@ pub fn run(args: &Args) -> ExitCode {
     if args.wants(Level::Unit) {
         tally.guard("unit", |tally| unit::run(&args.name, tally));
     }
-    if args.wants(Level::Payload) || args.wants(Level::Nested) {
+    let has_pairs = args.level.contains(&Level::Pair);
+    if args.wants(Level::Payload) || args.wants(Level::Nested) || has_pairs {
         tally.guard("suites", |tally| run_suites(args, tally));
     }
     tally.finish(start.elapsed())
@@ -122,6 +127,13 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
             });
         }
         suites::Nested::run_all(hosts, tally);
+    }
+    if args.level.contains(&Level::Pair) {
+        for pair in Pair::of(&args.host) {
+            tally.guard(&pair.to_string(), |tally| {
+                pair.run(&programs, &args.name, args.host_kernel, tally)
+            });
+        }
     }
     Ok(())
 }

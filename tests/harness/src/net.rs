@@ -84,7 +84,7 @@ impl Tap {
     }
 }
 
-/// Makes a bridge of Linux's with these interfaces as its ports, and brings it up.
+/// Makes a bridge of Linux's with these interfaces as its ports, and brings all of them up.
 ///
 /// # Errors
 /// No permission, or there is one of that name, or no such interface, or the kernel has no bridges.
@@ -103,7 +103,8 @@ pub fn bridge(name: &str, ports: &[&str]) -> Result<()> {
         check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCBRADDIF, &raw const named) })
             .with_context(|| format!("cannot make {port} a port of {name}"))?;
     }
-    Ok(interface_up(name)?)
+    let mut all = ports.iter().chain([&name]);
+    Ok(all.try_for_each(|name| interface_up(name))?)
 }
 
 /// Requests of Linux's bridges (linux/sockios.h).

@@ -95,6 +95,8 @@ pub enum Level {
     Payload,
     /// A Linux guest: a KVM that virtualises the whole processor, in hardware or emulated.
     Nested,
+    /// The same on two hosts with a wire between them and a disk that both reach. The test runs on each, at the same time: [`Side`].
+    Pair,
 }
 
 impl fmt::Display for Level {
@@ -102,6 +104,7 @@ impl fmt::Display for Level {
         f.write_str(match self {
             Self::Payload => "payload",
             Self::Nested => "nested",
+            Self::Pair => "pair",
         })
     }
 }
@@ -113,7 +116,51 @@ impl FromStr for Level {
         match text {
             "payload" => Ok(Self::Payload),
             "nested" => Ok(Self::Nested),
-            _ => Err(format!("{text} is no level; there are payload and nested")),
+            "pair" => Ok(Self::Pair),
+            _ => Err(format!("{text} is no level; there are payload, nested and pair")),
+        }
+    }
+}
+
+/// The environment variable that says on which of two hosts this is.
+pub const SIDE: &str = "TRIARCH_SIDE";
+/// The environment variable with what the host [`Side::There`] lacks, in words with blanks between them, for a guest that has all that the
+/// other one offers.
+pub const LACKS: &str = "TRIARCH_LACKS";
+
+/// One of two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Where the guest begins.
+    Here,
+    /// The other one.
+    There,
+}
+
+impl Side {
+    /// Which of two hosts this is, if it is one.
+    pub fn of_this_host() -> Option<Self> {
+        std::env::var(SIDE).ok()?.parse().ok()
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Here => "here",
+            Self::There => "there",
+        })
+    }
+}
+
+impl FromStr for Side {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "here" => Ok(Self::Here),
+            "there" => Ok(Self::There),
+            _ => Err(format!("{text} is no side; there are here and there")),
         }
     }
 }
@@ -181,6 +228,18 @@ impl Test {
         }
     }
 
+    /// A test of the pair level, which has five minutes.
+    pub const fn pair(name: &'static str, run: fn(&Context) -> Result<Outcome>) -> Self {
+        Self {
+            name,
+            level: Level::Pair,
+            run,
+            timeout: Duration::from_secs(300),
+            needs_kvm: true,
+            is_soak: false,
+        }
+    }
+
     /// After this it has failed, on this machine.
     pub fn limit(&self) -> Duration {
         if self.is_soak && [ROUNDS, MOVES].iter().any(|name| std::env::var_os(name).is_some()) {
@@ -188,7 +247,7 @@ impl Test {
         }
         match self.level {
             Level::Payload => patient(self.timeout),
-            Level::Nested => self.timeout,
+            Level::Nested | Level::Pair => self.timeout,
         }
     }
 

@@ -17,6 +17,7 @@ mod moving;
 mod net;
 mod numa;
 mod ovs;
+mod pair;
 mod passt;
 mod pause;
 mod plug;
@@ -54,6 +55,7 @@ pub fn tests() -> Vec<Test> {
         pause::TESTS,
         snapshot::TESTS,
         migration::TESTS,
+        pair::TESTS,
         hotplug::TESTS,
         dimms::TESTS,
         virtio_mem::TESTS,

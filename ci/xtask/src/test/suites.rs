@@ -154,7 +154,10 @@ impl Programs {
     }
 
     /// The tests of a level, without running them. They are the same for every architecture.
-    fn list(&self, level: &str, filters: &[String]) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// The program with the tests does not run.
+    pub fn list(&self, level: &str, filters: &[String]) -> Result<Vec<String>> {
         let mut command = Command::new(self.dir.join(SUITES));
         let listed = tools::output(command.args(["--list", "--level", level]))?;
         let names = listed.lines().filter_map(|line| line.split_whitespace().nth(1));
@@ -190,7 +193,10 @@ impl Programs {
     }
 
     /// What all tests need on a host.
-    fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
+    ///
+    /// # Errors
+    /// A program does not compile, or an image cannot be made.
+    pub fn files(&self, arch: Arch) -> Result<Vec<(String, u32, PathBuf)>> {
         let rig = Rig::get(arch)?;
         let mut files = self.without_linux(arch)?;
         for version in [Version::V6_1, Version::V6_12] {
@@ -223,7 +229,7 @@ impl Nested {
             pending,
         } = self;
         host::with_host(place.kind, options, |host| {
-            pending.iter_mut().try_for_each(|level| run_on(host, level, tally))
+            pending.iter_mut().try_for_each(|level| run_on(host, level, &[], tally))
         })
     }
 
@@ -255,7 +261,8 @@ fn programs(arch: Arch) -> Result<PathBuf> {
     build::programs(arch, Profile::Dev, &[VMM, BLKD, NETD, CLIENT, SUITES])
 }
 
-fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
+/// Runs what is pending on a host, with these variables in its environment.
+pub fn run_on(host: &Host, pending: &mut Pending, environment: &[(&str, &str)], tally: &mut Tally) -> Result<()> {
     if pending.names.is_empty() {
         return Ok(());
     }
@@ -265,6 +272,9 @@ fn run_on(host: &Host, pending: &mut Pending, tally: &mut Tally) -> Result<()> {
         .cwd(&host.path(""))
         .timeout(LIMIT)
         .env(suite::PATIENCE, PATIENCE);
+    for (name, value) in environment {
+        exec = exec.env(name, value);
+    }
     for variable in [suite::KILLS, suite::ROUNDS, suite::MOVES] {
         if let Ok(value) = env::var(variable) {
             exec = exec.env(variable, &value);
@@ -312,14 +322,15 @@ impl Lines {
 
 /// Tests that have no result yet.
 #[derive(Debug)]
-struct Pending {
+pub struct Pending {
     place: String,
     level: &'static str,
     names: Vec<String>,
 }
 
 impl Pending {
-    fn new(place: &str, level: &'static str, names: Vec<String>) -> Self {
+    /// Those of a level at a place.
+    pub fn new(place: &str, level: &'static str, names: Vec<String>) -> Self {
         Self {
             place: place.to_owned(),
             level,

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: triarch-suites [--level payload|nested] [--list] [--json] [--exact] [NAME ...]
+usage: triarch-suites [--level payload|nested|pair] [--list] [--json] [--exact] [NAME ...]
 
 Runs tests that run a whole VMM: all of them, or those whose names contain a NAME.
   --level L  only this level
@@ -37,7 +37,7 @@ impl Options {
                 "--json" => options.json = true,
                 "--exact" => options.exact = true,
                 "--level" => {
-                    let level = rest.next().ok_or("--level needs payload or nested")?;
+                    let level = rest.next().ok_or("--level needs payload, nested or pair")?;
                     options.level = Some(level.parse()?);
                 }
                 other if other.starts_with('-') => {

@@ -1,7 +1,7 @@
 //! A stock kernel that works moves between two VMMs of one host, back and forth, while somebody talks with it.
 
 use super::load::{self, LIMIT, complaints, uptime};
-use super::moving::{GUEST, MAC, NET, Receiving, Talk, send};
+use super::moving::{GUEST, MAC, NET, Receiving, Talk, said, send};
 use super::net::configure;
 use crate::held::Held;
 use anyhow::{Context as _, Result, ensure};
@@ -75,7 +75,7 @@ fn goes_back_and_forth(context: &Context, kernel: Kernel) -> Result<Outcome> {
     }
     let Journey { guest, downtimes, .. } = journey;
     load::ends(&guest)?;
-    talk.ends(&guest)?;
+    talk.ends(said(&guest)?)?;
     let last = complaints(&guest)?;
     ensure!(last == first, "before: {first}\nand after: {last}");
     suite::figure(&format!("migration of Linux {kernel}: {}", spread(downtimes)))?;
@@ -87,7 +87,8 @@ fn goes_back_and_forth(context: &Context, kernel: Kernel) -> Result<Outcome> {
 fn works(guest: &LinuxVm, talk: &Talk) -> Result<()> {
     load::works(guest)?;
     load::goes_on(guest, "remembered")?;
-    talk.goes_on(guest)
+    load::goes_on(guest, "said")?;
+    talk.goes_on()
 }
 
 /// A guest that has somewhere to go.

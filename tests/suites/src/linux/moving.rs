@@ -1,7 +1,7 @@
 //! What tests of migrations with Linux guests stand on: both sides of a move, a network that the guest stays in, and somebody there who
 //! talks with it all the while.
 
-use super::load::{self, LIMIT};
+use super::load::LIMIT;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -61,6 +61,14 @@ impl Receiving {
         let said = || self.vm.last_words();
         joined(self.answer).with_context(|| format!("nobody came{}", said()))?;
         LinuxVm::attach(self.vm)
+    }
+
+    /// Why none came.
+    pub fn refused(self) -> Result<String> {
+        let error = joined(self.answer).err().context("a guest came")?;
+        let info = self.vm.api()?.request("GET", "vm.info", None)?;
+        ensure!(info.status == 404, "there is a VM: {}", info.body);
+        Ok(format!("{error:#}"))
     }
 }
 
@@ -124,9 +132,8 @@ impl Talk {
         Ok(Self { heard, answers })
     }
 
-    /// They still talk.
-    pub fn goes_on(&self, guest: &LinuxVm) -> Result<()> {
-        load::goes_on(guest, "said")?;
+    /// The guest still talks.
+    pub fn goes_on(&self) -> Result<()> {
         let before = self.heard.load(Ordering::Relaxed);
         wait("the host hears nothing", LIMIT, || {
             let now = self.heard.load(Ordering::Relaxed);
@@ -134,13 +141,22 @@ impl Talk {
         })
     }
 
-    /// The guest has ended its load, and thus hung up: all that it said was heard.
-    pub fn ends(self, guest: &LinuxVm) -> Result<()> {
+    /// The guest has ended its load, and thus hung up, and had its answer to so many numbers: all that it said was heard.
+    pub fn ends(self, said: u64) -> Result<()> {
         let heard = joined(self.answers)?;
-        let said: u64 = guest.shell("wc -l </load/said")?.trim().parse()?;
         ensure!(heard == said && said > 0, "{said} numbers were said, {heard} heard");
         Ok(())
     }
+}
+
+/// How many numbers it said and got back; its load has ended.
+pub fn said(guest: &LinuxVm) -> Result<u64> {
+    // What it says now is the last.
+    wait("the guest does not hang up", LIMIT, || {
+        let talks = guest.shell("pidof talk || true")?;
+        Ok(talks.trim().is_empty().then_some(()))
+    })?;
+    Ok(guest.shell("wc -l </load/said")?.trim().parse()?)
 }
 
 fn answer(stream: TcpStream, heard: &AtomicU64) -> Result<u64> {

@@ -27,7 +27,7 @@ mod launch;
 mod log;
 mod memory;
 mod metrics;
-mod migration;
+pub(crate) mod migration;
 mod net;
 mod netd;
 mod nursery;

@@ -4,7 +4,7 @@ mod ends;
 mod kills;
 mod limits;
 mod refusals;
-mod tls;
+pub(crate) mod tls;
 
 use super::data::crc32;
 use super::guest::{Guest, SERIAL, builder, number, test_ram};
