@@ -220,7 +220,8 @@ impl Host {
             kernel: parts.kernel.shipped(),
             initramfs: Path::new(&path),
             cmdline: &format!(
-                "console={console} quiet panic=-1 {} triarch.agent=port:{PORT}",
+                "console={console} quiet panic=-1 {} {} triarch.agent=port:{PORT}",
+                kind.arch().of_slow_hosts(),
                 passthrough::cmdline(kind.arch())
             ),
             port: PORT,
