@@ -1,7 +1,9 @@
 //! Gives pages of guest memory back to the host.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use thiserror::Error;
 use vm_memory::bitmap::Bitmap;
@@ -35,14 +37,30 @@ pub struct Discarder {
     memory: GuestMemoryHandle,
     pages: Pages,
     backing: Backing,
+    /// As long as it lives nothing is given back.
+    keeper: Arc<RwLock<Option<Keeper>>>,
 }
+
+/// Somebody who holds pages of the guest, such as devices of the host.
+type Keeper = Weak<dyn Any + Send + Sync>;
 
 impl Discarder {
     /// For `memory`, which was made as `backing` says.
     pub fn new(memory: GuestMemoryHandle, backing: impl Into<Backing>) -> Result<Self, MemoryError> {
         let backing = backing.into();
         let pages = backing.pages()?;
-        Ok(Self { memory, pages, backing })
+        Ok(Self {
+            memory,
+            pages,
+            backing,
+            keeper: Arc::default(),
+        })
+    }
+
+    /// Gives nothing back any more, here and by all clones, as long as `keeper` lives: a device that holds a page would go on with that one while
+    /// the guest gets another. What is being given back just now is done when this returns.
+    pub fn keep_for(&self, keeper: Weak<dyn Any + Send + Sync>) {
+        *self.keeper.write().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
     }
 
     /// Bytes of the largest page that the host backs any of the memory with: that much can be given back anywhere, less perhaps not.
@@ -62,6 +80,10 @@ impl Discarder {
 
     /// Gives back every whole page between `at` and `at + len` that is guest memory, and nothing else. Returns how many bytes that were.
     pub fn discard(&self, at: GuestAddress, len: u64) -> Result<u64, DiscardError> {
+        let keeper = self.keeper.read().unwrap_or_else(PoisonError::into_inner);
+        if keeper.as_ref().is_some_and(|keeper| keeper.strong_count() > 0) {
+            return Ok(0);
+        }
         let memory = self.memory.memory();
         let mut done = 0;
         for (region, offset, len) in pieces(&memory, at, len) {
@@ -223,6 +245,19 @@ mod tests {
                 assert_eq!(byte(at), value, "{at:#x}, shared {shared}");
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_given_back_while_somebody_holds_pages() {
+        let discarder = filled(false);
+        let (clone, keeper) = (discarder.clone(), Arc::new(()));
+        let weak: Weak<()> = Arc::downgrade(&keeper);
+        discarder.keep_for(weak);
+        assert_eq!(clone.discard(GuestAddress(0), MIB).expect("kept"), 0);
+        assert_eq!(held(&clone), 3 * MIB);
+        drop(keeper);
+        assert_eq!(clone.discard(GuestAddress(0), MIB).expect("given back"), MIB);
+        assert_eq!(held(&clone), 2 * MIB);
     }
 
     #[test]
