@@ -4,6 +4,7 @@
 //! works on the descriptors this crate hands out.
 
 mod firmware;
+mod groups;
 mod interrupts;
 #[allow(unsafe_code)] // the shared kvm_run page
 mod vcpu;
@@ -11,6 +12,7 @@ mod vcpu;
 mod vm;
 
 pub use firmware::{Firmware, FirmwareStateV1, PsciV1, StartV1};
+pub use groups::VfioGroups;
 pub use interrupts::{Interrupts, Line};
 pub use vcpu::{Exit, ImmediateExit, Vcpu};
 pub use vm::{IoEventFds, MemorySlots, Vm};

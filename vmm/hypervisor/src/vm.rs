@@ -13,7 +13,7 @@ use triarch_memory::{GuestMemory, GuestRegion};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{HypervisorError, Vcpu};
+use crate::{HypervisorError, Vcpu, VfioGroups};
 
 #[derive(Clone, Copy)]
 struct Slot {
@@ -22,6 +22,8 @@ struct Slot {
     len: u64,
     /// Where it is mapped in this process.
     host: u64,
+    /// It is RAM, and not registers of a device.
+    ram: bool,
 }
 
 /// The slots in use, by GPA.
@@ -46,6 +48,21 @@ impl MemorySlots {
     /// Gives one region to the guest. The caller keeps its mapping alive for as long as the VM lives or until
     /// [`unmap_region`](Self::unmap_region).
     pub fn map_region(&self, region: &GuestRegion) -> Result<(), HypervisorError> {
+        self.map(
+            region.start_addr().raw_value(),
+            region.len(),
+            region.as_ptr() as u64,
+            true,
+        )
+    }
+
+    /// Gives `len` bytes of a device's registers, which are mapped at `host`, to the guest at `gpa`, all whole pages. What is written there is
+    /// never logged. The caller keeps the mapping alive for as long as the VM lives or until [`unmap_region`](Self::unmap_region).
+    pub fn map_registers(&self, gpa: u64, len: u64, host: u64) -> Result<(), HypervisorError> {
+        self.map(gpa, len, host, false)
+    }
+
+    fn map(&self, gpa: u64, len: u64, host: u64, ram: bool) -> Result<(), HypervisorError> {
         let mut used = self.used();
         let taken: BTreeSet<u32> = used.slots.values().map(|slot| slot.number).collect();
         let free = (0u32..).zip(&taken).find(|(number, taken)| number != *taken);
@@ -55,11 +72,12 @@ impl MemorySlots {
         }
         let slot = Slot {
             number,
-            gpa: region.start_addr().raw_value(),
-            len: region.len(),
-            host: region.as_ptr() as u64,
+            gpa,
+            len,
+            host,
+            ram,
         };
-        self.set(slot, used.logged)?;
+        self.set(slot, used.logged && ram)?;
         used.slots.insert(slot.gpa, slot);
         self.count.store(used.slots.len() as u64, Relaxed);
         Ok(())
@@ -90,10 +108,11 @@ impl MemorySlots {
     /// KVM's. Then nothing is logged, as far as KVM lets that be.
     pub fn log_writes(&self, on: bool) -> Result<(), HypervisorError> {
         let mut used = self.used();
-        let result = used.slots.values().try_for_each(|slot| self.set(*slot, on));
+        let mut ram = used.slots.values().filter(|slot| slot.ram);
+        let result = ram.try_for_each(|slot| self.set(*slot, on));
         used.logged = on && result.is_ok();
         if on && result.is_err() {
-            for slot in used.slots.values() {
+            for slot in used.slots.values().filter(|slot| slot.ram) {
                 let _ = self.set(*slot, false);
             }
         }
@@ -107,7 +126,7 @@ impl MemorySlots {
     /// There is no such region, or nothing is logged.
     pub fn written(&self, gpa: u64) -> Result<Vec<u64>, HypervisorError> {
         let used = self.used();
-        let slot = used.slots.get(&gpa).filter(|_| used.logged);
+        let slot = used.slots.get(&gpa).filter(|slot| used.logged && slot.ram);
         let log = match slot {
             Some(slot) => self.fd.get_dirty_log(slot.number, slot.len as usize),
             None => Err(kvm_ioctls::Error::new(libc::ENOENT)),
@@ -208,6 +227,11 @@ impl Vm {
     pub fn create_vcpu(&self, id: u64) -> Result<Vcpu, HypervisorError> {
         let fd = self.fd.create_vcpu(id).map_err(HypervisorError::kvm("create a vCPU"))?;
         Ok(Vcpu::new(fd))
+    }
+
+    /// The IOMMU groups it has devices of.
+    pub fn vfio_groups(&self) -> VfioGroups {
+        VfioGroups::new(self.fd.clone())
     }
 
     /// Attaches doorbells.
