@@ -158,6 +158,15 @@ impl MsiX {
         }
     }
 
+    /// The vectors that deliver messages now.
+    pub fn live(&self) -> Vec<u16> {
+        let table = lock(&self.table);
+        let live = (0u16..).zip(&table.live);
+        live.filter(|(_, message)| message.is_some())
+            .map(|(index, _)| index)
+            .collect()
+    }
+
     /// The event behind vector `index`, to be raised by the kernel or another process. Fails when the vector does not exist or
     /// none can be had.
     pub fn event_fd(&self, index: u16) -> io::Result<EventFd> {

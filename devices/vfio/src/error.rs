@@ -1,0 +1,108 @@
+//! Why a device of the host cannot be had.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a device of the host cannot be had. Each says what is to be done.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// Nothing at the path.
+    #[error(
+        "there is no device at {}; give the path of one in /sys/bus/pci/devices, such as /sys/bus/pci/devices/0000:01:00.0",
+        .0.display()
+    )]
+    Absent(PathBuf),
+    /// No IOMMU.
+    #[error(
+        "{0} is in no IOMMU group: the host has no IOMMU that works for it; switch it on in the firmware and on the kernel's command \
+         line (intel_iommu=on on Intel)"
+    )]
+    NoGroup(String),
+    /// VFIO's mode without an IOMMU.
+    #[error(
+        "{0} has no IOMMU behind it, only VFIO's unsafe mode without one, in which a guest could write to any memory of the host; switch \
+         the host's IOMMU on"
+    )]
+    NoIommu(String),
+    /// It belongs to a driver, or to nobody.
+    #[error("{name} {owner}; give it to vfio-pci: {}", bind(.name, *.bound))]
+    NotBound {
+        /// Its name.
+        name: String,
+        /// Whose it is.
+        owner: String,
+        /// It has a driver that must let go of it first.
+        bound: bool,
+    },
+    /// VFIO is not there.
+    #[error(
+        "{path} cannot be opened; load the modules vfio-pci and vfio_iommu_type1, and let this user read and write it"
+    )]
+    NoVfio {
+        /// The path.
+        path: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else has it.
+    #[error(
+        "{name} is in use: another process has its IOMMU group {group} open; end that one, or give the guest another device"
+    )]
+    InUse {
+        /// Its name.
+        name: String,
+        /// Number of its group.
+        group: u32,
+    },
+    /// This guest has it.
+    #[error("{0} is passed through to this guest already")]
+    Twice(String),
+    /// Others of its group belong to the host.
+    #[error(
+        "{name} cannot be separated from {others} in its IOMMU group {group}; give those to vfio-pci as well, or take their driver away"
+    )]
+    Shared {
+        /// Its name.
+        name: String,
+        /// Number of its group.
+        group: u32,
+        /// The others, with their drivers.
+        others: String,
+    },
+    /// No such IOMMU.
+    #[error("the host's kernel has no VFIO for this IOMMU (type 1, version 2); load the module vfio_iommu_type1")]
+    NoType1,
+    /// Interrupts are not checked.
+    #[error(
+        "the host's IOMMU does not check interrupts (no interrupt remapping), so the guest could use {0} to send the host any; switch that \
+         on in the firmware, or accept it for all guests with the option allow_unsafe_interrupts=1 of the module vfio_iommu_type1"
+    )]
+    UnsafeInterrupts(String),
+    /// It is no PCI function.
+    #[error("{0} is no PCI device; only those can be passed through")]
+    NotPci(String),
+    /// The kernel refuses something.
+    #[error("cannot {what} of {name}")]
+    Kernel {
+        /// What was asked of it.
+        what: &'static str,
+        /// The device.
+        name: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a person types to give a device to vfio-pci.
+fn bind(name: &str, bound: bool) -> String {
+    let device = format!("/sys/bus/pci/devices/{name}");
+    let unbind = match bound {
+        true => format!("echo {name} > {device}/driver/unbind; "),
+        false => String::new(),
+    };
+    format!("echo vfio-pci > {device}/driver_override; {unbind}echo {name} > /sys/bus/pci/drivers_probe")
+}

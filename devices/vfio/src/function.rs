@@ -1,0 +1,322 @@
+//! A device of the host as the guest's bus has it.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use thiserror::Error;
+use triarch_device_core::{AccessError, MsiRouter, RateLimit};
+use triarch_pci::{Bars, PciAddress, PciFunction, command};
+use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+
+use crate::config::{Config, SIZE};
+use crate::interrupts::Interrupts;
+use crate::kernel::Region;
+use crate::{HostDevice, Mapping, areas, lock};
+
+const COMMAND: u64 = 0x04;
+
+/// What a device needs of the VM.
+pub trait Vm: Send + Sync {
+    /// Has the guest reach `registers` at `gpa` without anybody noticing. They stay mapped until [`unmap`](Self::unmap).
+    fn map(&self, gpa: u64, registers: &Mapping) -> io::Result<()>;
+    /// Undoes that.
+    fn unmap(&self, gpa: u64) -> io::Result<()>;
+    /// Tells the hypervisor of an IOMMU group that the guest has a device of, once for each such device.
+    fn admit(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+    /// Undoes that.
+    fn dismiss(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+/// Why no function can be made of a device.
+#[derive(Debug, Error)]
+pub enum FunctionError {
+    /// What was in it would go to the guest.
+    #[error("{name} cannot be reset")]
+    Reset {
+        /// The device.
+        name: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refuses something.
+    #[error("cannot {what} of {name}")]
+    Kernel {
+        /// What was asked of it.
+        what: &'static str,
+        /// The device.
+        name: String,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A part of a BAR that the guest reaches by itself.
+struct Area {
+    start: u64,
+    mapping: Mapping,
+    /// Where the guest has it.
+    at: Option<u64>,
+}
+
+/// A BAR.
+#[derive(Default)]
+struct BarParts {
+    region: Region,
+    areas: Vec<Area>,
+}
+
+/// A PCI function that is a device of the host.
+pub struct VfioPci {
+    host: Arc<HostDevice>,
+    vm: Arc<dyn Vm>,
+    config: Mutex<Config>,
+    /// Where its configuration space is in its descriptor.
+    registers: u64,
+    bars: Mutex<[BarParts; 6]>,
+    interrupts: Interrupts,
+    /// The guest has it no more.
+    gone: AtomicBool,
+    log: RateLimit,
+}
+
+impl VfioPci {
+    /// Makes a function of `host`, which is reset: of what another guest left in it nothing is there. `ports`: the bus has I/O ports.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(
+        host: &Arc<HostDevice>,
+        vm: Arc<dyn Vm>,
+        router: &Arc<dyn MsiRouter>,
+        ports: bool,
+    ) -> Result<Self, FunctionError> {
+        let name = host.name();
+        let failed = |what| {
+            move |source| FunctionError::Kernel {
+                what,
+                name: name.to_owned(),
+                source,
+            }
+        };
+        host.reset().map_err(|source| FunctionError::Reset {
+            name: name.to_owned(),
+            source,
+        })?;
+        let file = &host.file;
+        let mut regions: [Region; 6] = Default::default();
+        for (index, region) in (0..).zip(&mut regions) {
+            *region = file.region(index).map_err(failed("learn the BARs"))?;
+        }
+        let own = file
+            .region(VFIO_PCI_CONFIG_REGION_INDEX)
+            .map_err(failed("find the configuration space"))?;
+        let mut bytes = Box::new([0; SIZE]);
+        let len = usize::try_from(own.size).unwrap_or(SIZE).min(SIZE);
+        file.read_at(own.offset, &mut bytes[..len])
+            .map_err(failed("read the configuration space"))?;
+        let sizes = std::array::from_fn(|i| regions[i].size);
+        let mut config = Config::new(&bytes, &sizes, ports);
+        let vectors = file.irq_count(VFIO_PCI_MSIX_IRQ_INDEX).unwrap_or(0);
+        config.limit_msix(u16::try_from(vectors).unwrap_or(u16::MAX));
+        let mut bars: [BarParts; 6] = Default::default();
+        for (index, (parts, region)) in (0u8..).zip(bars.iter_mut().zip(regions)) {
+            let shown = config.bars()[usize::from(index)].is_some();
+            let trapped = config.trapped(index);
+            let areas = if shown {
+                map(host, &region, &trapped)
+            } else {
+                Ok(Vec::new())
+            };
+            let areas = areas.map_err(failed("map the registers"))?;
+            *parts = BarParts { region, areas };
+        }
+        vm.admit(host.group()).map_err(failed("tell KVM of the IOMMU group"))?;
+        let function = Self {
+            interrupts: Interrupts::new(host, router, &config),
+            host: host.clone(),
+            vm,
+            config: Mutex::new(config),
+            registers: own.offset,
+            bars: Mutex::new(bars),
+            gone: AtomicBool::new(false),
+            log: RateLimit::default(),
+        };
+        function.set_command(0);
+        Ok(function)
+    }
+
+    /// The device on the host.
+    pub fn host(&self) -> &Arc<HostDevice> {
+        &self.host
+    }
+
+    /// Stops the device for good: it reaches no memory and interrupts nobody, and what it knew of the guest is gone. The guest's memory may
+    /// go when this returns.
+    pub fn stop(&self) {
+        if self.gone.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.interrupts.silence();
+        // Without being the bus's master it reaches nothing, also if it cannot be reset.
+        let _ = self.host.file.write_at(self.registers + COMMAND, &[0, 0]);
+        if let Err(error) = self.host.reset() {
+            tracing::warn!("{} cannot be reset: {error}", self.host.name());
+        }
+        for parts in lock(&self.bars).iter_mut() {
+            for area in std::mem::take(&mut parts.areas) {
+                self.hide(&area);
+            }
+        }
+        if let Err(error) = self.vm.dismiss(self.host.group()) {
+            tracing::warn!("KVM keeps the IOMMU group of {}: {error}", self.host.name());
+        }
+    }
+
+    /// Lets the device decode its registers, and reach memory if `wanted` of the guest says so. It decodes them whatever the guest wants:
+    /// those that are mapped would be gone otherwise, under the guest's hands. Where the guest has no BAR, nothing is mapped.
+    fn set_command(&self, wanted: u16) {
+        let value = command::IO | command::MEMORY | wanted & command::BUS_MASTER;
+        if let Err(error) = self.host.file.write_at(self.registers + COMMAND, &value.to_le_bytes()) {
+            self.warn("write the command register", &error);
+        }
+    }
+
+    /// Takes `area` from where the guest has it.
+    fn hide(&self, area: &Area) {
+        if let Some(at) = area.at
+            && let Err(error) = self.vm.unmap(at)
+        {
+            self.warn("take registers from the guest", &error);
+        }
+    }
+
+    /// The guest resets its function.
+    fn restart(&self, config: &mut Config) {
+        if let Err(error) = self.host.reset() {
+            return self.warn("reset the device", &error);
+        }
+        config.reset();
+        self.interrupts.changed(config);
+        self.set_command(0);
+    }
+
+    fn gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Where `offset` of BAR `bar` is in the device's descriptor.
+    fn place(&self, bar: u8, offset: u64, len: usize) -> Result<u64, AccessError> {
+        let bars = lock(&self.bars);
+        let parts = bars.get(usize::from(bar)).ok_or(AccessError::BadAccess)?;
+        let end = offset.checked_add(len as u64).ok_or(AccessError::BadAccess)?;
+        match end <= parts.region.size && !self.gone() {
+            true => Ok(parts.region.offset + offset),
+            false => Err(AccessError::BadAccess),
+        }
+    }
+
+    fn warn(&self, what: &str, error: &io::Error) {
+        if let Some(held_back) = self.log.admit() {
+            tracing::warn!(held_back, "cannot {what}, of {}: {error}", self.host.name());
+        }
+    }
+}
+
+/// Maps of `region` what the guest may reach by itself.
+fn map(host: &HostDevice, region: &Region, trapped: &[Range<u64>]) -> io::Result<Vec<Area>> {
+    let parts = areas::mappable(region, trapped, host.page_size());
+    let area = |part: Range<u64>| {
+        let mapping = host.file.map(region.offset + part.start, part.end - part.start)?;
+        Ok(Area {
+            start: part.start,
+            mapping,
+            at: None,
+        })
+    };
+    parts.into_iter().map(area).collect()
+}
+
+impl PciFunction for VfioPci {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        if self.gone() {
+            return data.fill(0xff);
+        }
+        lock(&self.config).read(offset, data, |data| {
+            let at = self.registers + u64::from(offset);
+            self.host.file.read_at(at, data).is_ok()
+        });
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        if self.gone() {
+            return;
+        }
+        let mut config = lock(&self.config);
+        let effects = config.write(offset, data);
+        if effects.command {
+            self.set_command(config.command());
+        }
+        if effects.messages {
+            self.interrupts.changed(&config);
+        }
+        if effects.reset {
+            self.restart(&mut config);
+        }
+    }
+
+    fn bars(&self) -> Bars {
+        lock(&self.config).bars()
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        let at = self.place(bar, offset, data.len())?;
+        if let Some(done) = self.interrupts.read(bar, offset, data) {
+            return done;
+        }
+        self.host.file.read_at(at, data).map_err(|_| AccessError::BadAccess)
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        let at = self.place(bar, offset, data.len())?;
+        if let Some(done) = self.interrupts.write(bar, offset, data) {
+            return done;
+        }
+        self.host.file.write_at(at, data).map_err(|_| AccessError::BadAccess)
+    }
+
+    fn bar_moved(&self, bar: u8, address: Option<u64>) {
+        let mut bars = lock(&self.bars);
+        let Some(parts) = bars.get_mut(usize::from(bar)) else {
+            return;
+        };
+        for area in &mut parts.areas {
+            self.hide(area);
+            area.at = address.map(|address| address + area.start);
+            let shown = area.at.map_or(Ok(()), |at| self.vm.map(at, &area.mapping));
+            if let Err(error) = shown {
+                // Each access then goes by way of the VMM.
+                area.at = None;
+                self.warn("have the guest reach registers", &error);
+            }
+        }
+    }
+
+    fn attach(&self, address: PciAddress) {
+        self.interrupts.attach(address.requester());
+    }
+
+    fn detach(&self) {
+        self.stop();
+    }
+}
+
+impl Drop for VfioPci {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

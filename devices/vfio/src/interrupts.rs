@@ -1,0 +1,228 @@
+//! Messages of a device that become interrupts of the guest inside the kernel: each goes from VFIO to KVM by an event descriptor.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use triarch_device_core::{AccessError, MsiMessage, MsiRouter, MsiVector, RateLimit};
+use triarch_pci::MsiX;
+use vfio_bindings::bindings::vfio::{VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::config::{Config, MsiPlace, MsiXPlace};
+use crate::kernel::IrqError;
+use crate::{HostDevice, lock};
+
+/// Bit of MSI's control register: it is enabled.
+const MSI_ENABLE: u16 = 1;
+
+/// The interrupts of one device.
+pub(crate) struct Interrupts {
+    host: Arc<HostDevice>,
+    router: Arc<dyn MsiRouter>,
+    msix: Option<(MsiXPlace, MsiX)>,
+    msi: Option<MsiPlace>,
+    wires: Mutex<Wires>,
+    log: RateLimit,
+}
+
+/// What of the device's interrupts the host has set up.
+#[derive(Default)]
+struct Wires {
+    requester: Option<u16>,
+    /// MSI-X is on.
+    msix: bool,
+    /// Vectors of MSI-X that ring the guest.
+    connected: BTreeSet<u16>,
+    /// Vectors of MSI, all that the guest enabled.
+    msi: Vec<Arc<dyn MsiVector>>,
+}
+
+impl Interrupts {
+    pub(crate) fn new(host: &Arc<HostDevice>, router: &Arc<dyn MsiRouter>, config: &Config) -> Self {
+        let msix = config
+            .msix()
+            .map(|place| (place, MsiX::new(router.clone(), place.count)));
+        Self {
+            host: host.clone(),
+            router: router.clone(),
+            msix,
+            msi: config.msi(),
+            wires: Mutex::default(),
+            log: RateLimit::default(),
+        }
+    }
+
+    pub(crate) fn attach(&self, requester: u16) {
+        lock(&self.wires).requester = Some(requester);
+        if let Some((_, msix)) = &self.msix {
+            msix.attach(requester);
+        }
+    }
+
+    /// The guest changed registers of MSI or MSI-X in `config`.
+    pub(crate) fn changed(&self, config: &Config) {
+        if let Some((place, msix)) = &self.msix {
+            msix.set_control(config.u16_at(place.at + MsiX::CONTROL));
+            self.connect(msix);
+        }
+        if let Some(place) = self.msi
+            && let Err(error) = self.set_msi(place, config)
+        {
+            self.warn(&error);
+        }
+    }
+
+    /// Reads `data` at `offset` of BAR `bar`, if the table or the pending bits are there.
+    pub(crate) fn read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Option<Result<(), AccessError>> {
+        let (place, msix) = self.msix.as_ref()?;
+        if let Some(offset) = inside(place.table, 16 * u64::from(place.count), bar, offset) {
+            return Some(msix.table_read(offset, data));
+        }
+        let size = u64::from(place.count).div_ceil(64) * 8;
+        let offset = inside(place.pending, size, bar, offset)?;
+        Some(msix.pba_read(offset, data))
+    }
+
+    /// Writes there.
+    pub(crate) fn write(&self, bar: u8, offset: u64, data: &[u8]) -> Option<Result<(), AccessError>> {
+        let (place, msix) = self.msix.as_ref()?;
+        if let Some(offset) = inside(place.table, 16 * u64::from(place.count), bar, offset) {
+            let done = msix.table_write(offset, data);
+            self.connect(msix);
+            return Some(done);
+        }
+        let size = u64::from(place.count).div_ceil(64) * 8;
+        inside(place.pending, size, bar, offset).map(|_| Ok(()))
+    }
+
+    /// The guest hears nothing of the device any more.
+    pub(crate) fn silence(&self) {
+        let mut wires = lock(&self.wires);
+        if wires.msix {
+            self.disable(VFIO_PCI_MSIX_IRQ_INDEX);
+        }
+        wires.msix = false;
+        wires.connected.clear();
+        self.end_msi(&mut wires);
+    }
+
+    fn end_msi(&self, wires: &mut Wires) {
+        if !wires.msi.is_empty() {
+            self.disable(VFIO_PCI_MSI_IRQ_INDEX);
+        }
+        for vector in wires.msi.drain(..) {
+            if let Err(error) = vector.mask() {
+                self.warn(&error);
+            }
+        }
+    }
+
+    fn disable(&self, index: u32) {
+        if let Err(error) = self.host.file.disable_irqs(index) {
+            self.warn(&error);
+        }
+    }
+
+    /// Has the device's vectors ring those that the guest uses.
+    fn connect(&self, msix: &MsiX) {
+        let mut wires = lock(&self.wires);
+        if !msix.enabled() {
+            if wires.msix {
+                self.disable(VFIO_PCI_MSIX_IRQ_INDEX);
+                wires.msix = false;
+                wires.connected.clear();
+            }
+            return;
+        }
+        if !wires.msix {
+            // All of them, none of which rings anybody: a vector that comes later then disturbs none that is there.
+            if let Err(error) = self.enable(VFIO_PCI_MSIX_IRQ_INDEX, msix.count()) {
+                return self.warn(&error);
+            }
+            wires.msix = true;
+        }
+        for index in msix.live() {
+            if wires.connected.contains(&index) {
+                continue;
+            }
+            let rung = msix.event_fd(index).and_then(|event| {
+                let set = self
+                    .host
+                    .file
+                    .set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, index.into(), &[Some(&event)]);
+                set.map_err(failure)
+            });
+            match rung {
+                Ok(()) => drop(wires.connected.insert(index)),
+                Err(error) => self.warn(&error),
+            }
+        }
+    }
+
+    /// Makes `count` vectors ready, or as many as the host has.
+    fn enable(&self, index: u32, count: u16) -> io::Result<()> {
+        let nobody: Vec<Option<&EventFd>> = vec![None; count.into()];
+        match self.host.file.set_irqs(index, 0, &nobody) {
+            Err(IrqError::Only(fewer)) if fewer < u32::from(count) => {
+                let name = self.host.name();
+                tracing::warn!("the host has {fewer} interrupts for {name}, which has {count}");
+                let some = nobody.get(..fewer as usize).unwrap_or_default();
+                self.host.file.set_irqs(index, 0, some).map_err(failure)
+            }
+            other => other.map_err(failure),
+        }
+    }
+
+    fn set_msi(&self, place: MsiPlace, config: &Config) -> io::Result<()> {
+        let mut wires = lock(&self.wires);
+        let control = config.u16_at(place.at + 2);
+        let Some(requester) = wires.requester.filter(|_| control & MSI_ENABLE != 0) else {
+            self.end_msi(&mut wires);
+            return Ok(());
+        };
+        let count = 1u16 << (control >> 4 & 7).min(5);
+        let count = count.min(place.count);
+        if wires.msi.is_empty() {
+            let made: io::Result<Vec<_>> = (0..count).map(|_| self.router.allocate(requester)).collect();
+            let made = made?;
+            let events: Vec<_> = made.iter().map(|vector| Some(vector.event_fd())).collect();
+            let set = self.host.file.set_irqs(VFIO_PCI_MSI_IRQ_INDEX, 0, &events);
+            set.map_err(failure)?;
+            wires.msi = made;
+        }
+        let high = if place.wide { config.u32_at(place.at + 8) } else { 0 };
+        let address = u64::from(high) << 32 | u64::from(config.u32_at(place.at + 4));
+        let data = config.u16_at(place.data());
+        let masked = place.mask().map_or(0, |at| config.u32_at(at));
+        for (i, vector) in (0u16..).zip(&wires.msi) {
+            // The device puts the number of the vector into the lowest bits.
+            let data = u32::from(data & !(count - 1) | i);
+            match masked & 1 << i {
+                0 => vector.unmask(MsiMessage { address, data })?,
+                _ => vector.mask()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn warn(&self, error: &io::Error) {
+        if let Some(held_back) = self.log.admit() {
+            let name = self.host.name();
+            tracing::warn!(held_back, "cannot set up interrupts of {name}: {error}");
+        }
+    }
+}
+
+fn failure(error: IrqError) -> io::Error {
+    match error {
+        IrqError::Only(count) => io::Error::other(format!("the host has only {count} for it")),
+        IrqError::Failed(error) => error,
+    }
+}
+
+/// Where in the `size` bytes at `place` an access is, if it begins there.
+fn inside(place: (u8, u64), size: u64, bar: u8, offset: u64) -> Option<u64> {
+    let within = offset.checked_sub(place.1)?;
+    (place.0 == bar && within < size).then_some(within)
+}

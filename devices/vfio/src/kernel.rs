@@ -1,0 +1,117 @@
+//! What the kernel does for VFIO, as the rest of this crate asks for it. [`Linux`](crate::Linux) asks the kernel.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::Mapping;
+
+/// Opens what VFIO has.
+pub trait Kernel: Send + Sync {
+    /// Opens `/dev/vfio/vfio`: a container without groups.
+    fn open_container(&self) -> io::Result<Box<dyn ContainerFile>>;
+    /// Opens `/dev/vfio/N`: the IOMMU group `number`.
+    fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>>;
+    /// Bytes that this process may lock in memory; `None` if nobody counts.
+    fn lock_limit(&self) -> Option<u64>;
+    /// Bytes of the host's smallest page.
+    fn page_size(&self) -> u64;
+}
+
+/// A container: groups that share one address space of the IOMMU.
+pub trait ContainerFile: Send + Sync {
+    /// The descriptor.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// VFIO_CHECK_EXTENSION of the IOMMU type that is wanted (type 1, version 2).
+    fn has_type1(&self) -> io::Result<bool>;
+    /// VFIO_SET_IOMMU. There must be a group.
+    fn set_type1(&self) -> io::Result<()>;
+    /// VFIO_IOMMU_GET_INFO: first and last address of what devices can reach; empty if the kernel does not tell.
+    fn reachable(&self) -> io::Result<Vec<(u64, u64)>>;
+    /// VFIO_IOMMU_MAP_DMA: `len` bytes at `host` in this process are at `iova` for devices. The memory is locked.
+    ///
+    /// What is at `host` must stay mapped until it is unmapped here or the container is closed.
+    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()>;
+    /// VFIO_IOMMU_UNMAP_DMA of all mappings that lie in the range.
+    fn unmap(&self, iova: u64, len: u64) -> io::Result<()>;
+}
+
+/// How a group stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupStatus {
+    /// All its devices belong to VFIO or to nobody.
+    pub viable: bool,
+    /// It is in a container.
+    pub contained: bool,
+}
+
+/// An IOMMU group.
+pub trait GroupFile: Send + Sync {
+    /// The descriptor.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// VFIO_GROUP_GET_STATUS.
+    fn status(&self) -> io::Result<GroupStatus>;
+    /// VFIO_GROUP_SET_CONTAINER.
+    fn set_container(&self, container: BorrowedFd<'_>) -> io::Result<()>;
+    /// VFIO_GROUP_GET_DEVICE_FD.
+    fn open_device(&self, name: &str) -> io::Result<Box<dyn DeviceFile>>;
+}
+
+/// What a device is (VFIO_DEVICE_GET_INFO).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// It is a PCI function.
+    pub pci: bool,
+    /// It can be reset by itself.
+    pub resets: bool,
+    /// Number of its regions.
+    pub regions: u32,
+    /// Number of its kinds of interrupts.
+    pub irqs: u32,
+}
+
+/// A region of a device: a BAR, its configuration space (VFIO_DEVICE_GET_REGION_INFO).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Region {
+    /// Bytes; 0 if there is no such region.
+    pub size: u64,
+    /// Where it is in the device's descriptor.
+    pub offset: u64,
+    /// It can be mapped, as far as `sparse` says.
+    pub mappable: bool,
+    /// Offset and size of the parts that can be mapped, if not all of it can.
+    pub sparse: Option<Vec<(u64, u64)>>,
+}
+
+/// A device's file.
+pub trait DeviceFile: Send + Sync {
+    /// What it is.
+    fn info(&self) -> io::Result<DeviceInfo>;
+    /// Its region `index`.
+    fn region(&self, index: u32) -> io::Result<Region>;
+    /// How many interrupts of the kind `index` it has.
+    fn irq_count(&self, index: u32) -> io::Result<u32>;
+    /// Has interrupts of the kind `index` from number `start` on ring these events, or nothing. The first time it makes them all
+    /// ready: then the error is the number that could be had, if some could.
+    fn set_irqs(&self, index: u32, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError>;
+    /// Undoes that for all interrupts of the kind.
+    fn disable_irqs(&self, index: u32) -> io::Result<()>;
+    /// VFIO_DEVICE_RESET.
+    fn reset(&self) -> io::Result<()>;
+    /// Reads at `offset` of the descriptor.
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
+    /// Writes there.
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Maps `len` bytes from `offset` of the descriptor, both whole pages.
+    fn map(&self, offset: u64, len: u64) -> io::Result<Mapping>;
+}
+
+/// Why interrupts cannot be had.
+#[derive(Debug)]
+pub enum IrqError {
+    /// There are only so many.
+    Only(u32),
+    /// Another reason.
+    Failed(io::Error),
+}

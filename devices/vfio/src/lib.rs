@@ -1,0 +1,36 @@
+//! PCI devices of the host that a guest drives by itself (VFIO; Documentation/driver-api/vfio.rst of the Linux kernel).
+//!
+//! [`Iommu`] opens devices and holds the container, the part of the host's IOMMU that is the guest's. [`DmaMap`] has that follow the
+//! guest's memory. [`VfioPci`] is the function that the guest sees: its configuration space is made register by register of what is known
+//! to be harmless, its BARs are mapped into the guest, its interrupts go from the device to the guest inside the kernel.
+//!
+//! Nothing here knows KVM: what is needed of the VM is the trait [`Vm`]. Everything the kernel does for VFIO is behind the traits of
+//! [`kernel`], so that tests need neither a device nor an IOMMU.
+
+mod areas;
+mod config;
+mod dma;
+mod error;
+mod function;
+mod host;
+mod interrupts;
+pub mod kernel;
+mod limit;
+#[allow(unsafe_code)] // ioctls, and mappings of devices' registers
+mod sys;
+mod sysfs;
+#[cfg(test)]
+mod tests;
+
+pub use dma::{DmaError, DmaMap};
+pub use error::OpenError;
+pub use function::{FunctionError, VfioPci, Vm};
+pub use host::{Container, HostDevice, Iommu};
+pub use sys::{Linux, Mapping};
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks even after a panic elsewhere: the data behind these locks is consistent between any two statements.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,86 @@
+//! What sysfs tells of a device: its name, its driver, its IOMMU group.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, readlinkat};
+
+use crate::OpenError;
+
+/// A device as sysfs shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Name on its bus: `0000:01:00.0`.
+    pub(crate) name: String,
+    /// Number of its IOMMU group.
+    pub(crate) group: u32,
+    /// Its directory.
+    path: PathBuf,
+}
+
+/// Drivers of VFIO, which a device may belong to.
+fn is_vfio(driver: &str) -> bool {
+    driver.contains("vfio")
+}
+
+/// The last part of what a symbolic link points to.
+fn link_name(path: &Path) -> Option<String> {
+    // Not by the standard library, whose system call a confined thread may not make.
+    let target = readlinkat(CWD, path, Vec::new()).ok()?;
+    let target = target.into_string().ok()?;
+    Some(target.rsplit('/').next()?.to_owned())
+}
+
+/// Looks at the device whose directory is `path`, which must belong to VFIO.
+pub(crate) fn find(path: &Path) -> Result<Found, OpenError> {
+    let absent = || OpenError::Absent(path.to_owned());
+    let own_name = path.file_name().and_then(|name| name.to_str());
+    // In /sys/bus/pci/devices it is a link whose target has the same name, but others may point there, too.
+    let name = link_name(path).or(own_name.map(str::to_owned)).ok_or_else(absent)?;
+    if !path.join("vendor").exists() && !path.join("mdev_type").exists() {
+        return Err(absent());
+    }
+    // First of all: on some hosts a device is in a group only while it has a driver.
+    match link_name(&path.join("driver")) {
+        Some(driver) if is_vfio(&driver) => {}
+        driver => {
+            let bound = driver.is_some();
+            let owner = driver.map_or("has no driver".to_owned(), |driver| {
+                format!("belongs to the host's driver {driver}")
+            });
+            return Err(OpenError::NotBound { name, owner, bound });
+        }
+    }
+    let group = link_name(&path.join("iommu_group"));
+    let Some(group) = group.and_then(|number| number.parse().ok()) else {
+        return Err(OpenError::NoGroup(name));
+    };
+    let kind = fs::read_to_string(path.join("iommu_group/name")).unwrap_or_default();
+    if kind.trim() == "vfio-noiommu" {
+        return Err(OpenError::NoIommu(name));
+    }
+    Ok(Found {
+        name,
+        group,
+        path: path.to_owned(),
+    })
+}
+
+impl Found {
+    /// The other devices of its group that belong to a driver of the host, with it.
+    pub(crate) fn others(&self) -> Vec<(String, String)> {
+        let entries = fs::read_dir(self.path.join("iommu_group/devices"));
+        let mut others: Vec<_> = entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let driver = link_name(&entry.path().join("driver"))?;
+                (name != self.name && !is_vfio(&driver)).then_some((name, driver))
+            })
+            .collect();
+        others.sort();
+        others
+    }
+}

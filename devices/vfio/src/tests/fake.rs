@@ -1,0 +1,348 @@
+//! A kernel with VFIO, an IOMMU and a device, all of which are not there.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use tempfile::TempDir;
+use triarch_device_core::mock::MockRouter;
+use triarch_device_core::{MsiRouter, MsiVector};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::kernel::{ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IrqError, Kernel, Region};
+use crate::{HostDevice, Iommu, Mapping, VfioPci, Vm, lock};
+
+/// Where BARs begin in the device's file, and how much each has there.
+pub(crate) const BAR_STEP: u64 = 1 << 20;
+/// Where its configuration space is.
+pub(crate) const CONFIG: u64 = 7 * BAR_STEP;
+
+/// What happened.
+#[derive(Default)]
+pub(crate) struct World {
+    /// What was asked of the kernel, in order.
+    pub(crate) calls: Vec<String>,
+    /// What devices reach: length and address, by IOVA.
+    pub(crate) maps: BTreeMap<u64, (u64, u64)>,
+    /// The call with this name fails with this number.
+    pub(crate) fails: BTreeMap<&'static str, i32>,
+    pub(crate) reachable: Vec<(u64, u64)>,
+    pub(crate) limit: Option<u64>,
+    pub(crate) not_viable: bool,
+    /// Interrupts of MSI-X that the host has.
+    pub(crate) vectors: u32,
+    /// The events that vectors ring, by kind and number.
+    pub(crate) wires: BTreeMap<(u32, u32), EventFd>,
+    pub(crate) sparse: Option<Vec<(u64, u64)>>,
+    /// What the guest has mapped: length by GPA.
+    pub(crate) mapped: BTreeMap<u64, u64>,
+    /// Groups that KVM knows.
+    pub(crate) admitted: usize,
+    /// Open files, by their names.
+    pub(crate) open: BTreeMap<&'static str, usize>,
+}
+
+/// The kernel, and a device's file.
+#[derive(Clone)]
+pub(crate) struct Fake {
+    pub(crate) world: Arc<Mutex<World>>,
+    pub(crate) device: Arc<File>,
+    pub(crate) sizes: [u64; 6],
+}
+
+struct Opened {
+    fake: Fake,
+    name: &'static str,
+    file: File,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let mut world = lock(&self.fake.world);
+        if self.name == "container" {
+            world.maps.clear();
+        }
+        *world.open.entry(self.name).or_default() -= 1;
+    }
+}
+
+impl Fake {
+    pub(crate) fn new(config: &[u8], sizes: [u64; 6]) -> Self {
+        let device = tempfile::tempfile().expect("a file");
+        device.set_len(8 * BAR_STEP).expect("its length");
+        device.write_all_at(config, CONFIG).expect("registers");
+        let world = World {
+            vectors: 2048,
+            ..World::default()
+        };
+        Self {
+            world: Arc::new(Mutex::new(world)),
+            device: Arc::new(device),
+            sizes,
+        }
+    }
+
+    fn call(&self, name: &'static str) -> io::Result<()> {
+        let mut world = lock(&self.world);
+        world.calls.push(name.to_owned());
+        match world.fails.get(name) {
+            Some(number) => Err(io::Error::from_raw_os_error(*number)),
+            None => Ok(()),
+        }
+    }
+
+    fn open(&self, name: &'static str) -> io::Result<Opened> {
+        self.call(name)?;
+        *lock(&self.world).open.entry(name).or_default() += 1;
+        Ok(Opened {
+            fake: self.clone(),
+            name,
+            file: tempfile::tempfile()?,
+        })
+    }
+
+    /// Makes a call fail from now on.
+    pub(crate) fn fail(&self, name: &'static str, number: i32) {
+        lock(&self.world).fails.insert(name, number);
+    }
+
+    /// Takes the names of the calls since the last time.
+    pub(crate) fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.world).calls)
+    }
+
+    /// How many files are open.
+    pub(crate) fn open_files(&self) -> usize {
+        lock(&self.world).open.values().sum()
+    }
+
+    /// A register of the device.
+    pub(crate) fn register(&self, at: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.device.read_exact_at(&mut bytes, at).expect("a register");
+        u32::from_le_bytes(bytes)
+    }
+
+    pub(crate) fn iommu(&self) -> Iommu {
+        Iommu::new(Arc::new(self.clone()))
+    }
+}
+
+impl Kernel for Fake {
+    fn open_container(&self) -> io::Result<Box<dyn ContainerFile>> {
+        Ok(Box::new(self.open("container")?))
+    }
+    fn open_group(&self, _number: u32) -> io::Result<Box<dyn GroupFile>> {
+        Ok(Box::new(self.open("group")?))
+    }
+    fn lock_limit(&self) -> Option<u64> {
+        lock(&self.world).limit
+    }
+    fn page_size(&self) -> u64 {
+        4096
+    }
+}
+
+impl ContainerFile for Opened {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+    fn has_type1(&self) -> io::Result<bool> {
+        self.fake.call("type1").map(|()| true)
+    }
+    fn set_type1(&self) -> io::Result<()> {
+        self.fake.call("set type1")
+    }
+    fn reachable(&self) -> io::Result<Vec<(u64, u64)>> {
+        Ok(lock(&self.fake.world).reachable.clone())
+    }
+    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()> {
+        self.fake.call("map")?;
+        lock(&self.fake.world).maps.insert(iova, (len, host));
+        Ok(())
+    }
+    fn unmap(&self, iova: u64, len: u64) -> io::Result<()> {
+        self.fake.call("unmap")?;
+        lock(&self.fake.world)
+            .maps
+            .retain(|at, (size, _)| *at < iova || *at + *size > iova + len);
+        Ok(())
+    }
+}
+
+impl GroupFile for Opened {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+    fn status(&self) -> io::Result<GroupStatus> {
+        Ok(GroupStatus {
+            viable: !lock(&self.fake.world).not_viable,
+            contained: false,
+        })
+    }
+    fn set_container(&self, _container: BorrowedFd<'_>) -> io::Result<()> {
+        self.fake.call("set container")
+    }
+    fn open_device(&self, _name: &str) -> io::Result<Box<dyn DeviceFile>> {
+        Ok(Box::new(self.fake.open("device")?))
+    }
+}
+
+impl DeviceFile for Opened {
+    fn info(&self) -> io::Result<DeviceInfo> {
+        Ok(DeviceInfo {
+            pci: !lock(&self.fake.world).fails.contains_key("pci"),
+            resets: true,
+            regions: 9,
+            irqs: 5,
+        })
+    }
+    fn region(&self, index: u32) -> io::Result<Region> {
+        let bar = self.fake.sizes.get(index as usize).copied();
+        Ok(Region {
+            size: bar.unwrap_or(if index == 7 { 4096 } else { 0 }),
+            offset: u64::from(index) * BAR_STEP,
+            mappable: bar.is_some_and(|size| size >= 4096),
+            sparse: lock(&self.fake.world).sparse.clone().filter(|_| index == 0),
+        })
+    }
+    fn irq_count(&self, _index: u32) -> io::Result<u32> {
+        Ok(2048)
+    }
+    fn set_irqs(&self, index: u32, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
+        self.fake.call("set irqs").map_err(IrqError::Failed)?;
+        let mut world = lock(&self.fake.world);
+        if events.len() as u32 > world.vectors {
+            return Err(IrqError::Only(world.vectors));
+        }
+        for (number, event) in (start..).zip(events) {
+            match event {
+                Some(event) => drop(
+                    world
+                        .wires
+                        .insert((index, number), event.try_clone().expect("an event")),
+                ),
+                None => drop(world.wires.remove(&(index, number))),
+            }
+        }
+        Ok(())
+    }
+    fn disable_irqs(&self, index: u32) -> io::Result<()> {
+        self.fake.call("disable irqs")?;
+        lock(&self.fake.world).wires.retain(|(kind, _), _| *kind != index);
+        Ok(())
+    }
+    fn reset(&self) -> io::Result<()> {
+        self.fake.call("reset")
+    }
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.fake.call("read")?;
+        self.fake.device.read_exact_at(data, offset)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.fake.call("write")?;
+        self.fake.device.write_all_at(data, offset)
+    }
+    fn map(&self, offset: u64, len: u64) -> io::Result<Mapping> {
+        self.fake.call("map registers")?;
+        Mapping::new(self.fake.device.as_fd(), offset, len)
+    }
+}
+
+impl Vm for Fake {
+    fn map(&self, gpa: u64, registers: &Mapping) -> io::Result<()> {
+        self.call("show")?;
+        lock(&self.world).mapped.insert(gpa, registers.size());
+        Ok(())
+    }
+    fn unmap(&self, gpa: u64) -> io::Result<()> {
+        lock(&self.world).mapped.remove(&gpa).ok_or(io::ErrorKind::NotFound)?;
+        Ok(())
+    }
+    fn admit(&self, _group: BorrowedFd<'_>) -> io::Result<()> {
+        self.call("admit")?;
+        lock(&self.world).admitted += 1;
+        Ok(())
+    }
+    fn dismiss(&self, _group: BorrowedFd<'_>) -> io::Result<()> {
+        lock(&self.world).admitted -= 1;
+        Ok(())
+    }
+}
+
+/// Directories as sysfs has them.
+pub(crate) struct Sysfs(TempDir);
+
+impl Sysfs {
+    pub(crate) fn new() -> Self {
+        Self(tempfile::tempdir().expect("a directory"))
+    }
+
+    /// A device, with its group and its driver.
+    pub(crate) fn device(&self, name: &str, group: Option<u32>, driver: Option<&str>) -> PathBuf {
+        let root = self.0.path();
+        let path = root.join("devices").join(name);
+        fs::create_dir_all(&path).expect("a device");
+        fs::write(path.join("vendor"), "0x1b36\n").expect("its vendor");
+        if let Some(group) = group {
+            let members = root.join(format!("iommu_groups/{group}/devices"));
+            fs::create_dir_all(&members).expect("a group");
+            symlink(members.parent().expect("its directory"), path.join("iommu_group")).expect("its group");
+            symlink(&path, members.join(name)).expect("the group's device");
+        }
+        if let Some(driver) = driver {
+            symlink(root.join("drivers").join(driver), path.join("driver")).expect("its driver");
+        }
+        path
+    }
+
+    /// Writes a file of a group.
+    pub(crate) fn group_file(&self, group: u32, name: &str, text: &str) {
+        let path = self.0.path().join(format!("iommu_groups/{group}")).join(name);
+        fs::write(path, text).expect("a file");
+    }
+}
+
+/// Opens the device that `fake` has.
+pub(crate) fn host(fake: &Fake) -> Arc<HostDevice> {
+    let sysfs = Sysfs::new();
+    let path = sysfs.device("0000:01:00.0", Some(7), Some("vfio-pci"));
+    fake.iommu().open(&path).expect("a device")
+}
+
+/// Makes a function of it.
+pub(crate) fn function(fake: &Fake) -> (VfioPci, Arc<MockRouter>) {
+    let router = Arc::new(MockRouter::default());
+    let dynamic: Arc<dyn MsiRouter> = router.clone();
+    let function = VfioPci::new(&host(fake), Arc::new(fake.clone()), &dynamic, true);
+    (function.expect("a function"), router)
+}
+
+/// Rings what vector `number` of the kind `index` is connected to; whether it is.
+pub(crate) fn ring(fake: &Fake, index: u32, number: u32) -> bool {
+    let world = lock(&fake.world);
+    world
+        .wires
+        .get(&(index, number))
+        .is_some_and(|event| event.write(1).is_ok())
+}
+
+/// The message that a vector delivers.
+pub(crate) fn message(router: &MockRouter, number: usize) -> Option<(u64, u32)> {
+    let vectors = lock(&router.vectors);
+    let message = vectors.get(number)?.message()?;
+    Some((message.address, message.data))
+}
+
+/// Takes how often a vector was rung.
+pub(crate) fn rung(router: &MockRouter, number: usize) -> u64 {
+    let vectors = lock(&router.vectors);
+    vectors.get(number).map_or(0, |vector| {
+        let _ = vector.event_fd();
+        vector.take()
+    })
+}

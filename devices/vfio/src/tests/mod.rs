@@ -1,0 +1,7 @@
+//! Tests against a kernel that is not there.
+
+mod dma;
+mod fake;
+mod function;
+mod open;
+mod space;

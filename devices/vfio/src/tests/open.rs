@@ -1,0 +1,123 @@
+//! Which devices can be had, and what those are told who want others.
+
+use super::fake::{Fake, Sysfs};
+use super::space::nvme;
+use crate::{OpenError, lock};
+
+fn fake() -> Fake {
+    Fake::new(&nvme(), [0x4000, 0, 0, 0, 0, 0])
+}
+
+fn text(error: &OpenError) -> String {
+    error.to_string()
+}
+
+#[test]
+fn a_device_takes_its_group_and_a_container_and_gives_them_back() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let path = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
+    let device = fake.iommu().open(&path).expect("a device");
+    assert_eq!(device.name(), "0000:00:05.0");
+    assert_eq!(
+        fake.calls(),
+        ["container", "group", "set container", "type1", "set type1", "device"]
+    );
+    assert_eq!(fake.open_files(), 3);
+    drop(device);
+    assert_eq!(fake.open_files(), 0);
+}
+
+#[test]
+fn devices_of_a_guest_share_what_they_can() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    let paths = [("0000:00:06.0", 3), ("0000:00:06.1", 3), ("0000:00:07.0", 4)];
+    let paths = paths.map(|(name, group)| sysfs.device(name, Some(group), Some("vfio-pci")));
+    let devices = paths.each_ref().map(|path| iommu.open(path).expect("a device"));
+    assert_eq!(fake.open_files(), 1 + 2 + 3);
+    assert_eq!(fake.calls().iter().filter(|call| *call == "set type1").count(), 1);
+    let again = iommu.open(&paths[1]).err().expect("refused");
+    assert_eq!(text(&again), "0000:00:06.1 is passed through to this guest already");
+    drop(devices);
+    assert_eq!(fake.open_files(), 0);
+    iommu.open(&paths[1]).expect("free again");
+}
+
+#[test]
+fn whose_it_is_and_how_to_get_it_is_told() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let nvme = sysfs.device("0000:00:05.0", None, Some("nvme"));
+    assert_eq!(
+        refused(&nvme),
+        "0000:00:05.0 belongs to the host's driver nvme; give it to vfio-pci: echo vfio-pci > \
+         /sys/bus/pci/devices/0000:00:05.0/driver_override; echo 0000:00:05.0 > /sys/bus/pci/devices/0000:00:05.0/driver/unbind; echo \
+         0000:00:05.0 > /sys/bus/pci/drivers_probe"
+    );
+    let free = sysfs.device("0000:00:06.0", None, None);
+    let said = refused(&free);
+    assert!(
+        said.contains("has no driver; give it to vfio-pci") && !said.contains("unbind"),
+        "{said}"
+    );
+    let alone = sysfs.device("0000:00:07.0", None, Some("vfio-pci"));
+    assert!(refused(&alone).starts_with("0000:00:07.0 is in no IOMMU group"));
+    let missing = free.with_file_name("0000:00:1f.0");
+    assert!(refused(&missing).contains("there is no device at"));
+    let unsafe_one = sysfs.device("0000:00:08.0", Some(8), Some("vfio-pci"));
+    sysfs.group_file(8, "name", "vfio-noiommu\n");
+    assert!(refused(&unsafe_one).contains("has no IOMMU behind it"));
+    assert!(fake.calls().is_empty(), "nothing was opened");
+}
+
+#[test]
+fn a_group_that_is_shared_with_the_host_is_refused_by_name() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    lock(&fake.world).not_viable = true;
+    let path = sysfs.device("0000:00:06.0", Some(3), Some("vfio-pci"));
+    sysfs.device("0000:00:06.1", Some(3), Some("nvme"));
+    sysfs.device("0000:00:06.2", Some(3), None);
+    let error = fake.iommu().open(&path).err().expect("refused");
+    assert_eq!(
+        text(&error),
+        "0000:00:06.0 cannot be separated from 0000:00:06.1, which belongs to the host's driver nvme, in its IOMMU group 3; give those to \
+         vfio-pci as well, or take their driver away"
+    );
+    assert_eq!(fake.open_files(), 0);
+}
+
+#[test]
+fn what_the_kernel_refuses_is_explained_and_leaves_nothing_open() {
+    let cases = [
+        (
+            "container",
+            libc::ENOENT,
+            "load the modules vfio-pci and vfio_iommu_type1",
+        ),
+        (
+            "group",
+            libc::EBUSY,
+            "is in use: another process has its IOMMU group 3 open",
+        ),
+        ("group", libc::EACCES, "/dev/vfio/3 cannot be opened"),
+        ("type1", libc::EINVAL, "no VFIO for this IOMMU"),
+        ("set type1", libc::EPERM, "no interrupt remapping"),
+        ("set type1", libc::ENODEV, "cannot use the IOMMU of 0000:00:05.0"),
+        (
+            "set container",
+            libc::EINVAL,
+            "cannot put the IOMMU group into the container",
+        ),
+        ("device", libc::EIO, "cannot open the descriptor of 0000:00:05.0"),
+        ("pci", 1, "is no PCI device"),
+    ];
+    for (call, number, words) in cases {
+        let (fake, sysfs) = (fake(), Sysfs::new());
+        fake.fail(call, number);
+        let path = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
+        let error = fake.iommu().open(&path).err().expect("refused");
+        assert!(text(&error).contains(words), "{call}: {error}");
+        assert_eq!(fake.open_files(), 0, "{call}");
+    }
+}
