@@ -7,8 +7,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BalloonConfig, DataPath, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod, MemoryZoneConfig,
-    NetBackend, NumaConfig, OnDisconnect, VhostMode,
+    BalloonConfig, DataPath, DeviceConfig, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod,
+    MemoryZoneConfig, NetBackend, NumaConfig, OnDisconnect, VhostMode,
 };
 
 /// A whole VM.
@@ -37,6 +37,9 @@ pub struct VmConfig {
     /// Other devices that daemons serve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// Devices of the host that are passed through.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<DeviceConfig>>,
     /// Entropy source.
     pub rng: RngConfig,
     /// Serial port.

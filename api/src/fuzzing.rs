@@ -4,8 +4,8 @@
 
 use crate::server::fuzzing as server;
 use crate::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigration, RemoveDevice, Resize, ResizeDisk,
-    RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigration, RemoveDevice, Resize,
+    ResizeDisk, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +24,7 @@ pub fn http(data: &[u8]) {
 /// A body; the first byte tells of which type. What is understood is written and understood again, the same.
 pub fn bodies(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    match kind % 14 {
+    match kind % 15 {
         0 => {
             if let Some(config) = body_of::<VmConfig>(body) {
                 let _ = config.validate();
@@ -42,6 +42,7 @@ pub fn bodies(data: &[u8]) {
         10 => drop(body_of::<SendMigration>(body)),
         11 => drop(body_of::<ReceiveMigration>(body)),
         12 => drop(body_of::<SetMigration>(body)),
+        13 => drop(body_of::<DeviceConfig>(body)),
         _ => drop(body_of::<RemoveDevice>(body)),
     }
 }
@@ -63,7 +64,7 @@ fn body_of<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(body: 
 pub fn flags(data: &[u8]) {
     let Some((kind, text)) = data.split_first() else { return };
     let Ok(text) = str::from_utf8(text) else { return };
-    let refused = match kind % 12 {
+    let refused = match kind % 13 {
         0 => flags::cpus(text).err(),
         1 => flags::memory(text).err(),
         2 => flags::disk(text).err(),
@@ -75,6 +76,7 @@ pub fn flags(data: &[u8]) {
         8 => flags::fs(text).err(),
         9 => flags::generic_vhost_user(text).err(),
         10 => flags::platform(text).err(),
+        11 => flags::device(text).err(),
         _ => flags::restore(text).err(),
     };
     if let Some(error) = refused {

@@ -23,6 +23,7 @@ mod numa;
 #[cfg(feature = "openapi")]
 pub mod openapi;
 mod operation;
+mod passthrough;
 mod reader;
 mod request;
 mod served;
@@ -49,6 +50,7 @@ pub use migration::{
 };
 pub use numa::{NumaConfig, NumaDistance};
 pub use operation::{Operation, Phase};
+pub use passthrough::DeviceConfig;
 pub use reader::{ReadError, read_object};
 pub use request::{
     AddedDevice, ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request,

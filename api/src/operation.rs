@@ -78,6 +78,8 @@ pub enum Operation {
     AddGenericVhostUser,
     /// `vm.add-vsock`.
     AddVsock,
+    /// `vm.add-device`.
+    AddDevice,
     /// `vm.remove-device`.
     RemoveDevice,
     /// `vm.snapshot`: save a paused VM.
@@ -102,7 +104,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 30] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -122,6 +124,7 @@ impl Operation {
         Self::AddFs,
         Self::AddGenericVhostUser,
         Self::AddVsock,
+        Self::AddDevice,
         Self::RemoveDevice,
         Self::Snapshot,
         Self::Restore,
@@ -156,6 +159,7 @@ impl Operation {
             Self::AddFs => "vm.add-fs",
             Self::AddGenericVhostUser => "vm.add-generic-vhost-user",
             Self::AddVsock => "vm.add-vsock",
+            Self::AddDevice => "vm.add-device",
             Self::RemoveDevice => "vm.remove-device",
             Self::Snapshot => "vm.snapshot",
             Self::Restore => "vm.restore",
@@ -183,6 +187,7 @@ impl Operation {
             | Self::AddFs
             | Self::AddGenericVhostUser
             | Self::AddVsock
+            | Self::AddDevice
             | Self::RemoveDevice => &[Created, Running, Paused, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume | Self::Snapshot => &[Paused],

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, MigrationProgress, NetConfig, Operation,
-    Phase, ReceiveMigration, ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig,
-    VsockConfig, ZoneCounts,
+    CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, MigrationProgress,
+    NetConfig, Operation, Phase, ReceiveMigration, ResizeZone, RestoreConfig, SendMigration, SetMigration,
+    SnapshotConfig, VmConfig, VsockConfig, ZoneCounts,
 };
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
@@ -49,6 +49,8 @@ pub enum Request {
     AddGenericVhostUser(GenericVhostUserConfig),
     /// Sockets between guest and host.
     AddVsock(VsockConfig),
+    /// One of the host's devices.
+    AddDevice(DeviceConfig),
     /// Take a device away, by asking a guest that runs.
     RemoveDevice(RemoveDevice),
     /// Save the VM.
@@ -92,6 +94,7 @@ impl Request {
             Self::AddFs(_) => Operation::AddFs,
             Self::AddGenericVhostUser(_) => Operation::AddGenericVhostUser,
             Self::AddVsock(_) => Operation::AddVsock,
+            Self::AddDevice(_) => Operation::AddDevice,
             Self::RemoveDevice(_) => Operation::RemoveDevice,
             Self::Snapshot(_) => Operation::Snapshot,
             Self::Restore(..) => Operation::Restore,

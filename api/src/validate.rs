@@ -57,6 +57,8 @@ impl VmConfig {
         let fs = self.fs.iter().flatten().filter_map(|f| f.id.as_deref());
         let others = self.generic_vhost_user.iter().flatten();
         let others = others.filter_map(|device| device.id.as_deref());
+        let devices = self.devices.iter().flatten().filter_map(|d| d.id.as_deref());
+        let others = others.chain(devices);
         let vsock = self.vsock.iter().filter_map(|v| v.id.as_deref());
         let balloon = self.balloon.iter().filter_map(|b| b.id.as_deref());
         disks.chain(nets).chain(fs).chain(others).chain(vsock).chain(balloon)
@@ -85,6 +87,7 @@ impl VmConfig {
             validate_net(i, net)?;
         }
         self.validate_served()?;
+        self.validate_devices()?;
         self.validate_consoles()?;
         if let Some(vsock) = &self.vsock {
             if !(3..u64::from(u32::MAX)).contains(&vsock.cid) {

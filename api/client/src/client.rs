@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use triarch_api::server::{Action, Identity, Method, ROUTES};
 use triarch_api::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, ReceiveMigration, RemoveDevice, Resize,
-    ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, ReceiveMigration, RemoveDevice,
+    Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 use crate::connection::{Connection, Deadline, Head, MAX_FDS};
@@ -278,6 +278,14 @@ impl Client {
     /// As [`call`](Self::call).
     pub fn add_generic_vhost_user(&mut self, device: &GenericVhostUserConfig) -> Result<Response, Error> {
         self.put(Operation::AddGenericVhostUser, device, &[])
+    }
+
+    /// Passes a device of the host through.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn add_device(&mut self, device: &DeviceConfig) -> Result<Response, Error> {
+        self.put(Operation::AddDevice, device, &[])
     }
 
     /// Adds a vsock.

@@ -14,6 +14,7 @@ use crate::{
     MemoryConfig, NetConfig, PlatformConfig, RngConfig, VsockConfig,
 };
 
+pub use crate::passthrough::device;
 pub use keyvalue::KeyValues;
 pub use restore::{Restored, restore};
 pub use served::{fs, generic_vhost_user};

@@ -29,6 +29,7 @@ pub(super) fn of_body(route: &str) -> Value {
             one(json!({ "device_type": 25, "socket": "/run/vm/sound.sock", "queue_sizes": [64, 64, 64, 64] }))
         }
         "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
+        "vm.add-device" => one(json!({ "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "gpu" })),
         "vm.remove-device" => one(json!({ "id": "data" })),
         "vm.snapshot" => one(json!({ "destination_url": "file:///var/lib/vm/snapshot" })),
         "vm.restore" => json!({
@@ -107,6 +108,7 @@ pub(super) fn of_answer(route: &str) -> Value {
         "vm.add-fs" => one(added("shared", 7)),
         "vm.add-generic-vhost-user" => one(added("_generic_vhost_user0", 8)),
         "vm.add-vsock" => one(added("_vsock0", 9)),
+        "vm.add-device" => one(added("gpu", 10)),
         "vm.events" => one(json!([event()])),
         "vm.jobs" => one(json!([job()])),
         "vm.job/{id}" => one(job()),

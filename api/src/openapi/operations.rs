@@ -9,9 +9,9 @@ use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
-    AddedDevice, CpuFeatures, DiskConfig, FsConfig, GenericVhostUserConfig, MigrationProgress, NetConfig, Operation,
-    Phase, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration,
-    SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    AddedDevice, CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MigrationProgress, NetConfig,
+    Operation, Phase, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration,
+    SetMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -216,7 +216,11 @@ fn note(action: Action) -> Option<&'static str> {
             "The descriptors of an open tap interface, one for each pair of queues, come with the bytes of the request (SCM_RIGHTS); \
              `fds` in the body is ignored.",
         ),
-        Operation::AddDisk | Operation::AddFs | Operation::AddGenericVhostUser | Operation::AddVsock => Some(
+        Operation::AddDisk
+        | Operation::AddFs
+        | Operation::AddGenericVhostUser
+        | Operation::AddVsock
+        | Operation::AddDevice => Some(
             "A guest that runs has the device at once and is told of it; one that is paused is told when it goes on.",
         ),
         Operation::RemoveDevice => Some(
@@ -271,8 +275,11 @@ fn refusals(operation: Operation) -> Vec<u16> {
 
 /// Whether it adds a device: told where, when the guest runs, and otherwise done.
 fn adds(operation: Operation) -> bool {
-    use Operation::{AddDisk, AddFs, AddGenericVhostUser, AddNet, AddVsock};
-    matches!(operation, AddDisk | AddNet | AddFs | AddGenericVhostUser | AddVsock)
+    use Operation::{AddDevice, AddDisk, AddFs, AddGenericVhostUser, AddNet, AddVsock};
+    matches!(
+        operation,
+        AddDisk | AddNet | AddFs | AddGenericVhostUser | AddVsock | AddDevice
+    )
 }
 
 fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> {
@@ -286,6 +293,7 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         Operation::AddFs => Some(reference::<FsConfig>(generator)),
         Operation::AddGenericVhostUser => Some(reference::<GenericVhostUserConfig>(generator)),
         Operation::AddVsock => Some(reference::<VsockConfig>(generator)),
+        Operation::AddDevice => Some(reference::<DeviceConfig>(generator)),
         Operation::RemoveDevice => Some(reference::<RemoveDevice>(generator)),
         Operation::Snapshot => Some(reference::<SnapshotConfig>(generator)),
         Operation::Restore => Some(reference::<RestoreConfig>(generator)),

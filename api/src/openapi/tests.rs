@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 use super::*;
 use crate::server::{Action, Method};
 use crate::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig, ReceiveMigration, RemoveDevice,
-    Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig,
-    read_object,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig, ReceiveMigration,
+    RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig,
+    VsockConfig, read_object,
 };
 
 /// Checks values against a schema of the document.
@@ -120,6 +120,7 @@ fn accepts(operation: Operation, body: &Value) -> Result<(), String> {
         Operation::AddGenericVhostUser => {
             read::<GenericVhostUserConfig>(body).and_then(|device| valid(|c| c.generic_vhost_user = Some(vec![device])))
         }
+        Operation::AddDevice => read::<DeviceConfig>(body).and_then(|device| valid(|c| c.devices = Some(vec![device]))),
         Operation::AddVsock => read::<VsockConfig>(body).and_then(|vsock| valid(|c| c.vsock = Some(vsock))),
         Operation::Resize => read::<Resize>(body).and_then(|target| {
             valid(|c| {
@@ -183,6 +184,7 @@ fn everything() -> Value {
         "serial": { "mode": "Null" }, "console": { "mode": "Off" }, "debug_console": { "mode": "Off" },
         "fs": [{ "tag": "shared", "socket": "fs.sock" }],
         "generic_vhost_user": [{ "device_type": 25, "socket": "sound.sock", "queue_sizes": [64] }],
+        "devices": [{ "path": "/sys/bus/pci/devices/0000:01:00.0" }],
         "vsock": { "cid": 3, "socket": "vm.sock" },
         "balloon": { "size": 0 },
         "platform": { "uuid": "0e2f2a5e-5d3a-4ce5-8d22-5c6a1a1f8b1e" },

@@ -179,9 +179,14 @@ pub const ROUTES: &[Route] = &[
     ),
     put("vm.add-vsock", Operation::AddVsock, "adds a vsock"),
     put(
+        "vm.add-device",
+        Operation::AddDevice,
+        "passes a device of the host through ([vfio.md](vfio.md))",
+    ),
+    put(
         "vm.remove-device",
         Operation::RemoveDevice,
-        "takes a disk, a network interface, a device of a daemon's or the vsock away; a guest that runs is asked for it",
+        "takes a disk, a network interface, a device of a daemon's or of the host or the vsock away; a guest that runs is asked for it",
     ),
     put(
         "vm.snapshot",
@@ -219,7 +224,6 @@ pub const ROUTES: &[Route] = &[
         "how far the migration is that is under way, or how the last one ended",
     ),
     put("vmm.shutdown", Operation::VmmShutdown, "ends the process, exit code 0"),
-    missing("vm.add-device", "passes a host's device through"),
     missing("vm.add-pmem", "adds persistent memory"),
     missing("vm.add-vdpa", "adds a vDPA device"),
     missing("vm.add-user-device", "adds a vfio-user device"),

@@ -117,6 +117,7 @@ impl Router {
             Operation::AddFs => Request::AddFs(reader.read(name, body)?),
             Operation::AddGenericVhostUser => Request::AddGenericVhostUser(reader.read(name, body)?),
             Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
+            Operation::AddDevice => Request::AddDevice(reader.read(name, body)?),
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
             Operation::Snapshot => Request::Snapshot(reader.read(name, body)?),
             Operation::Restore => Request::Restore(reader.read(name, body)?, std::mem::take(&mut call.fds)),

@@ -139,6 +139,7 @@ impl Handler for FakeVm {
             | Request::AddFs(_)
             | Request::AddGenericVhostUser(_)
             | Request::AddVsock(_)
+            | Request::AddDevice(_)
             | Request::RemoveDevice(_)
             | Request::Snapshot(_)
             | Request::Restore(..)

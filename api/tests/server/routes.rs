@@ -80,7 +80,7 @@ fn routes_without_their_device_say_so() {
     let (server, vm) = Running::api(Limits::default());
     vm.create(VmConfig::default());
     let mut client = server.connect();
-    for name in "add-device add-pmem add-vdpa add-user-device coredump".split_whitespace() {
+    for name in "add-pmem add-vdpa add-user-device coredump".split_whitespace() {
         let got = client.put(&format!("vm.{name}"), "{}");
         assert_eq!(got.status, 501, "{name}");
         assert_eq!(

@@ -73,6 +73,9 @@ struct Args {
     /// device_type=TYPE,socket=PATH,queue_sizes=[N,...][,id=ID]
     #[arg(long, value_name = "DEVICE", num_args = 1.., action = ArgAction::Append)]
     generic_vhost_user: Vec<String>,
+    /// path=/sys/bus/pci/devices/0000:01:00.0[,id=ID]: a device of the host
+    #[arg(long, value_name = "DEVICE", num_args = 1.., action = ArgAction::Append)]
+    device: Vec<String>,
     /// cid=N,socket=PATH
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<String>,
@@ -346,6 +349,7 @@ fn describes(args: &Args) -> Option<&'static str> {
         ("--net", !args.net.is_empty()),
         ("--fs", !args.fs.is_empty()),
         ("--generic-vhost-user", !args.generic_vhost_user.is_empty()),
+        ("--device", !args.device.is_empty()),
         ("--vsock", args.vsock.is_some()),
         ("--balloon", args.balloon.is_some()),
         ("--rng", args.rng.is_some()),
@@ -379,6 +383,7 @@ fn config(args: Args) -> anyhow::Result<VmConfig> {
         net: list(&args.net, flags::net)?,
         fs: list(&args.fs, flags::fs)?,
         generic_vhost_user: list(&args.generic_vhost_user, flags::generic_vhost_user)?,
+        devices: list(&args.device, flags::device)?,
         rng: parsed(&args.rng, flags::rng)?.unwrap_or_else(RngConfig::default),
         console: console(args.console.as_deref(), &serial)?,
         serial,

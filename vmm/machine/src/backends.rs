@@ -15,6 +15,7 @@ use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
 use triarch_pci::PciAddress;
+use triarch_vfio::{HostDevice, Iommu};
 use triarch_vhost_user::Peer;
 use triarch_virtio::net::NetCounters;
 
@@ -45,6 +46,8 @@ pub(crate) enum Serves {
     Tap(Arc<Tap>, NetCounters),
     /// A daemon; what it does for a network interface is counted.
     Daemon(Arc<Peer>, Option<NetCounters>),
+    /// A device of the host.
+    Host(Arc<HostDevice>),
     /// The device itself, which opens what it needs anew with each guest.
     Itself,
 }
@@ -59,6 +62,8 @@ pub(crate) struct Opener<'a> {
     /// Starts daemons, if somebody may.
     pub(crate) daemons: Option<&'a Arc<dyn Daemons>>,
     pub(crate) sandbox: &'a Arc<dyn Sandbox>,
+    /// Opens devices of the host.
+    pub(crate) iommu: &'a Iommu,
     /// Disks are locked; otherwise another VMM still uses them, and [`Backends::lock`] comes later.
     pub(crate) locked: bool,
 }
@@ -93,7 +98,7 @@ impl Backends {
     pub(crate) fn disks(&self) -> impl Iterator<Item = (&str, &Arc<Disk>)> {
         self.ends.iter().filter_map(|(id, end)| match &end.serves {
             Serves::File(disk) => Some((id.as_str(), disk)),
-            Serves::Tap(..) | Serves::Daemon(..) | Serves::Itself => None,
+            Serves::Tap(..) | Serves::Daemon(..) | Serves::Host(_) | Serves::Itself => None,
         })
     }
 
@@ -103,6 +108,15 @@ impl Backends {
         self.ends
             .iter()
             .filter(move |(_, end)| served(end))
+            .map(|(id, _)| id.as_str())
+    }
+
+    /// The devices of the host, by their ids.
+    pub(crate) fn of_host(&self) -> impl Iterator<Item = &str> {
+        let of_host = |end: &End| matches!(end.serves, Serves::Host(_));
+        self.ends
+            .iter()
+            .filter(move |(_, end)| of_host(end))
             .map(|(id, _)| id.as_str())
     }
 
@@ -166,6 +180,10 @@ impl End {
             },
             DeviceConfig::Fs(fs) => Serves::Daemon(vhost::open_fs(fs, sandbox)?, None),
             DeviceConfig::Generic(device) => Serves::Daemon(vhost::open_generic(device, sandbox)?, None),
+            DeviceConfig::Host(device) => {
+                let opened = opener.iommu.open(&device.path);
+                Serves::Host(opened.map_err(|error| MachineError::device(&device.id, error))?)
+            }
             DeviceConfig::Vsock(_) => Serves::Itself,
         };
         Ok(Self { serves, daemon })
@@ -178,7 +196,7 @@ impl End {
     pub(crate) fn close(self) -> io::Result<()> {
         match &self.serves {
             Serves::File(disk) if !disk.readonly() => disk.share_file()?.sync_all(),
-            Serves::File(_) | Serves::Tap(..) | Serves::Daemon(..) | Serves::Itself => Ok(()),
+            Serves::File(_) | Serves::Tap(..) | Serves::Daemon(..) | Serves::Host(_) | Serves::Itself => Ok(()),
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::metrics::GuestMeters;
 use crate::plug::PlugMeters;
 use crate::progress::Progress;
 use crate::snapshot::{Pager, Saved};
-use crate::{GuestEvent, MachineError};
+use crate::{GuestEvent, MachineError, passthrough};
 
 /// Takes what happens in the guest.
 pub(crate) type Report = Arc<dyn Fn(GuestEvent) + Send + Sync>;
@@ -157,6 +157,7 @@ impl Machine {
             power: Arc::new(move |event| power(GuestEvent::Power(event))),
             saved: origin.saved().map(|saved| &saved.board),
         })?;
+        regions.expose()?;
         let rooms = match origin.saved_mut().and_then(Saved::rooms) {
             Some(rooms) => rooms,
             None => virtio_mem::rooms(&ram)?,
@@ -172,6 +173,8 @@ impl Machine {
             report: report.clone(),
             rooms,
             slots: vm.memory_slots().clone(),
+            reach: regions.reach().map().clone(),
+            vm: passthrough::Host::of(&vm),
         };
         let devices = Devices::build(config, consoles, backends, host, origin.saved_mut(), progress)?;
         if let Some(slots) = board.slots() {
@@ -417,6 +420,9 @@ impl Drop for Machine {
             tracing::error!("cannot stop the guest in order: {}", MachineError::from(error).chain());
         }
         self.devices.pause();
+        // Others may still hold its memory for a moment: devices of the host do not.
+        self.devices.stop();
+        self.memory.reach().clear();
     }
 }
 

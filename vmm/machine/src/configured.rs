@@ -1,6 +1,8 @@
 //! The devices of a configuration that can come and go, whatever their kind.
 
-use triarch_api::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig};
+use triarch_api::{
+    DeviceConfig as HostDeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig,
+};
 
 /// One of them.
 #[derive(Debug, Clone, Copy)]
@@ -9,6 +11,7 @@ pub(crate) enum DeviceConfig<'a> {
     Net(&'a NetConfig),
     Fs(&'a FsConfig),
     Generic(&'a GenericVhostUserConfig),
+    Host(&'a HostDeviceConfig),
     Vsock(&'a VsockConfig),
 }
 
@@ -19,8 +22,9 @@ impl<'a> DeviceConfig<'a> {
         let nets = config.net.iter().flatten().map(Self::Net);
         let fs = config.fs.iter().flatten().map(Self::Fs);
         let generic = config.generic_vhost_user.iter().flatten().map(Self::Generic);
+        let host = config.devices.iter().flatten().map(Self::Host);
         let vsock = config.vsock.iter().map(Self::Vsock);
-        disks.chain(nets).chain(fs).chain(generic).chain(vsock)
+        disks.chain(nets).chain(fs).chain(generic).chain(host).chain(vsock)
     }
 
     /// The one called `id`.
@@ -35,6 +39,7 @@ impl<'a> DeviceConfig<'a> {
             Self::Net(net) => &net.id,
             Self::Fs(fs) => &fs.id,
             Self::Generic(device) => &device.id,
+            Self::Host(device) => &device.id,
             Self::Vsock(vsock) => &vsock.id,
         };
         id.as_deref().unwrap_or_default()
@@ -55,6 +60,9 @@ pub(crate) fn take(config: &mut VmConfig, id: &str) -> bool {
         list.retain(|fs| other(&fs.id));
     }
     if let Some(list) = &mut config.generic_vhost_user {
+        list.retain(|device| other(&device.id));
+    }
+    if let Some(list) = &mut config.devices {
         list.retain(|device| other(&device.id));
     }
     config.vsock = config.vsock.take().filter(|vsock| other(&vsock.id));

@@ -12,6 +12,7 @@ use triarch_api::{ApiError, Handler, Operation, Phase, Reply, Request, VmConfig,
 use triarch_device_core::Sandbox;
 use triarch_legacy::{PowerEvent, SerialPort};
 use triarch_vcpu::VcpuEvent;
+use triarch_vfio::Iommu;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backends::{Backends, HandedTaps};
@@ -73,6 +74,8 @@ pub struct Controller {
     pub(crate) taps: HandedTaps,
     pub(crate) consoles: Option<Consoles>,
     pub(crate) backends: Option<Backends>,
+    /// Opens devices of the host.
+    pub(crate) iommu: Iommu,
     pub(crate) machine: Option<Machine>,
     /// What the guest was asked for and has not done yet.
     pub(crate) resizes: Resizes,
@@ -131,6 +134,7 @@ impl Controller {
             taps: HandedTaps::new(),
             consoles: None,
             backends: None,
+            iommu: Iommu::new(Arc::new(triarch_vfio::Linux)),
             machine: None,
             resizes,
             processors: Processors::default(),
@@ -337,6 +341,7 @@ impl Controller {
             Request::AddFs(fs) => return self.add_fs(fs),
             Request::AddGenericVhostUser(device) => return self.add_generic(device),
             Request::AddVsock(vsock) => return self.add_vsock(vsock),
+            Request::AddDevice(device) => return self.add_device(device),
             Request::RemoveDevice(device) => self.remove_device(&device)?,
             Request::CpuFeatures => return Ok(self.cpu_features()?),
             Request::Snapshot(snapshot) => self.snapshot(&snapshot)?,

@@ -2,27 +2,31 @@
 //!
 //! A new kind of device is one more call of [`Devices::add`].
 
+mod host;
+mod make;
+
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::Arc;
 
-use triarch_api::events::{EventLog, kind};
-use triarch_api::{BalloonConfig, DeviceLink, DeviceNode, DeviceTree, NetConfig, RngConfig, VmConfig, VsockConfig};
+use triarch_api::events::EventLog;
+use triarch_api::{DeviceLink, DeviceNode, DeviceTree, VmConfig};
 use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
-use triarch_net::Tap;
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_state::Payloads;
+use triarch_vfio::DmaMap;
 use triarch_vhost_user::{Peer, VhostUserHandle};
-use triarch_virtio::balloon::{Balloon, BalloonHandle, BalloonOptions};
-use triarch_virtio::net::{Net, NetCounters, NetOptions, OffloadGroups};
-use triarch_virtio::vsock::{Vsock, VsockHandle, VsockOptions};
-use triarch_virtio::{
-    Block, BlockHandle, ConsoleResizer, DeviceEvent, EntropySource, Observer, VirtioConsole, VirtioDevice, VirtioPci,
-    VirtioRng,
-};
+use triarch_virtio::balloon::BalloonHandle;
+use triarch_virtio::net::NetCounters;
+use triarch_virtio::vsock::VsockHandle;
+use triarch_virtio::{Block, BlockHandle, ConsoleResizer, VirtioConsole, VirtioDevice, VirtioPci};
 use vm_memory::GuestAddressSpace;
+
+use host::Function;
+pub(crate) use make::offloads;
+use make::{balloon, network, observer, rng, vsock};
 
 use crate::backends::{Backends, End, Serves};
 use crate::build::Report;
@@ -32,7 +36,7 @@ use crate::memory::virtio_mem::{self, Room};
 use crate::metrics::DeviceMeters;
 use crate::progress::Progress;
 use crate::snapshot::{self, FunctionPlaceV1, PciStateV1, Saved, SavedDevices};
-use crate::{GuestEvent, MachineError, vhost};
+use crate::{MachineError, vhost};
 
 /// What devices are built on.
 pub(crate) struct Host {
@@ -47,6 +51,10 @@ pub(crate) struct Host {
     /// Where memory devices have their memory.
     pub(crate) rooms: Vec<Room>,
     pub(crate) slots: MemorySlots,
+    /// What of the memory devices of the host reach.
+    pub(crate) reach: DmaMap,
+    /// The VM as those see it.
+    pub(crate) vm: Arc<dyn triarch_vfio::Vm>,
 }
 
 /// The PCI devices of a guest.
@@ -73,7 +81,7 @@ pub(crate) struct Devices {
 struct Placed {
     id: String,
     address: PciAddress,
-    function: Arc<VirtioPci>,
+    function: Function,
     /// It can be taken while the guest runs.
     removable: bool,
 }
@@ -193,9 +201,10 @@ impl Devices {
     fn add_memory(&mut self, progress: Progress<'_>, total: usize, room: Room) -> Result<(), MachineError> {
         let host = &self.host;
         let (memory, slots, report) = (host.memory.clone(), host.slots.clone(), host.report.clone());
+        let reach = host.reach.clone();
         let mut handle = None;
         self.add(progress, total, &Some(room.id.clone()), |id| {
-            let device = virtio_mem::device(room, &memory, &slots, &report)?;
+            let device = virtio_mem::device(room, &memory, &slots, &report, &reach)?;
             handle = Some((id.to_owned(), device.handle()));
             Ok(Box::new(device))
         })?;
@@ -231,6 +240,7 @@ impl Devices {
                 self.add_served(progress, total, &name, peer)?;
                 self.nics.extend(counters.clone().map(|counters| (own(), counters)));
             }
+            (Serves::Host(device), _) => self.add_host(progress, total, device.clone(), &name)?,
             (_, DeviceConfig::Vsock(config)) => {
                 let mut handle = None;
                 self.add(progress, total, &name, |id| {
@@ -321,6 +331,12 @@ impl Devices {
             id, address, function, ..
         } in &self.functions
         {
+            let Some(function) = function.virtio() else {
+                return Err(MachineError::device(
+                    &Some(id.clone()),
+                    "a device of the host cannot be saved",
+                ));
+            };
             snapshot::save_function(id, function, payloads)?;
             let place = FunctionPlaceV1 {
                 address: address.to_string(),
@@ -335,7 +351,8 @@ impl Devices {
     pub(crate) fn renew_interrupts(&self) {
         self.functions
             .iter()
-            .for_each(|placed| placed.function.renew_interrupts());
+            .filter_map(|placed| placed.function.virtio())
+            .for_each(VirtioPci::renew_interrupts);
     }
 
     /// How many there are.
@@ -392,7 +409,19 @@ impl Devices {
         if self.paused {
             function.pause();
         }
-        let slot = host.root.add(function.clone(), self.places.get(name).copied());
+        self.put(progress, total, id, Function::Virtio(function))
+    }
+
+    /// Puts a device into its slot.
+    fn put(
+        &mut self,
+        progress: Progress<'_>,
+        total: usize,
+        id: &Option<String>,
+        function: Function,
+    ) -> Result<(), MachineError> {
+        let name = id.as_deref().unwrap_or_default();
+        let slot = self.host.root.add(function.on_bus(), self.places.get(name).copied());
         let address = slot.map_err(|source| MachineError::Slot {
             id: name.to_owned(),
             source,
@@ -430,7 +459,17 @@ impl Devices {
 
     /// The devices, each behind the PCI function that presents it.
     pub(crate) fn tree(&self) -> DeviceTree {
-        let nodes = self.functions.iter().flat_map(|Placed { id, address, .. }| {
+        let nodes = self.functions.iter().flat_map(|placed| {
+            let Placed { id, address, .. } = placed;
+            if placed.function.virtio().is_none() {
+                let node = DeviceNode {
+                    id: id.clone(),
+                    parent: None,
+                    children: Vec::new(),
+                    pci_bdf: Some(address.to_string()),
+                };
+                return vec![node];
+            }
             let function = format!("_virtio-pci-{id}");
             let device = DeviceNode {
                 id: id.clone(),
@@ -444,7 +483,7 @@ impl Devices {
                 children: vec![id.clone()],
                 pci_bdf: Some(address.to_string()),
             };
-            [function, device]
+            vec![function, device]
         });
         nodes.map(|node| (node.id.clone(), node)).collect()
     }
@@ -491,13 +530,15 @@ impl Devices {
     /// Finishes what is in flight and stops the devices.
     pub(crate) fn pause(&mut self) {
         self.paused = true;
-        self.functions.iter().for_each(|placed| placed.function.pause());
+        let virtio = self.functions.iter().filter_map(|placed| placed.function.virtio());
+        virtio.for_each(VirtioPci::pause);
     }
 
     /// Lets the devices go on.
     pub(crate) fn resume(&mut self) {
         self.paused = false;
-        self.functions.iter().for_each(|placed| placed.function.resume());
+        let virtio = self.functions.iter().filter_map(|placed| placed.function.virtio());
+        virtio.for_each(VirtioPci::resume);
     }
 }
 
@@ -511,62 +552,6 @@ fn count(config: &VmConfig, consoles: &Consoles) -> usize {
         config.vsock.is_some(),
         config.balloon.is_some(),
     ];
-    own + served + 1 + single.into_iter().filter(|there| *there).count()
-}
-
-/// Makes what happens to the device called `id` an event.
-fn observer(events: &Arc<EventLog>, id: &str) -> Observer {
-    let (events, id) = (events.clone(), id.to_owned());
-    Box::new(move |event| {
-        let kind = match event {
-            DeviceEvent::Activated => &kind::DEVICE_ACTIVATED,
-            DeviceEvent::Reset => &kind::DEVICE_RESET,
-            DeviceEvent::Broken => &kind::DEVICE_BROKEN,
-        };
-        events.post_guest(&id, kind, &[("id", id.as_str().into())]);
-    })
-}
-
-fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>, counters: &NetCounters) -> Made<Box<dyn VirtioDevice>> {
-    let options = NetOptions {
-        id: id.to_owned(),
-        mac: config.mac.map(|m| m.0).unwrap_or_default(),
-        mtu: config.mtu,
-        queue_size: config.queue_size,
-        offloads: offloads(config),
-    };
-    Ok(Box::new(Net::counting(options, tap.clone(), counters.clone())?))
-}
-
-/// The offloads that an interface may have.
-pub(crate) fn offloads(config: &NetConfig) -> OffloadGroups {
-    OffloadGroups {
-        csum: config.offload_csum,
-        tso: config.offload_tso,
-        ufo: config.offload_ufo,
-    }
-}
-
-fn rng(id: &str, config: &RngConfig) -> Made<Box<dyn VirtioDevice>> {
-    Ok(Box::new(VirtioRng::new(id, EntropySource::open(&config.src)?)))
-}
-
-fn balloon(id: &str, config: &BalloonConfig, discarder: Discarder, report: Report) -> Made<Balloon> {
-    let options = BalloonOptions {
-        size: config.size,
-        deflate_on_oom: config.deflate_on_oom,
-        free_page_reporting: config.free_page_reporting,
-    };
-    let observer = Box::new(move || report(GuestEvent::Balloon));
-    Ok(Balloon::new(id, options, discarder, observer)?)
-}
-
-fn vsock(id: &str, config: &VsockConfig) -> Made<Vsock> {
-    let options = VsockOptions {
-        id: id.to_owned(),
-        cid: u32::try_from(config.cid)?,
-        socket: config.socket.clone(),
-        max_connections: VsockOptions::DEFAULT_CONNECTIONS,
-    };
-    Ok(Vsock::new(&options)?)
+    let host = config.devices.iter().flatten().count();
+    own + served + host + 1 + single.into_iter().filter(|there| *there).count()
 }

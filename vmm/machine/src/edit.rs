@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use triarch_api::events::kind;
 use triarch_api::{
-    Answer, ApiError, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase, RemoveDevice,
-    Reply, Request, Resize, ResizeDisk, VmConfig, VsockConfig,
+    Answer, ApiError, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, Handler, NetConfig, Operation, Phase,
+    RemoveDevice, Reply, Request, Resize, ResizeDisk, VmConfig, VsockConfig,
 };
 use triarch_net::Tap;
 
@@ -228,6 +228,14 @@ impl Controller {
     pub(crate) fn add_generic(&mut self, device: GenericVhostUserConfig) -> Result<Reply, ApiError> {
         self.add(None, |config| {
             config.generic_vhost_user.get_or_insert_default().push(device);
+            Ok(())
+        })
+    }
+
+    /// `vm.add-device`.
+    pub(crate) fn add_device(&mut self, device: DeviceConfig) -> Result<Reply, ApiError> {
+        self.add(None, |config| {
+            config.devices.get_or_insert_default().push(device);
             Ok(())
         })
     }

@@ -12,6 +12,7 @@ use triarch_pci::AddError;
 use triarch_sandbox::SandboxError;
 use triarch_state::{PayloadError, SnapshotError};
 use triarch_vcpu::VcpuError;
+use triarch_vfio::DmaError;
 use triarch_vhost_user::LinkError;
 
 /// Why a guest could not be built or run. Each variant names the part; its source names the cause.
@@ -29,6 +30,9 @@ pub enum MachineError {
     /// Guest memory's place.
     #[error("cannot place the guest's memory")]
     Address(#[from] AddressLimit),
+    /// Guest memory, for devices of the host.
+    #[error("cannot let devices of the host reach the guest's memory")]
+    Dma(#[from] DmaError),
     /// vCPUs.
     #[error("cannot provide the guest's processors")]
     Cpu(#[from] CpuError),
@@ -156,7 +160,7 @@ impl MachineError {
     /// Whether what the client configured cannot be had, so that another configuration would do; otherwise the host failed, or we did.
     fn another_configuration_would_do(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Address(_) | Self::Slot { .. } | Self::Moved(_) => true,
+            Self::Config(_) | Self::Address(_) | Self::Dma(_) | Self::Slot { .. } | Self::Moved(_) => true,
             Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_) | CpuError::Description(_)),
             // A mapping fails for want of pages: of the host's, or of its pool of huge ones.
             Self::Memory(cause) => !matches!(cause, MemoryError::MemFd { .. } | MemoryError::Layout(_)),

@@ -38,6 +38,9 @@ pub(crate) fn complete(config: &mut VmConfig) -> Result<(), MachineError> {
     for device in config.generic_vhost_user.iter_mut().flatten() {
         name(&mut device.id, "generic_vhost_user");
     }
+    for device in config.devices.iter_mut().flatten() {
+        name(&mut device.id, "device");
+    }
     if let Some(vsock) = &mut config.vsock {
         name(&mut vsock.id, "vsock");
     }

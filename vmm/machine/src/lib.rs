@@ -22,6 +22,7 @@ mod inbox;
 mod memory;
 mod metrics;
 mod migration;
+mod passthrough;
 mod plug;
 mod progress;
 mod resize;

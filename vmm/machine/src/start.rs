@@ -52,6 +52,7 @@ impl Controller {
                     handed,
                     daemons,
                     sandbox,
+                    iommu: &self.iommu,
                     locked: true,
                 };
                 Backends::open(config, opener)?

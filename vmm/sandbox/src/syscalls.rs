@@ -159,6 +159,7 @@ const BUILD: &[i64] = &[
     SYS_fstatfs,
     SYS_ftruncate,
     SYS_geteuid,
+    SYS_getdents64,
     SYS_getpgid,
     SYS_getuid,
     SYS_mbind,
@@ -195,6 +196,22 @@ const KVM_RUNNING: &[u64] = &[
     0x8004_ae98, // KVM_GET_MP_STATE
     0x4004_ae99, // KVM_SET_MP_STATE
     0x4020_aeae, // KVM_ARM_VCPU_INIT
+];
+
+/// Devices of the host, while the guest runs: their interrupts, and resetting one. Their registers are read and written, too.
+const VFIO_RUNNING: &[u64] = &[
+    0x3b6e, // VFIO_DEVICE_SET_IRQS
+    0x3b6f, // VFIO_DEVICE_RESET
+];
+
+/// Reading and writing registers.
+const REGISTERS: &[i64] = &[SYS_pread64, SYS_pwrite64];
+
+/// Memory that devices of the host reach.
+const DMA: &[u64] = &[
+    0x3b70, // VFIO_IOMMU_GET_INFO
+    0x3b71, // VFIO_IOMMU_MAP_DMA
+    0x3b72, // VFIO_IOMMU_UNMAP_DMA
 ];
 
 /// KVM, while the guest is paused: reading all of a vCPU. Numbers that only one architecture has are refused by the other.
@@ -275,6 +292,8 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(EVENTS))
             .chain(ioctls(KVM_RUNNING))
             .chain(ioctls(KVM_SAVING))
+            .chain(ioctls(VFIO_RUNNING))
+            .chain(calls(REGISTERS))
             .chain(activation())
             .collect(),
         ThreadClass::Disk => base
@@ -326,6 +345,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(calls(EVENTS))
             .chain(calls(MEMORY))
             .chain(ioctls(MEMORY_SLOTS))
+            .chain(ioctls(DMA))
             .collect(),
         // Connects to other hosts, whose names and certificates were read before.
         ThreadClass::Migration => base

@@ -107,6 +107,11 @@ pub(crate) enum Command {
         /// device_type=TYPE,socket=PATH,queue_sizes=[N,...][,id=ID], as of the VMM's --generic-vhost-user
         device: String,
     },
+    /// Pass a device of the host through
+    AddDevice {
+        /// path=/sys/bus/pci/devices/0000:01:00.0[,id=ID], as of the VMM's --device
+        device: String,
+    },
     /// Add sockets between guest and host
     AddVsock {
         /// cid=N,socket=PATH[,id=ID], as of the VMM's --vsock

@@ -62,6 +62,9 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             let device = value("add-generic-vhost-user", flags::generic_vhost_user(&device))?;
             session.put_json(Operation::AddGenericVhostUser, &device)
         }
+        Command::AddDevice { device } => {
+            session.put_json(Operation::AddDevice, &value("add-device", flags::device(&device))?)
+        }
         Command::AddVsock { vsock } => {
             session.put_json(Operation::AddVsock, &value("add-vsock", flags::vsock(&vsock))?)
         }

@@ -222,6 +222,9 @@ fn devices(config: &VmConfig, tree: &DeviceTree) -> Table {
         let details = format!("type {}, {}", device.device_type, shown(&device.socket));
         add(&device.id, "vhost-user", details);
     }
+    for device in config.devices.iter().flatten() {
+        add(&device.id, "host", shown(&device.path).to_string());
+    }
     if let Some(vsock) = &config.vsock {
         add(
             &vsock.id,

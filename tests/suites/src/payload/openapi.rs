@@ -177,8 +177,8 @@ fn every_route_in_every_phase(context: &Context) -> Result<Outcome> {
             document.check(operation, &answer).with_context(what)?;
             let success = answer.status < 300;
             let accepted = phases(operation).contains(&phase);
-            // A guest that runs gets a device at once, and this host has neither its tap nor its daemon.
-            let opens = ["vm.add-net", "vm.add-fs", "vm.add-generic-vhost-user"].contains(&route);
+            // A guest that runs gets a device at once, and this host has neither its tap, its daemon nor the device.
+            let opens = ["vm.add-net", "vm.add-fs", "vm.add-generic-vhost-user", "vm.add-device"].contains(&route);
             let missing = opens && ["Running", "Paused"].contains(&phase) && answer.status == 400;
             // Nobody is there to move a guest to, or to take one from.
             let alone = route.ends_with("migration") || route == "vm.migration-progress";

@@ -21,6 +21,7 @@ use triarch_vhost_user::VhostUserHandle;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::MachineError;
+use crate::passthrough::Reach;
 
 /// Memory devices a guest may have at once.
 pub(crate) const SLOTS: u32 = 32;
@@ -29,17 +30,31 @@ pub(crate) const SLOTS: u32 = 32;
 pub(crate) struct Regions {
     handle: GuestMemoryHandle,
     options: RamOptions,
+    /// What of it devices of the host reach. It goes before the memory does.
+    reach: Reach,
 }
 
 impl Regions {
     /// `handle`'s memory, all of which was made with `options`.
     pub(crate) fn new(handle: GuestMemoryHandle, options: RamOptions) -> Self {
-        Self { handle, options }
+        let reach = Reach::default();
+        Self { handle, options, reach }
     }
 
     /// Memory as it is now.
     pub(crate) fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> {
         self.handle.memory()
+    }
+
+    /// Lets devices of the host reach all of it, once there are some.
+    pub(crate) fn expose(&self) -> Result<(), MachineError> {
+        let memory = self.handle.memory();
+        Ok(memory.iter().try_for_each(|region| self.reach.insert(region))?)
+    }
+
+    /// What of it devices of the host reach.
+    pub(crate) fn reach(&self) -> &Reach {
+        &self.reach
     }
 
     /// Has memory at `places`, which a guest had in its `room` when it was saved, before there is a VM.
@@ -92,7 +107,8 @@ impl Regions {
             vm.unmap_region(base)?;
             return Err(error.into());
         }
-        let told = tell(daemons);
+        let told = self.reach.insert(&region).map_err(MachineError::from);
+        let told = told.and_then(|()| tell(daemons));
         if told.is_err() {
             self.remove(vm, daemons, base);
         }
@@ -106,6 +122,9 @@ impl Regions {
             return tracing::error!("cannot take memory from the guest: {}", triarch_api::chain(&error));
         }
         let region = triarch_memory::remove(&self.handle, GuestAddress(base));
+        if let Some(region) = &region {
+            self.reach.map().remove(base..base + region.len());
+        }
         if let Err(error) = tell(daemons) {
             tracing::warn!("{}", error.chain());
         }

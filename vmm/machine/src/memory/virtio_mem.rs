@@ -8,8 +8,9 @@ use std::time::Duration;
 use triarch_api::{ApiError, Handler, Operation};
 use triarch_hypervisor::MemorySlots;
 use triarch_memory::{GuestMemory, GuestMemoryHandle, GuestRegion, MemoryError, SparseMemory};
+use triarch_vfio::DmaMap;
 use triarch_virtio::mem::{MIN_BLOCK, Mem, MemError, MemHandle, MemOptions, MemoryHost};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::plan::{MemoryPlan, ZonePlan};
 use crate::build::Report;
@@ -70,6 +71,7 @@ pub(crate) fn device(
     memory: &GuestMemoryHandle,
     slots: &MemorySlots,
     report: &Report,
+    reach: &DmaMap,
 ) -> Result<Mem, MemError> {
     let range = room.memory.range();
     let options = options(&range, room.memory.page_size(), room.requested, room.node);
@@ -77,6 +79,8 @@ pub(crate) fn device(
         slots: slots.clone(),
         memory: memory.clone(),
         room: room.memory,
+        reach: reach.clone(),
+        block: options.block,
     };
     let report = report.clone();
     let observer = Box::new(move || report(GuestEvent::Memory));
@@ -103,6 +107,10 @@ struct Host {
     slots: MemorySlots,
     memory: GuestMemoryHandle,
     room: SparseMemory,
+    /// What devices of the host reach.
+    reach: DmaMap,
+    /// Bytes that come and go together.
+    block: u64,
 }
 
 impl Host {
@@ -154,11 +162,30 @@ impl MemoryHost for Host {
     }
 
     fn fill(&mut self, blocks: Range<u64>) -> io::Result<()> {
-        self.room.fill(blocks)
+        self.room.fill(blocks.clone())?;
+        let memory = self.memory.memory();
+        for gpa in blocks.step_by(self.block as usize) {
+            let host = memory.get_host_address(vm_memory::GuestAddress(gpa));
+            let host = host.map_err(io::Error::other)? as u64;
+            // On error everything is discarded.
+            let reached = self.reach.insert(gpa, self.block, host);
+            reached.map_err(|error| io::Error::other(triarch_api::chain(&error)))?;
+        }
+        Ok(())
     }
 
     fn discard(&mut self, blocks: Range<u64>) -> io::Result<()> {
-        self.room.discard(blocks)
+        // Before the pages go: a device would keep those.
+        let reached = self.reach.remove(blocks.clone());
+        let done = self.room.discard(blocks);
+        if done.is_err() {
+            for (gpa, len, host) in reached {
+                if let Err(error) = self.reach.insert(gpa, len, host) {
+                    tracing::warn!("{error}");
+                }
+            }
+        }
+        done
     }
 }
 

@@ -17,7 +17,7 @@ use triarch_state::Payloads;
 use super::call::Caller;
 use super::memory::{Prepared, There};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, tls_files, unmovable};
+use super::{Role, Running, address, stays, tls_files, unmovable};
 use crate::MachineError;
 use crate::backends::{Backends, Opener};
 use crate::build::Origin;
@@ -167,9 +167,11 @@ impl Controller {
                 handed: &self.taps,
                 daemons: self.daemons.as_ref(),
                 sandbox: &self.sandbox,
+                iommu: &self.iommu,
                 locked: false,
             },
         )?;
+        stays(backends.of_host()).map_err(|error| moved(error.to_string()))?;
         unmovable(backends.served()).map_err(|error| moved(error.to_string()))?;
         for (id, disk) in backends.disks() {
             let (there, here) = (disks.get(id).copied().unwrap_or(0), disk.size());

@@ -329,6 +329,18 @@ fn unmovable<'a>(served: impl Iterator<Item = &'a str>) -> Result<(), ApiError> 
     }
 }
 
+/// Why the guest with these devices of the host can neither be moved nor be saved.
+pub(crate) fn stays<'a>(of_host: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
+    let ids: Vec<_> = of_host.map(|id| format!("'{id}'")).collect();
+    match ids.is_empty() {
+        true => Ok(()),
+        false => Err(ApiError::Unsupported(format!(
+            "the guest has {} of this host, whose state nobody can read: it can neither be moved nor saved; remove the device first",
+            ids.join(", ")
+        ))),
+    }
+}
+
 /// Whether the VM is one that stands still because somebody wants it to.
 fn is_paused(phase: Phase) -> bool {
     phase == Phase::Paused

@@ -17,7 +17,7 @@ use triarch_vcpu::VcpuEvent;
 use super::call::Caller;
 use super::memory::{self, Here};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, cap, is_paused, tls_files, unmovable};
+use super::{Role, Running, address, cap, is_paused, stays, tls_files, unmovable};
 use crate::control::Controller;
 use crate::progress::Progress;
 use crate::snapshot::{WANTED, saved_config};
@@ -146,6 +146,7 @@ impl Controller {
         let (Some(vm), Some(machine), Some(backends)) = (&self.config, &self.machine, &self.backends) else {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
+        stays(backends.of_host())?;
         unmovable(backends.served())?;
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.

@@ -71,6 +71,12 @@ impl Controller {
                  memory-restored"
             )));
         }
+        if matches!(device, DeviceConfig::Host(_)) && !machine.has_its_memory() {
+            return Err(ApiError::Busy(format!(
+                "'{id}' reaches all of the guest's memory, and some of that still comes from its snapshot; try again after the event \
+                 memory-restored"
+            )));
+        }
         let place = free_slot(&slots.peek()).ok_or(MachineError::Slot {
             id: id.to_owned(),
             source: AddError::Full(0),
@@ -80,6 +86,7 @@ impl Controller {
             handed: &handed,
             daemons: self.daemons.as_ref(),
             sandbox: &self.sandbox,
+            iommu: &self.iommu,
             locked: true,
         };
         let end = End::open(device, opener)?;
@@ -104,7 +111,7 @@ impl Controller {
         };
         if !removable {
             return Err(ApiError::BadRequest(format!(
-                "'{id}' stays as long as the guest runs; of what it has, disks, network interfaces, devices of daemons and the vsock can go"
+                "'{id}' stays as long as the guest runs; of what it has, disks, network interfaces, devices of daemons and of the host and the vsock can go"
             )));
         }
         if let Some(asked) = self.plugs.asked.iter().find(|asked| asked.id == id) {

@@ -43,6 +43,9 @@ impl Controller {
     /// Saves the guest, which is paused.
     pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
         let directory = config.directory()?;
+        if let Some(backends) = &self.backends {
+            crate::migration::stays(backends.of_host())?;
+        }
         self.tell(&kind::VM_SNAPSHOTTING, Cause::Client);
         self.job(Operation::Snapshot, |this, progress| this.save(&directory, progress))?;
         self.tell(&kind::VM_SNAPSHOTTED, Cause::Client);
