@@ -6,7 +6,7 @@
 //! - [`jobs`]: what the VMM says of itself
 //! - [`dice`]: numbers that look random
 //! - [`freeze`]: a thread of the VMM that hangs
-//! - [`net`], [`disk`], [`vsock`], [`terminal`], [`api`], [`wire`]: the host's side of the devices
+//! - [`net`], [`disk`], [`pci`], [`nvme`], [`vsock`], [`terminal`], [`api`], [`wire`]: the host's side of the devices
 
 pub mod agent;
 pub mod api;
@@ -19,6 +19,8 @@ pub mod jobs;
 pub mod kvm;
 pub mod linux;
 pub mod net;
+pub mod nvme;
+pub mod pci;
 pub mod process;
 pub mod signals;
 pub mod suite;

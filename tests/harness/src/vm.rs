@@ -7,7 +7,8 @@ use crate::suite::Context;
 use anyhow::{Context as _, Result, bail};
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ pub struct VmBuilder {
     /// Each flag once with all its values, since that is how repeated devices are written.
     flags: Vec<(String, Vec<OsString>)>,
     api: Option<PathBuf>,
+    user: Option<u32>,
 }
 
 impl VmBuilder {
@@ -37,6 +39,7 @@ impl VmBuilder {
             dir,
             flags: Vec::new(),
             api: None,
+            user: None,
         })
     }
 
@@ -97,6 +100,13 @@ impl VmBuilder {
         self.set("--api-socket", with_options("path=", &socket, ""))
     }
 
+    /// Lets the VMM run as this user, without any right of root's; the VM's directory becomes the user's.
+    #[must_use]
+    pub fn user(mut self, id: u32) -> Self {
+        self.user = Some(id);
+        self
+    }
+
     /// Starts the VMM.
     ///
     /// # Errors
@@ -105,6 +115,10 @@ impl VmBuilder {
         let mut command = Command::new(&self.program);
         for (flag, values) in &self.flags {
             command.arg(flag).args(values);
+        }
+        if let Some(id) = self.user {
+            chown(self.dir.path(), Some(id), Some(id)).context("cannot give the VM's directory away")?;
+            command.uid(id).gid(id);
         }
         let process = Process::start(&mut command).context("TRIARCH_BIN names the VMM")?;
         Ok(Vm {

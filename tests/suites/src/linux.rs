@@ -26,6 +26,9 @@ mod power;
 mod refusals;
 mod rng;
 mod snapshot;
+mod vfio;
+mod vfio_plug;
+mod vfio_refusals;
 mod vhost;
 mod vhost_fs;
 mod vhost_net;
@@ -45,6 +48,9 @@ pub fn tests() -> Vec<Test> {
         rng::TESTS,
         balloon::TESTS,
         blk::TESTS,
+        vfio_refusals::TESTS,
+        vfio::TESTS,
+        vfio_plug::TESTS,
         vhost::TESTS,
         vhost_fs::TESTS,
         vhost_net::TESTS,

@@ -5,6 +5,7 @@ use crate::payload::guest::Guest;
 use anyhow::Result;
 use std::path::Path;
 use triarch_harness::disk::DiskImage;
+use triarch_harness::pci;
 use triarch_harness::suite::{Context, Outcome};
 
 payload_tests!("bad_input":
@@ -12,6 +13,7 @@ payload_tests!("bad_input":
     disks_of_others,
     disk_in_use,
     entropy_sources,
+    functions_that_are_none,
     identities,
 );
 
@@ -134,4 +136,23 @@ fn identities(context: &Context) -> Result<Outcome> {
     let kinds = vm.disk(one.path(), "id=a").flag("--vsock", vsock);
     refused(context, kinds, &["id 'a'", "each its own"])?;
     Ok(Outcome::Passed)
+}
+
+fn functions_that_are_none(context: &Context) -> Result<Outcome> {
+    if let Some(why) = pci::unable(&context.triarch)? {
+        return Ok(Outcome::Skipped(why));
+    }
+    let dir = text(&context.dir)?;
+    each_fails(
+        context,
+        "--device",
+        &[
+            (
+                &format!("path={dir}/missing"),
+                &["there is no device", "missing", "/sys/bus/pci/devices"],
+            ),
+            (&format!("path={dir}"), &["there is no device", dir]),
+            ("path=/dev/null", &["there is no device", "/dev/null"]),
+        ],
+    )
 }

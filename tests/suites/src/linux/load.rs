@@ -1,8 +1,10 @@
 //! Work that a guest does all the while, and what its kernel thinks of it: scripts count in `/load` what went well, and write down in
-//! `/load/bad` what did not.
+//! `/load/bad` what did not; or every byte of a disk is known.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use std::time::Duration;
+use triarch_guest_init::soak;
+use triarch_harness::agent::{Exec, Running};
 use triarch_harness::jobs::wait;
 use triarch_harness::linux::LinuxVm;
 
@@ -64,4 +66,55 @@ pub fn uptime(guest: &LinuxVm) -> Result<f64> {
 /// What the kernel complained about so far: an emulated host may be slow before anything is done to its guest.
 pub fn complaints(guest: &LinuxVm) -> Result<String> {
     guest.shell(&format!("dmesg | grep -E '{COMPLAINTS}' || true"))
+}
+
+/// Where the guest keeps what a load on a disk has written how often.
+pub const TABLE: &str = "/tmp/soak.table";
+/// Requests in flight, and blocks that it works on.
+const THREADS: u32 = 16;
+const BLOCKS: u32 = 1024;
+/// Bytes of a disk that it works on, from its start.
+pub const BYTES: usize = BLOCKS as usize * soak::BLOCK;
+
+/// Load on a disk, in the guest.
+pub struct Load<'a> {
+    running: Running<'a>,
+    said: String,
+}
+
+impl<'a> Load<'a> {
+    /// Starts one that lasts `time` and then compares; it runs when this returns.
+    pub fn start(guest: &'a LinuxVm, disk: &str, time: Duration, seed: u64) -> Result<Self> {
+        let numbers = [THREADS.into(), BLOCKS.into(), time.as_millis() as u64, seed];
+        let words = ["/init", "disk-soak", disk, TABLE].map(str::to_owned);
+        let words = words.into_iter().chain(numbers.map(|number| number.to_string()));
+        let running = guest.agent().start(&Exec::new(words))?;
+        let mut load = Self {
+            running,
+            said: String::new(),
+        };
+        while !load.said.contains("soaking\n") {
+            match load.running.next_output()? {
+                Some(data) => load.said += &String::from_utf8_lossy(&data),
+                None => bail!("the load ended: {}", load.said),
+            }
+        }
+        Ok(load)
+    }
+
+    /// Waits for its end; gives the longest time without any answer.
+    pub fn end(self) -> Result<Duration> {
+        let mut said = self.said;
+        let exit = self.running.wait(|_, data| said += &String::from_utf8_lossy(data))?;
+        ensure!(exit.code == Some(0), "{said}");
+        let stall = said.split_once("stall_us=").context("no figures")?.1.trim();
+        Ok(Duration::from_micros(stall.parse()?))
+    }
+}
+
+/// Compares all that was ever written by loads with this table to a disk with what the disk holds.
+pub fn compare(disk: &[u8], table: &[u8]) -> Result<()> {
+    let written = soak::compare(disk, table).context("the host finds something else on the disk")?;
+    ensure!(written > 0, "nothing was written");
+    Ok(())
 }

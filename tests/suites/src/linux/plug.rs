@@ -36,7 +36,7 @@ const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const GUEST: &str = "192.168.249.2";
 
 /// Writes to the first disk and reads it back again and again.
-const LOAD: &str = r#"mkdir /load; head -c 65536 /dev/urandom >/load/data; want=$(md5sum </load/data)
+pub(super) const LOAD: &str = r#"mkdir /load; head -c 65536 /dev/urandom >/load/data; want=$(md5sum </load/data)
 (while [ ! -e /load/stop ]; do
   dd if=/load/data of=/dev/vda bs=4096 conv=fsync 2>/dev/null
   if [ "$(dd if=/dev/vda bs=4096 count=16 iflag=direct 2>/dev/null | md5sum)" = "$want" ]; then echo >>/load/good
@@ -52,7 +52,8 @@ pub(super) struct Subject {
 impl Subject {
     pub(super) fn boot(builder: LinuxBuilder) -> Result<Self> {
         let guest = builder.vm(|vm| vm.api()).boot()?;
-        let api = guest.vm().api()?.clone();
+        // A device of the host's has all of the guest's memory locked first.
+        let api = guest.vm().api()?.within(LIMIT);
         Ok(Self { guest, api })
     }
 

@@ -1,12 +1,11 @@
 //! Disks that a daemon serves, and what happens when it dies: with a stock Linux, whose disk driver is not ours.
 
 use super::blk::{SIZE, read_and_write};
+use super::load::{self, Load};
 use crate::storage::{self, Daemon, Program, wait_reason, wait_state};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use std::thread;
 use std::time::{Duration, Instant};
-use triarch_guest_init::soak;
-use triarch_harness::agent::{Exec, Running};
 use triarch_harness::disk::{DiskImage, pattern};
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
@@ -54,15 +53,12 @@ pub const TESTS: &[Test] = &[
     }),
 ];
 
+/// The disk in the guest.
+const DISK: &str = "/dev/vda";
 /// How long there is load for each kill.
 const ROUND: Duration = Duration::from_millis(500);
 /// Enough for a hundred kills.
 const LONG: Duration = Duration::from_secs(1800);
-/// Where the guest keeps what a soak has written how often.
-const TABLE: &str = "/tmp/soak.table";
-/// Requests in flight in a soak, and blocks that it works on.
-const THREADS: u32 = 16;
-const BLOCKS: u32 = 1024;
 
 /// A guest with a disk that a daemon serves, /dev/vda.
 struct Rig {
@@ -112,47 +108,7 @@ impl Rig {
 
     /// Compares all that the guest ever wrote in soaks with the image.
     fn compare(&self) -> Result<()> {
-        let table = self.guest.agent().get(TABLE)?;
-        let image = self.image.read(0, BLOCKS as usize * soak::BLOCK)?;
-        let written = soak::compare(&image, &table).context("the host's file differs")?;
-        ensure!(written > 0, "nothing was written");
-        Ok(())
-    }
-}
-
-/// Load on a disk, in the guest.
-struct Load<'a> {
-    running: Running<'a>,
-    said: String,
-}
-
-impl<'a> Load<'a> {
-    /// Starts one that lasts `time` and then compares; it runs when this returns.
-    fn start(guest: &'a LinuxVm, time: Duration, seed: u64) -> Result<Self> {
-        let numbers = [THREADS.into(), BLOCKS.into(), time.as_millis() as u64, seed];
-        let words = ["/init", "disk-soak", "/dev/vda", TABLE].map(str::to_owned);
-        let words = words.into_iter().chain(numbers.map(|number| number.to_string()));
-        let running = guest.agent().start(&Exec::new(words))?;
-        let mut load = Self {
-            running,
-            said: String::new(),
-        };
-        while !load.said.contains("soaking\n") {
-            match load.running.next_output()? {
-                Some(data) => load.said += &String::from_utf8_lossy(&data),
-                None => bail!("the load ended: {}", load.said),
-            }
-        }
-        Ok(load)
-    }
-
-    /// Waits for its end; gives the longest time without any answer.
-    fn end(self) -> Result<Duration> {
-        let mut said = self.said;
-        let exit = self.running.wait(|_, data| said += &String::from_utf8_lossy(data))?;
-        ensure!(exit.code == Some(0), "{said}");
-        let stall = said.split_once("stall_us=").context("no figures")?.1.trim();
-        Ok(Duration::from_micros(stall.parse()?))
+        load::compare(&self.image.read(0, load::BYTES)?, &self.guest.agent().get(load::TABLE)?)
     }
 }
 
@@ -164,50 +120,43 @@ fn data_matches(context: &Context, whose: Program, kernel: Kernel) -> Result<Out
 
 fn killed_daemons(context: &Context, whose: Program) -> Result<Outcome> {
     let kills = kills();
-    with_guest(
-        context,
-        (whose, Kernel::V6_12),
-        2,
-        BLOCKS as usize * soak::BLOCK,
-        "",
-        |rig| {
-            // A round in which nothing happens tells what the machine itself costs.
-            let quiet = Load::start(&rig.guest, ROUND, kills)?.end()?;
-            let (mut away, mut stalls, mut longer) = (Vec::new(), Vec::new(), Vec::new());
-            let mut round = 0;
-            while storage::kills_again(rig.guest.vm(), kills, round)? {
-                let load = Load::start(&rig.guest, ROUND, round)?;
-                // Somewhere under load.
-                thread::sleep(ROUND / 10 + ROUND * (round as u32 * 37 % 83) / 100);
-                let killed = Instant::now();
-                rig.daemon.kill();
-                if round % 4 == 0 {
-                    // Long enough for several tries.
-                    thread::sleep(Duration::from_millis(200));
-                }
-                rig.daemon.start(rig.image.path())?;
-                let gone = killed.elapsed();
-                away.push(gone);
-                let stall = load.end().with_context(|| format!("round {round}"))?;
-                stalls.push(stall);
-                longer.push(stall.saturating_sub(gone));
-                round += 1;
+    with_guest(context, (whose, Kernel::V6_12), 2, load::BYTES, "", |rig| {
+        // A round in which nothing happens tells what the machine itself costs.
+        let quiet = Load::start(&rig.guest, DISK, ROUND, kills)?.end()?;
+        let (mut away, mut stalls, mut longer) = (Vec::new(), Vec::new(), Vec::new());
+        let mut round = 0;
+        while storage::kills_again(rig.guest.vm(), kills, round)? {
+            let load = Load::start(&rig.guest, DISK, ROUND, round)?;
+            // Somewhere under load.
+            thread::sleep(ROUND / 10 + ROUND * (round as u32 * 37 % 83) / 100);
+            let killed = Instant::now();
+            rig.daemon.kill();
+            if round % 4 == 0 {
+                // Long enough for several tries.
+                thread::sleep(Duration::from_millis(200));
             }
-            rig.compare()?;
-            let link = wait_state(rig.guest.vm(), "Connected")?;
-            ensure!(link["reconnects"].as_u64() >= Some(round), "{link}");
-            let again = link["resubmitted"].as_u64().unwrap_or(0);
-            figure(&format!(
-                "{}: {round} kills, {again} requests given to the next daemon; it was away for {}; no answer came for {}, which is longer \
+            rig.daemon.start(rig.image.path())?;
+            let gone = killed.elapsed();
+            away.push(gone);
+            let stall = load.end().with_context(|| format!("round {round}"))?;
+            stalls.push(stall);
+            longer.push(stall.saturating_sub(gone));
+            round += 1;
+        }
+        rig.compare()?;
+        let link = wait_state(rig.guest.vm(), "Connected")?;
+        ensure!(link["reconnects"].as_u64() >= Some(round), "{link}");
+        let again = link["resubmitted"].as_u64().unwrap_or(0);
+        figure(&format!(
+            "{}: {round} kills, {again} requests given to the next daemon; it was away for {}; no answer came for {}, which is longer \
                  by {}; without a kill for {} ms",
-                whose.name(),
-                spread(away),
-                spread(stalls),
-                spread(longer),
-                quiet.as_millis()
-            ))
-        },
-    )
+            whose.name(),
+            spread(away),
+            spread(stalls),
+            spread(longer),
+            quiet.as_millis()
+        ))
+    })
 }
 
 /// Median and maximum, as text.
@@ -219,66 +168,52 @@ fn spread(mut times: Vec<Duration>) -> String {
 }
 
 fn stopped_daemon(context: &Context, whose: Program) -> Result<Outcome> {
-    with_guest(
-        context,
-        (whose, Kernel::V6_1),
-        1,
-        BLOCKS as usize * soak::BLOCK,
-        "",
-        |rig| {
-            let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
-            thread::sleep(Duration::from_millis(300));
-            rig.daemon.signal("STOP")?;
-            let stopped = Instant::now();
-            // All else goes on: the API, and programs in the guest that leave the disk alone.
-            while stopped.elapsed() < Duration::from_secs(10) {
-                let asked = Instant::now();
-                storage::link(rig.guest.vm())?;
-                rig.guest.shell("echo still here")?;
-                ensure!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-                thread::sleep(Duration::from_millis(500));
-            }
-            rig.daemon.signal("CONT")?;
-            let stall = load.end()?;
-            ensure!(
-                stall > Duration::from_secs(8),
-                "the disk went on for {stall:?} without a daemon"
-            );
-            rig.compare()?;
-            // Nobody gave the daemon up.
-            let link = storage::link(rig.guest.vm())?;
-            ensure!(link["state"] == "Connected" && link["reconnects"] == 0, "{link}");
-            Ok(())
-        },
-    )
+    with_guest(context, (whose, Kernel::V6_1), 1, load::BYTES, "", |rig| {
+        let load = Load::start(&rig.guest, DISK, Duration::from_secs(1), 1)?;
+        thread::sleep(Duration::from_millis(300));
+        rig.daemon.signal("STOP")?;
+        let stopped = Instant::now();
+        // All else goes on: the API, and programs in the guest that leave the disk alone.
+        while stopped.elapsed() < Duration::from_secs(10) {
+            let asked = Instant::now();
+            storage::link(rig.guest.vm())?;
+            rig.guest.shell("echo still here")?;
+            ensure!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+            thread::sleep(Duration::from_millis(500));
+        }
+        rig.daemon.signal("CONT")?;
+        let stall = load.end()?;
+        ensure!(
+            stall > Duration::from_secs(8),
+            "the disk went on for {stall:?} without a daemon"
+        );
+        rig.compare()?;
+        // Nobody gave the daemon up.
+        let link = storage::link(rig.guest.vm())?;
+        ensure!(link["state"] == "Connected" && link["reconnects"] == 0, "{link}");
+        Ok(())
+    })
 }
 
 fn pauses_without_daemon(context: &Context, whose: Program) -> Result<Outcome> {
-    with_guest(
-        context,
-        (whose, Kernel::V6_1),
-        1,
-        BLOCKS as usize * soak::BLOCK,
-        "",
-        |rig| {
-            let load = Load::start(&rig.guest, Duration::from_secs(1), 1)?;
-            thread::sleep(Duration::from_millis(300));
-            rig.daemon.kill();
-            wait_state(rig.guest.vm(), "Disconnected")?;
-            for _ in 0..3 {
-                rig.guest.vm().pause()?;
-                rig.guest.vm().resume()?;
-                rig.guest.shell("true")?;
-            }
-            // What was in flight outlives the pauses; a daemon may come back during one.
+    with_guest(context, (whose, Kernel::V6_1), 1, load::BYTES, "", |rig| {
+        let load = Load::start(&rig.guest, DISK, Duration::from_secs(1), 1)?;
+        thread::sleep(Duration::from_millis(300));
+        rig.daemon.kill();
+        wait_state(rig.guest.vm(), "Disconnected")?;
+        for _ in 0..3 {
             rig.guest.vm().pause()?;
-            rig.daemon.start(rig.image.path())?;
-            wait_state(rig.guest.vm(), "Connected")?;
             rig.guest.vm().resume()?;
-            load.end()?;
-            rig.compare()
-        },
-    )
+            rig.guest.shell("true")?;
+        }
+        // What was in flight outlives the pauses; a daemon may come back during one.
+        rig.guest.vm().pause()?;
+        rig.daemon.start(rig.image.path())?;
+        wait_state(rig.guest.vm(), "Connected")?;
+        rig.guest.vm().resume()?;
+        load.end()?;
+        rig.compare()
+    })
 }
 
 fn another_disk(context: &Context, whose: Program) -> Result<Outcome> {

@@ -1,0 +1,128 @@
+//! Devices of the host come and go under a stock kernel, and memory that comes is theirs as well.
+
+use super::load::{self, LIMIT};
+use super::plug::{LOAD, Subject};
+use super::vfio::{LONG, NVME, guest_with, with};
+use crate::soak::{Soak, Times};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use std::time::Instant;
+use triarch_harness::disk::{DiskImage, pattern};
+use triarch_harness::images::Kernel;
+use triarch_harness::linux::LinuxBuilder;
+use triarch_harness::pci::Function;
+use triarch_harness::suite::{Context, Outcome, Test, figure, rounds};
+
+pub const TESTS: &[Test] = &[
+    Test::nested("vfio::nvme_comes_and_goes_under_linux_6_1", |c| {
+        come_and_go(c, Kernel::V6_1)
+    })
+    .within(LONG)
+    .soak(),
+    Test::nested("vfio::nvme_comes_and_goes_under_linux_6_12", |c| {
+        come_and_go(c, Kernel::V6_12)
+    })
+    .within(LONG)
+    .soak(),
+    Test::nested("vfio::nvme_reaches_memory_that_came", memory_that_came).within(LONG),
+];
+
+/// The guest's only NVMe disk.
+const FILE: &str = "/sys/block/nvme*n1";
+/// Bytes that are written to it and read.
+const SIZE: usize = 1 << 20;
+
+/// Reads the disk until it is gone.
+const READ: &str = "(while dd if=$(ls /dev/nvme*n1) of=/dev/null bs=4k count=64 iflag=direct; do :; done) </dev/null >/dev/null 2>&1 &";
+
+fn come_and_go(context: &Context, kernel: Kernel) -> Result<Outcome> {
+    with(context, &[NVME], |functions| {
+        let function = &functions[0];
+        let other = DiskImage::with(context.dir.join("other"), &pattern(1, SIZE))?;
+        let builder = LinuxBuilder::new(context, kernel)?;
+        let mut s = Subject::boot(builder.vm(|vm| vm.disk(other.path(), "id=other")))?;
+        s.guest.shell(LOAD)?;
+        let soak = Soak {
+            rounds: rounds(3),
+            settles: 2,
+        };
+        let (mut added, mut removed) = (Times::default(), Times::default());
+        let soaked = soak.run(
+            &mut s,
+            |s| s.guest.vm(),
+            |s, round| {
+                let begin = Instant::now();
+                let bdf = s.add("vm.add-device", &body(function), FILE)?;
+                added.since(begin);
+                used(s, round)?;
+                let begin = Instant::now();
+                s.remove("spare", &bdf, FILE)?;
+                removed.since(begin);
+                ensure!(function.driver().as_deref() == Some("vfio-pci"), "{function:?}");
+                Ok(())
+            },
+        )?;
+        load::works(&s.guest)?;
+        load::ends(&s.guest)?;
+        figure(&format!(
+            "a disk of the host under Linux: added {added}; removed {removed}; {soaked}"
+        ))?;
+        // The host has it back, with what the guest wrote.
+        let disk = function.disk()?;
+        ensure!(disk.exists(), "{}", disk.display());
+        s.end().map(drop)
+    })
+}
+
+fn body(function: &Function) -> serde_json::Value {
+    json!({ "id": "spare", "path": function.path() })
+}
+
+/// The guest writes to the disk and reads the same, and goes on reading.
+fn used(s: &Subject, round: u32) -> Result<()> {
+    s.guest.agent().put("/tmp/fresh", 0o600, &pattern(round.into(), SIZE))?;
+    let script =
+        "for i in $(seq 100); do [ -b $(ls /dev/nvme*n1) ] && break; usleep 100000; done; disk=$(ls /dev/nvme*n1)
+        dd if=/tmp/fresh of=$disk bs=64k oflag=direct
+        dd if=$disk bs=64k count=16 iflag=direct | cmp - /tmp/fresh";
+    s.guest.shell(script)?;
+    s.guest.shell(READ).map(drop)
+}
+
+/// What the disk is told to write to lies in memory that the guest got while it had the disk, or the disk while it had that memory.
+fn memory_that_came(context: &Context) -> Result<Outcome> {
+    const MIB: u64 = 1 << 20;
+    with(context, &[NVME], |functions| {
+        let guest = guest_with(context, Kernel::V6_1, functions)?
+            .vm(|vm| vm.set("--memory", "size=256M,hotplug_size=1G"))
+            .boot()?;
+        let api = guest.vm().api()?.clone();
+        let resize = |mib: u64| -> Result<()> {
+            let target = json!({ "desired_ram": mib * MIB }).to_string();
+            api.put("vm.resize", Some(&target))?;
+            let dmesg = || guest.shell("dmesg | tail -n 20").unwrap_or_default();
+            let job = api.ended("vm.resize", LIMIT).with_context(dmesg)?;
+            ensure!(job["state"] == "done", "{job}: {}", dmesg());
+            guest
+                .shell("cd /sys/devices/system/memory; for f in memory*/state; do grep -q offline $f && echo online_movable >$f; done; true")
+                .map(drop)
+        };
+        resize(512)?;
+        // The page cache takes movable memory first, and the disk writes there.
+        guest.shell(&format!(
+            "{WAIT}; disk=$(ls /dev/nvme*n1); free() {{ awk '/zone +Movable/ {{f=1}} f && /pages free/ {{print $3; exit}}' /proc/zoneinfo; }}
+            head -c {MIB} /dev/urandom >/tmp/data
+            for n in $(seq 0 31); do dd if=/tmp/data of=$disk bs=1M seek=$n oflag=direct; done
+            echo 3 >/proc/sys/vm/drop_caches; before=$(free)
+            for n in $(seq 0 31); do dd if=$disk bs=1M skip=$n count=1 | cmp - /tmp/data || exit 1; done; after=$(free)
+            [ $((before-after)) -gt 6000 ]"
+        ))?;
+        resize(256)?;
+        guest.shell("dd if=$(ls /dev/nvme*n1) bs=1M count=1 iflag=direct | cmp - /tmp/data")?;
+        guest.power_off()?;
+        Ok(())
+    })
+}
+
+/// Waits for the disk.
+const WAIT: &str = "for i in $(seq 600); do ls /dev/nvme*n1 && break; usleep 100000; done";
