@@ -84,6 +84,7 @@ fn parameters(request: &Request) -> Option<Value> {
         Request::Snapshot(snapshot) => json!({ "to": cut(&snapshot.destination_url) }),
         Request::Restore(restore, fds) => json!({ "from": cut(&restore.source_url), "descriptors": fds.len() }),
         Request::SendMigration(send) => json!({ "to": cut(&send.destination_url) }),
+        Request::CheckMigration(check) => json!({ "to": cut(&check.destination_url) }),
         Request::ReceiveMigration(receive, fds) => {
             json!({ "from": cut(&receive.receiver_url), "descriptors": fds.len() })
         }

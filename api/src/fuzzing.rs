@@ -4,8 +4,9 @@
 
 use crate::server::fuzzing as server;
 use crate::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigration, RemoveDevice, Resize,
-    ResizeDisk, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig, flags, read_object,
+    CheckMigration, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, ReceiveMigration,
+    RemoveDevice, Resize, ResizeDisk, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig,
+    VsockConfig, flags, read_object,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,7 +25,7 @@ pub fn http(data: &[u8]) {
 /// A body; the first byte tells of which type. What is understood is written and understood again, the same.
 pub fn bodies(data: &[u8]) {
     let Some((kind, body)) = data.split_first() else { return };
-    match kind % 15 {
+    match kind % 16 {
         0 => {
             if let Some(config) = body_of::<VmConfig>(body) {
                 let _ = config.validate();
@@ -43,6 +44,7 @@ pub fn bodies(data: &[u8]) {
         11 => drop(body_of::<ReceiveMigration>(body)),
         12 => drop(body_of::<SetMigration>(body)),
         13 => drop(body_of::<DeviceConfig>(body)),
+        14 => drop(body_of::<CheckMigration>(body)),
         _ => drop(body_of::<RemoveDevice>(body)),
     }
 }

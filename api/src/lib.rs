@@ -45,8 +45,8 @@ pub use cpu_features::{CpuDescription, CpuFeatures, CpuSignature};
 pub use datapath::DataPath;
 pub use memory::{HotplugMethod, MemoryCounts};
 pub use migration::{
-    MigrationPhase, MigrationProgress, MigrationSide, MigrationTls, ReceiveMigration, SendMigration, SetMigration,
-    TimeoutStrategy, lay_over,
+    CheckMigration, MigrationBlocker, MigrationCheck, MigrationPart, MigrationPhase, MigrationProgress, MigrationSide,
+    MigrationTls, ReceiveMigration, SendMigration, SetMigration, TimeoutStrategy, lay_over,
 };
 pub use numa::{NumaConfig, NumaDistance};
 pub use operation::{Operation, Phase};
@@ -58,6 +58,6 @@ pub use request::{
 };
 pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};
-pub use snapshot::{RestoreConfig, RestoreMode, RestoredNet, SnapshotConfig};
+pub use snapshot::{RestoreClock, RestoreConfig, RestoreMode, RestoredNet, SnapshotConfig};
 pub use validate::ConfigError;
 pub use zones::{MemoryZoneConfig, ResizeZone, ZoneCounts};

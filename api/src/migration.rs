@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 
 use crate::{ApiError, RestoredNet};
 
+/// Most percent of the time for which vCPUs are held.
+pub const MAX_THROTTLE: u8 = 99;
 /// Most connections for memory.
 pub const MAX_CONNECTIONS: u16 = 16;
 
@@ -60,6 +62,10 @@ pub struct SendMigration {
     /// Bytes a second that may be sent; absent or 0: as many as there is room for. It can be changed while the guest is moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
+    /// Percent of the time for which the guest's vCPUs may be held, if it writes memory faster than it can be sent; 0: never. They are
+    /// held no longer than it takes, and never more than this.
+    #[cfg_attr(feature = "openapi", schemars(range(max = 99)))]
+    pub throttle: u8,
     /// Whether pages are compressed (LZ4) as long as that is faster than to send them as they are.
     pub compress: bool,
     /// Certificates, for `tcp:`.
@@ -79,6 +85,7 @@ impl Default for SendMigration {
             timeout_strategy: TimeoutStrategy::default(),
             connections: 1,
             bandwidth: None,
+            throttle: 0,
             compress: false,
             tls: None,
             local: false,
@@ -103,6 +110,12 @@ impl SendMigration {
         }
         if self.downtime_ms == 0 {
             return bad("downtime_ms: a guest is paused for a moment at least; give 1 or more".to_owned());
+        }
+        if self.throttle > MAX_THROTTLE {
+            return bad(format!(
+                "throttle: vCPUs can be held for {MAX_THROTTLE} percent of the time at most, and {} was given",
+                self.throttle
+            ));
         }
         if self.timeout_s == 0 {
             return bad("timeout_s: give 1 second at least".to_owned());
@@ -131,6 +144,62 @@ pub struct ReceiveMigration {
     /// order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net_fds: Option<Vec<RestoredNet>>,
+}
+
+/// Body of `vm.check-migration`: where a VM would be moved to, as for `vm.send-migration`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct CheckMigration {
+    /// Where the other VMM waits with `vm.receive-migration`: `unix:/path`, `tcp:host:port` with TLS, or `tcp-plain:host:port`.
+    #[cfg_attr(feature = "openapi", schemars(required))]
+    pub destination_url: String,
+    /// Certificates, for `tcp:`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<MigrationTls>,
+}
+
+/// Answer of `vm.check-migration`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct MigrationCheck {
+    /// All that is in the way. Empty: the VM would be taken.
+    pub blockers: Vec<MigrationBlocker>,
+}
+
+/// One thing that is in the way of a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct MigrationBlocker {
+    /// To what it belongs.
+    pub what: MigrationPart,
+    /// Id of the device, or name of the CPU's feature. Null where neither is meant.
+    pub name: Option<String>,
+    /// Why the VM cannot be moved.
+    pub reason: String,
+    /// What would remove it.
+    pub remedy: String,
+}
+
+/// What something in the way of a migration belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum MigrationPart {
+    /// The host, or its VMM.
+    Host,
+    /// A feature of the CPUs.
+    Cpu,
+    /// The frequency of the guest's clock.
+    Clock,
+    /// Memory.
+    Memory,
+    /// A disk.
+    Disk,
+    /// Another device.
+    Device,
+    /// The configuration.
+    Configuration,
 }
 
 /// Body of `vm.set-migration`.
@@ -207,6 +276,9 @@ pub struct MigrationProgress {
     pub downtime_ms: Option<u64>,
     /// How often the guest was paused and went on, since it would have taken longer than allowed.
     pub retreats: u32,
+    /// Percent of the time for which the guest's vCPUs are held now.
+    #[serde(default)]
+    pub throttle: u8,
     /// Bytes a second that may be sent; null: as many as there is room for.
     pub bandwidth: Option<u64>,
     /// Why it failed.
@@ -310,6 +382,13 @@ mod tests {
             (
                 SendMigration {
                     downtime_ms: 0,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    throttle: 100,
                     ..good.clone()
                 },
                 400,

@@ -90,6 +90,8 @@ pub enum Operation {
     SendMigration,
     /// `vm.receive-migration`: take a VM from another VMM.
     ReceiveMigration,
+    /// `vm.check-migration`: ask whether the VM could be moved.
+    CheckMigration,
     /// `vm.set-migration`: change one that is under way.
     SetMigration,
     /// `vm.cancel-migration`.
@@ -104,7 +106,7 @@ pub enum Operation {
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Info,
         Self::Counters,
         Self::Create,
@@ -130,6 +132,7 @@ impl Operation {
         Self::Restore,
         Self::SendMigration,
         Self::ReceiveMigration,
+        Self::CheckMigration,
         Self::SetMigration,
         Self::CancelMigration,
         Self::MigrationProgress,
@@ -165,6 +168,7 @@ impl Operation {
             Self::Restore => "vm.restore",
             Self::SendMigration => "vm.send-migration",
             Self::ReceiveMigration => "vm.receive-migration",
+            Self::CheckMigration => "vm.check-migration",
             Self::SetMigration => "vm.set-migration",
             Self::CancelMigration => "vm.cancel-migration",
             Self::MigrationProgress => "vm.migration-progress",
@@ -191,7 +195,9 @@ impl Operation {
             | Self::RemoveDevice => &[Created, Running, Paused, Shutdown],
             Self::Pause | Self::PowerButton | Self::Nmi => &[Running],
             Self::Resume | Self::Snapshot => &[Paused],
-            Self::Shutdown | Self::Reboot | Self::ResizeDisk | Self::SendMigration => &[Running, Paused],
+            Self::Shutdown | Self::Reboot | Self::ResizeDisk | Self::SendMigration | Self::CheckMigration => {
+                &[Running, Paused]
+            }
             Self::SetMigration
             | Self::CancelMigration
             | Self::MigrationProgress

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts, MigrationProgress,
-    NetConfig, Operation, Phase, ReceiveMigration, ResizeZone, RestoreConfig, SendMigration, SetMigration,
-    SnapshotConfig, VmConfig, VsockConfig, ZoneCounts,
+    CheckMigration, CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MemoryCounts,
+    MigrationCheck, MigrationProgress, NetConfig, Operation, Phase, ReceiveMigration, ResizeZone, RestoreConfig,
+    SendMigration, SetMigration, SnapshotConfig, VmConfig, VsockConfig, ZoneCounts,
 };
 
 /// What a client asks of the VMM, with all that belongs to it. [`Operation`] tells which phase accepts it.
@@ -61,6 +61,8 @@ pub enum Request {
     SendMigration(Box<SendMigration>),
     /// Take a VM from another VMM; it is answered when the guest runs here. The descriptors are those of its taps that the client opened.
     ReceiveMigration(Box<ReceiveMigration>, Vec<OwnedFd>),
+    /// Tell what would be in the way if the VM were moved.
+    CheckMigration(Box<CheckMigration>),
     /// Change a migration that is under way.
     SetMigration(SetMigration),
     /// End a migration that is under way, and keep the guest where it is.
@@ -100,6 +102,7 @@ impl Request {
             Self::Restore(..) => Operation::Restore,
             Self::SendMigration(_) => Operation::SendMigration,
             Self::ReceiveMigration(..) => Operation::ReceiveMigration,
+            Self::CheckMigration(_) => Operation::CheckMigration,
             Self::SetMigration(_) => Operation::SetMigration,
             Self::CancelMigration => Operation::CancelMigration,
             Self::MigrationProgress => Operation::MigrationProgress,
@@ -176,6 +179,8 @@ pub enum Reply {
     Added(AddedDevice),
     /// How far a migration is.
     MigrationProgress(Box<MigrationProgress>),
+    /// What would be in the way of one.
+    MigrationCheck(Box<MigrationCheck>),
 }
 
 /// Answer to a device that was added to a guest that runs.

@@ -14,6 +14,14 @@ use crate::ApiError;
 pub struct SnapshotConfig {
     /// `file://` and the absolute path of a directory, which is made if it is not there, and holds no snapshot yet.
     pub destination_url: String,
+    /// `file://` and the absolute path of the snapshot that this one builds on: the last one of this VM that was saved with
+    /// `track_writes`. Only memory that was written since is saved, and a restore needs both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Whether writes to memory are logged from now on, so that later snapshots can build on this one. `false` ends that; without it, it
+    /// stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track_writes: Option<bool>,
 }
 
 /// Body of `vm.restore`.
@@ -34,6 +42,11 @@ pub struct RestoreConfig {
     pub memory_restore_mode: RestoreMode,
     /// Whether the guest goes on at once; otherwise it is paused, until `vm.resume`.
     pub resume: bool,
+    /// Whether the guest's clocks stood still since it was saved.
+    pub clock: RestoreClock,
+    /// Whether writes to memory are logged from now on, so that later snapshots can build on this one, which was saved with
+    /// `track_writes`.
+    pub track_writes: bool,
 }
 
 /// A network interface of a guest that is restored.
@@ -60,6 +73,29 @@ pub enum RestoreMode {
     OnDemand,
 }
 
+/// What becomes of the time between a guest's being saved and restored, for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum RestoreClock {
+    /// It did not pass: the guest's clocks go on from where they stood.
+    #[default]
+    Stands,
+    /// It passed, by the host's clock: the guest's counters are ahead by it, and timers that were due meanwhile fire.
+    Passes,
+}
+
+impl FromStr for RestoreClock {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.to_ascii_lowercase().as_str() {
+            "stands" => Ok(Self::Stands),
+            "passes" => Ok(Self::Passes),
+            _ => Err("write stands or passes"),
+        }
+    }
+}
+
 impl FromStr for RestoreMode {
     type Err = &'static str;
 
@@ -77,6 +113,11 @@ impl SnapshotConfig {
     /// The directory.
     pub fn directory(&self) -> Result<PathBuf, ApiError> {
         directory("destination_url", &self.destination_url)
+    }
+
+    /// The directory of the snapshot that it builds on.
+    pub fn base_directory(&self) -> Result<Option<PathBuf>, ApiError> {
+        self.base.as_ref().map(|url| directory("base", url)).transpose()
     }
 }
 
@@ -132,7 +173,10 @@ mod tests {
     fn path(url: &str) -> Option<String> {
         let config = SnapshotConfig {
             destination_url: url.to_owned(),
+            base: Some(url.to_owned()),
+            track_writes: None,
         };
+        assert_eq!(config.directory().ok(), config.base_directory().ok().flatten());
         let path = config.directory().ok()?;
         path.to_str().map(ToOwned::to_owned)
     }
@@ -166,6 +210,9 @@ mod tests {
             assert_eq!(text.parse(), Ok(mode));
         }
         assert!("lazy".parse::<RestoreMode>().is_err());
+        assert_eq!("passes".parse(), Ok(RestoreClock::Passes));
+        assert_eq!("Stands".parse(), Ok(RestoreClock::Stands));
+        assert!("flies".parse::<RestoreClock>().is_err());
         assert_eq!(
             serde_json::to_string(&RestoreMode::OnDemand).expect("JSON"),
             "\"OnDemand\""

@@ -8,7 +8,7 @@ use triarch_api::Phase;
 use triarch_api::metrics::{
     BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics,
     MemoryDeviceMetrics, MemoryMetrics, Metrics, NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics,
-    Requests, Source, VcpuMetrics, VsockMetrics, render,
+    Requests, SnapshotMetrics, Source, VcpuMetrics, VsockMetrics, render,
 };
 
 /// Prints each family as `TYPE NAME SAMPLES`, and the value of one disk's label.
@@ -110,6 +110,13 @@ fn everything() -> Metrics {
             opened: 2,
             refused: 3,
         }],
+        snapshots: vec![SnapshotMetrics {
+            kind: "whole",
+            failed: 1,
+            bytes: 4096,
+            done: operation().latency,
+        }],
+        restores: Vec::new(),
         process: Some(ProcessMetrics::default()),
     }
 }

@@ -9,8 +9,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use triarch_api::server::{Action, Identity, Method, ROUTES};
 use triarch_api::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, ReceiveMigration, RemoveDevice,
-    Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    CheckMigration, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, ReceiveMigration,
+    RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SnapshotConfig, VmConfig, VmInfo,
+    VsockConfig,
 };
 
 use crate::connection::{Connection, Deadline, Head, MAX_FDS};
@@ -322,6 +323,14 @@ impl Client {
     /// As [`call`](Self::call).
     pub fn restore(&mut self, from: &RestoreConfig, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         self.put(Operation::Restore, from, fds).map(drop)
+    }
+
+    /// Asks a VMM that waits for a VM what would be in the way of this one; the answer is a [`MigrationCheck`](triarch_api::MigrationCheck).
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    pub fn check_migration(&mut self, to: &CheckMigration) -> Result<Response, Error> {
+        self.put(Operation::CheckMigration, to, &[])
     }
 
     /// Moves the VM to another VMM, and returns when that is over; the client's limit on time has to allow for it.

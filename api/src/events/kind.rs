@@ -69,9 +69,11 @@ kinds! {
     MIGRATION_LISTENING: "migration" "listening" ["job", "address"] "a guest can be sent here";
     MIGRATION_PREPARED: "migration" "prepared" ["job"] "a source has offered its guest, and there is room for it";
     MIGRATION_STARTED: "migration" "started" ["job", "address"] "the guest's memory is being copied to the destination while it runs";
+    MIGRATION_THROTTLED: "migration" "throttled" ["job", "percent"] "the guest writes memory too fast, and its vCPUs are held for so much of the time; 0: they are not held any more";
     MIGRATION_SWITCHING: "migration" "switching" ["job"] "the guest stands still, and what is left is being copied";
     MIGRATION_RETREATED: "migration" "retreated" ["job"] "the guest goes on at the source, since it would have stood still for too long; it is tried again";
     MIGRATION_COMMITTED: "migration" "committed" ["job"] "the guest is given away";
+    MIGRATION_ANNOUNCED: "migration" "announced" ["interfaces"] "the network was told of the guest's new place, at so many interfaces";
     MIGRATION_FAILED: "migration" "failed" ["job", "guest", "error"] "the guest was not moved; `guest` is `here`, `paused`, or `unknown` if it may run at the destination, or at the destination `none`";
     GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";

@@ -16,7 +16,15 @@ pub struct Restored {
 
 /// `--restore source_url=file:///DIRECTORY,...`
 pub fn restore(text: &str) -> Result<Restored, FlagError> {
-    let known = ["source_url", "prefault", "memory_restore_mode", "resume", "net_fds"];
+    let known = [
+        "source_url",
+        "prefault",
+        "memory_restore_mode",
+        "resume",
+        "net_fds",
+        "clock",
+        "track_writes",
+    ];
     let kv = KeyValues::parse("--restore", text, &known, &[])?;
     let Some(url) = kv.text("source_url") else {
         return kv.refuse("it needs the directory of a snapshot; write source_url=file:///DIRECTORY".to_owned());
@@ -31,6 +39,8 @@ pub fn restore(text: &str) -> Result<Restored, FlagError> {
     set(&mut config.prefault, kv.switch("prefault")?);
     set(&mut config.memory_restore_mode, kv.get("memory_restore_mode")?);
     set(&mut config.resume, kv.switch("resume")?);
+    set(&mut config.clock, kv.get("clock")?);
+    set(&mut config.track_writes, kv.switch("track_writes")?);
     let (mut nets, mut fds) = (Vec::new(), Vec::new());
     for item in kv.list("net_fds")?.unwrap_or_default() {
         let Some((id, numbers)) = net(item) else {
@@ -66,11 +76,11 @@ fn net(item: &str) -> Option<(&str, Vec<i32>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RestoreMode;
+    use crate::{RestoreClock, RestoreMode};
 
     #[test]
     fn it_says_what_a_request_would() {
-        let text = "source_url=file:///a,memory_restore_mode=mapped,resume=true,prefault=on,net_fds=[n@[3,4],m@5]";
+        let text = "source_url=file:///a,memory_restore_mode=mapped,resume=true,prefault=on,clock=passes,track_writes=on,net_fds=[n@[3,4],m@5]";
         let net = |id: &str, num_fds| RestoredNet {
             id: id.to_owned(),
             num_fds,
@@ -82,6 +92,8 @@ mod tests {
                 net_fds: Some(vec![net("n", 2), net("m", 1)]),
                 memory_restore_mode: RestoreMode::Mapped,
                 resume: true,
+                clock: RestoreClock::Passes,
+                track_writes: true,
             },
             fds: vec![3, 4, 5],
         };

@@ -45,8 +45,25 @@ pub struct Metrics {
     pub vsocks: Vec<VsockMetrics>,
     /// Devices that daemons serve.
     pub links: Vec<LinkMetrics>,
+    /// Snapshots, since the process began.
+    pub snapshots: Vec<SnapshotMetrics>,
+    /// Restores, since the process began.
+    pub restores: Vec<SnapshotMetrics>,
     /// This process.
     pub process: Option<ProcessMetrics>,
+}
+
+/// Snapshots or restores of a kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotMetrics {
+    /// The kind.
+    pub kind: &'static str,
+    /// How many failed.
+    pub failed: u64,
+    /// Bytes of memory in those that were done.
+    pub bytes: u64,
+    /// How long those took that were done.
+    pub done: Latencies,
 }
 
 /// How many vCPUs the guest has, and what came of resizes since the VM was created.

@@ -46,6 +46,16 @@ fn direction(packets: u64) -> DirectionMetrics {
     }
 }
 
+fn saved(kind: &'static str) -> SnapshotMetrics {
+    let done = operation(3).latency;
+    SnapshotMetrics {
+        kind,
+        failed: 1,
+        bytes: 4096,
+        done,
+    }
+}
+
 /// A VM that has everything, with devices called `id`.
 fn full(id: &str) -> Metrics {
     let vcpu = |index, times| VcpuMetrics {
@@ -136,6 +146,8 @@ fn full(id: &str) -> Metrics {
             reconnects: 4,
             resubmitted: 5,
         }],
+        snapshots: vec![saved("whole")],
+        restores: vec![saved("Mapped")],
         process: Some(ProcessMetrics {
             threads: 9,
             ..ProcessMetrics::default()

@@ -31,19 +31,35 @@ pub(super) fn of_body(route: &str) -> Value {
         "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
         "vm.add-device" => one(json!({ "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "gpu" })),
         "vm.remove-device" => one(json!({ "id": "data" })),
-        "vm.snapshot" => one(json!({ "destination_url": "file:///var/lib/vm/snapshot" })),
+        "vm.snapshot" => json!({
+            "example": { "value": { "destination_url": "file:///var/lib/vm/snapshot" } },
+            "first": {
+                "summary": "The first of several, whose next ones have only what was written since",
+                "value": { "destination_url": "file:///var/lib/vm/monday", "track_writes": true },
+            },
+            "next": {
+                "summary": "What was written since the one before",
+                "value": {
+                    "destination_url": "file:///var/lib/vm/tuesday", "base": "file:///var/lib/vm/monday", "track_writes": true,
+                },
+            },
+        }),
         "vm.restore" => json!({
             "example": { "value": { "source_url": "file:///var/lib/vm/snapshot" } },
             "mapped": {
                 "summary": "The guest goes on at once, and pages are copied when it writes to them",
                 "value": { "source_url": "file:///var/lib/vm/snapshot", "memory_restore_mode": "Mapped", "resume": true },
             },
+            "passed": {
+                "summary": "The guest finds that time went on since it was saved",
+                "value": { "source_url": "file:///var/lib/vm/snapshot", "clock": "Passes", "resume": true },
+            },
         }),
         "vm.send-migration" => json!({
             "tls": {
-                "summary": "Over a network, at no more than 400 MB a second",
+                "summary": "Over a network, at no more than 400 MB a second; a guest that writes too fast may be slowed down",
                 "value": {
-                    "destination_url": "tcp:10.0.0.2:4444", "connections": 4, "bandwidth": 400_000_000_u64, "downtime_ms": 200,
+                    "destination_url": "tcp:10.0.0.2:4444", "connections": 4, "bandwidth": 400_000_000_u64, "downtime_ms": 200, "throttle": 60,
                     "tls": {
                         "certificate": "/etc/triarch/host1.pem", "key": "/etc/triarch/host1.key", "ca": "/etc/triarch/ca.pem",
                         "peer": "host2.example.org",
@@ -70,6 +86,7 @@ pub(super) fn of_body(route: &str) -> Value {
                 },
             },
         }),
+        "vm.check-migration" => one(json!({ "destination_url": "unix:/run/vm/move.sock" })),
         "vm.set-migration" => one(json!({ "bandwidth": 100_000_000_u64 })),
         _ => json!({}),
     }
@@ -101,8 +118,20 @@ pub(super) fn of_answer(route: &str) -> Value {
         "vm.migration-progress" => one(json!({
             "side": "source", "phase": "copying", "job": 7, "address": "tcp:10.0.0.2:4444", "elapsed_ms": 5_310, "rounds": 3,
             "total": 4_294_967_296_u64, "remaining": 61_440_000, "pages": 731_004, "zero_pages": 402_118, "wire_bytes": 2_998_104_220_u64,
-            "rate": 564_000_000, "dirty_rate": 104_857_600, "downtime_ms": 128, "retreats": 0, "bandwidth": null, "error": null,
+            "rate": 564_000_000, "dirty_rate": 104_857_600, "downtime_ms": 128, "retreats": 0, "throttle": 0, "bandwidth": null, "error": null,
         })),
+        "vm.check-migration" => one(json!({ "blockers": [
+            {
+                "what": "cpu", "name": "avx512_vnni",
+                "reason": "avx512_vnni (CPUID.7.0:ECX[11]): the guest has 1, the destination 0",
+                "remedy": "boot the guest with a CPU that has no more than this destination's, or choose a destination that has it (a \
+                           newer CPU, microcode or kernel)",
+            },
+            {
+                "what": "disk", "name": "data", "reason": "the disk /srv/data.img does not exist",
+                "remedy": "give it under this path there, or its path there with config of vm.receive-migration",
+            },
+        ] })),
         "vm.add-disk" => one(added("data", 5)),
         "vm.add-net" => one(added("net0", 6)),
         "vm.add-fs" => one(added("shared", 7)),

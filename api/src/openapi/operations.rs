@@ -9,9 +9,9 @@ use super::{examples, reference};
 use crate::jobs::{Job, Timestamp};
 use crate::server::{Action, Identity, Method, ROUTES, Route};
 use crate::{
-    AddedDevice, CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, MigrationProgress, NetConfig,
-    Operation, Phase, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration,
-    SetMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
+    AddedDevice, CheckMigration, CpuFeatures, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig,
+    MigrationCheck, MigrationProgress, NetConfig, Operation, Phase, ReceiveMigration, RemoveDevice, Resize, ResizeDisk,
+    ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig, VmInfo, VsockConfig,
 };
 
 /// Something that happened.
@@ -86,6 +86,7 @@ impl Contract {
                     Operation::Counters => vec![(JSON, reference::<Counters>(generator))],
                     Operation::CpuFeatures => vec![(JSON, reference::<CpuFeatures>(generator))],
                     Operation::MigrationProgress => vec![(JSON, reference::<MigrationProgress>(generator))],
+                    Operation::CheckMigration => vec![(JSON, reference::<MigrationCheck>(generator))],
                     _ if adds(operation) => vec![(JSON, reference::<AddedDevice>(generator))],
                     _ => Vec::new(),
                 };
@@ -243,6 +244,10 @@ fn note(action: Action) -> Option<&'static str> {
             "It is answered when the guest runs here. It waits for as long as it takes, until `vm.cancel-migration`. Descriptors of taps \
              come with the bytes of the request (SCM_RIGHTS), in the order of `net_fds`.",
         ),
+        Operation::CheckMigration => Some(
+            "The other VMM goes on waiting, and the guest notices nothing. An empty list does not reserve anything: what is there now may \
+             be gone when the VM is moved.",
+        ),
         Operation::SetMigration => Some("Without a migration it is answered with 409."),
         Operation::CancelMigration => Some(
             "Without a migration, or once the guest was given away, it is answered with 409. The guest goes on at the source soon after.",
@@ -299,6 +304,7 @@ fn body(operation: Operation, generator: &mut SchemaGenerator) -> Option<Value> 
         Operation::Restore => Some(reference::<RestoreConfig>(generator)),
         Operation::SendMigration => Some(reference::<SendMigration>(generator)),
         Operation::ReceiveMigration => Some(reference::<ReceiveMigration>(generator)),
+        Operation::CheckMigration => Some(reference::<CheckMigration>(generator)),
         Operation::SetMigration => Some(reference::<SetMigration>(generator)),
         Operation::CancelMigration
         | Operation::MigrationProgress

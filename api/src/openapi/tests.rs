@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 use super::*;
 use crate::server::{Action, Method};
 use crate::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig, ReceiveMigration,
-    RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration, SnapshotConfig, VmConfig,
-    VsockConfig, read_object,
+    CheckMigration, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, Operation, PayloadConfig,
+    ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration, SetMigration,
+    SnapshotConfig, VmConfig, VsockConfig, read_object,
 };
 
 /// Checks values against a schema of the document.
@@ -136,6 +136,7 @@ fn accepts(operation: Operation, body: &Value) -> Result<(), String> {
         Operation::Restore => read::<RestoreConfig>(body).map(drop),
         Operation::SendMigration => read::<SendMigration>(body)?.validate().map_err(|e| e.to_string()),
         Operation::ReceiveMigration => read::<ReceiveMigration>(body).map(drop),
+        Operation::CheckMigration => read::<CheckMigration>(body).map(drop),
         Operation::SetMigration => read::<SetMigration>(body).map(drop),
         other => Err(format!("{other:?} has no body")),
     }

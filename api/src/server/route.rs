@@ -209,6 +209,11 @@ pub const ROUTES: &[Route] = &[
         "waits for a VM from another VMM and takes it; takes descriptors of its taps",
     ),
     put(
+        "vm.check-migration",
+        Operation::CheckMigration,
+        "asks a VMM that waits for a VM what would be in the way of this one; nothing is moved",
+    ),
+    put(
         "vm.set-migration",
         Operation::SetMigration,
         "changes the bandwidth of a migration that is under way",

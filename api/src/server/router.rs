@@ -125,6 +125,7 @@ impl Router {
             Operation::ReceiveMigration => {
                 Request::ReceiveMigration(reader.read(name, body)?, std::mem::take(&mut call.fds))
             }
+            Operation::CheckMigration => Request::CheckMigration(reader.read(name, body)?),
             Operation::SetMigration => Request::SetMigration(reader.read(name, body)?),
             Operation::CancelMigration => Request::CancelMigration,
             Operation::MigrationProgress => Request::MigrationProgress,
@@ -264,6 +265,7 @@ fn response(result: Result<Reply, ApiError>) -> Response {
         Ok(Reply::MigrationProgress(progress)) => {
             Response::json(ascii(serde_json::to_string(&progress).unwrap_or_default()))
         }
+        Ok(Reply::MigrationCheck(check)) => Response::json(ascii(serde_json::to_string(&check).unwrap_or_default())),
         Ok(Reply::Added(device)) => Response::json(ascii(serde_json::to_string(&device).unwrap_or_default())),
         Err(error) => Response::error(error.status(), &error.to_string()),
     }

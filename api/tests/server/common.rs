@@ -145,6 +145,7 @@ impl Handler for FakeVm {
             | Request::Restore(..)
             | Request::SendMigration(_)
             | Request::ReceiveMigration(..)
+            | Request::CheckMigration(_)
             | Request::SetMigration(_) => {}
             Request::CancelMigration => {
                 let error = ApiError::WrongPhase("vm.cancel-migration: no migration is under way".into());

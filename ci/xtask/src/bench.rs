@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail};
 mod api;
 mod client;
 mod hotplug;
+mod migration;
+mod snapshot;
 mod vhost_user;
 
 use crate::arch::Arch;
@@ -60,6 +62,10 @@ pub enum Args {
     },
     /// How soon what comes and goes in a running guest is there and gone
     Hotplug(hotplug::Args),
+    /// How fast a guest moves, and for how long it stands still
+    Migration(migration::Args),
+    /// How soon a guest that was saved goes on, and how long one stands still that is saved
+    Snapshot(snapshot::Args),
     /// A guest's disk served by a daemon and by the VMM, under triarch and under QEMU
     VhostUser(vhost_user::Args),
 }
@@ -83,6 +89,8 @@ pub fn run(args: &Args) -> Result<()> {
             profile,
         } => api::run(starts, turns, requests, profile),
         Args::Hotplug(args) => hotplug::run(args),
+        Args::Migration(args) => migration::run(args),
+        Args::Snapshot(args) => snapshot::run(args),
         Args::VhostUser(args) => vhost_user::run(args),
     }
 }

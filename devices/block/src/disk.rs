@@ -263,6 +263,26 @@ impl Disk {
         lock(&self.file, &self.path, self.readonly)
     }
 
+    /// Whether somebody else has a lock that keeps [`take_lock`](Self::take_lock) from succeeding now.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn is_locked_elsewhere(&self) -> Result<bool, OpenError> {
+        sys::is_locked(self.file.as_fd(), !self.readonly).map_err(|source| lock_error(&self.path, source))
+    }
+
+    /// Where the file is on this host, the same for whoever opened it: the numbers of its file system and its own.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let metadata = self.file.metadata()?;
+        Ok(match metadata.file_type().is_block_device() {
+            true => (0, metadata.rdev()),
+            false => (metadata.dev(), metadata.ino()),
+        })
+    }
+
     /// Lets others lock the disk. Nothing may be written any more.
     ///
     /// # Errors
@@ -431,8 +451,12 @@ fn check_size(path: &Path, size: u64, block: u32) -> Result<(), OpenError> {
 }
 
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), OpenError> {
+    sys::lock(file.as_fd(), !readonly).map_err(|source| lock_error(path, source))
+}
+
+fn lock_error(path: &Path, source: io::Error) -> OpenError {
     let path = path.to_owned();
-    sys::lock(file.as_fd(), !readonly).map_err(|source| match source.raw_os_error() {
+    match source.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => OpenError::Locked { path },
         Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => OpenError::NoLocks { path, source },
         _ => OpenError::Io {
@@ -440,7 +464,7 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), OpenError> {
             action: "locking it",
             source,
         },
-    })
+    }
 }
 
 fn serial(options: &DiskOptions, metadata: &Metadata) -> Result<String, OpenError> {

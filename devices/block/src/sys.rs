@@ -107,19 +107,33 @@ pub(crate) fn lock(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<()> {
     set_lock(fd, if exclusive { libc::F_WRLCK } else { libc::F_RDLCK })
 }
 
+/// Whether somebody else has a lock that keeps such a one from being taken (fcntl(2), `F_OFD_GETLK`).
+pub(crate) fn is_locked(fd: BorrowedFd<'_>, exclusive: bool) -> io::Result<bool> {
+    let mut range = whole(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK });
+    // SAFETY: F_OFD_GETLK reads and writes one flock structure.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut range) })?;
+    Ok(range.l_type != libc::F_UNLCK as libc::c_short)
+}
+
 /// Gives that lock up.
 pub(crate) fn unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_lock(fd, libc::F_UNLCK)
 }
 
 fn set_lock(fd: BorrowedFd<'_>, kind: libc::c_int) -> io::Result<()> {
+    let range = whole(kind);
+    // SAFETY: F_OFD_SETLK reads one flock structure.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
+}
+
+/// A lock of this kind on all of a file.
+fn whole(kind: libc::c_int) -> libc::flock {
     // SAFETY: all-zero is a valid flock structure; length 0 means to the end, however far it moves,
     // and OFD locks need l_pid to be 0.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = kind as libc::c_short;
     range.l_whence = libc::SEEK_SET as libc::c_short;
-    // SAFETY: F_OFD_SETLK reads one flock structure.
-    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) })
+    range
 }
 
 fn result_of(result: isize) -> i32 {

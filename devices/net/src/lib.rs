@@ -3,6 +3,7 @@
 //!
 //! [`Tap`] opens, configures and, when dropped, puts back an interface. [`PacketBackend`] is what a network device needs of it.
 
+mod announce;
 mod backend;
 mod error;
 mod queue;
@@ -12,6 +13,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 
+pub use announce::rarp;
 pub use backend::{Offloads, PacketBackend};
 pub use error::TapError;
 pub use queue::PacketQueue;

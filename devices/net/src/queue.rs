@@ -44,6 +44,17 @@ impl PacketQueue {
         let n = unsafe { libc::writev(self.0.as_raw_fd(), buffers.as_ptr(), count) };
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
+
+    /// Writes `packet`, header and frame. [`io::ErrorKind::WouldBlock`] when the queue is full.
+    #[allow(unsafe_code)] // one buffer of our own
+    pub fn send(&self, packet: &[u8]) -> io::Result<()> {
+        let buffer = libc::iovec {
+            iov_base: packet.as_ptr().cast_mut().cast(),
+            iov_len: packet.len(),
+        };
+        // SAFETY: the buffer is `packet`, which is there as long as the call takes, and is only read.
+        unsafe { self.write(&[buffer]) }.map(drop)
+    }
 }
 
 impl AsFd for PacketQueue {

@@ -5,13 +5,14 @@ use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use triarch_device_core::{Event, Sandbox, ThreadClass, Worker};
+use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_memory::{GuestMemory, GuestRegion};
 use triarch_vhost_protocol::MAX_CONFIG;
+use triarch_virtio::net::NetStateV1;
 use triarch_virtio::{ActivateError, DeviceContext, DeviceId, VirtQueue, VirtioDevice, read_config_bytes};
 
 use crate::connection::Wake;
-use crate::engine::{Command, Engine, Remap};
+use crate::engine::{Command, Engine, Move, Remap};
 use crate::room::with_rooms;
 use crate::{Kind, LinkError, LinkState, LinkStatus, Offer, Own, PageLog, Peer, PeerError};
 
@@ -80,12 +81,94 @@ impl VhostUserHandle {
         self.0.peer.wait_known(patience, is_so)
     }
 
+    /// Has daemons log which pages of the guest they write in `log`, from now on until [`stop_log`](Self::stop_log); also one that comes in
+    /// place of this, and after a reset by the driver. What the VMM itself writes, also where requests pass through the relay, is marked
+    /// in guest memory's own bitmap.
+    ///
+    /// # Errors
+    /// The daemon cannot.
+    pub fn start_log(&self, log: &Arc<PageLog>) -> Result<(), LinkError> {
+        // Not urgent: that would end what is being told to the daemon, and with it the connection.
+        self.ask(|reply| Command::Log(Some(log.clone()), reply))
+            .unwrap_or(Ok(()))
+    }
+
+    /// Has daemons log nothing any more. It does not wait for that: nobody reads the log any more.
+    pub fn stop_log(&self) {
+        let (reply, _) = sync_channel(1);
+        self.order(Command::Log(None, reply));
+    }
+
+    /// Whether the guest can move to another process, with another daemon; if not, why.
+    ///
+    /// # Errors
+    /// What the daemon lacks.
+    pub fn check_movable(&self) -> Result<(), LinkError> {
+        let status = self.status();
+        let unfit = |text: &str| Err(LinkError::Unfit(text.to_owned()));
+        let connected = status.state == LinkState::Connected;
+        // Disks and interfaces have no state in their daemons.
+        let stateful = !matches!(self.0.peer.kind.id(), DeviceId::Block | DeviceId::Net);
+        if connected && !status.logs {
+            unfit("it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs")
+        } else if stateful && !connected {
+            unfit("there is none, and nobody else has its state")
+        } else if stateful && !status.hands_over {
+            unfit("it cannot hand over its state (protocol feature DEVICE_STATE)")
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What guests were shown of the daemon, for a process that goes on with the guest.
+    pub fn shown(&self) -> Offer {
+        self.0.peer.shown()
+    }
+
+    /// Has the daemon let go of what only one may have, as the lock of an image: another process's daemon is to take it. No queue may run.
+    ///
+    /// # Errors
+    /// It does not, or cannot be reached.
+    pub fn let_go(&self) -> Result<(), LinkError> {
+        self.ask(|reply| Command::Move(Move::LetGo, reply)).unwrap_or(Ok(()))
+    }
+
+    /// Has the daemon take what only one may have, after [`let_go`](Self::let_go) of this or another one.
+    ///
+    /// # Errors
+    /// Somebody else has it, or there is no daemon.
+    pub fn take(&self) -> Result<(), LinkError> {
+        self.ask(|reply| Command::Move(Move::Take, reply)).unwrap_or(Ok(()))
+    }
+
+    /// Tells the network where the guest is now, if it is an interface; whether it is. It does not wait for that.
+    pub fn announce(&self) -> bool {
+        let (reply, _) = sync_channel(1);
+        let is_interface = self.0.peer.kind.id() == DeviceId::Net;
+        if is_interface {
+            self.order(Command::Move(Move::Announce, reply));
+        }
+        is_interface
+    }
+
+    /// Leaves an order, as [`VhostUser::order`].
+    fn order(&self, command: Command) {
+        let _ = self.1.send(command);
+        self.0.wake.ring();
+    }
+
+    /// Leaves an order and waits for what comes of it; `None` if the device is gone.
+    fn ask<T>(&self, command: impl FnOnce(std::sync::mpsc::SyncSender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = sync_channel(1);
+        self.order(command(reply));
+        answer.recv().ok()
+    }
+
     /// Has the daemon told which memory the guest has now, as its [`DeviceContext`] shows it.
     pub fn remap(&self) -> Remap {
         let (reply, answer) = sync_channel(1);
         // Not urgent: that would end what is being told to the daemon, and with it the connection.
-        let _ = self.1.send(Command::Memory(reply));
-        self.0.wake.ring();
+        self.order(Command::Memory(reply));
         Remap::new(answer)
     }
 }
@@ -129,6 +212,8 @@ impl VhostUser {
                 since: SystemTime::now(),
                 reconnects: 0,
                 resubmitted: 0,
+                logs: false,
+                hands_over: false,
             }),
             rooms: OnceLock::new(),
             notify,
@@ -158,6 +243,16 @@ impl VhostUser {
     /// A handle that outlives the device's move into its transport.
     pub fn handle(&self) -> VhostUserHandle {
         VhostUserHandle(self.shared.clone(), self.commands.clone())
+    }
+
+    /// What the VMM itself keeps of an interface for its driver, for a snapshot.
+    pub fn port(&self) -> Option<NetStateV1> {
+        self.kind().port()
+    }
+
+    /// Makes the next activation continue from that.
+    pub fn restore_port(&self, state: NetStateV1) {
+        self.kind().restore_port(state);
     }
 
     fn kind(&self) -> &dyn Kind {
@@ -194,33 +289,6 @@ impl VhostUser {
         self.shared.wake.hurry();
         self.order(command(reply));
         answer.recv().ok()
-    }
-}
-
-impl VhostUser {
-    /// Has daemons log which pages of the guest they write, from now on until [`stop_log`](Self::stop_log) or until the driver resets the
-    /// device; also one that comes in place of this. `None` if there is no driver: nobody writes anything, then. What the VMM itself
-    /// writes, also where requests pass through the relay, is marked in guest memory's own bitmap.
-    ///
-    /// `written` is rung when pages were marked, by daemons that can (SET_LOG_FD). It spares looking in vain, no more: others mark pages
-    /// and ring nothing. Some end the connection over the message (those made with the rust-vmm crates): that costs one whose sessions
-    /// end with it, as virtiofsd's do, its guest. Give none unless the daemon is known.
-    ///
-    /// # Errors
-    /// The daemon cannot, or there is no memory for the log.
-    pub fn start_log(&mut self, written: Option<Event>) -> Result<Option<Arc<PageLog>>, LinkError> {
-        // Not urgent: that would end what is being told to the daemon, and with it the connection.
-        let (reply, answer) = sync_channel(1);
-        self.order(Command::Log(true, written, reply));
-        answer.recv().unwrap_or(Ok(None))
-    }
-
-    /// Has daemons log nothing any more.
-    pub fn stop_log(&mut self) {
-        let (reply, answer) = sync_channel(1);
-        self.order(Command::Log(false, None, reply));
-        // Whether it worked does not matter: nobody reads the log any more.
-        let _ = answer.recv();
     }
 }
 

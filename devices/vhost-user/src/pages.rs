@@ -2,14 +2,16 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use triarch_device_core::Event;
-use triarch_memory::{GuestMemory, RamOptions, allocate};
+use triarch_memory::{GuestMemory, GuestRegion, RamOptions, allocate};
 use triarch_vhost_protocol::{LogArea, Payload};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, VolatileMemory};
 
 use crate::LinkError;
+use crate::room::with_rooms;
 use crate::session::{OWN_SIZE, own_memory};
 
 /// Bytes of guest memory that a bit stands for.
@@ -19,7 +21,8 @@ const WORD_BYTES: u64 = 64 * LOG_PAGE;
 /// A page of the host, which the log is a whole number of.
 const HOST_PAGE: u64 = 4096;
 
-/// A bit for each page of guest memory. Daemons set them, in memory they share with the VMM and cannot cut short.
+/// A bit for each page of guest memory. Daemons set them, in memory they share with the VMM and cannot cut short. One is enough for all
+/// daemons of a guest.
 pub struct PageLog {
     memory: GuestMemory,
     size: u64,
@@ -29,6 +32,8 @@ pub struct PageLog {
     written: Option<Event>,
     /// A daemon ended the connection over it.
     unwelcome: AtomicBool,
+    /// A daemon that had rings was lost: it may have written what it did not mark.
+    gaps: AtomicBool,
 }
 
 /// The last address of `guest`.
@@ -37,10 +42,16 @@ fn last(guest: &GuestMemory) -> u64 {
 }
 
 impl PageLog {
-    /// A log of all of `guest`, nothing marked. Daemons that can ring `written` when they have marked something.
-    pub(crate) fn new(guest: &GuestMemory, written: Option<Event>) -> Result<Self, LinkError> {
+    /// A log of all of `guest`, nothing marked; in `rooms` memory comes and goes in parts. Daemons that can (SET_LOG_FD) ring `written` when
+    /// they have marked something. That spares looking in vain, no more: others mark pages and ring nothing. Some end the connection over
+    /// the message (those made with the rust-vmm crates): that costs one whose sessions end with it, as virtiofsd's do, its guest. Give
+    /// none unless the daemons are known.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn new(guest: &GuestMemory, rooms: &[Arc<GuestRegion>], written: Option<Event>) -> Result<Self, LinkError> {
         let own = own_memory(guest).0;
-        let last = last(guest).max(own + OWN_SIZE - 1);
+        let last = last(&with_rooms(guest, rooms)).max(own + OWN_SIZE - 1);
         let size = (last / LOG_PAGE / 8 + 1).next_multiple_of(HOST_PAGE);
         let options = RamOptions {
             shared: true,
@@ -58,6 +69,7 @@ impl PageLog {
             own: own / WORD_BYTES..(own + OWN_SIZE) / WORD_BYTES,
             written,
             unwelcome: AtomicBool::new(false),
+            gaps: AtomicBool::new(false),
         })
     }
 
@@ -88,6 +100,16 @@ impl PageLog {
                 bits &= bits - 1;
             }
         }
+    }
+
+    /// Whether a daemon was lost since the last call that may have written what it did not mark: then any page may have been written.
+    pub fn has_gaps(&self) -> bool {
+        self.gaps.swap(false, Ordering::AcqRel)
+    }
+
+    /// A daemon that had rings is gone.
+    pub(crate) fn leave_gaps(&self) {
+        self.gaps.store(true, Ordering::Release);
     }
 
     /// Payload of SET_LOG_BASE.

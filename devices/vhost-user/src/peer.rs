@@ -1,5 +1,6 @@
 //! A daemon as the configuration of a VM names it. It outlives the guest's resets, and what guests were told of it stays true.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -46,25 +47,30 @@ pub struct Peer {
     known: Mutex<Offer>,
     /// Rung when that changes.
     learnt: Condvar,
+    /// What only one daemon may have, another process's has: this one's must not take it.
+    away: AtomicBool,
     /// The connection it was asked on, for the first device.
     first: Mutex<Option<Session>>,
 }
 
 impl Peer {
-    /// Asks the daemon what it offers; waits some seconds for one that is just starting. `id` names the device.
+    /// Asks the daemon what it offers; waits some seconds for one that is just starting. `id` names the device. A guest that comes from
+    /// another process was `shown` another daemon.
     ///
     /// # Errors
-    /// There is none, or it is not one that can serve a device of this kind.
+    /// There is none, or it is not one that can serve a device of this kind, or with which that guest could go on.
     pub fn open(
         id: &str,
         options: PeerOptions,
         kind: Arc<dyn Kind>,
+        shown: Option<Offer>,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<Arc<Self>, PeerError> {
         let wake = Arc::new(Wake::new().map_err(PeerError::Thread)?);
         let (done, ended) = sync_channel(1);
         let (endpoint, doorbell, wanted) = (options.endpoint.clone(), wake.clone(), kind.clone());
         let (data_path, patience) = (options.data_path, endpoint.patience());
+        let before = shown.clone();
         let ask = move |answer: &mut Option<Result<Session, LinkError>>, _: &_| {
             let deadline = Instant::now() + patience;
             let mut last = LinkError::Silent("the first questions");
@@ -72,11 +78,15 @@ impl Peer {
                 let terms = Terms {
                     kind: &*wanted,
                     data_path,
-                    shown: 0,
+                    shown: before.as_ref().map_or(0, |offer| kind::features(&*wanted, offer)),
                 };
                 let connection = endpoint.connect();
                 let session = connection.and_then(|connection| Session::open(connection, &terms, &doorbell));
-                match session.and_then(|s| kind::check(&*wanted, &s.offer).map(|()| s)) {
+                let fits = |offer: &Offer| match &before {
+                    Some(before) => kind::continues(&*wanted, before, offer),
+                    None => kind::check(&*wanted, offer),
+                };
+                match session.and_then(|s| fits(&s.offer).map(|()| s)) {
                     Err(LinkError::Interrupted) => break Err(last),
                     // Waiting makes none of these another one.
                     session @ (Ok(_) | Err(LinkError::Unfit(_) | LinkError::Nonsense(_))) => break session,
@@ -97,12 +107,15 @@ impl Peer {
         }
         let gone = || Err(LinkError::Silent("the first questions"));
         let session = worker.stop().flatten().unwrap_or_else(gone).map_err(PeerError::Link)?;
-        kind.adopt(&session.offer);
+        let away = AtomicBool::new(shown.is_some());
+        let known = shown.unwrap_or_else(|| session.offer.clone());
+        kind.adopt(&known);
         Ok(Arc::new(Self {
             options,
             kind,
-            known: Mutex::new(session.offer.clone()),
+            known: Mutex::new(known),
             learnt: Condvar::new(),
+            away,
             first: Mutex::new(Some(session)),
         }))
     }
@@ -119,6 +132,30 @@ impl Peer {
     /// Features a guest is offered.
     pub(crate) fn features(&self) -> u64 {
         kind::features(&*self.kind, &self.known())
+    }
+
+    /// Whether what only one daemon may have is with another process's.
+    pub(crate) fn is_away(&self) -> bool {
+        self.away.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_away(&self, away: bool) {
+        self.away.store(away, Ordering::Release);
+    }
+
+    /// The guest that went to another process, or was to come from one, does not: the next guest's daemon takes what it needs.
+    pub fn come_back(&self) {
+        self.set_away(false);
+    }
+
+    /// What guests were shown.
+    pub(crate) fn shown(&self) -> Offer {
+        let known = self.known();
+        Offer {
+            features: kind::features(&*self.kind, &known),
+            queues: known.queues,
+            config: self.kind.config(&known),
+        }
     }
 
     /// Whether its guests can go on with a daemon that offers this; if not, why.

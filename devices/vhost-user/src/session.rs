@@ -33,6 +33,10 @@ pub(crate) fn own_memory(guest: &GuestMemory) -> GuestAddress {
 
 /// device_status of a driver that works (virtio 1.2, 2.1).
 const STATUS_READY: u64 = 1 | 2 | 4 | 8;
+/// The bit of it that says so (DRIVER_OK).
+const STATUS_WORKS: u64 = 4;
+/// How long a daemon may take to make durable what was written, when it lets go of a disk.
+const FLUSH: Duration = Duration::from_secs(30);
 
 /// A ring that is handed to the daemon.
 pub(crate) struct Ring<'a> {
@@ -156,8 +160,9 @@ impl Session {
         Ok(session)
     }
 
-    fn has(&self, feature: u64) -> bool {
-        self.protocol & feature != 0
+    /// Whether these protocol features were agreed on.
+    fn has(&self, features: u64) -> bool {
+        self.protocol & features == features
     }
 
     /// Asks for a number.
@@ -355,16 +360,22 @@ impl Session {
         self.tell(Request::SET_VRING_ADDR, &addresses.encode(), &[], wake)
     }
 
+    /// Whether the daemon can log which pages it writes.
+    pub(crate) fn check_log(&self) -> Result<(), LinkError> {
+        match self.has(protocol::LOG_SHMFD) && self.features & LOG_ALL != 0 {
+            true => Ok(()),
+            false => Err(LinkError::Unfit(
+                "it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs".into(),
+            )),
+        }
+    }
+
     /// Has the daemon log the pages it writes from now on, or no longer. [`set_features`](Self::set_features) and
     /// [`set_addresses`](Self::set_addresses) of all rings make it so.
     pub(crate) fn set_log(&mut self, log: Option<&PageLog>, wake: &Wake) -> Result<(), LinkError> {
         self.logging = false;
         let Some(log) = log else { return Ok(()) };
-        if !self.has(protocol::LOG_SHMFD) || self.features & LOG_ALL == 0 {
-            return Err(LinkError::Unfit(
-                "it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs".into(),
-            ));
-        }
+        self.check_log()?;
         let files: Vec<_> = log.file().into_iter().collect();
         let request = Request::SET_LOG_BASE;
         self.connection.send(request, 0, &log.payload(), &files, wake)?;
@@ -492,6 +503,34 @@ impl Session {
         }
         let status = if ready { STATUS_READY } else { 0 };
         self.tell(Request::SET_STATUS, &status.encode(), &[], wake)
+    }
+
+    /// Has the daemon take what only one may have, which it holds while a driver works; or let go of it, with the driver still there. So
+    /// our own daemons read DRIVER_OK: no driver ever takes back that bit alone.
+    pub(crate) fn keep(&self, on: bool, wake: &Wake) -> Result<(), LinkError> {
+        if !self.has(protocol::STATUS | protocol::REPLY_ACK) {
+            return Ok(());
+        }
+        self.order_status(STATUS_READY, wake)?;
+        match on {
+            true => Ok(()),
+            false => self.order_status(STATUS_READY & !STATUS_WORKS, wake),
+        }
+    }
+
+    fn order_status(&self, status: u64, wake: &Wake) -> Result<(), LinkError> {
+        let request = Request::SET_STATUS;
+        self.connection.send(request, NEED_REPLY, &status.encode(), &[], wake)?;
+        let payload = self.connection.receive_within(request, FLUSH, wake)?;
+        match eight_bytes(request, &payload)? {
+            0u64 => Ok(()),
+            _ => Err(LinkError::Failed(request.name())),
+        }
+    }
+
+    /// Whether the daemon can hand its state over.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.has(protocol::DEVICE_STATE)
     }
 
     /// Looks at what came without being asked for.

@@ -50,4 +50,8 @@ pub struct LinkStatus {
     pub reconnects: u64,
     /// Requests that were given to a daemon once more, because the one before did not answer them.
     pub resubmitted: u64,
+    /// Whether the daemon, or the last one, can log which pages of the guest it writes.
+    pub logs: bool,
+    /// Whether it can hand over what it knows of the device beside its rings.
+    pub hands_over: bool,
 }

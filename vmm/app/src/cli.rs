@@ -34,7 +34,7 @@ struct Args {
     /// The VM as JSON, like the body of vm.create, instead of the flags that describe one; - is stdin
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A VM that was saved: source_url=file://DIRECTORY[,memory_restore_mode=MODE][,resume=on][,prefault=on][,net_fds=[ID@[N,...],...]]
+    /// A VM that was saved: source_url=file://DIRECTORY[,memory_restore_mode=MODE][,resume=on][,prefault=on][,clock=passes][,track_writes=on][,net_fds=[ID@[N,...],...]]
     #[arg(long, value_name = "SNAPSHOT")]
     restore: Option<String>,
     /// Kernel: a bzImage or an ELF with a PVH note

@@ -24,7 +24,6 @@ const LACKING: &[&str] = &[
     "dbus-object-path",
     "dbus-service-name",
     "dbus-system-bus",
-    "device",
     "fw-cfg-config",
     "gdb",
     "host-data",

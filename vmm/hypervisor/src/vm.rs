@@ -24,6 +24,8 @@ struct Slot {
     host: u64,
     /// It is RAM, and not registers of a device.
     ram: bool,
+    /// No other slot of this VM has or had the same.
+    serial: u64,
 }
 
 /// The slots in use, by GPA.
@@ -32,6 +34,8 @@ struct Used {
     slots: BTreeMap<u64, Slot>,
     /// Writes are logged, also to slots that come.
     logged: bool,
+    /// How many were ever made.
+    made: u64,
 }
 
 /// The memory slots of a VM: what guest memory its vCPUs reach. Clones are of the same VM, and keep it.
@@ -76,8 +80,10 @@ impl MemorySlots {
             len,
             host,
             ram,
+            serial: used.made,
         };
         self.set(slot, used.logged && ram)?;
+        used.made += 1;
         used.slots.insert(slot.gpa, slot);
         self.count.store(used.slots.len() as u64, Relaxed);
         Ok(())
@@ -108,6 +114,9 @@ impl MemorySlots {
     /// KVM's. Then nothing is logged, as far as KVM lets that be.
     pub fn log_writes(&self, on: bool) -> Result<(), HypervisorError> {
         let mut used = self.used();
+        if !on && !used.logged {
+            return Ok(());
+        }
         let mut ram = used.slots.values().filter(|slot| slot.ram);
         let result = ram.try_for_each(|slot| self.set(*slot, on));
         used.logged = on && result.is_ok();
@@ -132,6 +141,11 @@ impl MemorySlots {
             None => Err(kvm_ioctls::Error::new(libc::ENOENT)),
         };
         log.map_err(HypervisorError::kvm("tell which pages the guest wrote"))
+    }
+
+    /// What tells the region at `gpa` from all others that were or will be there. `None`: there is none.
+    pub fn serial(&self, gpa: u64) -> Option<u64> {
+        self.used().slots.get(&gpa).map(|slot| slot.serial)
     }
 
     /// How many are in use. It does not keep the VM.

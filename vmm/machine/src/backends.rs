@@ -16,7 +16,7 @@ use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
 use triarch_pci::PciAddress;
 use triarch_vfio::{HostDevice, Iommu};
-use triarch_vhost_user::Peer;
+use triarch_vhost_user::{Offer, Peer};
 use triarch_virtio::net::NetCounters;
 
 use crate::configured::DeviceConfig;
@@ -64,8 +64,20 @@ pub(crate) struct Opener<'a> {
     pub(crate) sandbox: &'a Arc<dyn Sandbox>,
     /// Opens devices of the host.
     pub(crate) iommu: &'a Iommu,
-    /// Disks are locked; otherwise another VMM still uses them, and [`Backends::lock`] comes later.
-    pub(crate) locked: bool,
+    /// Of a guest that comes from another VMM: what it was shown of the devices that daemons serve. Disks are not locked then, since
+    /// the other VMM still uses them; [`Backends::lock`] comes later.
+    pub(crate) moved: Option<&'a BTreeMap<String, Offer>>,
+}
+
+impl Opener<'_> {
+    fn locked(&self) -> bool {
+        self.moved.is_none()
+    }
+
+    /// What a guest that comes was shown of device `id`.
+    fn shown(&self, id: &Option<String>) -> Option<Offer> {
+        self.moved?.get(id.as_deref()?).cloned()
+    }
 }
 
 impl Backends {
@@ -102,13 +114,12 @@ impl Backends {
         })
     }
 
-    /// The devices that daemons serve, by their ids.
-    pub(crate) fn served(&self) -> impl Iterator<Item = &str> {
-        let served = |end: &End| matches!(end.serves, Serves::Daemon(..));
-        self.ends
-            .iter()
-            .filter(move |(_, end)| served(end))
-            .map(|(id, _)| id.as_str())
+    /// The daemons that serve devices.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = &Arc<Peer>> {
+        self.ends.values().filter_map(|end| match &end.serves {
+            Serves::Daemon(peer, _) => Some(peer),
+            Serves::File(_) | Serves::Tap(..) | Serves::Host(_) | Serves::Itself => None,
+        })
     }
 
     /// The devices of the host, by their ids.
@@ -160,26 +171,30 @@ impl End {
         let mut daemon = None;
         let serves = match device {
             DeviceConfig::Disk(disk) => match disk.backend {
-                DiskBackend::Vmm => open_disk(disk, sandbox, opener.locked)?,
+                DiskBackend::Vmm => open_disk(disk, opener)?,
                 DiskBackend::Blkd => {
-                    let (started, socket) = start_disk(disk, opener.daemons)?;
+                    let (started, socket) = start_disk(disk, opener.locked(), opener.daemons)?;
                     daemon = Some(started);
-                    Serves::Daemon(vhost::open_disk(disk, Some(&socket), sandbox)?, None)
+                    let shown = opener.shown(&disk.id);
+                    Serves::Daemon(vhost::open_disk(disk, Some(&socket), shown, sandbox)?, None)
                 }
             },
             DeviceConfig::Net(net) => match net.backend {
                 NetBackend::Vmm => {
                     let handed = net.id.as_ref().and_then(|id| opener.handed.get(id));
-                    open_net(net, handed, sandbox)?
+                    open_net(net, handed, opener)?
                 }
                 NetBackend::Netd => {
                     let (started, socket) = start_net(net, opener.daemons)?;
                     daemon = Some(started);
-                    daemon_net(net, Some(&socket), sandbox)?
+                    daemon_net(net, Some(&socket), opener)?
                 }
             },
-            DeviceConfig::Fs(fs) => Serves::Daemon(vhost::open_fs(fs, sandbox)?, None),
-            DeviceConfig::Generic(device) => Serves::Daemon(vhost::open_generic(device, sandbox)?, None),
+            DeviceConfig::Fs(fs) => Serves::Daemon(vhost::open_fs(fs, opener.shown(&fs.id), sandbox)?, None),
+            DeviceConfig::Generic(device) => {
+                let shown = opener.shown(&device.id);
+                Serves::Daemon(vhost::open_generic(device, shown, sandbox)?, None)
+            }
             DeviceConfig::Host(device) => {
                 let opened = opener.iommu.open(&device.path);
                 Serves::Host(opened.map_err(|error| MachineError::device(&device.id, error))?)
@@ -187,6 +202,26 @@ impl End {
             DeviceConfig::Vsock(_) => Serves::Itself,
         };
         Ok(Self { serves, daemon })
+    }
+
+    /// Whether [`open`](Self::open) would find what this process serves `device` from, which is left as it is; the disk, if it is one.
+    pub(crate) fn look(device: DeviceConfig<'_>, opener: Opener<'_>) -> Result<Option<Arc<Disk>>, MachineError> {
+        match device {
+            DeviceConfig::Disk(disk) if disk.backend == DiskBackend::Vmm && !disk.vhost_user => {
+                match open_disk(disk, opener)? {
+                    Serves::File(disk) => Ok(Some(disk)),
+                    Serves::Tap(..) | Serves::Daemon(..) | Serves::Host(_) | Serves::Itself => Ok(None),
+                }
+            }
+            DeviceConfig::Net(net) if net.backend == NetBackend::Vmm && !net.vhost_user => {
+                let handed = net.id.as_ref().is_some_and(|id| opener.handed.contains_key(id));
+                match handed {
+                    true => Ok(None),
+                    false => attach_tap(net).map(|_| None),
+                }
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Makes what the guest wrote durable and closes everything. The device must have let go of it.
@@ -201,9 +236,14 @@ impl End {
     }
 }
 
-fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>, locked: bool) -> Result<Serves, MachineError> {
+fn open_disk(config: &DiskConfig, opener: Opener<'_>) -> Result<Serves, MachineError> {
     if config.vhost_user {
-        let peer = vhost::open_disk(config, config.vhost_socket.as_deref(), sandbox)?;
+        let peer = vhost::open_disk(
+            config,
+            config.vhost_socket.as_deref(),
+            opener.shown(&config.id),
+            opener.sandbox,
+        )?;
         return Ok(Serves::Daemon(peer, None));
     }
     if let (ImageType::Unknown, Some(path)) = (config.image_type, &config.path)
@@ -224,7 +264,7 @@ fn open_disk(config: &DiskConfig, sandbox: &Arc<dyn Sandbox>, locked: bool) -> R
         serial: config.serial.clone(),
         limits: None,
     };
-    let opened = match locked {
+    let opened = match opener.locked() {
         true => Disk::open(&options),
         false => Disk::open_unlocked(&options),
     };
@@ -276,9 +316,9 @@ fn foreign_format(path: &Path) -> Option<&'static str> {
     (end == *b"conectix").then_some("VHD")
 }
 
-fn open_net(config: &NetConfig, handed: Option<&Arc<Tap>>, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
+fn open_net(config: &NetConfig, handed: Option<&Arc<Tap>>, opener: Opener<'_>) -> Result<Serves, MachineError> {
     if config.vhost_user {
-        return daemon_net(config, config.vhost_socket.as_deref(), sandbox);
+        return daemon_net(config, config.vhost_socket.as_deref(), opener);
     }
     let tap = match handed {
         Some(tap) => tap.clone(),
@@ -288,24 +328,35 @@ fn open_net(config: &NetConfig, handed: Option<&Arc<Tap>>, sandbox: &Arc<dyn San
     Ok(Serves::Tap(tap, counters))
 }
 
-fn daemon_net(config: &NetConfig, socket: Option<&Path>, sandbox: &Arc<dyn Sandbox>) -> Result<Serves, MachineError> {
+fn daemon_net(config: &NetConfig, socket: Option<&Path>, opener: Opener<'_>) -> Result<Serves, MachineError> {
     let counters = NetCounters::new(usize::from(config.num_queues / 2));
-    let peer = vhost::open_net(config, socket, counters.clone(), sandbox)?;
+    let peer = vhost::open_net(
+        config,
+        socket,
+        counters.clone(),
+        opener.shown(&config.id),
+        opener.sandbox,
+    )?;
     Ok(Serves::Daemon(peer, Some(counters)))
 }
 
 fn open_tap(config: &NetConfig) -> Result<Arc<Tap>, MachineError> {
+    let mut tap = attach_tap(config)?;
+    set_up(&mut tap, config, config.fds.is_none()).map_err(|e| MachineError::device(&config.id, e))?;
+    Ok(Arc::new(tap))
+}
+
+/// The tap as it is.
+fn attach_tap(config: &NetConfig) -> Result<Tap, MachineError> {
     let id = &config.id;
-    let mut tap = match &config.fds {
+    let tap = match &config.fds {
         Some(fds) => {
             let copies: Result<Vec<OwnedFd>, _> = fds.iter().map(|fd| inherited(*fd)).collect();
             Tap::from_fds(copies.map_err(|e| MachineError::device(id, e))?)
         }
         None => Tap::open(config.tap.as_deref(), usize::from(config.num_queues / 2)),
-    }
-    .map_err(|e| MachineError::device(id, e))?;
-    set_up(&mut tap, config, config.fds.is_none()).map_err(|e| MachineError::device(id, e))?;
-    Ok(Arc::new(tap))
+    };
+    tap.map_err(|e| MachineError::device(id, e))
 }
 
 /// `ours`: we opened it. Whoever hands over descriptors has set the interface up, and may have it in a namespace we cannot reach.

@@ -31,7 +31,7 @@ use crate::memory::{self, MemoryMeters, Regions, virtio_mem};
 use crate::metrics::GuestMeters;
 use crate::plug::PlugMeters;
 use crate::progress::Progress;
-use crate::snapshot::{Pager, Saved};
+use crate::snapshot::{Pager, Saved, WriteLog};
 use crate::{GuestEvent, MachineError, passthrough};
 
 /// Takes what happens in the guest.
@@ -80,6 +80,8 @@ pub struct Machine {
     interrupts: Arc<AtomicU64>,
     /// What provides memory that comes on demand. Nobody touches memory any more when it goes.
     pub(crate) pager: Option<Pager>,
+    /// What was written since a snapshot that others may build on.
+    pub(crate) log: Option<WriteLog>,
     pub(crate) memory: Regions,
 }
 
@@ -100,7 +102,7 @@ impl Machine {
             progress,
         } = reports;
         progress.note("memory");
-        let plan = plan(kvm, config, &origin)?;
+        let plan = plan(kvm, config, &mut origin)?;
         let ram = MemoryPlan::new(config, origin.saved().is_some_and(Saved::is_mapped));
         let memory = match origin.saved().and_then(Saved::memory) {
             Some(memory) => memory.clone(),
@@ -219,6 +221,7 @@ impl Machine {
             processor,
             vm,
             pager: origin.pager(),
+            log: None,
             memory: regions,
         })
     }
@@ -449,13 +452,10 @@ impl Origin<'_> {
     }
 }
 
-fn plan(kvm: &Kvm, config: &VmConfig, origin: &Origin<'_>) -> Result<CpuPlan, MachineError> {
+fn plan(kvm: &Kvm, config: &VmConfig, origin: &mut Origin<'_>) -> Result<CpuPlan, MachineError> {
     let cpus = &config.cpus;
     let vcpus = match origin {
-        Origin::Saved(saved) => {
-            crate::cpu_features::check(kvm, &saved.processor()?)?;
-            return Ok(CpuPlan::restore(kvm, &saved.cpus)?);
-        }
+        Origin::Saved(saved) => return saved.plan(kvm),
         Origin::Boot { vcpus, .. } => *vcpus,
     };
     let count = CpuCount {

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use kvm_ioctls::Kvm;
 use triarch_api::{CpuDescription, CpuFeatures, CpuSignature, Reply};
 use triarch_arch::CpuError;
-use triarch_cpu_model::{GuestProcessor, HostProcessor, Processor};
+use triarch_cpu_model::{GuestProcessor, HostProcessor, Processor, Verdict};
 
 use crate::control::Controller;
 use crate::{Machine, MachineError};
@@ -35,6 +35,11 @@ pub(crate) fn told(processor: Result<GuestProcessor, CpuError>) -> Option<GuestP
 /// Checks that this host has all of the CPU that a guest was given elsewhere. What it lacks is in the error, by name.
 pub(crate) fn check(kvm: &Kvm, guest: &GuestProcessor) -> Result<(), MachineError> {
     Ok(triarch_arch::check_processor(guest, offered(kvm)?)?)
+}
+
+/// All that this host lacks of it, for a guest that is not to be moved yet.
+pub(crate) fn compared(kvm: &Kvm, guest: &GuestProcessor) -> Result<Verdict, MachineError> {
+    Ok(triarch_cpu_model::compare(guest, offered(kvm)?))
 }
 
 /// What this host offers. A VM is made to find out, once: it stays the same for as long as KVM is held open.

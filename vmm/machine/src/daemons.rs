@@ -158,9 +158,10 @@ fn resize(id: &str, control: PathBuf, size: u64) -> Result<(), ApiError> {
     Err(ApiError::failed(&error))
 }
 
-/// Starts the daemon of a disk whose file `triarch-blkd` serves; its socket.
+/// Starts the daemon of a disk whose file `triarch-blkd` serves; its socket. Not `locked`: another VMM still uses the disk.
 pub(crate) fn start_disk(
     config: &DiskConfig,
+    locked: bool,
     daemons: Option<&Arc<dyn Daemons>>,
 ) -> Result<(Started, PathBuf), MachineError> {
     let path = config.path.as_deref().and_then(Path::to_str);
@@ -168,7 +169,7 @@ pub(crate) fn start_disk(
         let text = "the path of its file must be UTF-8 text without quotation marks";
         MachineError::device(&config.id, text)
     })?;
-    let arguments = ["--export", &export(path, config), "--control-socket", "fd=4"];
+    let arguments = ["--export", &export(path, config, locked), "--control-socket", "fd=4"];
     let order = DaemonOrder {
         program: "triarch-blkd",
         arguments: arguments.map(str::to_owned).into(),
@@ -214,7 +215,7 @@ fn start(
 const EXPORT: &str = "disk";
 
 /// What `triarch-blkd` is told of a disk.
-fn export(path: &str, config: &DiskConfig) -> String {
+fn export(path: &str, config: &DiskConfig, locked: bool) -> String {
     let mut text = format!(r#"name={EXPORT},path="{path}",socket=fd=3"#);
     text += &format!(",num_queues={},queue_size={}", config.num_queues, config.queue_size);
     if let Some(serial) = &config.serial {
@@ -224,6 +225,7 @@ fn export(path: &str, config: &DiskConfig) -> String {
         (",readonly=on", config.readonly),
         (",direct=on", config.direct),
         (",io_uring=off", config.disable_io_uring),
+        (",lock=late", !locked),
     ] {
         if given {
             text += key;
@@ -252,7 +254,7 @@ mod tests {
 
     #[test]
     fn a_daemon_is_told_what_the_disk_is() {
-        let told = export("/d", &DiskConfig::default());
+        let told = export("/d", &DiskConfig::default(), true);
         assert_eq!(told, r#"name=disk,path="/d",socket=fd=3,num_queues=1,queue_size=128"#);
         let other = DiskConfig {
             readonly: true,
@@ -262,10 +264,10 @@ mod tests {
             serial: Some("s".into()),
             ..DiskConfig::default()
         };
-        let told = export("/a,b=c", &other);
+        let told = export("/a,b=c", &other, false);
         assert!(told.starts_with(r#"name=disk,path="/a,b=c",socket"#), "{told}");
         assert!(
-            told.ends_with(r#"num_queues=4,queue_size=128,serial="s",readonly=on,direct=on,io_uring=off"#),
+            told.ends_with(r#"num_queues=4,queue_size=128,serial="s",readonly=on,direct=on,io_uring=off,lock=late"#),
             "{told}"
         );
     }

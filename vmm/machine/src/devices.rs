@@ -28,6 +28,7 @@ use host::Function;
 pub(crate) use make::offloads;
 use make::{balloon, network, observer, rng, vsock};
 
+use crate::announce::Port;
 use crate::backends::{Backends, End, Serves};
 use crate::build::Report;
 use crate::configured::DeviceConfig;
@@ -69,6 +70,7 @@ pub(crate) struct Devices {
     disks: Vec<(String, BlockHandle)>,
     daemons: Vec<(String, VhostUserHandle)>,
     nics: Vec<(String, NetCounters)>,
+    ports: Vec<Port>,
     vsocks: Vec<(String, VsockHandle)>,
     balloon: Option<(String, BalloonHandle)>,
     memories: Vec<virtio_mem::Named>,
@@ -132,6 +134,7 @@ impl Devices {
             disks: Vec::new(),
             daemons: Vec::new(),
             nics: Vec::new(),
+            ports: Vec::new(),
             vsocks: Vec::new(),
             balloon: None,
             memories: Vec::new(),
@@ -233,7 +236,17 @@ impl Devices {
                 self.disks.extend(handle);
             }
             (Serves::Tap(tap, counters), DeviceConfig::Net(config)) => {
-                self.add(progress, total, &name, |id| network(id, config, tap, counters))?;
+                let mut port = None;
+                self.add(progress, total, &name, |id| {
+                    let device = network(id, config, tap, counters)?;
+                    port = Some(Port {
+                        id: id.to_owned(),
+                        device: device.handle(),
+                        tap: tap.clone(),
+                    });
+                    Ok(Box::new(device))
+                })?;
+                self.ports.extend(port);
                 self.nics.push((own(), counters.clone()));
             }
             (Serves::Daemon(peer, counters), _) => {
@@ -279,6 +292,7 @@ impl Devices {
         self.disks.retain(|(name, _)| name != id);
         self.daemons.retain(|(name, _)| name != id);
         self.nics.retain(|(name, _)| name != id);
+        self.ports.retain(|port| port.id != id);
         self.vsocks.retain(|(name, _)| name != id);
         let root = self.host.root.clone();
         Some(Taken { placed, root })
@@ -505,6 +519,18 @@ impl Devices {
     /// The devices that daemons serve, by their ids.
     pub(crate) fn served(&self) -> &[(String, VhostUserHandle)] {
         &self.daemons
+    }
+
+    /// Tells the network where the guest is now, at each interface; how many there are.
+    pub(crate) fn announce(&self) -> usize {
+        self.ports.iter().for_each(Port::announce);
+        let served = self.daemons.iter().filter(|(_, device)| device.announce());
+        self.ports.len() + served.count()
+    }
+
+    /// Where memory comes and goes in parts, all of which daemons have.
+    pub(crate) fn rooms(&self) -> &[Arc<GuestRegion>] {
+        &self.rooms
     }
 
     /// What the devices count.

@@ -93,6 +93,19 @@ pub enum MachineError {
     /// A snapshot.
     #[error("cannot use the snapshot")]
     Snapshot(#[from] SnapshotError),
+    /// A snapshot that was to build on another one.
+    #[error("not only what was written since {} can be saved: {why}", .base.display())]
+    Base {
+        /// The other one's directory.
+        base: std::path::PathBuf,
+        /// Why not, and what would do.
+        why: String,
+    },
+    /// Daemons serve devices of a guest whose writes should be logged.
+    #[error(
+        "track_writes takes a VM without devices that daemons serve, since what those write is not logged, and {0} is one; remove the device, or leave track_writes out"
+    )]
+    Unlogged(String),
     /// What is saved of the processors and interrupt controllers.
     #[error("cannot carry the guest's processors over")]
     State(#[from] StateError),
@@ -160,7 +173,13 @@ impl MachineError {
     /// Whether what the client configured cannot be had, so that another configuration would do; otherwise the host failed, or we did.
     fn another_configuration_would_do(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Address(_) | Self::Dma(_) | Self::Slot { .. } | Self::Moved(_) => true,
+            Self::Config(_)
+            | Self::Address(_)
+            | Self::Dma(_)
+            | Self::Slot { .. }
+            | Self::Moved(_)
+            | Self::Base { .. }
+            | Self::Unlogged(_) => true,
             Self::Cpu(cause) => !matches!(cause, CpuError::Kvm(_) | CpuError::Description(_)),
             // A mapping fails for want of pages: of the host's, or of its pool of huge ones.
             Self::Memory(cause) => !matches!(cause, MemoryError::MemFd { .. } | MemoryError::Layout(_)),

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::metrics::{GuestMeters, Meters};
 use crate::migration::Call;
+use crate::snapshot::SnapshotMeters;
 
 /// What the controller is told.
 #[derive(Debug)]
@@ -159,6 +160,11 @@ impl Outbox {
     /// Shows what `vm.info` tells from now on, to whoever asks without a message.
     pub(crate) fn publish(&self, info: Option<VmInfo>) {
         self.info.store(info.map(Arc::new));
+    }
+
+    /// What comes of snapshots and restores.
+    pub(crate) fn snapshots(&self) -> &SnapshotMeters {
+        &self.meters.snapshots
     }
 
     /// Shows what this guest counts from now on, or that there is none.

@@ -4,6 +4,7 @@
 //! it through its [`Inbox`], one after the other, so nothing here needs a lock of its own. [`Machine`] is one built guest; a reset
 //! drops it and builds the next from the same configuration, on the consoles that stay open in between.
 
+mod announce;
 #[allow(unsafe_code)] // inherited descriptors
 mod backends;
 mod build;

@@ -25,6 +25,7 @@ use crate::cpus::CpuMeters;
 use crate::memory::MemoryMeters;
 use crate::memory::plan::device_id;
 use crate::plug::PlugMeters;
+use crate::snapshot::SnapshotMeters;
 
 /// What devices count, by their ids.
 #[derive(Default)]
@@ -57,6 +58,8 @@ pub(crate) struct Meters {
     /// Opened before the first thread is confined; `None` without /proc.
     status: Option<File>,
     guest: ArcSwapOption<GuestMeters>,
+    /// What came of snapshots and restores, of whatever guest.
+    pub(crate) snapshots: SnapshotMeters,
 }
 
 impl Meters {
@@ -65,6 +68,7 @@ impl Meters {
         Self {
             status: File::open("/proc/self/status").ok(),
             guest: ArcSwapOption::empty(),
+            snapshots: SnapshotMeters::default(),
         }
     }
 
@@ -81,6 +85,8 @@ impl Meters {
             None => api::Metrics::default(),
         };
         metrics.process = process;
+        metrics.snapshots = self.snapshots.read_saved();
+        metrics.restores = self.snapshots.read_restored();
         metrics
     }
 }
@@ -114,7 +120,7 @@ impl GuestMeters {
             nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
             vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
             links: devices.daemons.iter().map(|(id, v)| link(id, v)).collect(),
-            process: None,
+            ..api::Metrics::default()
         }
     }
 }
@@ -224,17 +230,22 @@ fn disk_queue(number: u16, counters: &DiskCounters) -> api::DiskQueueMetrics {
 }
 
 fn operation(counters: &OpCounters) -> api::OperationMetrics {
-    let Latencies { buckets, sum, min, max } = counters.latency;
     api::OperationMetrics {
         count: counters.count,
         bytes: counters.bytes,
-        latency: api::Latencies {
-            bounds: &BUCKET_BOUNDS,
-            buckets: buckets.to_vec(),
-            sum,
-            min,
-            max,
-        },
+        latency: latencies(counters.latency),
+    }
+}
+
+/// A histogram as it is told.
+pub(crate) fn latencies(read: Latencies) -> api::Latencies {
+    let Latencies { buckets, sum, min, max } = read;
+    api::Latencies {
+        bounds: &BUCKET_BOUNDS,
+        buckets: buckets.to_vec(),
+        sum,
+        min,
+        max,
     }
 }
 

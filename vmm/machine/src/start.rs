@@ -53,7 +53,7 @@ impl Controller {
                     daemons,
                     sandbox,
                     iommu: &self.iommu,
-                    locked: true,
+                    moved: None,
                 };
                 Backends::open(config, opener)?
             }

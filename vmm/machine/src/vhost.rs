@@ -12,7 +12,7 @@ use triarch_api::{
 use triarch_device_core::Sandbox;
 use triarch_vhost_user::{
     self as vhost, DaemonBlock, DaemonFs, DaemonGeneric, DaemonNet, DataPath, Endpoint, Kind, LinkStatus, NetOptions,
-    OnDisconnect, Peer, PeerOptions, VhostUser,
+    Offer, OnDisconnect, Peer, PeerOptions, VhostUser,
 };
 use triarch_virtio::net::NetCounters;
 
@@ -21,16 +21,17 @@ use crate::devices::offloads;
 use crate::identity::random_mac;
 use crate::{GuestEvent, MachineError};
 
-/// Finds the daemon of a disk at `socket`.
+/// Finds the daemon of a disk at `socket`. A guest that comes from another VMM was `shown` another one.
 pub(crate) fn open_disk(
     config: &DiskConfig,
     socket: Option<&Path>,
+    shown: Option<Offer>,
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonBlock::new(config.num_queues, config.queue_size, config.readonly);
     let endpoint = endpoint(&config.id, socket, config.vhost_mode)?;
     let options = peer(endpoint, config.on_disconnect, config.datapath);
-    open(&config.id, Arc::new(kind), options, sandbox)
+    open(&config.id, Arc::new(kind), options, shown, sandbox)
 }
 
 /// Finds the daemon of an interface at `socket`; its packets are counted in `counters`.
@@ -38,6 +39,7 @@ pub(crate) fn open_net(
     config: &NetConfig,
     socket: Option<&Path>,
     counters: NetCounters,
+    shown: Option<Offer>,
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let options = NetOptions {
@@ -51,19 +53,24 @@ pub(crate) fn open_net(
     let kind = DaemonNet::new(options, counters);
     let endpoint = endpoint(&config.id, socket, config.vhost_mode)?;
     let options = peer(endpoint, config.on_disconnect, config.datapath);
-    open(&config.id, Arc::new(kind), options, sandbox)
+    open(&config.id, Arc::new(kind), options, shown, sandbox)
 }
 
 /// Finds the daemon of a file system.
-pub(crate) fn open_fs(config: &FsConfig, sandbox: &Arc<dyn Sandbox>) -> Result<Arc<Peer>, MachineError> {
+pub(crate) fn open_fs(
+    config: &FsConfig,
+    shown: Option<Offer>,
+    sandbox: &Arc<dyn Sandbox>,
+) -> Result<Arc<Peer>, MachineError> {
     let kind = DaemonFs::new(&config.tag, config.num_queues, config.queue_size);
     let options = peer(config.socket.clone().into(), config.on_disconnect, config.datapath);
-    open(&config.id, Arc::new(kind), options, sandbox)
+    open(&config.id, Arc::new(kind), options, shown, sandbox)
 }
 
 /// Finds the daemon of any other device.
 pub(crate) fn open_generic(
     config: &GenericVhostUserConfig,
+    shown: Option<Offer>,
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     // A valid one is below 64.
@@ -71,7 +78,7 @@ pub(crate) fn open_generic(
     let kind = DaemonGeneric::new(id, config.queue_sizes.clone());
     let stall = triarch_api::OnDisconnect::Stall;
     let options = peer(config.socket.clone().into(), stall, config.datapath);
-    open(&config.id, Arc::new(kind), options, sandbox)
+    open(&config.id, Arc::new(kind), options, shown, sandbox)
 }
 
 /// Where a daemon is met. A socket that the VMM listens on is there as long as the device is configured.
@@ -107,10 +114,11 @@ fn open(
     id: &Option<String>,
     kind: Arc<dyn Kind>,
     options: PeerOptions,
+    shown: Option<Offer>,
     sandbox: &Arc<dyn Sandbox>,
 ) -> Result<Arc<Peer>, MachineError> {
     let name = id.as_deref().unwrap_or_default();
-    Peer::open(name, options, kind, sandbox).map_err(|error| MachineError::device(id, error))
+    Peer::open(name, options, kind, shown, sandbox).map_err(|error| MachineError::device(id, error))
 }
 
 /// The device that `peer` serves; what becomes of the connection is reported.

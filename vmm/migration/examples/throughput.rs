@@ -11,8 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_migration::{
-    Cause, Deadlines, Destination, DestinationOptions, Guest, Handle, Limits, Memory, Offer, Region, Sink, Source,
-    SourceOptions, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationOptions, Guest, Handle, Limits, Memory, Offer, Region, Sink,
+    Source, SourceOptions, Target,
 };
 use triarch_state::Payloads;
 
@@ -112,6 +112,10 @@ impl Guest for Nothing {
 struct Keeps(Option<Arc<Ram>>);
 
 impl Sink for Keeps {
+    fn check(&mut self, _offer: &Offer<'_>) -> Vec<Blocker> {
+        Vec::new()
+    }
+
     fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause> {
         Ok(self.0.insert(Arc::new(Ram::new(offer.layout.len(), 0))).clone())
     }

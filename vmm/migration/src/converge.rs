@@ -68,6 +68,9 @@ pub(crate) enum Decision {
     TimedOut,
 }
 
+/// What takes no longer to be sent is not worth another round.
+const SHORT: Duration = Duration::from_millis(2);
+
 /// By how many percent vCPUs are slowed down the first time, and further each time that did not help.
 const FIRST_THROTTLE: u8 = 20;
 const NEXT_THROTTLE: u8 = 10;
@@ -84,10 +87,12 @@ pub(crate) fn expected_downtime(remaining: u64, rate: f64, state_time: Duration)
 
 pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
     let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time);
-    if expected.is_some_and(|expected| expected <= limits.downtime) || measured.remaining == 0 {
+    let late = limits.time.is_some_and(|time| measured.elapsed >= time);
+    let kept = expected.is_some_and(|expected| expected <= limits.downtime) || measured.remaining == 0;
+    if kept && (late || !is_worth_another(measured)) {
         return Decision::Switch;
     }
-    if limits.time.is_some_and(|time| measured.elapsed >= time) {
+    if late {
         return match limits.on_time_out {
             OnTimeOut::Fail => Decision::TimedOut,
             OnTimeOut::Switch => Decision::SwitchAnyway,
@@ -106,6 +111,13 @@ pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
         true => Decision::Throttle(more),
         false => Decision::Again,
     }
+}
+
+/// Whether the guest would be paused for clearly less after one more round, which costs it nothing. As each must halve what is left, there
+/// is an end to that.
+fn is_worth_another(measured: &Measured) -> bool {
+    let long = measured.remaining as f64 / measured.rate > SHORT.as_secs_f64();
+    long && measured.before.is_none_or(|before| measured.remaining <= before / 2)
 }
 
 /// Bytes a second, of the last rounds: each counts half of the one after it.
@@ -157,8 +169,8 @@ mod tests {
 
     #[test]
     fn it_switches_when_the_promise_can_be_kept() {
-        assert_eq!(decide(&after(100, None, 0), &limits()), Decision::Switch);
-        assert_eq!(decide(&after(101, None, 0), &limits()), Decision::Again);
+        assert_eq!(decide(&after(100, Some(150), 0), &limits()), Decision::Switch);
+        assert_eq!(decide(&after(101, Some(150), 0), &limits()), Decision::Again);
         assert_eq!(decide(&after(0, Some(0), 0), &limits()), Decision::Switch);
         let unmeasured = Measured {
             rate: 0.0,
@@ -170,6 +182,21 @@ mod tests {
             ..after(0, None, 0)
         };
         assert_eq!(decide(&nothing, &limits()), Decision::Switch);
+    }
+
+    #[test]
+    fn it_copies_on_while_that_halves_what_is_left() {
+        assert_eq!(decide(&after(100, None, 0), &limits()), Decision::Again);
+        assert_eq!(decide(&after(50, Some(100), 0), &limits()), Decision::Again);
+        assert_eq!(decide(&after(51, Some(100), 0), &limits()), Decision::Switch);
+        assert_eq!(decide(&after(1, Some(100), 0), &limits()), Decision::Switch);
+        // It is not slowed down for that, and there is an end to it.
+        assert_eq!(decide(&after(90, Some(100), 0), &limits()), Decision::Switch);
+        let late = Measured {
+            elapsed: Duration::from_secs(60),
+            ..after(50, Some(100), 0)
+        };
+        assert_eq!(decide(&late, &limits()), Decision::Switch);
     }
 
     #[test]

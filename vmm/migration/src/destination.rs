@@ -14,6 +14,7 @@ use triarch_device_core::Sandbox;
 use triarch_state::{PayloadError, Payloads};
 
 use crate::address::Address;
+use crate::blocker::Blocker;
 use crate::commit::Destination as Commit;
 use crate::connect::{ConnectError, Deadlines, Listener};
 use crate::handle::{Handle, Phase};
@@ -31,6 +32,9 @@ pub trait Sink {
     /// as zeroes when this returns. What it returns is used until [`restore`](Self::restore) or [`abort`](Self::abort) is called.
     /// Keep it as well: whoever drops the last reference frees the guest's memory, and that while it is paused.
     fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause>;
+
+    /// What [`prepare`](Self::prepare) of this guest would fail for: all of it, not only the first. Nothing is kept of it.
+    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker>;
 
     /// Restores everything beside memory, of which all is there. No lock of a disk is taken: the source still has them.
     fn restore(&mut self, state: Payloads) -> Result<(), Cause>;
@@ -179,7 +183,7 @@ impl Destination {
         handle: &Handle,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<Taken, DestinationError> {
-        let (control, hello) = self.first(handle)?;
+        let (control, hello) = self.first(sink, handle)?;
         let mut session = Session::new(control, hello.token, handle, self.listener.deadlines);
         let result = self.converse(&mut session, &hello, sink, sandbox);
         if let Err(error) = result {
@@ -207,18 +211,43 @@ impl Destination {
         }
     }
 
-    /// Waits for a source, and for the first stream of it.
-    fn first(&self, handle: &Handle) -> Result<(Stream, Hello), DestinationError> {
+    /// Waits for a source, and for the first stream of it. Whoever only asks is answered.
+    fn first(&self, sink: &mut dyn Sink, handle: &Handle) -> Result<(Stream, Hello), DestinationError> {
         loop {
             let Some(stream) = self.listener.accept(handle.interrupt(), None)? else {
                 continue;
             };
             if let Some((stream, hello)) = self.greeted(stream) {
-                if hello.role == Role::Control {
-                    return Ok((stream, hello));
+                match hello.role {
+                    Role::Control => return Ok((stream, hello)),
+                    Role::Check => self.look(stream, sink),
+                    Role::Data(_) | Role::Ask => tracing::warn!("a stream came that is of no migration here"),
                 }
-                tracing::warn!("a stream came that is of no migration here");
             }
+        }
+    }
+
+    /// Answers a source that only asks. What comes of that matters to nobody here.
+    fn look(&self, mut stream: Stream, sink: &mut dyn Sink) {
+        // Others wait meanwhile.
+        let wait = self.listener.deadlines.hello();
+        stream.set_message_time(wait);
+        let answered = self.welcome(&mut stream).and_then(|()| {
+            let offer = match stream.receive(wait, "say what its guest is")? {
+                Message::Offer(offer) => offer,
+                other => return Err(unexpected(&other, "an offer")),
+            };
+            let blockers = sink.check(&offer);
+            tracing::info!(
+                "a source asked whether its guest could come: {} in the way",
+                blockers.len()
+            );
+            stream.send(&Message::Blockers(blockers)).map(drop)
+        });
+        match answered {
+            // Its end, lest the kernel throw away what was said.
+            Ok(()) => drop(stream.receive(wait, "end")),
+            Err(error) => tracing::warn!("a source that asked was not answered: {}", sentence(&error)),
         }
     }
 
@@ -284,7 +313,12 @@ impl Destination {
                     self.welcome(&mut stream)?;
                     *place = Some(stream);
                 }
-                _ => tracing::warn!("a stream came that is not of this migration"),
+                _ if theirs.role != Role::Check => tracing::warn!("a stream came that is not of this migration"),
+                // Who only asks may know why there is no answer.
+                _ => {
+                    let why = Message::Abort("another guest is being moved here");
+                    let _ = stream.send_within(&why, Duration::from_secs(2));
+                }
             }
         }
         Ok(streams.into_iter().flatten().collect())

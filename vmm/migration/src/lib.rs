@@ -17,6 +17,8 @@
 //!    last: if it would be broken, the guest runs on and copying goes on.
 //! 5. The switch: last pages and state go over, and the guest is given away such that it runs once, whatever fails: see [`commit`].
 //!
+//! Whether a guest could be moved can be asked before ([`Check`]): the destination looks, answers, and waits on.
+//!
 //! # Trust
 //!
 //! Neither side believes the other. What a message may be long is known before its body is read, and buffers grow with what comes;
@@ -31,6 +33,7 @@
 //! that already runs at the destination asks for its pages (post-copy) are kept free, and refused today.
 
 mod address;
+mod blocker;
 pub mod commit;
 mod connect;
 mod converge;
@@ -48,12 +51,13 @@ mod tls;
 mod wire;
 
 pub use address::{Address, AddressError};
+pub use blocker::{Blocker, MAX_BLOCKERS, Part};
 pub use connect::{ConnectError, Deadlines};
 pub use converge::{Limits, OnTimeOut};
 pub use destination::{Destination, DestinationError, DestinationOptions, Sink, Taken};
 pub use handle::{Handle, Phase, Progress};
 pub use memory::{Layout, Memory, PAGE, Region, Target};
-pub use source::{Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};
+pub use source::{Check, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};
 pub use stream::StreamError;
 pub use tls::{TlsError, TlsFiles};
 pub use wire::{MAX_STREAMS, Offer, VERSION, WireError};

@@ -1,5 +1,6 @@
 //! The side that has the guest.
 
+mod check;
 mod pack;
 mod round;
 mod switch;
@@ -21,9 +22,10 @@ use crate::connect::{ConnectError, Deadlines, Dialer};
 use crate::converge::{Decision, Limits, Measured, Rate, decide, expected_downtime};
 use crate::handle::{Handle, Phase, Progress};
 use crate::memory::{Layout, Memory};
-use crate::stream::{Answer, Stream, StreamError};
+use crate::stream::{Answer, Interrupt, Stream, StreamError};
 use crate::tls::TlsFiles;
 use crate::wire::{self, Hello, Kind, MAX_CONFIG, MAX_CPU, MAX_STREAMS, Message, Offer, Role, Token, WireError};
+pub use check::Check;
 use round::{Round, union};
 use worker::{Common, Done, Failed, Team};
 
@@ -268,16 +270,10 @@ impl Source {
 
     /// Connects all streams, and has the destination make a machine.
     fn open(&self, config: &[u8], cpu: &[u8]) -> Result<Session, SourceError> {
-        if config.len() > MAX_CONFIG || cpu.len() > MAX_CPU {
-            return Err(SourceError::Options(
-                "the configuration is larger than a destination takes",
-            ));
-        }
+        fits(config, cpu)?;
         let layout = Layout::new(self.memory.regions()).map_err(SourceError::Layout)?;
         self.handle.set_total(layout.len());
-        let mut token = Token::default();
-        rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
-            .map_err(|error| SourceError::Thread(error.into()))?;
+        let token = random()?;
         let mut control = self.connect(token, Role::Control)?;
         let data: Result<Vec<_>, _> = (0..self.options.streams)
             .map(|index| self.connect(token, Role::Data(index)))
@@ -323,28 +319,7 @@ impl Source {
     }
 
     fn connect(&self, token: Token, role: Role) -> Result<Stream, SourceError> {
-        let mut stream = self.dialer.connect(self.handle.interrupt())?;
-        self.greet(&mut stream, token, role)?;
-        match stream.receive(self.options.deadlines.connect, "answer")? {
-            Message::Welcome(vmm) => {
-                if role == Role::Control {
-                    tracing::info!("the destination is Triarch {vmm}");
-                }
-                Ok(stream)
-            }
-            Message::Abort(reason) => Err(SourceError::Refused(reason.to_owned())),
-            other => Err(crate::stream::unexpected(&other, "a welcome").into()),
-        }
-    }
-
-    fn greet(&self, stream: &mut Stream, token: Token, role: Role) -> Result<(), StreamError> {
-        let hello = Hello {
-            token,
-            role,
-            streams: self.options.streams,
-            vmm: self.options.vmm.clone(),
-        };
-        stream.send(&Message::Hello(hello)).map(|_| ())
+        connect(&self.dialer, &self.options, self.handle.interrupt(), token, role)
     }
 
     /// Copies memory in rounds, until the guest is switched or that is given up.
@@ -482,6 +457,55 @@ impl Session {
     }
 }
 
+/// A stream that the destination has welcomed.
+fn connect(
+    dialer: &Dialer,
+    options: &SourceOptions,
+    interrupt: &Interrupt,
+    token: Token,
+    role: Role,
+) -> Result<Stream, SourceError> {
+    let mut stream = dialer.connect(interrupt)?;
+    greet(&mut stream, options, token, role)?;
+    match stream.receive(options.deadlines.connect, "answer")? {
+        Message::Welcome(vmm) => {
+            if role == Role::Control {
+                tracing::info!("the destination is Triarch {vmm}");
+            }
+            Ok(stream)
+        }
+        Message::Abort(reason) => Err(SourceError::Refused(reason.to_owned())),
+        other => Err(crate::stream::unexpected(&other, "a welcome").into()),
+    }
+}
+
+fn greet(stream: &mut Stream, options: &SourceOptions, token: Token, role: Role) -> Result<(), StreamError> {
+    let hello = Hello {
+        token,
+        role,
+        streams: options.streams,
+        vmm: options.vmm.clone(),
+    };
+    stream.send(&Message::Hello(hello)).map(|_| ())
+}
+
+fn random() -> Result<Token, SourceError> {
+    let mut token = Token::default();
+    rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| SourceError::Thread(error.into()))?;
+    Ok(token)
+}
+
+/// Whether a destination takes that much.
+fn fits(config: &[u8], cpu: &[u8]) -> Result<(), SourceError> {
+    match config.len() > MAX_CONFIG || cpu.len() > MAX_CPU {
+        true => Err(SourceError::Options(
+            "the configuration is larger than a destination takes",
+        )),
+        false => Ok(()),
+    }
+}
+
 fn answered(answer: Result<(), Answer>) -> Result<(), SourceError> {
     answer.map_err(|answer| match answer {
         Answer::Abort(reason) => SourceError::Refused(reason),
@@ -491,6 +515,6 @@ fn answered(answer: Result<(), Answer>) -> Result<(), SourceError> {
 
 /// Sends `Abort`, which may fail; also after a cancel, which interrupts everything else.
 fn say_no(control: &mut Stream, why: &SourceError) {
-    control.set_interrupt(&crate::stream::Interrupt::default());
+    control.set_interrupt(&Interrupt::default());
     let _ = control.send_within(&Message::Abort(&crate::sentence(why)), Duration::from_secs(2));
 }

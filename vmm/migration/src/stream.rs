@@ -12,6 +12,9 @@ use thiserror::Error;
 
 use crate::wire::{HEAD, Kind, Message, WireError, decode, encode};
 
+/// Bytes of a message for which there is room before any of them came.
+const STEP: usize = 64 << 10;
+
 /// How soon a thread that waits for the other side notices that it shall not.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -220,6 +223,11 @@ impl Stream {
         self.channel.socket().interrupt = interrupt.clone();
     }
 
+    /// How long a message may take from now on.
+    pub(crate) fn set_message_time(&mut self, time: Duration) {
+        self.message = time;
+    }
+
     /// Sends a message and returns how many bytes it has.
     pub(crate) fn send(&mut self, message: &Message) -> Result<usize, StreamError> {
         self.send_within(message, self.message)
@@ -246,13 +254,20 @@ impl Stream {
         let failed = |error| failed(error, "send a whole message");
         self.channel.read_exact(rest).map_err(failed)?;
         let (kind, len) = decode::head(head)?;
-        self.body.clear();
-        // The buffer grows with what comes, not with what was said to come.
-        let read = (&mut self.channel).take(len as u64).read_to_end(&mut self.body);
-        if read.map_err(failed)? < len {
-            return Err(StreamError::Closed);
+        let mut have = 0;
+        while have < len {
+            // The buffer grows with what comes, not with what was said to come, and is kept for the next message.
+            if have == self.body.len() {
+                self.body.resize(len.min(2 * have.max(STEP)), 0);
+            }
+            let room = len.min(self.body.len());
+            match self.channel.read(&mut self.body[have..room]) {
+                Ok(0) => return Err(StreamError::Closed),
+                Ok(read) => have += read,
+                Err(error) => return Err(failed(error)),
+            }
         }
-        Ok(decode::body(kind, &self.body)?)
+        Ok(decode::body(kind, &self.body[..len])?)
     }
 
     /// The same, of one kind that has no body. `Abort` is an error of its own.

@@ -11,6 +11,7 @@ mod tests;
 
 use thiserror::Error;
 
+use crate::blocker::{Blocker, MAX_BLOCKERS};
 use crate::memory::{Layout, PAGE};
 
 /// Version of the format. A destination takes this one only.
@@ -62,13 +63,14 @@ pub(crate) enum Kind {
     Progress = 16,
     Alive = 17,
     End = 18,
+    Blockers = 19,
 }
 
 /// The numbers of messages of a later step, by which a guest that runs asks for its pages.
 const POST_COPY: std::ops::RangeInclusive<u16> = 64..=79;
 
 impl Kind {
-    pub(crate) const ALL: [Self; 18] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -87,6 +89,7 @@ impl Kind {
         Self::Progress,
         Self::Alive,
         Self::End,
+        Self::Blockers,
     ];
 
     fn from_number(number: u16) -> Result<Self, WireError> {
@@ -106,6 +109,7 @@ impl Kind {
             Self::Pages => 64 + MAX_RUNS * RUN + MAX_BATCH,
             Self::Zeroes => 64 + MAX_RUNS * RUN,
             Self::State => 64 + MAX_STATE_PART,
+            Self::Blockers => 64 + MAX_BLOCKERS * (16 + 3 * MAX_TEXT),
             Self::RoundEnd | Self::RoundDone | Self::Progress => 64,
             Self::Accepted
             | Self::Switch
@@ -180,6 +184,8 @@ pub(crate) enum Role {
     Data(u16),
     /// The source lost its session after it had given the guest away, and asks what became of it.
     Ask,
+    /// The source asks whether its guest could come here, and no more. The session that is awaited stays awaited.
+    Check,
 }
 
 /// What the guest is.
@@ -295,6 +301,8 @@ pub(crate) enum Message<'a> {
     Alive,
     /// Source: this stream ends here as it should.
     End,
+    /// Destination, of a stream that only asks: what is in the way of the guest that was offered.
+    Blockers(Vec<Blocker>),
 }
 
 impl Message<'_> {
@@ -318,6 +326,7 @@ impl Message<'_> {
             Self::Progress(_) => Kind::Progress,
             Self::Alive => Kind::Alive,
             Self::End => Kind::End,
+            Self::Blockers(_) => Kind::Blockers,
         }
     }
 }

@@ -339,6 +339,8 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
                 SYS_io_uring_register,
                 SYS_fstat,
                 SYS_statx,
+                // One that goes to another host is made durable first.
+                SYS_fdatasync,
             ]))
             .collect(),
         ThreadClass::Memory => base

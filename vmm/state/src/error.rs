@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::MAX_BASES;
+
 /// Why a snapshot could not be written or read.
 #[derive(Debug, Error)]
 pub enum SnapshotError {
@@ -43,7 +45,7 @@ pub enum SnapshotError {
     #[error("state.json was changed or damaged after it was written: its checksum differs")]
     Damaged,
     /// Another version of the container.
-    #[error("the snapshot was written by Triarch {vmm} in format {found}; this version reads format {known}")]
+    #[error("the snapshot was written by Triarch {vmm} in format {found}; this version reads formats up to {known}")]
     Version {
         /// The version of the VMM that wrote it.
         vmm: String,
@@ -70,11 +72,30 @@ pub enum SnapshotError {
     #[error("the saved memory is invalid: {0}")]
     Memory(String),
     /// Saved memory was changed.
-    #[error("the saved memory at {gpa:#x} was changed or damaged after it was written: its checksum differs")]
+    #[error("the saved memory at {gpa:#x} in {} was changed or damaged after it was written: its checksum differs", .directory.display())]
     MemoryDamaged {
         /// GPA of the chunk.
         gpa: u64,
+        /// Whose it is: one that was opened, or one that that builds on.
+        directory: PathBuf,
     },
+    /// One that it builds on is not there, or not fit.
+    #[error("the snapshot in {} cannot be followed without the one in {} that it builds on", .of.display(), .base.display())]
+    Base {
+        /// The one that builds on it.
+        of: PathBuf,
+        /// Where it should be.
+        base: PathBuf,
+        /// Cause.
+        #[source]
+        source: Box<SnapshotError>,
+    },
+    /// There is another one in its place.
+    #[error("{} holds another snapshot by now; put the right one there", .0.display())]
+    Other(PathBuf),
+    /// It builds on too many.
+    #[error("the snapshot in {} builds on more than {MAX_BASES} others; save the guest as a whole", .0.display())]
+    Chain(PathBuf),
 }
 
 impl SnapshotError {

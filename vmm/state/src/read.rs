@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use crate::document::{self, MemoryTable};
+use crate::chain::{self, Base, Layer, MAX_BASES, SavedMemory};
+use crate::document::{self, Document};
 use crate::pages::{CHUNK, filled};
 use crate::{CONFIG, MAX_CONFIG, MAX_STATE, MEMORY, MemoryRange, Payloads, STATE, SnapshotError};
 
@@ -15,15 +16,23 @@ use crate::{CONFIG, MAX_CONFIG, MAX_STATE, MEMORY, MemoryRange, Payloads, STATE,
 #[derive(Debug)]
 pub struct Snapshot {
     config: Vec<u8>,
-    memory: File,
-    table: MemoryTable,
+    memory: SavedMemory,
+    itself: Option<Base>,
     /// The saved states.
     pub payloads: Payloads,
 }
 
-impl Snapshot {
-    /// Opens the one in `dir`, of a guest on `arch`.
-    pub fn open(dir: &Path, arch: &str) -> Result<Self, SnapshotError> {
+/// What a directory has beside the configuration.
+struct Opened {
+    layer: Layer,
+    id: Option<String>,
+    base: Option<Base>,
+    checksum: u32,
+    payloads: Payloads,
+}
+
+impl Opened {
+    fn open(dir: &Path, arch: &str) -> Result<Self, SnapshotError> {
         let state = match open(&dir.join(STATE)) {
             Err(SnapshotError::Host { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 return Err(SnapshotError::Missing(dir.to_owned()));
@@ -32,15 +41,83 @@ impl Snapshot {
         };
         let state = bounded(state, &dir.join(STATE), MAX_STATE)?;
         let path = dir.join(MEMORY);
-        let memory = open(&path)?;
-        let len = memory.metadata().map_err(SnapshotError::host("read", &path))?.len();
-        let (table, payloads) = document::parse(&state, arch, len)?;
+        let file = open(&path)?;
+        let len = file.metadata().map_err(SnapshotError::host("read", &path))?.len();
+        let Document {
+            id,
+            base,
+            memory: table,
+            payloads,
+            checksum,
+        } = document::parse(&state, arch, len)?;
+        let directory = dir.to_owned();
+        Ok(Self {
+            layer: Layer { directory, file, table },
+            id,
+            base,
+            checksum,
+            payloads,
+        })
+    }
+
+    /// Opens the one that `base` tells of, which the one in `of` builds on.
+    fn below(base: &Base, of: &Layer, arch: &str) -> Result<Self, SnapshotError> {
+        let mut found = Err(SnapshotError::Missing(base.directory.clone()));
+        for place in chain::places(base, &of.directory) {
+            match Self::open(&place, arch) {
+                Err(SnapshotError::Missing(_)) => {}
+                other => {
+                    found = other;
+                    break;
+                }
+            }
+        }
+        let found = found?;
+        if found.id.as_ref() != Some(&base.id) || found.checksum != base.checksum {
+            return Err(SnapshotError::Other(found.layer.directory));
+        }
+        of.fits(&found.layer)?;
+        Ok(found)
+    }
+}
+
+impl Snapshot {
+    /// Opens the one in `dir`, of a guest on `arch`, and all that it builds on.
+    pub fn open(dir: &Path, arch: &str) -> Result<Self, SnapshotError> {
+        let Opened {
+            layer,
+            id,
+            base,
+            checksum,
+            payloads,
+        } = Opened::open(dir, arch)?;
+        let (mut layers, mut next) = (vec![layer], base);
+        while let Some(base) = next {
+            if layers.len() > MAX_BASES as usize {
+                return Err(SnapshotError::Chain(dir.to_owned()));
+            }
+            let Some(of) = layers.last() else { break };
+            let below = Opened::below(&base, of, arch).map_err(|source| SnapshotError::Base {
+                of: of.directory.clone(),
+                base: base.directory.clone(),
+                source: Box::new(source),
+            })?;
+            layers.push(below.layer);
+            next = below.base;
+        }
         let path = dir.join(CONFIG);
         let config = bounded(open(&path)?, &path, MAX_CONFIG)?;
+        let bases = layers.len() as u32 - 1;
+        let directory = dir.to_owned();
         Ok(Self {
             config,
-            memory,
-            table,
+            memory: SavedMemory { layers },
+            itself: id.map(|id| Base {
+                directory,
+                id,
+                checksum,
+                bases,
+            }),
             payloads,
         })
     }
@@ -50,14 +127,23 @@ impl Snapshot {
         &self.config
     }
 
-    /// The regions of guest memory.
-    pub fn ranges(&self) -> &[MemoryRange] {
-        &self.table.ranges
+    /// What another one builds on that builds on this one, if it was saved for that.
+    pub fn itself(&self) -> Option<&Base> {
+        self.itself.as_ref()
     }
 
-    /// What their offsets are in, for whoever maps it. Its checksums are not looked at then.
-    pub fn memory_file(&self) -> &File {
-        &self.memory
+    /// The regions of guest memory.
+    pub fn ranges(&self) -> &[MemoryRange] {
+        self.memory.ranges()
+    }
+
+    /// What the regions' offsets are in, for whoever maps it. Its checksums are not looked at then. `None`: it builds on another one, so that
+    /// not all is in one file.
+    pub fn memory_file(&self) -> Option<&File> {
+        match self.memory.layers.as_slice() {
+            [layer] => Some(&layer.file),
+            _ => None,
+        }
     }
 
     /// Reads the memory of those regions that are `wanted`. `write` gets what is at a GPA, where it is not zeroes; `progress` is told how
@@ -74,12 +160,12 @@ impl Snapshot {
         let path = Path::new(MEMORY);
         let total: u64 = self.ranges().iter().map(|range| range.size).sum();
         let (mut done, mut buffer) = (0, vec![0; CHUNK]);
-        for range in &self.table.ranges {
+        for range in self.ranges() {
             if !wanted(range) {
                 continue;
             }
             for at in (0..range.size).step_by(CHUNK) {
-                if let Some(bytes) = range.chunk(&self.memory, at, &mut buffer)? {
+                if let Some(bytes) = self.memory.chunk(range, at, &mut buffer)? {
                     for run in filled(bytes) {
                         write(range.gpa + at + run.start as u64, &bytes[run])
                             .map_err(SnapshotError::host("fill guest memory from", path))?;
@@ -94,45 +180,8 @@ impl Snapshot {
 
     /// Its memory, for whoever reads it when the rest is not needed any more.
     pub fn saved_memory(&self) -> Result<SavedMemory, SnapshotError> {
-        let file = self.memory.try_clone();
-        file.map(SavedMemory)
-            .map_err(SnapshotError::host("read", Path::new(MEMORY)))
-    }
-}
-
-/// The memory of a snapshot, which is read in any order.
-#[derive(Debug)]
-pub struct SavedMemory(File);
-
-impl SavedMemory {
-    /// The chunk of `range`, one of its snapshot's, that begins `at` bytes behind the range's begin, a multiple of [`CHUNK`]. It is read into
-    /// `buffer`, which has as many bytes. `None`: it is all zeroes.
-    ///
-    /// # Errors
-    /// Also when its checksum differs.
-    pub fn chunk<'a>(
-        &self,
-        range: &MemoryRange,
-        at: u64,
-        buffer: &'a mut [u8],
-    ) -> Result<Option<&'a [u8]>, SnapshotError> {
-        range.chunk(&self.0, at, buffer)
-    }
-}
-
-impl MemoryRange {
-    /// What is in `file` at the chunk that begins `at` bytes behind the range's begin; `None`: it is all zeroes.
-    fn chunk<'a>(&self, file: &File, at: u64, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>, SnapshotError> {
-        let Some(Some(checksum)) = self.checksums.get((at / CHUNK as u64) as usize) else {
-            return Ok(None);
-        };
-        let bytes = &mut buffer[..self.size.saturating_sub(at).min(CHUNK as u64) as usize];
-        let read = file.read_exact_at(bytes, self.offset + at);
-        read.map_err(SnapshotError::host("read", Path::new(MEMORY)))?;
-        match crc32fast::hash(bytes) == *checksum {
-            true => Ok(Some(bytes)),
-            false => Err(SnapshotError::MemoryDamaged { gpa: self.gpa + at }),
-        }
+        let another = self.memory.another();
+        another.map_err(SnapshotError::host("read", Path::new(MEMORY)))
     }
 }
 

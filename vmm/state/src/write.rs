@@ -10,8 +10,8 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, flock, mkdirat, renameat, u
 use rustix::io::Errno;
 
 use crate::document::{self, MemoryTable};
-use crate::pages::{CHUNK, filled};
-use crate::{CONFIG, MEMORY, MemoryRange, Payloads, STATE, SnapshotError, UNFINISHED_STATE};
+use crate::pages::{CHUNK, Pages, filled};
+use crate::{Base, CONFIG, MAX_STATE, MEMORY, MemoryRange, PAGE, Payloads, STATE, SnapshotError, UNFINISHED_STATE};
 
 /// Who writes a snapshot, of what.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +20,27 @@ pub struct About {
     pub vmm: String,
     /// Processor architecture of the guest.
     pub arch: String,
+    /// What it is called by those that build on it, if any may: no two are called the same.
+    pub id: Option<String>,
+    /// What it builds on.
+    pub base: Option<Base>,
+}
+
+/// Guest memory that is written.
+pub trait Source {
+    /// The first run of `range`, GPAs of one region, that may hold anything. `None`: all of it is zeroes.
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>>;
+    /// Fills `buffer` with what is at `gpa`, of one region.
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> io::Result<()>;
+}
+
+/// A region of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its GPAs, whole pages.
+    pub range: Range<u64>,
+    /// Its pages that differ from what the base has there; `None`: the base has nothing to do with it, and all of it is written.
+    pub pages: Option<Pages>,
 }
 
 /// A snapshot that is being written. Unless it is [`finished`](Self::finish), dropping it removes all of it; and if even that does not
@@ -85,61 +106,80 @@ impl SnapshotWriter {
         Ok(writer)
     }
 
-    /// Writes all memory. `ranges` are the GPAs of its regions, in order; `read` fills a buffer with what is at a GPA, or tells by `false`
-    /// that all of it is zeroes; `progress` is told how many bytes of all are done.
+    /// Writes all memory: the regions `parts`, in order, of `source`. `progress` is told how many bytes of all are done. Returns how many
+    /// bytes were written.
     pub fn memory(
         &mut self,
-        ranges: &[Range<u64>],
-        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<bool>,
+        parts: Vec<Part>,
+        source: &impl Source,
         mut progress: impl FnMut(u64, u64),
-    ) -> Result<(), SnapshotError> {
+    ) -> Result<u64, SnapshotError> {
         let path = self.dir.join(MEMORY);
-        let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+        let len = |part: &Part| match &part.pages {
+            Some(pages) => pages.count() * PAGE,
+            None => part.range.end - part.range.start,
+        };
+        let total: u64 = parts.iter().map(len).sum();
         self.memory.set_len(total).map_err(SnapshotError::host("size", &path))?;
         let mut buffer = vec![0; CHUNK];
-        let mut offset = 0;
-        for range in ranges {
+        let (mut offset, mut written) = (0, 0);
+        for part in parts {
+            let end = offset + len(&part);
+            let Part { range, pages } = part;
             let mut saved = MemoryRange {
                 gpa: range.start,
                 size: range.end - range.start,
                 offset,
                 checksums: Vec::new(),
+                pages,
             };
-            for gpa in range.clone().step_by(CHUNK) {
-                let len = (range.end - gpa).min(CHUNK as u64) as usize;
-                let bytes = &mut buffer[..len];
-                let filled = read(gpa, bytes).map_err(SnapshotError::host("read guest memory for", &path))?;
-                let written = filled.then(|| self.chunk(offset, bytes)).transpose();
-                saved
-                    .checksums
-                    .push(written.map_err(SnapshotError::host("write", &path))?.flatten());
-                offset += len as u64;
+            let mut data = Data::new(source, &range);
+            for (index, gpa) in range.clone().step_by(CHUNK).enumerate() {
+                let chunk = gpa..range.end.min(gpa + CHUNK as u64);
+                let bytes = match &saved.pages {
+                    Some(pages) => gather(source, gpa, pages, index, &mut buffer),
+                    None => data.fill(chunk, &mut buffer),
+                };
+                let (len, bytes) = bytes.map_err(SnapshotError::host("read guest memory for", &path))?;
+                let checksum = bytes.map(|bytes| self.chunk(offset, bytes, &mut written)).transpose();
+                let checksum = checksum.map_err(SnapshotError::host("write", &path))?;
+                saved.checksums.push(checksum.flatten());
+                offset += len;
                 progress(offset, total);
             }
+            debug_assert_eq!(offset, end);
             self.ranges.push(saved);
         }
-        Ok(())
+        Ok(written)
     }
 
     /// Writes a chunk and returns its checksum, unless it is all zeroes.
-    fn chunk(&self, offset: u64, bytes: &[u8]) -> io::Result<Option<u32>> {
+    fn chunk(&self, offset: u64, bytes: &[u8], written: &mut u64) -> io::Result<Option<u32>> {
         let mut any = false;
         for run in filled(bytes) {
             any = true;
+            *written += run.len() as u64;
             self.memory
                 .write_all_at(&bytes[run.clone()], offset + run.start as u64)?;
         }
         Ok(any.then(|| crc32fast::hash(bytes)))
     }
 
-    /// Writes the rest, and makes it a snapshot that outlives a loss of power.
-    pub fn finish(mut self, config: &[u8], about: &About, payloads: Payloads) -> Result<(), SnapshotError> {
+    /// Writes the rest, and makes it a snapshot that outlives a loss of power. Returns what those are told that build on it, if any may.
+    pub fn finish(mut self, config: &[u8], about: &About, payloads: Payloads) -> Result<Option<Base>, SnapshotError> {
         let path = self.dir.join(MEMORY);
         self.memory.sync_all().map_err(SnapshotError::host("write", &path))?;
         write_new(&self.dir.join(CONFIG), config)?;
         let table = MemoryTable::new(std::mem::take(&mut self.ranges));
-        let text = document::text(about, table, payloads)?;
+        let (text, checksum) = document::text(about, table, payloads)?;
         let unfinished = self.dir.join(UNFINISHED_STATE);
+        if text.len() as u64 > MAX_STATE {
+            // Nobody would read it.
+            return Err(SnapshotError::TooLarge {
+                path: unfinished,
+                limit: MAX_STATE,
+            });
+        }
         write_new(&unfinished, text.as_bytes())?;
         sync_dir(&self.dir)?;
         let state = self.dir.join(STATE);
@@ -154,8 +194,74 @@ impl SnapshotWriter {
         {
             sync_dir(parent)?;
         }
-        Ok(())
+        Ok(about.id.clone().map(|id| Base {
+            directory: self.dir.clone(),
+            id,
+            checksum,
+            bases: about.base.as_ref().map_or(0, |base| base.bases + 1),
+        }))
     }
+}
+
+/// What of a region holds anything, from its begin to its end.
+struct Data<'a, S> {
+    source: &'a S,
+    end: u64,
+    /// The run that comes next.
+    next: Range<u64>,
+}
+
+impl<'a, S: Source> Data<'a, S> {
+    fn new(source: &'a S, range: &Range<u64>) -> Self {
+        Self {
+            source,
+            end: range.end,
+            next: range.start..range.start,
+        }
+    }
+
+    /// Fills `buffer` with a chunk, the one behind the chunk before, and returns its bytes; none if it is all zeroes.
+    fn fill<'b>(&mut self, chunk: Range<u64>, buffer: &'b mut [u8]) -> io::Result<(u64, Option<&'b [u8]>)> {
+        let len = chunk.end - chunk.start;
+        let bytes = &mut buffer[..len as usize];
+        let (mut at, mut any) = (chunk.start, false);
+        while at < chunk.end {
+            if self.next.end <= at {
+                let next = self.source.data(at..self.end)?;
+                self.next = next.unwrap_or(self.end..self.end + 1);
+            }
+            let run = self.next.start.max(at)..self.next.end.min(chunk.end);
+            if run.start >= chunk.end {
+                break;
+            }
+            let place = |gpa: u64| (gpa - chunk.start) as usize;
+            bytes[place(at)..place(run.start)].fill(0);
+            self.source
+                .read(run.start, &mut bytes[place(run.start)..place(run.end)])?;
+            (at, any) = (run.end, true);
+        }
+        if any {
+            bytes[(at - chunk.start) as usize..].fill(0);
+        }
+        Ok((len, any.then_some(&*bytes)))
+    }
+}
+
+/// Fills `buffer` with the pages of a chunk, the one of that index, that begins at `gpa`, and returns their bytes.
+fn gather<'b>(
+    source: &impl Source,
+    gpa: u64,
+    pages: &Pages,
+    index: usize,
+    buffer: &'b mut [u8],
+) -> io::Result<(u64, Option<&'b [u8]>)> {
+    let mut len = 0;
+    for run in pages.runs(index) {
+        let end = len + run.len();
+        source.read(gpa + run.start as u64, &mut buffer[len..end])?;
+        len = end;
+    }
+    Ok((len as u64, (len > 0).then_some(&buffer[..len])))
 }
 
 impl Drop for SnapshotWriter {

@@ -38,6 +38,25 @@ pub(crate) fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
     thread.kill(kick_signal()).map_err(io::Error::from)
 }
 
+/// A thread that runs a vCPU, for others that do not own it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ThreadId(libc::pid_t);
+
+impl ThreadId {
+    /// The calling thread.
+    pub(crate) fn current() -> Self {
+        // SAFETY: the call takes nothing and cannot fail.
+        Self(unsafe { libc::gettid() })
+    }
+
+    /// Interrupts the guest on it. One that has ended has nothing to leave.
+    pub(crate) fn kick(self) {
+        // SAFETY: a signal of ours, to a thread of this process by its number. Whatever thread has the number now, the handler of the
+        // signal does nothing where no vCPU runs.
+        let _ = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, kick_signal()) };
+    }
+}
+
 /// Makes the calling thread the one that runs `vcpu`, for as long as the guard lives.
 pub(crate) struct Running;
 

@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use triarch_device_core::metrics::Padded;
-use triarch_device_core::{AccessError, Bus, RateLimit, Sandbox, ThreadClass};
+use triarch_device_core::{RateLimit, Sandbox, ThreadClass};
 use triarch_hypervisor::{Exit, Firmware, Vcpu};
 
-use crate::kick::{Running, kick};
+use crate::exits::{Buses, dispatch};
+use crate::kick::{Running, ThreadId, kick};
 use crate::metrics::{Reason, VcpuMetrics};
+use crate::throttle::{Throttle, Throttling};
 
 /// What a vCPU tells the rest of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,14 +30,6 @@ pub enum VcpuEvent {
     Started,
     /// The vCPU cannot go on; the reason is for the operator.
     Failed(String),
-}
-
-/// Where exits are dispatched to.
-pub struct Buses {
-    /// Port I/O.
-    pub pio: Arc<Bus>,
-    /// Memory-mapped I/O, by GPA.
-    pub mmio: Arc<Bus>,
 }
 
 /// Why vCPU threads could not be started or reached.
@@ -56,6 +50,9 @@ pub enum VcpuError {
         /// Index of the vCPU.
         index: usize,
     },
+    /// No thread that slows them down.
+    #[error("cannot start the thread that slows vCPUs down")]
+    Throttle(#[source] io::Error),
     /// Its registers change while it runs.
     #[error("the guest runs; pause it first")]
     Running,
@@ -91,6 +88,8 @@ type Errand = Arc<dyn Fn(usize, &Vcpu) + Send + Sync>;
 struct Counts {
     /// Have begun, and have their names.
     begun: usize,
+    /// Those, by their numbers.
+    threads: Vec<ThreadId>,
     /// Are parked, by their vCPUs.
     parked: BTreeSet<usize>,
     /// What those of them have to do that have not done it.
@@ -113,6 +112,8 @@ struct Shared {
     changed: Condvar,
     buses: Buses,
     firmware: Arc<dyn Firmware>,
+    /// Makes them stand still for a share of the time they should run.
+    throttle: Arc<Throttle>,
     events: Box<dyn Fn(usize, VcpuEvent) + Send + Sync>,
     log: RateLimit,
 }
@@ -124,7 +125,9 @@ impl Shared {
 
     /// A thread has begun.
     fn begin(&self) {
-        self.counts().begun += 1;
+        let mut counts = self.counts();
+        counts.begun += 1;
+        counts.threads.push(ThreadId::current());
         self.changed.notify_all();
     }
 
@@ -134,10 +137,10 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// What vCPU `index` should do; one that the guest has not started rests as if it were paused.
+    /// What vCPU `index` should do; one that the guest has not started rests as if it were paused, as do all while they are held.
     fn want(&self, index: usize) -> u8 {
         match self.want.load(Ordering::SeqCst) {
-            RUN if !self.firmware.runs(index) => PAUSE,
+            RUN if self.throttle.holds() || !self.firmware.runs(index) => PAUSE,
             want => want,
         }
     }
@@ -203,6 +206,8 @@ pub struct VcpuSet {
     sandbox: Arc<dyn Sandbox>,
     metrics: Vec<Arc<Padded<VcpuMetrics>>>,
     shared: Arc<Shared>,
+    /// There is one while they are slowed down.
+    throttling: Option<Throttling>,
 }
 
 impl VcpuSet {
@@ -221,6 +226,7 @@ impl VcpuSet {
             changed: Condvar::new(),
             buses,
             firmware,
+            throttle: Arc::default(),
             events: Box::new(events),
             log: RateLimit::default(),
         });
@@ -229,6 +235,7 @@ impl VcpuSet {
             sandbox: sandbox.clone(),
             metrics: Vec::with_capacity(vcpus.len()),
             shared,
+            throttling: None,
         };
         for vcpu in vcpus {
             set.spawn(vcpu)?;
@@ -385,6 +392,30 @@ impl VcpuSet {
         Ok(answered.into_values().collect())
     }
 
+    /// Lets vCPUs stand still for `percent` of the time, 99 at most; 0: not at all.
+    ///
+    /// # Errors
+    /// There is no thread for it; then they are as fast as they were.
+    pub fn throttle(&mut self, percent: u8) -> Result<(), VcpuError> {
+        let throttle = self.shared.throttle.clone();
+        if percent == 0 {
+            // Its end lets them go.
+            self.throttling = None;
+            return Ok(());
+        }
+        throttle.set(percent);
+        if self.throttling.is_none() {
+            let (held, released) = (self.shared.clone(), self.shared.clone());
+            let hold = move || {
+                let threads = held.counts().threads.clone();
+                threads.into_iter().for_each(ThreadId::kick);
+            };
+            let started = Throttling::start(&throttle, hold, move || released.look_again(), &self.sandbox);
+            self.throttling = Some(started.map_err(VcpuError::Throttle)?);
+        }
+        Ok(())
+    }
+
     /// Which vCPUs run and may be started, while the set is paused.
     pub fn firmware(&self) -> &Arc<dyn Firmware> {
         &self.shared.firmware
@@ -404,6 +435,7 @@ impl VcpuSet {
     }
 
     fn end(&mut self) -> Vec<Vcpu> {
+        self.throttling = None;
         self.shared.set(STOP);
         // A thread that cannot be signalled has ended.
         let _ = self.kick_all();
@@ -456,7 +488,7 @@ fn complete_io(index: usize, vcpu: &mut Vcpu, shared: &Shared) -> Option<VcpuEve
                 }
             }
             Ok(exit) => {
-                if let Some(event) = dispatch(exit, shared) {
+                if let Some(event) = dispatch(exit, &shared.buses, &shared.log) {
                     return Some(event);
                 }
             }
@@ -502,7 +534,7 @@ fn run_until_event(index: usize, vcpu: &mut Vcpu, shared: &Shared, metrics: &Vcp
             }
             Ok(exit) => {
                 metrics.exited(Reason::of(&exit));
-                if let Some(event) = dispatch(exit, shared) {
+                if let Some(event) = dispatch(exit, &shared.buses, &shared.log) {
                     return Some(event);
                 }
                 waits = waits && !note_start(index, vcpu, shared);
@@ -529,48 +561,4 @@ fn note_start(index: usize, vcpu: &Vcpu, shared: &Shared) -> bool {
 fn failed(error: &dyn std::error::Error) -> VcpuEvent {
     let causes = std::iter::successors(Some(error), |error| error.source());
     VcpuEvent::Failed(causes.map(ToString::to_string).collect::<Vec<_>>().join(": "))
-}
-
-fn dispatch(exit: Exit<'_>, shared: &Shared) -> Option<VcpuEvent> {
-    let Buses { pio, mmio } = &shared.buses;
-    match exit {
-        Exit::PortOut { port, size, data } => {
-            for value in data.chunks(size) {
-                note(shared, "port write", u64::from(port), pio.write(u64::from(port), value));
-            }
-        }
-        Exit::PortIn { port, size, data } => {
-            for value in data.chunks_mut(size) {
-                note(shared, "port read", u64::from(port), pio.read(u64::from(port), value));
-            }
-        }
-        Exit::MmioWrite { address, data } => note(shared, "write", address, mmio.write(address, data)),
-        Exit::MmioRead { address, data } => note(shared, "read", address, mmio.read(address, data)),
-        // Served where the vCPU is at hand.
-        Exit::Interrupted | Exit::Waiting | Exit::Call(_) => {}
-        Exit::Shutdown => return Some(VcpuEvent::Reset),
-        Exit::SystemEvent(kind) => return Some(system_event(kind)),
-        Exit::Halted => return Some(VcpuEvent::PowerOff),
-        Exit::Failed(reason) => return Some(VcpuEvent::Failed(reason)),
-    }
-    None
-}
-
-fn system_event(kind: u32) -> VcpuEvent {
-    match kind {
-        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => VcpuEvent::PowerOff,
-        kvm_bindings::KVM_SYSTEM_EVENT_RESET => VcpuEvent::Reset,
-        kvm_bindings::KVM_SYSTEM_EVENT_CRASH => VcpuEvent::Crashed,
-        other => VcpuEvent::Failed(format!("KVM reported the unknown system event {other}")),
-    }
-}
-
-/// Guests probe for devices all the time, so an access nobody serves is worth a line only when somebody debugs.
-fn note(shared: &Shared, what: &str, address: u64, outcome: Result<(), AccessError>) {
-    if let Err(error) = outcome
-        && tracing::enabled!(tracing::Level::DEBUG)
-        && shared.log.admit().is_some()
-    {
-        tracing::debug!("{what} at {address:#x}: {error}");
-    }
 }

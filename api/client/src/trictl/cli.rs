@@ -133,6 +133,12 @@ pub(crate) enum Command {
         /// Where to: a directory, which is made if it is not there
         #[arg(value_name = "DIR")]
         directory: PathBuf,
+        /// Save only what was written since this snapshot of the VM, the last one with --track-writes on
+        #[arg(long, value_name = "DIR")]
+        base: Option<PathBuf>,
+        /// From now on note what is written, so that later snapshots can build on this one; or do not any more
+        #[arg(long, value_name = "on|off", value_parser = clap::builder::BoolishValueParser::new())]
+        track_writes: Option<bool>,
     },
     /// Make a VM from a snapshot, and let it stand still until it is told to go on
     Restore {
@@ -145,6 +151,12 @@ pub(crate) enum Command {
         /// Let it go on at once
         #[arg(long)]
         resume: bool,
+        /// Whether the guest's time stands between the snapshot and now, or passes
+        #[arg(long, value_name = "stands|passes", default_value = "stands")]
+        clock: triarch_api::RestoreClock,
+        /// Note what is written from now on, so that later snapshots can build on this one
+        #[arg(long)]
+        track_writes: bool,
     },
     /// Move the VM to another VMM, which waits for it
     SendMigration(SendMigration),
@@ -158,6 +170,14 @@ pub(crate) enum Command {
         /// A file with what of the VM's configuration is different here, in JSON; - is standard input
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
+    },
+    /// Show what would be in the way of moving the VM to another VMM, which waits for it
+    CheckMigration {
+        /// Where the other VMM waits: unix:/path, tcp:host:port with --cert, --key and --ca, or tcp-plain:host:port
+        #[arg(value_name = "URL")]
+        to: String,
+        #[command(flatten)]
+        tls: Tls,
     },
     /// Change a migration that is under way
     SetMigration {
@@ -249,6 +269,9 @@ pub(crate) struct SendMigration {
     /// Bytes a second that may be sent, such as 400M
     #[arg(long, value_parser = triarch_api::parse_size)]
     pub(crate) bandwidth: Option<u64>,
+    /// Percent of the time for which the guest may be held if it writes too fast, 99 at most
+    #[arg(long, value_name = "PERCENT", default_value_t = 0)]
+    pub(crate) throttle: u8,
     /// Compress pages where that is faster
     #[arg(long)]
     pub(crate) compress: bool,

@@ -11,8 +11,8 @@ use triarch_api::flags::{self, FlagError};
 use triarch_api::jobs::{Job, JobState};
 use triarch_api::server::Method;
 use triarch_api::{
-    Operation, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone, RestoreConfig, SendMigration,
-    SetMigration, SnapshotConfig, TimeoutStrategy,
+    CheckMigration, MigrationCheck, Operation, ReceiveMigration, RemoveDevice, Resize, ResizeDisk, ResizeZone,
+    RestoreConfig, SendMigration, SetMigration, SnapshotConfig, TimeoutStrategy,
 };
 use triarch_client::{Client, Response};
 
@@ -72,19 +72,31 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             let body = RemoveDevice { id, force };
             session.put_and_follow(Operation::RemoveDevice, &body, wait)
         }
-        Command::Snapshot { directory } => {
-            let destination_url = url(&directory)?;
-            session.put_json(Operation::Snapshot, &SnapshotConfig { destination_url })
+        Command::Snapshot {
+            directory,
+            base,
+            track_writes,
+        } => {
+            let body = SnapshotConfig {
+                destination_url: url(&directory)?,
+                base: base.as_deref().map(url).transpose()?,
+                track_writes,
+            };
+            session.put_json(Operation::Snapshot, &body)
         }
         Command::Restore {
             directory,
             memory,
             resume,
+            clock,
+            track_writes,
         } => {
             let body = RestoreConfig {
                 source_url: url(&directory)?,
                 memory_restore_mode: memory,
                 resume,
+                clock,
+                track_writes,
                 ..RestoreConfig::default()
             };
             session.put_json(Operation::Restore, &body)
@@ -99,6 +111,13 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             };
             session.patient();
             session.put_json(Operation::ReceiveMigration, &body)
+        }
+        Command::CheckMigration { to, tls } => {
+            let tls = tls.into_request()?;
+            session.check_migration(&CheckMigration {
+                destination_url: to,
+                tls,
+            })
         }
         Command::SetMigration { bandwidth } => {
             let bandwidth = Some(bandwidth);
@@ -202,12 +221,34 @@ impl Session {
             },
             connections: arguments.connections,
             bandwidth: arguments.bandwidth,
+            throttle: arguments.throttle,
             compress: arguments.compress,
             tls: arguments.tls.into_request()?,
             local: false,
         };
         self.patient();
         self.put_json(Operation::SendMigration, &body)
+    }
+
+    /// Shows what is in the way; if anything is, the command fails.
+    fn check_migration(&mut self, body: &CheckMigration) -> Result<(), Failure> {
+        self.patient();
+        let body = self.client.check_migration(body)?.body;
+        let check: MigrationCheck = serde_json::from_str(&body).map_err(|source| triarch_client::Error::Body {
+            target: Operation::CheckMigration.name().to_owned(),
+            source,
+        })?;
+        match self.json {
+            true => print(&body)?,
+            false => print(&show::check(&check))?,
+        }
+        match check.blockers.len() {
+            0 => Ok(()),
+            1 => Err(Failure::Failed("the VM cannot be moved there".to_owned())),
+            many => Err(Failure::Failed(format!(
+                "the VM cannot be moved there, for {many} reasons"
+            ))),
+        }
     }
 
     /// What a guest that runs has to do itself is a job, which is shown.
@@ -325,8 +366,12 @@ mod tests {
     #[test]
     fn directories_are_named_as_the_api_reads_them() {
         for path in ["/var/lib/vm", "/with space/%and:é"] {
-            let destination_url = url(Path::new(path)).expect("a URL");
-            let read = SnapshotConfig { destination_url }.directory().expect("a directory");
+            let config = SnapshotConfig {
+                destination_url: url(Path::new(path)).expect("a URL"),
+                base: None,
+                track_writes: None,
+            };
+            let read = config.directory().expect("a directory");
             assert_eq!(read, Path::new(path));
         }
         let below = url(Path::new("here")).expect("a URL");

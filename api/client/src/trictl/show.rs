@@ -7,7 +7,8 @@ use serde::Deserialize;
 use triarch_api::server::Identity;
 use triarch_api::{
     ConsoleConfig, ConsoleMode, CpusConfig, DeviceLink, DeviceTree, DiskConfig, LinkPath, LinkState, MemoryCounts,
-    MigrationPhase, MigrationProgress, MigrationSide, NetConfig, VcpuCounts, VmConfig, VmInfo, ZoneCounts,
+    MigrationCheck, MigrationPart, MigrationPhase, MigrationProgress, MigrationSide, NetConfig, VcpuCounts, VmConfig,
+    VmInfo, ZoneCounts,
 };
 
 use crate::table::{Side, Table};
@@ -109,11 +110,43 @@ pub(crate) fn migration(body: &str) -> serde_json::Result<String> {
         };
         lines.push((what, format!("{downtime} ms")));
     }
+    if found.throttle > 0 {
+        lines.push(("Held", format!("{} % of the time", found.throttle)));
+    }
     if let Some(cap) = found.bandwidth {
         lines.push(("Cap", format!("{} a second", bytes(cap))));
     }
     lines.extend(found.error.map(|error| ("Error", clean(&error))));
     Ok(facts(&lines))
+}
+
+/// `vm.check-migration`: a block of lines for each thing that is in the way.
+pub(crate) fn check(check: &MigrationCheck) -> String {
+    if check.blockers.is_empty() {
+        return "Nothing is in the way.\n".to_owned();
+    }
+    let mut text = String::new();
+    for blocker in &check.blockers {
+        let what = match blocker.what {
+            MigrationPart::Host => "host",
+            MigrationPart::Cpu => "CPU",
+            MigrationPart::Clock => "clock",
+            MigrationPart::Memory => "memory",
+            MigrationPart::Disk => "disk",
+            MigrationPart::Device => "device",
+            MigrationPart::Configuration => "configuration",
+        };
+        text.push_str(what);
+        if let Some(name) = &blocker.name {
+            text.push(' ');
+            text.push_str(&clean(name));
+        }
+        text.push_str(&format!(": {}\n", clean(&blocker.reason)));
+        if !blocker.remedy.is_empty() {
+            text.push_str(&format!("    {}\n", clean(&blocker.remedy)));
+        }
+    }
+    text
 }
 
 /// `2 of 4 at most`, and what is under way.

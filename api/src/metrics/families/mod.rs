@@ -4,6 +4,7 @@ mod devices;
 mod machine;
 mod memory;
 mod process;
+mod snapshots;
 
 use super::text::{Family, Kind, Samples};
 use super::{Metrics, Requests};
@@ -39,6 +40,7 @@ pub(super) fn families() -> impl Iterator<Item = &'static Entry> {
         machine::FAMILIES,
         memory::FAMILIES,
         devices::FAMILIES,
+        snapshots::FAMILIES,
         process::FAMILIES,
     ]
     .into_iter()

@@ -61,9 +61,7 @@ impl Vmm {
         let mode = format!(r#"{{"mode":"Socket","socket":"{}"}}"#, serial.display());
         client.put("vm.create", &config(&mode))?;
         client.put("vm.boot", "")?;
-        let stream = UnixStream::connect(&serial)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut guest = Guest(BufReader::new(stream));
+        let mut guest = Guest::attach(&serial)?;
         guest.line()?;
         Ok((vmm, client, guest))
     }
@@ -87,6 +85,11 @@ impl Client {
         stream.set_read_timeout(Some(PATIENCE))?;
         let answer = vec![0; 64 << 10];
         Ok(Self { stream, answer })
+    }
+
+    /// Waits so long for answers.
+    pub(super) fn patience(&mut self, time: Duration) -> Result<()> {
+        Ok(self.stream.set_read_timeout(Some(time))?)
     }
 
     /// Sends a request; its status, when the whole answer is there.
@@ -167,6 +170,18 @@ pub(super) fn config(kernel: &Path, serial: &str) -> String {
 pub(super) struct Guest(BufReader<UnixStream>);
 
 impl Guest {
+    /// The one whose serial line is there.
+    pub(super) fn attach(serial: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(serial)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    /// Waits so long for answers.
+    pub(super) fn patience(&mut self, time: Duration) -> Result<()> {
+        Ok(self.0.get_ref().set_read_timeout(Some(time))?)
+    }
+
     /// Asks; its answer.
     pub(super) fn ask(&mut self, command: &str) -> Result<String> {
         self.send(command)?;

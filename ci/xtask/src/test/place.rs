@@ -102,7 +102,7 @@ const NOT_ON_AMD: [&str; 17] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 113] = [
+const NOT_ON_ARM: [&str; 143] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
     "dimms::memory_comes_and_goes_under_linux_6_1",
@@ -186,12 +186,18 @@ const NOT_ON_ARM: [&str; 113] = [
     "payload::zones::go_on_from_a_snapshot",
     "payload::migration::a_guest_that_writes_is_moved",
     "payload::migration::a_paused_guest_arrives_paused",
+    "payload::migration::check::a_guest_that_would_go_is_not_moved",
+    "payload::migration::check::a_lock_of_somebody_else_is_in_the_way",
+    "payload::migration::check::all_that_is_in_the_way_is_told",
+    "payload::migration::check::who_cannot_be_asked_is_told",
     "payload::migration::ends::a_guest_that_powers_off_is_off",
     "payload::migration::ends::a_guest_that_resets_stays",
     "payload::migration::ends::a_vmm_that_ends_ends_the_migration",
     "payload::migration::goes_on_by_every_connection",
     "payload::migration::kills::a_cancel_at_any_moment_leaves_the_guest_unharmed",
     "payload::migration::kills::at_most_one_guest_runs_whoever_dies",
+    "payload::migration::limits::a_guest_that_stays_is_as_fast_as_before",
+    "payload::migration::limits::a_guest_that_writes_too_fast_is_slowed_down",
     "payload::migration::limits::a_guest_that_writes_too_fast_stays",
     "payload::migration::limits::the_bandwidth_is_kept_and_can_be_changed",
     "payload::migration::limits::what_happens_is_told",
@@ -217,6 +223,30 @@ const NOT_ON_ARM: [&str; 113] = [
     "vfio::nvme_comes_and_goes_under_linux_6_1",
     "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
+    "payload::migration::vhost::a_disk_that_somebody_has_stays",
+    "payload::migration::vhost::another_daemon_is_refused_by_name",
+    "payload::migration::vhost::disk",
+    "payload::migration::vhost::disk_behind_the_relay",
+    "payload::migration::vhost::disk_of_a_daemon_of_its_own",
+    "payload::migration::vhost::disk_of_qemus",
+    "payload::migration::vhost::killed_daemons",
+    "payload::migration::vhost::killed_daemons_of_qemus",
+    "payload::migration::vhost::what_a_daemon_of_qemus_wrote_is_moved",
+    "payload::migration::vhost::what_a_daemon_wrote_before_it_was_killed_is_moved",
+    "payload::migration::vhost::what_a_daemon_wrote_behind_the_relay_is_moved",
+    "payload::migration::vhost::what_a_daemon_wrote_is_moved",
+    "payload::migration::vhost_net::netd",
+    "payload::migration::vhost_net::netd_behind_the_relay",
+    "payload::migration::vhost_net::netd_with_two_queue_pairs",
+    "payload::migration::vhost_net::testpmd",
+    "payload::snapshot::incremental::a_failed_one_loses_nothing",
+    "payload::snapshot::incremental::a_killed_one_is_whole_or_none",
+    "payload::snapshot::incremental::a_restored_guest_goes_on_with_it",
+    "payload::snapshot::incremental::it_has_what_was_written",
+    "payload::snapshot::incremental::memory_comes_and_goes_in_between",
+    "payload::snapshot::incremental::memory_devices_take_each_others_place",
+    "payload::snapshot::incremental::vhost::daemons_write_unseen",
+    "payload::snapshot::incremental::wrong_bases_are_refused",
 ];
 
 /// A host and the tests it is for.

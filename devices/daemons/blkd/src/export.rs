@@ -17,7 +17,7 @@ use triarch_device_core::{RateLimit, Sandbox, ThreadClass};
 use triarch_virtio::{Block, BlockError, BlockHandle};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::{ExportOptions, LimitOptions, OptionsError};
+use crate::{ExportOptions, LimitOptions, LockTime, OptionsError};
 use triarch_daemon::backend::{ChannelError, Session, SessionError, borrow};
 
 /// How long a disk may be locked by somebody who is just ending, and how often it is tried.
@@ -82,7 +82,7 @@ struct Current {
 }
 
 impl Export {
-    /// Opens and locks the disk, and listens.
+    /// Opens and locks the disk, unless that is left to front ends, and listens.
     ///
     /// # Errors
     /// See [`ExportError`]; nothing stays open.
@@ -212,6 +212,13 @@ impl Export {
             .resubmitted
             .fetch_add(session.stats().resubmitted, Relaxed);
         drop(session);
+        let stopped = matches!(end, SessionError::Channel(ChannelError::Stopped));
+        if self.options.lock == LockTime::Late
+            && !stopped
+            && let Err(error) = device.handle().disk().release_lock()
+        {
+            self.warn(&format_args!("its disk stays locked: {error}"));
+        }
         let mut current = self.current();
         if current.socket.as_ref().map(socket_number) == Some(number) {
             current.socket = None;
@@ -267,7 +274,11 @@ impl Export {
 fn open_disk(options: &ExportOptions) -> Result<Arc<Disk>, OpenError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        match Disk::open(&options.disk()) {
+        let opened = match options.lock {
+            LockTime::Early => Disk::open(&options.disk()),
+            LockTime::Late => Disk::open_unlocked(&options.disk()),
+        };
+        match opened {
             Err(OpenError::Locked { .. }) if Instant::now() < deadline => std::thread::sleep(LOCK_PERIOD),
             result => return result,
         }

@@ -16,4 +16,4 @@ pub use control::{ControlService, End, Order, obey};
 pub use daemon::Daemon;
 pub use export::{Export, ExportCounters, ExportError};
 pub use hand_over::{HandOverError, Taken};
-pub use options::{ExportOptions, LimitOptions, OptionsError};
+pub use options::{ExportOptions, LimitOptions, LockTime, OptionsError};

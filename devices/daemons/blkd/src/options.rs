@@ -20,6 +20,7 @@ const KEYS: &[&str] = &[
     "io_uring",
     "serial",
     "poll_us",
+    "lock",
     "iops",
     "iops_burst",
     "bw",
@@ -44,6 +45,9 @@ pub enum OptionsError {
     /// The name would be no good one in logs, metrics and thread names.
     #[error("the name '{0}' is not made of 1 to 64 letters, digits, '.', '_' and '-'")]
     Name(String),
+    /// Neither of the two.
+    #[error("lock is early or late, not '{0}'")]
+    Lock(String),
     /// Nobody should wait for so long.
     #[error("poll_us is at most {MAX_POLL}, not {0}")]
     Poll(u32),
@@ -122,9 +126,29 @@ pub struct ExportOptions {
     /// How long each queue looks for work before it sleeps, at most, in microseconds.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub poll_us: u32,
+    /// When it is locked.
+    #[serde(default, skip_serializing_if = "LockTime::is_early")]
+    pub lock: LockTime,
     /// How much it may do.
     #[serde(default)]
     pub limits: LimitOptions,
+}
+
+/// When the disk of an export is locked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockTime {
+    /// When it is opened.
+    #[default]
+    Early,
+    /// When a front end begins to use it: another daemon uses it until then, whose guest is to come here.
+    Late,
+}
+
+impl LockTime {
+    fn is_early(&self) -> bool {
+        *self == Self::Early
+    }
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -191,6 +215,11 @@ impl FromStr for ExportOptions {
             io_uring: kv.switch("io_uring")?.unwrap_or(true),
             serial: kv.text("serial").map(str::to_owned),
             poll_us: kv.number("poll_us")?.unwrap_or(0),
+            lock: match kv.text("lock") {
+                None | Some("early") => LockTime::Early,
+                Some("late") => LockTime::Late,
+                Some(other) => return Err(OptionsError::Lock(other.to_owned())),
+            },
             limits: LimitOptions {
                 iops: kv.number("iops")?,
                 iops_burst: kv.number("iops_burst")?,
@@ -210,7 +239,7 @@ mod tests {
     #[test]
     fn an_export_is_read() {
         let all = "name=a-1,path=/x/y,socket=fd=3,readonly=on,num_queues=4,queue_size=64,direct=on,io_uring=off,serial=s,\
-                   poll_us=50,iops=500,bw=1M,bw_burst=4M";
+                   poll_us=50,lock=late,iops=500,bw=1M,bw_burst=4M";
         let read: ExportOptions = all.parse().expect("valid");
         let expected = ExportOptions {
             name: "a-1".into(),
@@ -223,6 +252,7 @@ mod tests {
             io_uring: false,
             serial: Some("s".into()),
             poll_us: 50,
+            lock: LockTime::Late,
             limits: LimitOptions {
                 iops: Some(500),
                 iops_burst: None,
@@ -250,6 +280,7 @@ mod tests {
         assert!(error("nam=a").contains("no key 'nam'"));
         assert!(error("name=a,path=b,socket=c,num_queues=70000").contains("too large"));
         assert!(error("name=a,path=b,socket=c,poll_us=100001").contains("100000, not 100001"));
+        assert!(error("name=a,path=b,socket=c,lock=no").contains("'no'"));
         assert!(error("name=a,path=b,socket=c,iops=0").contains("iops"));
         assert!(error("name=a,path=b,socket=c,bw_burst=5").contains("needs its limit"));
     }

@@ -358,12 +358,13 @@ impl Engine {
 
     /// Takes everything back from the daemon.
     pub(super) fn leave(&mut self) {
-        let mut worked = false;
+        let (mut worked, mut lent) = (false, false);
         for lane in self.lanes.iter_mut().flatten() {
-            let call = match lane {
-                Lane::Relay(relay) => relay.call(),
-                Lane::Direct(direct) => direct.own_call(),
+            let (call, has) = match lane {
+                Lane::Relay(relay) => (relay.call(), relay.call().is_some()),
+                Lane::Direct(direct) => (direct.own_call(), direct.is_lent()),
             };
+            lent |= has;
             if let Some(call) = call {
                 // As `unwatch`.
                 let _ = self
@@ -374,6 +375,10 @@ impl Engine {
                 Lane::Relay(relay) => relay.disconnect(),
                 Lane::Direct(direct) => worked |= direct.disconnect(),
             }
+        }
+        if lent && let Some(log) = &self.pages {
+            // It may have been killed between writing and marking.
+            log.leave_gaps();
         }
         if let Link::Up { session, useful, .. } = &mut self.link {
             *useful |= worked;

@@ -2,6 +2,7 @@
 
 mod lanes;
 mod memory;
+mod moves;
 mod state;
 
 use std::io;
@@ -10,7 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use triarch_device_core::{Event, RateLimit};
+use triarch_device_core::RateLimit;
 use triarch_virtio::{DeviceContext, VirtQueue};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -18,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::lanes::{Lane, Pause};
 pub use self::memory::Remap;
+pub(crate) use self::moves::Move;
 pub(crate) use self::state::{End, StateOrder};
 use crate::connection::Connection;
 use crate::device::Shared;
@@ -44,8 +46,10 @@ pub(crate) enum Command {
     Stop(u16, SyncSender<Option<VirtQueue>>),
     /// The driver chose other interrupts.
     Interrupts,
-    /// Pages that the daemon writes are logged from now on, and the event is rung if it can; or no longer.
-    Log(bool, Option<Event>, SyncSender<Result<Option<Arc<PageLog>>, LinkError>>),
+    /// Pages that the daemon writes are logged there from now on, or no longer.
+    Log(Option<Arc<PageLog>>, SyncSender<Result<(), LinkError>>),
+    /// The guest moves to another process, or comes from one.
+    Move(Move, SyncSender<Result<(), LinkError>>),
     /// Guest memory came or went.
     Memory(SyncSender<Result<(), LinkError>>),
     /// Something about the daemon's state.
@@ -238,8 +242,13 @@ impl Engine {
                 let done = self.redirect();
                 self.check(done);
             }
-            Command::Log(on, written, reply) => {
-                let done = self.log_pages(on, written);
+            Command::Log(log, reply) => {
+                let done = self.log_pages(log);
+                // Who wants no log waits for nothing.
+                let _ = reply.send(done);
+            }
+            Command::Move(step, reply) => {
+                let done = self.step(&step);
                 let _ = reply.send(done);
             }
             Command::Memory(reply) => self.remap(&reply),
@@ -250,7 +259,6 @@ impl Engine {
                 self.announce = false;
                 self.paused.iter_mut().for_each(|pause| *pause = None);
                 self.record = None;
-                self.pages = None;
                 if let Link::Up { session, .. } = &self.link {
                     let done = session.set_status(false, &self.shared.wake);
                     self.check(done);
@@ -258,46 +266,6 @@ impl Engine {
                 let _ = reply.send(());
             }
         }
-    }
-
-    /// Has the daemon log which pages it writes, also the one after it, or no longer. Fails when there is one and it cannot.
-    fn log_pages(&mut self, on: bool, written: Option<Event>) -> Result<Option<Arc<PageLog>>, LinkError> {
-        self.pages = match &self.context {
-            Some(context) if on => {
-                let memory = self.shared.whole(&context.memory.memory());
-                Some(Arc::new(PageLog::new(&memory, written)?))
-            }
-            _ => None,
-        };
-        match self.announce_log() {
-            Err(error @ LinkError::Unfit(_)) => {
-                self.pages = None;
-                return Err(error);
-            }
-            // The next daemon logs from its beginning.
-            done => self.check(done),
-        }
-        Ok(self.pages.clone())
-    }
-
-    fn announce_log(&mut self) -> Result<(), LinkError> {
-        let (Some(context), Link::Up { session, way, .. }) = (&self.context, &mut self.link) else {
-            return Ok(());
-        };
-        if way.is_none() {
-            return Ok(());
-        }
-        let wake = &self.shared.wake;
-        session.set_log(self.pages.as_deref(), wake)?;
-        session.set_features(context.features, wake)?;
-        for lane in self.lanes.iter().flatten() {
-            if let Lane::Direct(direct) = lane
-                && let Some(ring) = direct.ring()
-            {
-                session.set_addresses(&ring, wake)?;
-            }
-        }
-        Ok(())
     }
 
     /// The connection, if there is one.
@@ -361,7 +329,8 @@ impl Engine {
         for (index, _) in running {
             done = done.and_then(|()| session.enable(index, kind.enabled(index), wake));
         }
-        if std::mem::take(&mut self.announce) {
+        if self.announce && !self.shared.peer.is_away() {
+            self.announce = false;
             done = done.and_then(|()| session.set_status(true, wake));
         }
         let changed = session.config_changed();
@@ -574,6 +543,8 @@ impl Engine {
             }
             if let Link::Up { session, .. } = &self.link {
                 status.direct = session.direct;
+                status.logs = session.check_log().is_ok();
+                status.hands_over = session.hands_over();
             }
             status.reconnects += u64::from(again);
             status.clone()

@@ -16,6 +16,7 @@ pub use net::{DaemonNet, NetOptions};
 use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
 use triarch_vhost_protocol::{PROTOCOL_FEATURES, Request};
+use triarch_virtio::net::NetStateV1;
 use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue, feature};
 
 use crate::{LinkError, LinkState};
@@ -141,6 +142,17 @@ pub trait Kind: Send + Sync {
     fn settings(&self, _features: u64) -> Vec<Setting> {
         Vec::new()
     }
+
+    /// What the VMM itself keeps of it for the driver, for a snapshot.
+    fn port(&self) -> Option<NetStateV1> {
+        None
+    }
+
+    /// The next driver continues from that.
+    fn restore_port(&self, _state: NetStateV1) {}
+
+    /// The guest's place in the network is another one: it is told.
+    fn announce(&self) {}
 
     /// A daemon took over from another one while a driver was there: what it is told beside that.
     fn returned(&self) -> Vec<Setting> {

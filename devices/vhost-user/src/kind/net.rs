@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
 use triarch_vhost_protocol::{Request, protocol};
-use triarch_virtio::net::{NetCounters, NetPort, NetSide, OffloadGroups, features as f};
+use triarch_virtio::net::{NetCounters, NetPort, NetSide, NetStateV1, OffloadGroups, features as f};
 use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -56,6 +56,8 @@ pub struct DaemonNet {
     port: Arc<NetPort>,
     mac: Mutex<[u8; 6]>,
     choice: Arc<Choice>,
+    /// What the next driver continues from.
+    restored: Mutex<Option<NetStateV1>>,
     /// The driver takes packets that fill several buffers.
     merges: AtomicBool,
     /// For each pair, buffers that belong to a packet which is counted already.
@@ -78,6 +80,7 @@ impl DaemonNet {
             port: Arc::new(port),
             mac: Mutex::new(mac),
             choice,
+            restored: Mutex::new(None),
             merges: AtomicBool::new(false),
             rest: (0..options.pairs).map(|_| AtomicU16::new(0)).collect(),
             options,
@@ -171,7 +174,9 @@ impl Kind for DaemonNet {
 
     fn attach(&self, context: &DeviceContext, wake: &Event) {
         self.merges.store(context.features & f::MRG_RXBUF != 0, Relaxed);
-        self.choice.pairs.store(1, Relaxed);
+        let restored = self.restored.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let pairs = restored.map_or(1, |state| self.port.restore(state, context.features));
+        self.choice.pairs.store(pairs, Relaxed);
         *self.choice.wake.lock().unwrap_or_else(PoisonError::into_inner) = Some(wake.clone());
         self.port.attach(context.features, context.interrupt.clone());
     }
@@ -196,10 +201,23 @@ impl Kind for DaemonNet {
         mtu.map(setting).into_iter().collect()
     }
 
+    fn port(&self) -> Option<NetStateV1> {
+        Some(self.port.state())
+    }
+
+    fn restore_port(&self, state: NetStateV1) {
+        *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+
+    fn announce(&self) {
+        // Without an interrupt the guest hears of it later.
+        let _ = self.port.announce();
+    }
+
     fn returned(&self) -> Vec<Setting> {
         // Where the daemon leads to may be another place of the network, and a switch learns from packets only. The guest's own
-        // announcement tells of all its addresses, a daemon's of the one here. Without an interrupt the guest hears of it later.
-        let _ = self.port.announce();
+        // announcement tells of all its addresses, a daemon's of the one here.
+        self.announce();
         let [a, b, c, d, e, g] = self.port.mac();
         vec![Setting {
             needs: protocol::RARP,

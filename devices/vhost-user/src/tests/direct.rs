@@ -5,15 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_device_core::{Event, NoSandbox, Sandbox};
 use triarch_vhost_protocol::{Payload, REPLY, Request, message};
 use triarch_virtio::mock::{Desc, FakeDriver};
 use triarch_virtio::{VirtioDevice, feature};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::fake::{Conversation, FakeDaemon, RECORD, Received, disk, shape};
-use crate::{DataPath, LinkState, LinkStatus, OnDisconnect, Peer, PeerOptions, VhostUser, VhostUserHandle};
+use crate::{
+    DataPath, LinkError, LinkState, LinkStatus, Offer, OnDisconnect, PageLog, Peer, PeerOptions, VhostUser,
+    VhostUserHandle,
+};
 
 pub struct Rig {
     pub driver: FakeDriver,
@@ -28,12 +31,17 @@ pub type Twist = dyn Fn(&mut Conversation, &Received) -> bool + Send + Sync;
 
 impl Rig {
     pub fn with(twist: Box<Twist>, edit: impl Fn(&mut PeerOptions)) -> Self {
+        Self::shown(twist, edit, None)
+    }
+
+    /// The same of a guest that was shown another daemon.
+    pub fn shown(twist: Box<Twist>, edit: impl Fn(&mut PeerOptions), shown: Option<Offer>) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let daemon = FakeDaemon::start(dir.path(), move |talk, received| twist(talk, received));
         let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
         let mut options = daemon.options();
         edit(&mut options);
-        let peer = Peer::open("_disk0", options, disk(), &sandbox).expect("a daemon");
+        let peer = Peer::open("_disk0", options, disk(), shown, &sandbox).expect("a daemon");
         let mut device = VhostUser::new("_disk0", peer, &sandbox, Arc::new(|_: &LinkStatus| {})).expect("a device");
         let driver = FakeDriver::sharing(64, true);
         device.activate(driver.context(0)).expect("activate");
@@ -50,6 +58,12 @@ impl Rig {
     /// A daemon that keeps a record. `enabled` is called when it was given the queue.
     fn new(enabled: impl Fn(&mut Conversation) + Send + Sync + 'static) -> Self {
         Self::with(direct(enabled), |_| {})
+    }
+
+    /// Has daemons log what they write.
+    pub fn log(&self, written: Option<Event>) -> Result<Arc<PageLog>, LinkError> {
+        let log = Arc::new(PageLog::new(&self.driver.context(0).memory.memory(), &[], written)?);
+        self.handle.start_log(&log).map(|()| log)
     }
 
     fn offer(&mut self, n: u64) -> u16 {
@@ -412,7 +426,7 @@ fn the_relay_can_be_asked_for_and_so_can_the_direct_way() {
         ..daemon.options()
     };
     let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-    let error = Peer::open("_disk0", options, disk(), &sandbox)
+    let error = Peer::open("_disk0", options, disk(), None, &sandbox)
         .map(|_| ())
         .expect_err("refused");
     let why = std::error::Error::source(&error).expect("a cause").to_string();

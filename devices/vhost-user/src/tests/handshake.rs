@@ -11,7 +11,7 @@ use crate::{Peer, PeerOptions};
 
 fn open(options: PeerOptions) -> Result<Arc<Peer>, String> {
     let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-    Peer::open("_disk0", options, disk(), &sandbox)
+    Peer::open("_disk0", options, disk(), None, &sandbox)
         .map_err(|error| std::error::Error::source(&error).map_or_else(String::new, ToString::to_string))
 }
 

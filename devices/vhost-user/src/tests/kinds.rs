@@ -39,7 +39,7 @@ impl Rig {
             ..daemon.options()
         };
         let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-        let peer = Peer::open("_dev0", options, kind, &sandbox).expect("a daemon");
+        let peer = Peer::open("_dev0", options, kind, None, &sandbox).expect("a daemon");
         let device = VhostUser::new("_dev0", peer, &sandbox, Arc::new(|_| ())).expect("a device");
         Self {
             device,

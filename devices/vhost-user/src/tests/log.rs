@@ -4,6 +4,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use triarch_device_core::Event;
 use triarch_vhost_protocol::{LOG_ALL, Payload, Request, protocol};
@@ -48,19 +50,28 @@ fn a_daemon_logs_and_so_does_the_next() {
         }
         serve(talk, received)
     };
-    let mut rig = Rig::with(Box::new(twist), |_| {});
+    let rig = Rig::with(Box::new(twist), |_| {});
     rig.wait(|s| s.state == LinkState::Connected);
-    let log = rig.device.start_log(None).expect("it can").expect("there is a driver");
+    let log = rig.log(None).expect("it can");
     assert_eq!(taken(&log), [5, 16, 23]);
     assert!(taken(&log).is_empty(), "once");
+    assert!(!log.has_gaps(), "all of it was logged");
     streams.lock().expect("lock")[0]
         .shutdown(std::net::Shutdown::Both)
         .expect("shutdown");
     rig.wait(|s| s.reconnects == 1 && s.state == LinkState::Connected);
     assert_eq!(taken(&log), [64 + 5, 64 + 16, 64 + 23]);
-    rig.device.stop_log();
+    assert!(log.has_gaps(), "nobody knows what the first one wrote last");
+    assert!(!log.has_gaps(), "once");
+    rig.handle.stop_log();
+    // The daemon hears of the end a moment later.
+    let told = || rings.lock().expect("lock").clone();
+    let late = Instant::now() + Duration::from_secs(10);
+    while told().len() < 4 && Instant::now() < late {
+        thread::sleep(Duration::from_millis(2));
+    }
     // The used ring, too, while there is a log.
-    assert_eq!(*rings.lock().expect("lock"), [(0, 0), (1, 0x3000), (1, 0x3000), (0, 0)]);
+    assert_eq!(told(), [(0, 0), (1, 0x3000), (1, 0x3000), (0, 0)]);
 }
 
 #[test]
@@ -75,9 +86,9 @@ fn one_that_cannot_log_is_named() {
         assert_ne!(received.request, Request::SET_LOG_BASE as u32);
         serve(talk, received)
     };
-    let mut rig = Rig::with(Box::new(twist), |_| {});
+    let rig = Rig::with(Box::new(twist), |_| {});
     rig.wait(|s| s.state == LinkState::Connected);
-    let error = rig.device.start_log(None).map(|_| ()).expect_err("it cannot");
+    let error = rig.log(None).map(|_| ()).expect_err("it cannot");
     assert!(error.to_string().contains("cannot log"), "{error}");
     assert_eq!(rig.handle.status().state, LinkState::Connected, "it goes on without");
 }
@@ -111,11 +122,11 @@ fn logged(
     told: &Arc<AtomicUsize>,
     this: impl Fn(&mut Conversation, &Received) -> bool + Send + Sync + 'static,
 ) -> (Rig, Event, Arc<PageLog>) {
-    let mut rig = Rig::with(ringing(told, this), |_| {});
+    let rig = Rig::with(ringing(told, this), |_| {});
     rig.wait(|s| s.state == LinkState::Connected);
     let event = Event::new().expect("an event");
-    let log = rig.device.start_log(Some(event.clone())).expect("it can");
-    (rig, event, log.expect("a driver"))
+    let log = rig.log(Some(event.clone())).expect("it can");
+    (rig, event, log)
 }
 
 #[test]

@@ -173,13 +173,8 @@ fn one_that_comes_back_hears_of_all_of_it() {
 
 #[test]
 fn a_log_of_pages_must_reach_so_far() {
-    let mut bench = Bench::new(TABLE, 0, 0xbad, DataPath::Direct);
-    bench
-        .rig
-        .device
-        .start_log(None)
-        .expect("it can")
-        .expect("there is a driver");
+    let bench = Bench::new(TABLE, 0, 0xbad, DataPath::Direct);
+    bench.rig.log(None).expect("it can");
     // It reaches over where daemons find memory of the VMM's own, below 4 GiB.
     bench.add().expect("within it");
     let error = bench
@@ -188,7 +183,7 @@ fn a_log_of_pages_must_reach_so_far() {
         .to_string();
     assert!(error.contains("log"), "{error}");
     assert_eq!(bench.told(), [(Request::SET_MEM_TABLE, 2)]);
-    bench.rig.device.stop_log();
+    bench.rig.handle.stop_log();
     bench.remap().expect("no log, no limit");
     assert_eq!(bench.told(), [(Request::SET_MEM_TABLE, 3)]);
 }

@@ -6,6 +6,7 @@ mod handshake;
 mod kinds;
 mod log;
 mod memory;
+mod moves;
 mod rings;
 mod server;
 mod state;

@@ -38,7 +38,7 @@ impl Rig {
             true
         });
         let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-        let peer = Peer::open("_disk0", daemon.options(), disk(), &sandbox).expect("a daemon");
+        let peer = Peer::open("_disk0", daemon.options(), disk(), None, &sandbox).expect("a daemon");
         let notified = Arc::new(AtomicUsize::new(0));
         let count = notified.clone();
         let notify = Arc::new(move |_: &crate::LinkStatus| {
@@ -234,7 +234,7 @@ fn an_order_that_comes_while_a_daemon_is_asked_is_carried_out() {
         false
     });
     let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-    let peer = Peer::open("_disk0", daemon.options(), disk(), &sandbox).expect("a daemon");
+    let peer = Peer::open("_disk0", daemon.options(), disk(), None, &sandbox).expect("a daemon");
     let mut device = VhostUser::new("_disk0", peer, &sandbox, Arc::new(|_: &crate::LinkStatus| {})).expect("a device");
     let driver = FakeDriver::sharing(64, true);
     device.activate(driver.context(0)).expect("activate");

@@ -27,7 +27,7 @@ fn device(endpoint: Endpoint) -> VhostUser {
         on_disconnect: OnDisconnect::Stall,
         data_path: DataPath::Auto,
     };
-    let peer = Peer::open("_disk0", options, disk(), &sandbox).expect("a daemon");
+    let peer = Peer::open("_disk0", options, disk(), None, &sandbox).expect("a daemon");
     VhostUser::new("_disk0", peer, &sandbox, Arc::new(|_: &LinkStatus| {})).expect("a device")
 }
 

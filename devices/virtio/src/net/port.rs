@@ -125,6 +125,27 @@ impl NetPort {
         status.state.link_up = link_up;
     }
 
+    /// What goes into a snapshot; take it while the device's queues are stopped.
+    pub fn state(&self) -> NetStateV1 {
+        self.status().state.clone()
+    }
+
+    /// Continues from `state`, which was saved elsewhere, of a driver that agreed to `features`. Returns how many queue pairs are in use.
+    pub fn restore(&self, state: NetStateV1, features: u64) -> u16 {
+        // It is not trusted to fit.
+        let most = if features & f::MQ != 0 { self.pairs } else { 1 };
+        let pairs = state.pairs.clamp(1, most);
+        let mut status = self.status();
+        // The cable is the host's.
+        let link_up = status.state.link_up;
+        status.state = NetStateV1 {
+            pairs,
+            link_up,
+            ..state
+        };
+        pairs
+    }
+
     /// The address, which the driver may have changed.
     pub fn mac(&self) -> [u8; 6] {
         self.status().state.mac
@@ -235,7 +256,7 @@ impl NetHandle {
 
     /// What goes into a snapshot; take it while the device's queues are stopped.
     pub fn state(&self) -> NetStateV1 {
-        self.port.status().state.clone()
+        self.port.state()
     }
 
     /// Plugs the cable in or pulls it, and tells the driver.

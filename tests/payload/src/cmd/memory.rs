@@ -81,9 +81,11 @@ pub fn run(guest: &Guest, args: &mut Args) -> Reply {
 
 /// `dirty PAGES RATE SECONDS`: counts up the first word of PAGES pages of the largest test range, one after the other
 /// and round again, RATE pages a second (0: as fast as it goes), for SECONDS (0: until a byte comes over the serial
-/// line).
+/// line). With `spin=US` it does nothing for so many microseconds after each page. `gap_us` is the longest time between two batches, a
+/// millisecond if nothing keeps it.
 pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
     let (pages, rate, seconds) = (args.number("PAGES")?, args.number("RATE")?, args.number("SECONDS")?);
+    let spin = args.option("spin", 0);
     let arena = guest
         .platform
         .arenas()
@@ -107,10 +109,13 @@ pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
         start + clock::ticks_of_ms(seconds * 1000)
     };
     let (mut written, mut stopped) = (0u64, false);
+    let (mut last, mut gap) = (start, 0);
     while clock::ticks() < end && !stopped {
+        let now = clock::ticks();
+        (gap, last) = (gap.max(now - last), now);
         // A batch of a millisecond's worth, then sleep until its time is over.
         let due = if rate == 0 {
-            written + 1024
+            written + if spin > 0 { 16 } else { 1024 }
         } else {
             (clock::nanoseconds(clock::ticks() - start) / 1_000_000 + 1) * rate / 1000
         };
@@ -119,6 +124,10 @@ pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
             // SAFETY: inside `bytes`, which this function alone uses.
             unsafe { word.write_volatile(word.read_volatile().wrapping_add(1)) };
             written += 1;
+            let after = Deadline::after_us(spin);
+            while spin > 0 && after.left().is_some() {
+                core::hint::spin_loop();
+            }
         }
         if rate != 0 {
             let nap = Deadline::after_us(1000);
@@ -130,8 +139,9 @@ pub fn dirty(guest: &Guest, args: &mut Args) -> Reply {
     }
     let us = clock::nanoseconds(clock::ticks() - start) / 1000;
     Ok(format!(
-        "start={:#x} pages={written} us={us} rate={}",
+        "start={:#x} pages={written} us={us} rate={} gap_us={}",
         arena.start,
-        written * 1_000_000 / us.max(1)
+        written * 1_000_000 / us.max(1),
+        clock::nanoseconds(gap) / 1000
     ))
 }

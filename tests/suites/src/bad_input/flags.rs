@@ -39,11 +39,7 @@ fn flags_that_would_go_unheard(context: &Context) -> Result<Outcome> {
 }
 
 fn flags_of_cloud_hypervisor(context: &Context) -> Result<Outcome> {
-    for (flag, value) in [
-        ("--device", "path=/sys/bus/pci/devices/0000:00:01.0"),
-        ("--pmem", "file=/nonexistent/p"),
-        ("--vdpa", "path=/dev/vhost-vdpa-0"),
-    ] {
+    for (flag, value) in [("--pmem", "file=/nonexistent/p"), ("--vdpa", "path=/dev/vhost-vdpa-0")] {
         let words = [&format!("{flag} is not supported by this version; leave it out")[..]];
         refused(context, builder(context)?.flag(flag, value), &words)?;
     }

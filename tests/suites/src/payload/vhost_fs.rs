@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome, Test};
-use triarch_vhost_user::{DaemonFs, DataPath, LinkStatus, OnDisconnect, Peer, PeerOptions, StateLimits, VhostUser};
+use triarch_vhost_user::{
+    DaemonFs, DataPath, LinkStatus, OnDisconnect, PageLog, Peer, PeerOptions, StateLimits, VhostUser,
+};
 use triarch_virtio::mock::{Desc, FakeDriver};
 use triarch_virtio::{VirtQueue, VirtioDevice};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -65,8 +67,8 @@ fn open_files_move(context: &Context) -> Result<Outcome> {
     let file = guest.open()?;
     guest.reads(file, 0)?;
     // As a migration does: it tells the daemon to log what it writes, which begins to collect what it knows.
-    let log = first.device.start_log(None)?;
-    ensure!(log.is_some(), "nobody logs");
+    let log = PageLog::new(&guest.drivers[0].context(0).memory.memory(), &[], None)?;
+    first.device.handle().start_log(&Arc::new(log))?;
     guest.reads(file, 1)?;
     guest.stop(&mut first.device)?;
     let mut state = Vec::new();
@@ -152,7 +154,7 @@ fn device(socket: &Path, guest: &mut Guest, state: Option<&[u8]>) -> Result<Vhos
         data_path: DataPath::Auto,
     };
     let kind = Arc::new(DaemonFs::new("shared", 1, QUEUE_SIZE));
-    let peer = Peer::open("_fs0", options, kind, &sandbox)?;
+    let peer = Peer::open("_fs0", options, kind, None, &sandbox)?;
     let mut device = VhostUser::new("_fs0", peer, &sandbox, Arc::new(|_: &LinkStatus| {}))?;
     device.activate(guest.drivers[0].context(0))?;
     if let Some(mut state) = state {

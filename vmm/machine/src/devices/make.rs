@@ -28,12 +28,7 @@ pub(super) fn observer(events: &Arc<EventLog>, id: &str) -> Observer {
     })
 }
 
-pub(super) fn network(
-    id: &str,
-    config: &NetConfig,
-    tap: &Arc<Tap>,
-    counters: &NetCounters,
-) -> Made<Box<dyn VirtioDevice>> {
+pub(super) fn network(id: &str, config: &NetConfig, tap: &Arc<Tap>, counters: &NetCounters) -> Made<Net> {
     let options = NetOptions {
         id: id.to_owned(),
         mac: config.mac.map(|m| m.0).unwrap_or_default(),
@@ -41,7 +36,7 @@ pub(super) fn network(
         queue_size: config.queue_size,
         offloads: offloads(config),
     };
-    Ok(Box::new(Net::counting(options, tap.clone(), counters.clone())?))
+    Ok(Net::counting(options, tap.clone(), counters.clone())?)
 }
 
 /// The offloads that an interface may have.

@@ -1,5 +1,6 @@
 //! The side that gets the guest (`vm.receive-migration`).
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -9,15 +10,18 @@ use triarch_api::{
     read_object,
 };
 use triarch_arch::CpuPlan;
+use triarch_block::Disk;
 use triarch_migration::{
-    Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handle, Layout, Offer, Sink, Taken, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handle, Layout, Offer, Sink, Taken,
+    Target,
 };
 use triarch_state::Payloads;
 
 use super::call::Caller;
+use super::check::ends;
 use super::memory::{Prepared, There};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, stays, tls_files, unmovable};
+use super::{Fields, Role, Running, address, refuse, tls_files, unmovable};
 use crate::MachineError;
 use crate::backends::{Backends, Opener};
 use crate::build::Origin;
@@ -28,9 +32,9 @@ use crate::snapshot::{Saved, WANTED, WantedV1, take_taps};
 /// What the destination has of the guest that comes.
 pub(super) struct Awaited {
     /// What is different here.
-    config: serde_json::Map<String, serde_json::Value>,
-    net_fds: Option<Vec<RestoredNet>>,
-    fds: Vec<OwnedFd>,
+    pub(super) config: Fields,
+    pub(super) net_fds: Option<Vec<RestoredNet>>,
+    pub(super) fds: Vec<OwnedFd>,
     /// Its memory, from the offer until it is restored.
     memory: Option<Prepared>,
     /// How it goes on.
@@ -52,6 +56,14 @@ impl Sink for Proxy {
             .call(move |controller| controller.prepare_for(&config, &cpu, &layout))?;
         self.memory = Some(there.clone());
         Ok(there)
+    }
+
+    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker> {
+        let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
+        let found = self
+            .caller
+            .call(move |controller| controller.in_the_way(&config, &cpu, &layout));
+        found.unwrap_or_else(|error| vec![ends(&*error)])
     }
 
     fn restore(&mut self, state: Payloads) -> Result<(), Cause> {
@@ -121,7 +133,7 @@ impl Controller {
         Ok(())
     }
 
-    fn awaited(&mut self) -> Result<&mut Awaited, MachineError> {
+    pub(super) fn awaited(&mut self) -> Result<&mut Awaited, MachineError> {
         match self.migrations.running.as_mut().map(|running| &mut running.role) {
             Some(Role::Destination(awaited)) => Ok(awaited),
             _ => Err(MachineError::Moved("there is no migration any more".to_owned())),
@@ -132,25 +144,18 @@ impl Controller {
     fn prepare_for(&mut self, offered: &[u8], cpus: &[u8], layout: &Layout) -> Result<Arc<There>, MachineError> {
         let OfferedV1 {
             arch,
-            mut config,
+            config,
             disks,
+            served,
+            ..
         } = serde_json::from_slice(offered)
             .map_err(|error| moved(format!("its description cannot be read: {error}")))?;
-        let here = std::env::consts::ARCH;
-        if arch != here {
-            return Err(moved(format!("it is a guest of {arch}, and this host is {here}")));
-        }
+        check_architecture(&arch)?;
         self.check_processors(cpus)?;
         let awaited = self.awaited()?;
         let (over, net_fds) = (std::mem::take(&mut awaited.config), awaited.net_fds.take());
         let fds = std::mem::take(&mut awaited.fds);
-        lay_over(&mut config, over).map_err(|error| moved(format!("config of vm.receive-migration: {error}")))?;
-        let text = serde_json::to_vec(&config).map_err(|error| moved(error.to_string()))?;
-        let (mut vm, ignored) =
-            read_object::<VmConfig>(&text).map_err(|error| moved(format!("its configuration: {error}")))?;
-        for field in ignored {
-            tracing::warn!("the guest's configuration has {field}, which this version does not know");
-        }
+        let mut vm = configured(config, over)?;
         let request = RestoreConfig {
             net_fds,
             ..RestoreConfig::default()
@@ -161,6 +166,7 @@ impl Controller {
         let Some(config) = &self.config else {
             return Err(moved("it has no configuration".to_owned()));
         };
+        let shown = served.into_iter().map(|(id, served)| (id, served.into())).collect();
         let backends = Backends::open(
             config,
             Opener {
@@ -168,19 +174,12 @@ impl Controller {
                 daemons: self.daemons.as_ref(),
                 sandbox: &self.sandbox,
                 iommu: &self.iommu,
-                locked: false,
+                moved: Some(&shown),
             },
         )?;
-        stays(backends.of_host()).map_err(|error| moved(error.to_string()))?;
-        unmovable(backends.served()).map_err(|error| moved(error.to_string()))?;
+        refuse(unmovable(&backends, &[])).map_err(|error| moved(error.to_string()))?;
         for (id, disk) in backends.disks() {
-            let (there, here) = (disks.get(id).copied().unwrap_or(0), disk.size());
-            if here != there {
-                return Err(moved(format!(
-                    "its disk '{id}' has {there} bytes, and {} here has {here}",
-                    disk.path().display()
-                )));
-            }
+            same_size(id, disk, &disks)?;
         }
         let (prepared, there) = Prepared::new(config, layout)?;
         self.backends = Some(backends);
@@ -223,6 +222,11 @@ impl Controller {
             machine.resume()?;
             self.phase = Phase::Running;
         }
+        let interfaces = self.machine.as_ref().map_or(0, |machine| machine.devices().announce());
+        if interfaces > 0 {
+            let count = ("interfaces", (interfaces as u64).into());
+            self.inbox.events().post(&kind::MIGRATION_ANNOUNCED, &[count]);
+        }
         let address = self.migrations.running.as_ref().map(|running| running.address.clone());
         let properties = [("address", address.as_deref().unwrap_or_default().into())];
         self.inbox.events().post(&kind::VM_RECEIVED, &properties);
@@ -258,7 +262,38 @@ impl Controller {
     }
 }
 
-fn moved(text: String) -> MachineError {
+pub(super) fn check_architecture(arch: &str) -> Result<(), MachineError> {
+    let here = std::env::consts::ARCH;
+    match arch == here {
+        true => Ok(()),
+        false => Err(moved(format!("it is a guest of {arch}, and this host is {here}"))),
+    }
+}
+
+/// The guest's configuration, with what is different here.
+pub(super) fn configured(mut config: Fields, over: Fields) -> Result<VmConfig, MachineError> {
+    lay_over(&mut config, over).map_err(|error| moved(format!("config of vm.receive-migration: {error}")))?;
+    let text = serde_json::to_vec(&config).map_err(|error| moved(error.to_string()))?;
+    let (vm, ignored) = read_object::<VmConfig>(&text).map_err(|error| moved(format!("its configuration: {error}")))?;
+    for field in ignored {
+        tracing::warn!("the guest's configuration has {field}, which this version does not know");
+    }
+    Ok(vm)
+}
+
+/// Whether the disk `id` has as many bytes as the source said.
+pub(super) fn same_size(id: &str, disk: &Disk, said: &BTreeMap<String, u64>) -> Result<(), MachineError> {
+    let (there, here) = (said.get(id).copied().unwrap_or(0), disk.size());
+    match here == there {
+        true => Ok(()),
+        false => Err(moved(format!(
+            "its disk '{id}' has {there} bytes, and {} here has {here}",
+            disk.path().display()
+        ))),
+    }
+}
+
+pub(super) fn moved(text: String) -> MachineError {
     MachineError::Moved(text)
 }
 

@@ -10,6 +10,7 @@ use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Backing, Discarder, GuestMemory, GuestMemoryHandle, GuestRegion, Touched};
 use triarch_migration::{Layout, Memory, PAGE, Region, Target};
 use triarch_state::SnapshotError;
+use triarch_vhost_user::{LOG_PAGE, PageLog, VhostUserHandle};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
@@ -28,20 +29,85 @@ pub(super) struct Here {
     memory: GuestMemory,
     touched: Touched,
     caller: Caller,
+    daemons: Daemons,
     /// Bytes of a page, as KVM and the bitmaps count them.
     page: u64,
 }
 
+/// Those who write to the guest's memory from other processes.
+pub(super) struct Daemons {
+    devices: Vec<(String, VhostUserHandle)>,
+    /// Where all of them log that.
+    log: Option<Arc<PageLog>>,
+}
+
+impl Daemons {
+    /// Those of `devices`, of which memory of the guest may come and go in `rooms`.
+    ///
+    /// # Errors
+    /// A daemon cannot log what it writes, or there is no memory for the log.
+    pub(super) fn new(
+        devices: &[(String, VhostUserHandle)],
+        memory: &GuestMemory,
+        rooms: &[Arc<GuestRegion>],
+    ) -> Result<Self, MachineError> {
+        for (id, device) in devices {
+            let movable = device.check_movable();
+            movable.map_err(|error| MachineError::device(&Some(id.clone()), error))?;
+        }
+        let log = || match PageLog::new(memory, rooms, None) {
+            Ok(log) => Ok(Arc::new(log)),
+            Err(error) => Err(MachineError::Moved(error.to_string())),
+        };
+        Ok(Self {
+            log: (!devices.is_empty()).then(log).transpose()?,
+            devices: devices.to_vec(),
+        })
+    }
+
+    fn start_log(&self) -> io::Result<()> {
+        let Some(log) = &self.log else { return Ok(()) };
+        for (id, device) in &self.devices {
+            if let Err(error) = device.start_log(log) {
+                self.stop_log();
+                return Err(io::Error::other(format!("device '{id}': {error}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn stop_log(&self) {
+        self.devices.iter().for_each(|(_, device)| device.stop_log());
+    }
+}
+
 impl Here {
-    /// `memory`, which was made as `backing` says and is in `slots`.
-    pub(super) fn new(memory: GuestMemory, slots: MemorySlots, backing: &Backing, caller: Caller) -> Self {
+    /// `memory`, which was made as `backing` says and is in `slots`; `daemons` write to it, too.
+    pub(super) fn new(
+        memory: GuestMemory,
+        slots: MemorySlots,
+        backing: &Backing,
+        daemons: Daemons,
+        caller: Caller,
+    ) -> Self {
         Self {
             slots,
             memory,
             touched: Touched::new(backing),
             caller,
+            daemons,
             page: triarch_memory::host_page(),
         }
+    }
+
+    /// Marks in `words` what of `region` may hold anything at all: nobody knows what of it was written.
+    fn mark_all(&self, region: &GuestRegion, words: &mut Vec<u64>) -> io::Result<()> {
+        let mut at = 0;
+        while let Some(found) = self.touched.first(region, at..region.len())? {
+            (found.start / self.page..found.end.div_ceil(self.page)).for_each(|page| mark(words, page));
+            at = found.end.max(at + self.page).min(region.len());
+        }
+        Ok(())
     }
 
     fn region(&self, gpa: u64) -> io::Result<(&GuestRegion, u64)> {
@@ -52,7 +118,7 @@ impl Here {
 }
 
 /// What the VMM itself wrote of `region`.
-fn marks(region: &GuestRegion) -> &AtomicBitmap {
+pub(crate) fn marks(region: &GuestRegion) -> &AtomicBitmap {
     MmapRegion::bitmap(region)
 }
 
@@ -88,12 +154,21 @@ impl Memory for Here {
         self.slots.log_writes(true).map_err(io::Error::other)?;
         // What devices wrote before is copied in the first round.
         self.memory.iter().for_each(|region| marks(region).reset());
+        self.daemons.start_log()?;
         self.caller.post(|controller| controller.migration_copies());
         Ok(())
     }
 
     fn fetch_log(&self) -> io::Result<Vec<Range<u64>>> {
         let mut runs = Vec::new();
+        let (mut theirs, mut gaps) = (Vec::new(), false);
+        if let Some(log) = &self.daemons.log {
+            gaps = log.has_gaps();
+            log.take(|page| theirs.push(page * LOG_PAGE));
+        }
+        if gaps {
+            tracing::warn!("a daemon was lost that may have written what it did not log: all memory is sent again");
+        }
         for region in self.memory.iter() {
             let gpa = region.start_addr().raw_value();
             let mut words = self.slots.written(gpa).map_err(io::Error::other)?;
@@ -102,20 +177,39 @@ impl Memory for Here {
                 words.resize(devices.len(), 0);
             }
             words.iter_mut().zip(devices).for_each(|(word, more)| *word |= more);
+            // They are in order.
+            let before = |gpa: u64| theirs.partition_point(|page| *page < gpa);
+            let inside = &theirs[before(gpa)..before(gpa + region.len())];
+            inside
+                .iter()
+                .for_each(|page| mark(&mut words, (page - gpa) / self.page));
+            if gaps {
+                self.mark_all(region, &mut words)?;
+            }
             push_runs(&mut runs, &words, gpa, region.len(), self.page);
         }
         Ok(runs)
     }
 
     fn stop_log(&self) {
+        self.daemons.stop_log();
         if let Err(error) = self.slots.log_writes(false) {
             tracing::warn!("writes of the guest are still logged: {}", triarch_api::chain(&error));
         }
     }
 }
 
+/// Sets the bit of `page`.
+fn mark(words: &mut Vec<u64>, page: u64) {
+    let word = (page / 64) as usize;
+    if words.len() <= word {
+        words.resize(word + 1, 0);
+    }
+    words[word] |= 1 << (page % 64);
+}
+
 /// Appends the runs of bits in `words`, each of which stands for a page of `page` bytes from `gpa` on.
-fn push_runs(runs: &mut Vec<Range<u64>>, words: &[u64], gpa: u64, len: u64, page: u64) {
+pub(crate) fn push_runs(runs: &mut Vec<Range<u64>>, words: &[u64], gpa: u64, len: u64, page: u64) {
     let first = runs.len();
     for (number, word) in (0u64..).zip(words) {
         let mut bits = *word;

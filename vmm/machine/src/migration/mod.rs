@@ -7,11 +7,13 @@
 //! or powers itself off ends the migration first.
 
 mod call;
+mod check;
 mod destination;
 mod memory;
 mod offer;
 mod source;
 
+use std::collections::BTreeMap;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,10 +25,12 @@ use triarch_api::{
 use triarch_legacy::PowerEvent;
 use triarch_migration as engine;
 use triarch_vcpu::VcpuEvent;
+use triarch_vhost_user::VhostUserHandle;
 
 pub use call::Call;
-pub(crate) use memory::Prepared;
+pub(crate) use memory::{Prepared, marks, push_runs};
 
+use crate::backends::Backends;
 use crate::control::Controller;
 use crate::{GuestEvent, MachineError, Message};
 
@@ -43,6 +47,10 @@ pub(crate) struct Migrations {
     deferred: Option<GuestEvent>,
     /// The guest's disks may have no locks: it was given away, or almost.
     unlocked: bool,
+    /// Questions to destinations that are under way, by their numbers.
+    asked: BTreeMap<u64, Answer>,
+    /// How many there were.
+    questions: u64,
 }
 
 /// A migration that is under way.
@@ -87,6 +95,7 @@ impl Running {
             dirty_rate: now.dirty_rate,
             downtime_ms: now.expected_downtime.map(ms),
             retreats: now.retreats,
+            throttle: now.throttle,
             bandwidth: self.handle.cap(),
             error: None,
         }
@@ -109,6 +118,7 @@ impl Controller {
         let begun = match (self.is_in_the_way(&request), request) {
             (Err(error), _) => Err((error, answer)),
             (Ok(()), Request::SendMigration(config)) => self.send_migration(&config, answer),
+            (Ok(()), Request::CheckMigration(config)) => self.check_migration(&config, answer),
             (Ok(()), Request::ReceiveMigration(config, fds)) => self.receive_migration(*config, fds, answer),
             (Ok(()), other) => return Some((other, answer)),
         };
@@ -122,7 +132,9 @@ impl Controller {
     fn is_in_the_way(&self, request: &Request) -> Result<(), ApiError> {
         let Some(running) = &self.migrations.running else {
             return match request {
-                Request::SendMigration(_) | Request::ReceiveMigration(..) => request.check(self.phase),
+                Request::SendMigration(_) | Request::CheckMigration(_) | Request::ReceiveMigration(..) => {
+                    request.check(self.phase)
+                }
                 _ => Ok(()),
             };
         };
@@ -191,11 +203,26 @@ impl Controller {
         None
     }
 
-    /// Takes the locks of the guest's disks if a migration left them to others.
+    /// Takes the locks of the guest's disks if a migration left them to others: those of our own, and those of daemons.
     pub(crate) fn take_back_locks(&mut self) -> Result<(), MachineError> {
         if self.migrations.unlocked {
             if let Some(backends) = &self.backends {
                 backends.lock()?;
+                if self.machine.is_none() {
+                    backends.peers().for_each(|peer| peer.come_back());
+                }
+            }
+            let served = self
+                .machine
+                .as_ref()
+                .map_or(&[][..], |machine| machine.devices().served());
+            for (at, (id, device)) in served.iter().enumerate() {
+                if let Err(error) = device.take() {
+                    // Whoever has it needs the others as well.
+                    served[..at].iter().for_each(|(_, device)| drop(device.let_go()));
+                    let _ = self.backends.as_ref().map(Backends::unlock);
+                    return Err(MachineError::device(&Some(id.clone()), error));
+                }
             }
             self.migrations.unlocked = false;
         }
@@ -296,6 +323,9 @@ impl Controller {
     }
 }
 
+/// Fields of a configuration.
+type Fields = serde_json::Map<String, serde_json::Value>;
+
 /// A bandwidth as the engines take it.
 fn cap(bandwidth: Option<u64>) -> Option<u64> {
     bandwidth.filter(|bytes| *bytes > 0)
@@ -316,28 +346,36 @@ fn address(field: &str, url: &str) -> Result<engine::Address, ApiError> {
         .map_err(|error: engine::AddressError| ApiError::BadRequest(format!("{field}: {error}")))
 }
 
-/// Why the guest with this configuration cannot be moved by this version.
-fn unmovable<'a>(served: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
-    let ids: Vec<_> = served.map(|id| format!("'{id}'")).collect();
-    match ids.is_empty() {
-        true => Ok(()),
-        false => Err(ApiError::Unsupported(format!(
-            "this version does not move guests with devices that daemons serve, and {} is one; save the guest with vm.snapshot, or \
-             remove the device",
-            ids.join(", ")
-        ))),
-    }
+/// The devices with which the guest cannot be moved: some of the host, and those of `served` whose daemons lack something.
+fn unmovable(backends: &Backends, served: &[(String, VhostUserHandle)]) -> Vec<engine::Blocker> {
+    let served = served.iter().filter_map(|(id, device)| {
+        let error = device.check_movable().err()?;
+        Some(engine::Blocker {
+            what: engine::Part::Device,
+            name: id.clone(),
+            reason: format!("device '{id}': {}", triarch_api::chain(&error)),
+            remedy: "save the guest with vm.snapshot, or remove the device".to_owned(),
+        })
+    });
+    served.chain(bound_to_host(backends)).collect()
 }
 
-/// Why the guest with these devices of the host can neither be moved nor be saved.
-pub(crate) fn stays<'a>(of_host: impl Iterator<Item = &'a str>) -> Result<(), ApiError> {
-    let ids: Vec<_> = of_host.map(|id| format!("'{id}'")).collect();
-    match ids.is_empty() {
+/// The devices with which the guest can neither be moved nor saved.
+pub(crate) fn bound_to_host(backends: &Backends) -> impl Iterator<Item = engine::Blocker> {
+    backends.of_host().map(|id| engine::Blocker {
+        what: engine::Part::Device,
+        name: id.to_owned(),
+        reason: format!("'{id}' is a device of this host, whose state nobody can read"),
+        remedy: "remove the device".to_owned(),
+    })
+}
+
+/// Refuses a guest with something in the way.
+pub(crate) fn refuse(blockers: Vec<engine::Blocker>) -> Result<(), ApiError> {
+    let all: Vec<_> = blockers.iter().map(ToString::to_string).collect();
+    match all.is_empty() {
         true => Ok(()),
-        false => Err(ApiError::Unsupported(format!(
-            "the guest has {} of this host, whose state nobody can read: it can neither be moved nor saved; remove the device first",
-            ids.join(", ")
-        ))),
+        false => Err(ApiError::Unsupported(all.join(". "))),
     }
 }
 

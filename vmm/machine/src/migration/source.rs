@@ -13,11 +13,14 @@ use triarch_migration::{
 };
 use triarch_state::Payloads;
 use triarch_vcpu::VcpuEvent;
+use triarch_vhost_user::VhostUserHandle;
 
 use super::call::Caller;
-use super::memory::{self, Here};
-use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, cap, is_paused, stays, tls_files, unmovable};
+use super::memory::{self, Daemons, Here};
+use super::offer::{FilesV1, MOVED, MovedV1, OfferedCpusV1, OfferedV1};
+use super::{Role, Running, address, cap, is_paused, refuse, tls_files, unmovable};
+use crate::backends::Backends;
+use crate::build::Machine;
 use crate::control::Controller;
 use crate::progress::Progress;
 use crate::snapshot::{WANTED, saved_config};
@@ -37,6 +40,8 @@ pub(super) struct Sent {
 struct Proxy {
     caller: Caller,
     disks: Vec<Arc<Disk>>,
+    /// The devices that daemons serve.
+    served: Vec<(String, VhostUserHandle)>,
 }
 
 impl Guest for Proxy {
@@ -65,6 +70,12 @@ impl Guest for Proxy {
         self.disks.iter().try_for_each(|disk| disk.sync())?;
         self.caller.call(|controller| {
             controller.migrations.unlocked = true;
+            Ok(())
+        })?;
+        for (id, device) in &self.served {
+            device.let_go().map_err(|error| format!("device '{id}': {error}"))?;
+        }
+        self.caller.call(|controller| {
             controller.migration_event(&kind::MIGRATION_COMMITTED, "the guest is given away");
             controller
                 .backends
@@ -90,10 +101,7 @@ impl Guest for Proxy {
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), Cause> {
-        match percent {
-            0 => Ok(()),
-            _ => Err("this version does not slow vCPUs down".into()),
-        }
+        self.caller.call(move |controller| controller.throttle(percent))
     }
 }
 
@@ -109,9 +117,13 @@ impl Controller {
         job.note("connection");
         let caller = Caller(self.inbox.clone());
         let disks = self.backends.iter().flat_map(|backends| backends.disks());
+        let served = self.machine.as_ref();
         let mut proxy = Proxy {
             caller: caller.clone(),
             disks: disks.map(|(_, disk)| disk.clone()).collect(),
+            served: served
+                .map(|machine| machine.devices().served().to_vec())
+                .unwrap_or_default(),
         };
         let started = self.start_migration(move || {
             let result = source.run(&mut proxy, &offered, &cpus);
@@ -143,15 +155,42 @@ impl Controller {
         config.validate()?;
         let options = options(config)?;
         self.finish_removals();
+        if let Some(machine) = &mut self.machine {
+            machine.forget_log("the log is the migration's now");
+        }
         let (Some(vm), Some(machine), Some(backends)) = (&self.config, &self.machine, &self.backends) else {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
-        stays(backends.of_host())?;
-        unmovable(backends.served())?;
+        refuse(unmovable(backends, machine.devices().served()))?;
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.
             pager.complete()?;
         }
+        let (offered, cpus) = self.offer(vm, machine, backends)?;
+        let memory = (*machine.memory.memory()).clone();
+        let regions = memory::regions(&memory);
+        let caller = Caller(self.inbox.clone());
+        let devices = machine.devices();
+        let daemons = Daemons::new(devices.served(), &memory, devices.rooms())?;
+        let slots = machine.vm.memory_slots().clone();
+        let here = Here::new(memory, slots, devices.backing(), daemons, caller);
+        let sent = Sent {
+            was_paused: is_paused(self.phase),
+            config: vm.clone(),
+            regions,
+            saved: None,
+        };
+        let source = Source::new(options, Arc::new(here), handle, &self.sandbox);
+        Ok((source.map_err(refusal)?, offered, cpus, sent))
+    }
+
+    /// What a destination is told of the guest and of its processors.
+    pub(super) fn offer(
+        &self,
+        vm: &VmConfig,
+        machine: &Machine,
+        backends: &Backends,
+    ) -> Result<(Vec<u8>, Vec<u8>), ApiError> {
         let text = saved_config(vm, &self.taps)?;
         let wrong = |error: serde_json::Error| ApiError::Failed(format!("the guest cannot be described: {error}"));
         let offered = OfferedV1 {
@@ -161,28 +200,22 @@ impl Controller {
                 .disks()
                 .map(|(id, disk)| (id.to_owned(), disk.size()))
                 .collect(),
+            files: FilesV1::of(backends.disks()),
+            served: machine
+                .devices()
+                .served()
+                .iter()
+                .map(|(id, device)| (id.clone(), device.shown().into()))
+                .collect(),
         };
         let cpus = OfferedCpusV1 {
             plan: machine.plan.save(),
             processor: machine.processor().cloned(),
         };
-        let (offered, cpus) = (
+        Ok((
             serde_json::to_vec(&offered).map_err(wrong)?,
             serde_json::to_vec(&cpus).map_err(wrong)?,
-        );
-        let memory = (*machine.memory.memory()).clone();
-        let regions = memory::regions(&memory);
-        let caller = Caller(self.inbox.clone());
-        let backing = machine.devices().backing();
-        let here = Here::new(memory, machine.vm.memory_slots().clone(), backing, caller);
-        let sent = Sent {
-            was_paused: is_paused(self.phase),
-            config: vm.clone(),
-            regions,
-            saved: None,
-        };
-        let source = Source::new(options, Arc::new(here), handle, &self.sandbox);
-        Ok((source.map_err(refusal)?, offered, cpus, sent))
+        ))
     }
 
     fn sent(&mut self) -> Result<&mut Sent, MachineError> {
@@ -195,6 +228,18 @@ impl Controller {
     /// The memory of the guest is being copied.
     pub(super) fn migration_copies(&mut self) {
         self.migration_event(&kind::MIGRATION_STARTED, "memory");
+    }
+
+    /// Has the guest's vCPUs stand still for `percent` of the time.
+    fn throttle(&mut self, percent: u8) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            machine.vcpus.throttle(percent)?;
+        }
+        if let Some(running) = &self.migrations.running {
+            let properties = [("job", running.job.id().into()), ("percent", u64::from(percent).into())];
+            self.inbox.events().post(&kind::MIGRATION_THROTTLED, &properties);
+        }
+        Ok(())
     }
 
     /// Pauses the guest and saves it: what of its memory that writes is sent with the rest.
@@ -258,6 +303,8 @@ impl Controller {
                 if let Some(machine) = &self.machine {
                     // The engine leaves it as it is where the guest may run elsewhere.
                     let _ = machine.vm.memory_slots().log_writes(false);
+                    let served = machine.devices().served();
+                    served.iter().for_each(|(_, device)| device.stop_log());
                 }
                 let guest = match error.guest {
                     Whereabouts::RunsHere => "here",
@@ -309,6 +356,7 @@ fn options(config: &SendMigration) -> Result<SourceOptions, ApiError> {
         compress: config.compress,
         limits: Limits {
             downtime: Duration::from_millis(config.downtime_ms),
+            max_throttle: config.throttle,
             time: Some(Duration::from_secs(config.timeout_s)),
             on_time_out: match config.timeout_strategy {
                 TimeoutStrategy::Cancel => OnTimeOut::Fail,
@@ -322,7 +370,7 @@ fn options(config: &SendMigration) -> Result<SourceOptions, ApiError> {
 }
 
 /// What a client is told that asked for what cannot be.
-fn refusal(error: SourceError) -> ApiError {
+pub(super) fn refusal(error: SourceError) -> ApiError {
     match error {
         SourceError::Thread(_) => ApiError::failed(&error),
         error => ApiError::bad_request(&error),

@@ -113,6 +113,9 @@ fn save_device(
     } else if let Some(mem) = device.downcast_ref::<Mem>() {
         payloads.put(MEM, id, &mem.handle().state())?;
     } else if let Some(served) = device.downcast_mut::<VhostUser>() {
+        if let Some(port) = served.port() {
+            payloads.put(NET, id, &port)?;
+        }
         let open = unanswered(served, state)?;
         if !open.is_empty() {
             payloads.put(UNANSWERED, id, &open)?;
@@ -238,6 +241,11 @@ fn restore_before(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads:
         balloon.restore(&payloads.take(BALLOON, id)?);
     } else if let Some(mem) = device.downcast_mut::<Mem>() {
         mem.restore(&payloads.take(MEM, id)?)?;
+    } else if let Some(served) = device.downcast_ref::<VhostUser>() {
+        // Snapshots of former versions have none.
+        if let Some(port) = payloads.take_if_there(NET, id)? {
+            served.restore_port(port);
+        }
     } else if let Some(vsock) = device.downcast_mut::<Vsock>() {
         vsock.restore();
     }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use triarch_api::RestoreMode;
+use kvm_ioctls::Kvm;
 use triarch_api::events::EventLog;
+use triarch_api::{RestoreClock, RestoreConfig, RestoreMode};
 use triarch_arch::{
     BoardStateV1, CpuPlan, CpuPlanStateV1, Elapsed, Platform, PlatformStateV1, StateError, VcpuStateV1, Vcpus,
     recreate_vcpus, restore_time, save_vcpu, saved_processor,
@@ -12,11 +13,11 @@ use triarch_cpu_model::GuestProcessor;
 use triarch_device_core::Sandbox;
 use triarch_hypervisor::{FirmwareStateV1, Vcpu, Vm};
 use triarch_memory::{Backing, GuestMemory, GuestMemoryHandle, map_copy_on_write};
-use triarch_state::{MemoryRange, PayloadError, Payloads, Snapshot, SnapshotWriter};
+use triarch_state::{Base, MemoryRange, PayloadError, Payloads, Snapshot, SnapshotError, SnapshotWriter};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::devices::{PciStateV1, SavedDevices};
-use super::{BOARD, CPUS, FIRMWARE, PCI, PLATFORM, Pager, VCPU, memory};
+use super::{BOARD, CPUS, FIRMWARE, PCI, PLATFORM, Pager, VCPU, WriteLog, log, memory};
 use crate::build::Report;
 use crate::memory::virtio_mem::Room;
 use crate::migration::Prepared;
@@ -30,11 +31,14 @@ pub(crate) struct Saved {
     /// The memory of a guest that was moved here.
     moved: Option<Prepared>,
     pub(crate) cpus: CpuPlanStateV1,
+    /// What its processors are made from here, once that was looked at.
+    plan: Option<CpuPlan>,
     pub(crate) board: BoardStateV1,
     vcpus: Vec<VcpuStateV1>,
     firmware: FirmwareStateV1,
     platform: PlatformStateV1,
     mode: RestoreMode,
+    elapsed: Elapsed,
     /// What provides memory on demand, until the machine has it.
     pager: Option<Pager>,
     /// `None`: they were taken by the devices.
@@ -42,10 +46,15 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Sorts what `snapshot` has, whose memory comes as `mode` says.
-    pub(crate) fn read(mut snapshot: Snapshot, mode: RestoreMode) -> Result<Self, PayloadError> {
+    /// Sorts what `snapshot` has, whose memory comes as `config` says.
+    pub(crate) fn read(mut snapshot: Snapshot, config: &RestoreConfig) -> Result<Self, PayloadError> {
         let payloads = std::mem::take(&mut snapshot.payloads);
-        Self::sort(payloads, Some(snapshot), None, mode)
+        let mut saved = Self::sort(payloads, Some(snapshot), None, config.memory_restore_mode)?;
+        saved.elapsed = match config.clock {
+            RestoreClock::Stands => Elapsed::Stands,
+            RestoreClock::Passes => Elapsed::Passes,
+        };
+        Ok(saved)
     }
 
     /// Sorts `payloads`, of a guest whose memory is there already.
@@ -70,19 +79,37 @@ impl Saved {
             snapshot,
             moved,
             cpus,
+            plan: None,
             board,
             vcpus,
             firmware,
             platform,
             mode,
+            elapsed: Elapsed::Stands,
             pager: None,
             devices: Some(SavedDevices { pci, payloads }),
         })
     }
 
     /// The CPU that the guest was given.
-    pub(crate) fn processor(&self) -> Result<GuestProcessor, StateError> {
+    fn processor(&self) -> Result<GuestProcessor, StateError> {
         saved_processor(&self.cpus, &self.vcpus, &self.platform)
+    }
+
+    /// Makes sure that this host has all of the CPU that the guest was given, and returns what its processors are made from.
+    pub(crate) fn plan(&mut self, kvm: &Kvm) -> Result<CpuPlan, MachineError> {
+        if let Some(plan) = &self.plan {
+            return Ok(plan.clone());
+        }
+        crate::cpu_features::check(kvm, &self.processor()?)?;
+        let plan = CpuPlan::restore(kvm, &self.cpus)?;
+        self.plan = Some(plan.clone());
+        Ok(plan)
+    }
+
+    /// What snapshots build on that build on this one, if it was saved for that.
+    pub(crate) fn itself(&self) -> Option<&Base> {
+        self.snapshot.as_ref()?.itself()
     }
 
     /// The memory, if it is there already.
@@ -184,10 +211,13 @@ impl Saved {
         if !self.is_mapped() {
             return Ok(memory::fill(memory, snapshot, wanted, progress)?);
         }
+        let chained =
+            || SnapshotError::Memory("it is in several files, which cannot be mapped; use Copy or OnDemand".to_owned());
+        let file = snapshot.memory_file().ok_or_else(chained)?;
         for range in snapshot.ranges().iter().filter(|range| wanted(range)) {
             let region = memory.find_region(GuestAddress(range.gpa));
             if let Some(region) = region.filter(|region| region.len() == range.size) {
-                map_copy_on_write(region, backing.of(range.gpa), snapshot.memory_file(), range.offset)?;
+                map_copy_on_write(region, backing.of(range.gpa), file, range.offset)?;
             }
         }
         Ok(())
@@ -200,25 +230,73 @@ impl Saved {
     /// Puts the interrupt controllers where they were, when nothing else is missing, and lets time go on.
     pub(crate) fn restore_platform(&self, vm: &Vm, platform: &Platform, vcpus: &[Vcpu]) -> Result<(), MachineError> {
         platform.restore(vm, &self.platform)?;
-        Ok(restore_time(vm, vcpus, &self.vcpus, &self.platform, Elapsed::Stands)?)
+        Ok(restore_time(vm, vcpus, &self.vcpus, &self.platform, self.elapsed)?)
     }
 }
 
 impl Machine {
-    /// Writes everything of a guest that is paused, but for what is in its configuration.
+    /// Writes everything of a guest that is paused, but for what is in its configuration: all of its memory, or what was written since
+    /// `base`, which the log is of. `track`: it is asked whether writes are logged from now on, for a snapshot that builds on this one.
+    /// Returns also how many bytes of memory were written.
     pub(crate) fn save(
         &mut self,
         writer: &mut SnapshotWriter,
+        base: Option<&Base>,
+        track: bool,
         progress: Progress<'_>,
-    ) -> Result<Payloads, MachineError> {
+    ) -> Result<(Payloads, u64), MachineError> {
         if let Some(pager) = &self.pager {
             progress.note("memory of the snapshot before");
             pager.complete()?;
         }
         progress.note("processors and devices");
+        // KVM writes some of that into the guest's memory: what was written is looked at afterwards.
         let payloads = self.save_state()?;
-        memory::save(&self.memory.memory(), writer, progress)?;
-        Ok(payloads)
+        let memory = self.memory.memory();
+        let slots = self.vm.memory_slots();
+        match &mut self.log {
+            Some(log) => log.collect(&memory, slots)?,
+            None if track => log::begin(&memory, slots)?,
+            None => {}
+        }
+        let parts = match (&self.log, base) {
+            (Some(log), Some(_)) => log.parts(&memory),
+            _ => memory::whole(&memory),
+        };
+        let written = memory::save(&memory, self.devices.backing(), parts, writer, progress)?;
+        Ok((payloads, written))
+    }
+
+    /// The guest was saved as `base`, for others to build on, and did not run since: from now on the log is of that. Or it was not, or
+    /// `track` says that nobody will; then the log stays as it is, or ends.
+    pub(crate) fn saved(&mut self, base: Option<Base>, track: Option<bool>) {
+        let slots = self.vm.memory_slots();
+        match (base, track) {
+            (Some(base), Some(true)) => self.log = Some(WriteLog::new(base, &self.memory.memory(), slots)),
+            (_, Some(false)) => self.log = None,
+            _ => {}
+        }
+        if self.log.is_none() {
+            log::end(slots);
+        }
+    }
+
+    /// Logs what is written since the guest was what the snapshot `base` has, which it still is.
+    pub(crate) fn log_since(&mut self, base: Base) -> Result<(), MachineError> {
+        log::begin(&self.memory.memory(), self.vm.memory_slots())?;
+        self.saved(Some(base), Some(true));
+        Ok(())
+    }
+
+    /// What was written since a snapshot is not known any more.
+    pub(crate) fn forget_log(&mut self, why: &str) {
+        if let Some(log) = self.log.take() {
+            tracing::info!(
+                "what is written since {} is not logged any more: {why}",
+                log.base().directory.display()
+            );
+            log::end(self.vm.memory_slots());
+        }
     }
 
     /// What a guest that is paused is, beside its memory and what is in its configuration.

@@ -3,13 +3,13 @@
 use std::io;
 use std::ops::Range;
 
-use triarch_memory::{GuestMemory, read_content};
-use triarch_state::{MemoryRange, Snapshot, SnapshotError, SnapshotWriter};
+use triarch_memory::{Backing, GuestMemory, GuestRegion, Touched, read_content};
+use triarch_state::{MemoryRange, Part, Snapshot, SnapshotError, SnapshotWriter, Source};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::progress::Progress;
 
-fn ranges(memory: &GuestMemory) -> Vec<Range<u64>> {
+pub(super) fn ranges(memory: &GuestMemory) -> Vec<Range<u64>> {
     let range = |start: u64, len| start..start + len;
     memory
         .iter()
@@ -17,20 +17,55 @@ fn ranges(memory: &GuestMemory) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// Writes all of `memory`.
+/// All of `memory`.
+pub(super) fn whole(memory: &GuestMemory) -> Vec<Part> {
+    let part = |range| Part { range, pages: None };
+    ranges(memory).into_iter().map(part).collect()
+}
+
+/// Guest memory that is read while the guest stands still.
+struct Contents<'a> {
+    memory: &'a GuestMemory,
+    touched: Touched,
+}
+
+impl Contents<'_> {
+    fn region(&self, gpa: u64) -> io::Result<(&GuestRegion, u64)> {
+        let found = self.memory.to_region_addr(GuestAddress(gpa));
+        let (region, at) = found.ok_or(io::ErrorKind::NotFound)?;
+        Ok((region, at.raw_value()))
+    }
+}
+
+impl Source for Contents<'_> {
+    fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        let (region, at) = self.region(range.start)?;
+        let base = range.start - at;
+        let found = self.touched.first(region, at..range.end - base)?;
+        Ok(found.map(|found| base + found.start..base + found.end))
+    }
+
+    fn read(&self, gpa: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let (region, at) = self.region(gpa)?;
+        if !read_content(region, at, buffer)? {
+            buffer.fill(0);
+        }
+        Ok(())
+    }
+}
+
+/// Writes `parts` of `memory`, which is backed as `backing` says. Returns how many bytes were written.
 pub(super) fn save(
     memory: &GuestMemory,
+    backing: &Backing,
+    parts: Vec<Part>,
     writer: &mut SnapshotWriter,
     progress: Progress<'_>,
-) -> Result<(), SnapshotError> {
+) -> Result<u64, SnapshotError> {
     progress.note("memory");
-    let read = |gpa, buffer: &mut [u8]| {
-        let (region, at) = memory
-            .to_region_addr(GuestAddress(gpa))
-            .ok_or(io::ErrorKind::NotFound)?;
-        read_content(region, at.raw_value(), buffer)
-    };
-    writer.memory(&ranges(memory), read, |done, total| progress.bytes(done, total))
+    let touched = Touched::new(backing);
+    let contents = Contents { memory, touched };
+    writer.memory(parts, &contents, |done, total| progress.bytes(done, total))
 }
 
 /// Fills what is `wanted` of `memory`, which is zeroes.

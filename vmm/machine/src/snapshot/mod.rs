@@ -4,13 +4,17 @@
 //! by the same assembly that boots one, with [`Saved`] as its origin.
 
 mod devices;
+mod log;
 mod machine;
 mod memory;
+mod meters;
 mod pager;
 mod request;
 
 pub(crate) use devices::{FunctionPlaceV1, PciStateV1, SavedDevices, save as save_function};
+pub(crate) use log::WriteLog;
 pub(crate) use machine::Saved;
+pub(crate) use meters::SnapshotMeters;
 pub(crate) use pager::Pager;
 pub(crate) use request::{WantedV1, saved_config, take_taps};
 

@@ -428,7 +428,7 @@ impl Work {
 #[cfg(test)]
 mod tests {
     use triarch_memory::{Discarder, GuestMemoryHandle, RamOptions, allocate};
-    use triarch_state::{About, Payloads, Snapshot, SnapshotWriter};
+    use triarch_state::{About, Part, Payloads, Snapshot, SnapshotWriter, Source};
     use vm_memory::{Bytes, GuestAddressSpace};
 
     use super::*;
@@ -438,22 +438,32 @@ mod tests {
     const SIZE: u64 = 3 * CHUNK as u64 / 2;
     const RANGE: Range<u64> = START..START + SIZE;
 
+    struct Sevens;
+
+    impl Source for Sevens {
+        fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+            Ok(Some(range.start..range.end.min(START + SIZE - 4096)).filter(|run| !run.is_empty()))
+        }
+
+        fn read(&self, _: u64, bytes: &mut [u8]) -> io::Result<()> {
+            bytes.fill(7);
+            Ok(())
+        }
+    }
+
     /// A snapshot whose bytes are 7, but for its last page.
     fn saved(dir: &std::path::Path) -> Snapshot {
         let mut writer = SnapshotWriter::create(dir).expect("a directory");
-        let read = |gpa, bytes: &mut [u8]| {
-            bytes.fill(7);
-            if gpa + bytes.len() as u64 == START + SIZE {
-                let page = bytes.len() - 4096;
-                bytes[page..].fill(0);
-            }
-            Ok(true)
+        let part = Part {
+            range: RANGE,
+            pages: None,
         };
-        let ranges = std::slice::from_ref(&RANGE);
-        writer.memory(ranges, read, |_, _| {}).expect("memory");
+        writer.memory(vec![part], &Sevens, |_, _| {}).expect("memory");
         let about = About {
             vmm: "1".into(),
             arch: "x".into(),
+            id: None,
+            base: None,
         };
         writer.finish(b"{}", &about, Payloads::default()).expect("a snapshot");
         Snapshot::open(dir, "x").expect("a snapshot")

@@ -1,9 +1,12 @@
 //! `vm.snapshot` and `vm.restore`.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use triarch_api::events::kind;
@@ -11,12 +14,13 @@ use triarch_api::{
     ApiError, NetConfig, Operation, Phase, RestoreConfig, RestoreMode, SnapshotConfig, VmConfig, read_object,
 };
 use triarch_net::Tap;
-use triarch_state::{About, Snapshot, SnapshotError, SnapshotWriter};
+use triarch_state::{About, Base, MAX_BASES, Snapshot, SnapshotError, SnapshotWriter};
 
 use super::{Saved, WANTED};
 use crate::backends::{HandedTaps, handed_tap};
 use crate::build::Origin;
 use crate::control::{Cause, Controller};
+use crate::migration::{bound_to_host, refuse};
 use crate::progress::Progress;
 use crate::{Machine, MachineError};
 
@@ -36,33 +40,122 @@ fn about() -> About {
     About {
         vmm: env!("CARGO_PKG_VERSION").to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
+        id: None,
+        base: None,
+    }
+}
+
+/// A name that no other snapshot has.
+fn new_id() -> Result<String, MachineError> {
+    let mut bytes = [0; 16];
+    let read = File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(MachineError::host("read /dev/urandom for the snapshot's id"))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+impl Machine {
+    /// The snapshot in `directory`, if what was written since is known.
+    fn base(&self, directory: &Path) -> Result<Base, MachineError> {
+        let refuse = |why: String| MachineError::Base {
+            base: directory.to_owned(),
+            why,
+        };
+        let snapshot = Snapshot::open(directory, &about().arch)?;
+        let Some(base) = snapshot.itself() else {
+            return Err(refuse(
+                "it was saved without track_writes; save the guest as a whole".to_owned(),
+            ));
+        };
+        let Some(log) = &self.log else {
+            return Err(refuse(
+                "this VM's writes are not logged: nobody asked for it with track_writes, or the VM was reset, restored or moved since, or a \
+                 daemon served a device of it; save the guest as a whole"
+                    .to_owned(),
+            ));
+        };
+        if !log.base().is(base) {
+            let since = log.base().directory.display();
+            return Err(refuse(format!(
+                "writes are logged since the snapshot that was saved in {since}; name that"
+            )));
+        }
+        if !base.has_room() {
+            let text = format!("it builds on {MAX_BASES} others already; save the guest as a whole");
+            return Err(refuse(text));
+        }
+        Ok(base.clone())
+    }
+
+    /// Whether all writes to the guest's memory can be logged.
+    fn can_log(&self) -> Result<(), MachineError> {
+        let served: Vec<_> = self.devices.served().iter().map(|(id, _)| format!("'{id}'")).collect();
+        match served.is_empty() {
+            true => Ok(()),
+            false => Err(MachineError::Unlogged(served.join(", "))),
+        }
     }
 }
 
 impl Controller {
     /// Saves the guest, which is paused.
     pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
-        let directory = config.directory()?;
+        let (directory, base) = (config.directory()?, config.base_directory()?);
         if let Some(backends) = &self.backends {
-            crate::migration::stays(backends.of_host())?;
+            refuse(bound_to_host(backends).collect())?;
         }
         self.tell(&kind::VM_SNAPSHOTTING, Cause::Client);
-        self.job(Operation::Snapshot, |this, progress| this.save(&directory, progress))?;
+        let (begun, mut bytes) = (Instant::now(), None);
+        let done = self.job(Operation::Snapshot, |this, progress| {
+            bytes = Some(this.save(&directory, base.as_deref(), config.track_writes, progress)?);
+            Ok(())
+        });
+        let meters = self.outbox.snapshots();
+        meters.saved(base.is_some(), begun.elapsed(), bytes);
+        done?;
         self.tell(&kind::VM_SNAPSHOTTED, Cause::Client);
         Ok(())
     }
 
-    fn save(&mut self, directory: &Path, progress: Progress<'_>) -> Result<(), MachineError> {
+    fn save(
+        &mut self,
+        directory: &Path,
+        base: Option<&Path>,
+        track: Option<bool>,
+        progress: Progress<'_>,
+    ) -> Result<u64, MachineError> {
         let wanted = self.settle();
+        let track_from_now = track == Some(true);
         let (Some(config), Some(machine)) = (&self.config, &mut self.machine) else {
-            return Ok(());
+            return Ok(0);
+        };
+        let base = base.map(|base| machine.base(base)).transpose()?;
+        if track_from_now {
+            machine.can_log()?;
+        }
+        let about = About {
+            id: track_from_now.then(new_id).transpose()?,
+            base,
+            ..about()
         };
         let config = saved_config(config, &self.taps)?;
         let mut writer = SnapshotWriter::create(directory)?;
-        let mut payloads = machine.save(&mut writer, progress)?;
-        payloads.put(WANTED, "", &wanted)?;
-        progress.note("to disk");
-        Ok(writer.finish(&config, &about(), payloads)?)
+        let saved = machine.save(&mut writer, about.base.as_ref(), track_from_now, progress);
+        let finished = saved.and_then(|(mut payloads, bytes)| {
+            payloads.put(WANTED, "", &wanted)?;
+            progress.note("to disk");
+            Ok((writer.finish(&config, &about, payloads)?, bytes))
+        });
+        match finished {
+            Ok((itself, bytes)) => {
+                machine.saved(itself, track);
+                Ok(bytes)
+            }
+            Err(error) => {
+                // What was written since the one before is still known.
+                machine.saved(None, None);
+                Err(error)
+            }
+        }
     }
 
     /// Takes note of all that the guest has done, before it is saved, and returns what it has not.
@@ -90,7 +183,7 @@ impl Controller {
             )));
         }
         self.tell(&kind::VM_RESTORING, Cause::Client);
-        let mut answer = Ok(());
+        let (begun, mut answer) = (Instant::now(), Ok(()));
         let done = self.job(Operation::Restore, |this, progress| {
             let restored = this.restore_from(&directory, config, fds, progress);
             match restored {
@@ -101,6 +194,8 @@ impl Controller {
             Ok(())
         });
         let done = answer.and(done.map_err(ApiError::from));
+        let meters = self.outbox.snapshots();
+        meters.restored(config.memory_restore_mode, begun.elapsed(), done.is_ok());
         if done.is_err() {
             self.forget(Progress::NONE);
             return done;
@@ -121,6 +216,7 @@ impl Controller {
     ) -> Result<(), RestoreError> {
         progress.note("snapshot");
         let mut snapshot = Snapshot::open(directory, &about().arch).map_err(MachineError::from)?;
+        check_chain(&snapshot, config)?;
         let (mut vm, ignored) = read_object::<VmConfig>(snapshot.config()).map_err(|error| {
             let text = error.to_string();
             RestoreError::Request(ApiError::BadRequest(format!("config.json of the snapshot: {text}")))
@@ -132,10 +228,18 @@ impl Controller {
         check_mode(&vm, config.memory_restore_mode)?;
         let taps = take_taps(&mut vm, config, fds)?;
         let wanted: WantedV1 = snapshot.payloads.take(WANTED, "").map_err(MachineError::from)?;
+        let mut saved = Saved::read(snapshot, config).map_err(MachineError::from)?;
+        // Before anything of the guest's is opened: a host that cannot have it leaves its disks and sockets alone.
+        saved.plan(&self.kvm)?;
         self.create(vm)?;
         self.taps = taps;
-        let mut saved = Saved::read(snapshot, config.memory_restore_mode).map_err(MachineError::from)?;
-        let machine = self.build(progress, Origin::Saved(&mut saved))?;
+        let mut machine = self.build(progress, Origin::Saved(&mut saved))?;
+        if config.track_writes
+            && let Some(base) = saved.itself()
+        {
+            machine.can_log()?;
+            machine.log_since(base.clone())?;
+        }
         self.take_in(machine, Phase::Paused);
         self.want_again(&wanted)?;
         Ok(())
@@ -217,6 +321,20 @@ fn check_mode(vm: &VmConfig, mode: RestoreMode) -> Result<(), ApiError> {
     Err(ApiError::BadRequest(format!(
         "memory_restore_mode {mode:?} {problem}; or use Copy"
     )))
+}
+
+/// Whether what is asked of a snapshot can be had with this one, which may build on others.
+fn check_chain(snapshot: &Snapshot, config: &RestoreConfig) -> Result<(), ApiError> {
+    if config.memory_restore_mode == RestoreMode::Mapped && snapshot.memory_file().is_none() {
+        let text = "memory_restore_mode Mapped takes a snapshot that builds on no other one; or use OnDemand or Copy";
+        return Err(ApiError::BadRequest(text.to_owned()));
+    }
+    if config.track_writes && snapshot.itself().is_none() {
+        let text =
+            "track_writes takes a snapshot that was saved with track_writes, since only on such others can build";
+        return Err(ApiError::BadRequest(text.to_owned()));
+    }
+    Ok(())
 }
 
 fn pairs(net: &NetConfig) -> usize {

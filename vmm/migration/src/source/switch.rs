@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Guest, NotMoved, Session, Source, SourceError, Whereabouts, answered, round, say_no, union};
+use super::{Guest, NotMoved, Session, Source, SourceError, Whereabouts, answered, greet, round, say_no, union};
 use crate::commit::{Source as Commit, SourceDoes, SourceEvent};
 use crate::converge::expected_downtime;
 use crate::handle::Phase;
@@ -268,7 +268,7 @@ impl Switch<'_> {
         let lost = |_| Answer::Stream(StreamError::Closed);
         let mut stream = self.source.dialer.connect(&Interrupt::default()).map_err(lost)?;
         let (source, token) = (self.source, self.session.token);
-        source.greet(&mut stream, token, Role::Ask).map_err(Answer::Stream)?;
+        greet(&mut stream, &source.options, token, Role::Ask).map_err(Answer::Stream)?;
         // It may be taking locks right now.
         let wait = source.options.deadlines.outcome;
         let answer = stream.expect(Kind::Running, wait, "say what became of the guest");

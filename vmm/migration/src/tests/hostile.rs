@@ -16,7 +16,9 @@ use super::mock::{
 use crate::connect::Dialer;
 use crate::stream::{Answer, Interrupt, Stream, StreamError};
 use crate::wire::{Hello, Kind, Message, Pages, Role, Runs, Token, encode};
-use crate::{Address, Destination, DestinationError, Handle, Layout, Offer, PAGE, fuzzing, sentence};
+use crate::{
+    Address, Check, Destination, DestinationError, Handle, Layout, MAX_BLOCKERS, Offer, PAGE, fuzzing, sentence,
+};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -51,6 +53,14 @@ fn welcomed(stream: &mut Stream) {
     assert!(matches!(found, Message::Welcome(_)), "{found:?}");
 }
 
+fn offer() -> Offer<'static> {
+    Offer {
+        layout: Layout::new(regions()).expect("a layout"),
+        config: b"config",
+        cpu: b"cpu",
+    }
+}
+
 /// A session in which memory is awaited.
 fn session(address: &Address) -> (Stream, Stream) {
     let token = [9; 16];
@@ -58,12 +68,7 @@ fn session(address: &Address) -> (Stream, Stream) {
     welcomed(&mut control);
     let mut data = connect(address, token, Role::Data(0));
     welcomed(&mut data);
-    let offer = Offer {
-        layout: Layout::new(regions()).expect("a layout"),
-        config: b"config",
-        cpu: b"cpu",
-    };
-    control.send(&Message::Offer(offer)).expect("sent");
+    control.send(&Message::Offer(offer())).expect("sent");
     assert!(control.expect(Kind::Accepted, WAIT, "accept").is_ok());
     (control, data)
 }
@@ -239,6 +244,75 @@ fn another_version_is_refused_by_name() {
 }
 
 #[test]
+fn who_only_asks_takes_nothing_away() {
+    let (_dir, address) = socket();
+    let taken = destination(&address, &Arc::default());
+    // One that says nothing, one that says something else, one that goes before the answer.
+    let silent = connect(&address, [1; 16], Role::Check);
+    let mut wrong = connect(&address, [2; 16], Role::Check);
+    welcomed(&mut wrong);
+    wrong.send(&Message::Go).expect("sent");
+    assert!(matches!(
+        wrong.receive(WAIT, "answer"),
+        Err(StreamError::Closed | StreamError::Io(_))
+    ));
+    let mut gone = connect(&address, [3; 16], Role::Check);
+    welcomed(&mut gone);
+    gone.send(&Message::Offer(offer())).expect("sent");
+    drop((silent, gone));
+    let ask = || {
+        let check = Check::new(source_options(&address), regions()).expect("a question");
+        check.run(b"config", b"cpu").expect("an answer")
+    };
+    assert_eq!((ask(), ask()), (vec![], vec![]));
+    // A session is taken as before; who asks meanwhile is told so.
+    let token = [9; 16];
+    let mut control = connect(&address, token, Role::Control);
+    welcomed(&mut control);
+    let mut late = connect(&address, [4; 16], Role::Check);
+    let told = late.receive(WAIT, "answer");
+    assert!(
+        matches!(told, Ok(Message::Abort(why)) if why.contains("another guest")),
+        "{told:?}"
+    );
+    let mut data = connect(&address, token, Role::Data(0));
+    welcomed(&mut data);
+    control.send(&Message::Offer(offer())).expect("sent");
+    assert!(control.expect(Kind::Accepted, WAIT, "accept").is_ok());
+    drop((control, data));
+    assert!(taken.join().expect("no panic").0.is_err());
+}
+
+#[test]
+fn all_that_is_in_the_way_is_told() {
+    let (_dir, address) = socket();
+    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let memory = MockMemory::new(&regions());
+    let handle = Handle::new(None);
+    let asks = thread::spawn({
+        let options = source_options(&address);
+        move || {
+            Check::new(options, regions())
+                .expect("a question")
+                .run(b"config", b"cpu")
+        }
+    });
+    let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+    let theirs = handle.clone();
+    let waits = thread::spawn(move || {
+        let mut sink = MockSink::new(&Arc::default(), Fails::Prepare);
+        destination.run(&mut sink, &theirs, &sandbox)
+    });
+    let found = asks.join().expect("no panic").expect("an answer");
+    let expected: Vec<_> = (0..MAX_BLOCKERS).map(super::mock::blocker).collect();
+    assert_eq!(found, expected);
+    assert!(!waits.is_finished() && !memory.is_logging());
+    assert!(handle.cancel());
+    let end = waits.join().expect("no panic");
+    assert!(matches!(end, Err(DestinationError::Cancelled)), "{end:?}");
+}
+
+#[test]
 fn the_seeds_of_the_fuzz_target_are_understood() {
     let seeds = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fuzz/seeds/migration");
     for entry in std::fs::read_dir(seeds).expect("seeds") {
@@ -253,7 +327,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn the_fuzz_target_takes_anything(
-        kinds in prop::collection::vec((0..19_u16, prop::collection::vec(any::<u8>(), 0..64)), 0..8),
+        kinds in prop::collection::vec((0..20_u16, prop::collection::vec(any::<u8>(), 0..64)), 0..8),
         pages in prop::collection::vec((0..80_u64, any::<bool>(), any::<u8>()), 0..8),
     ) {
         let mut input = Vec::new();

@@ -12,8 +12,8 @@ use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_state::{Kind, Payloads};
 
 use crate::{
-    Address, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Guest, Handle, Limits, Memory, Moved,
-    NotMoved, Offer, PAGE, Region, Sink, Source, SourceOptions, Taken, Target,
+    Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Guest, Handle, Limits,
+    MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions, Taken, Target,
 };
 
 pub(super) const KIND: Kind = Kind::new("mock", 1);
@@ -244,6 +244,16 @@ impl Guest for MockGuest {
     }
 }
 
+/// One of many things that are in the way.
+pub(super) fn blocker(number: usize) -> Blocker {
+    Blocker {
+        what: Part::Cpu,
+        name: format!("feature{number}"),
+        reason: "this host has none".into(),
+        remedy: String::new(),
+    }
+}
+
 pub(super) struct MockSink {
     pub(super) world: Arc<World>,
     pub(super) memory: Option<Arc<MockMemory>>,
@@ -271,6 +281,14 @@ impl Sink for MockSink {
         let memory = MockMemory::new(offer.layout.regions());
         self.memory = Some(memory.clone());
         Ok(memory)
+    }
+
+    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker> {
+        assert_eq!((offer.config, offer.cpu), (&b"config"[..], &b"cpu"[..]));
+        match self.fails {
+            Fails::Prepare => (0..2 * MAX_BLOCKERS).map(blocker).collect(),
+            _ => Vec::new(),
+        }
     }
 
     fn restore(&mut self, mut state: Payloads) -> Result<(), Cause> {

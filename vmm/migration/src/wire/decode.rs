@@ -4,6 +4,7 @@ use super::{
     HEAD, Hello, Kind, MAGIC, MAX_BATCH, MAX_CONFIG, MAX_CPU, MAX_RUNS, MAX_STATE, MAX_STREAMS, MAX_TEXT, Message,
     Offer, Pages, Progress, Role, Runs, VERSION, WireError,
 };
+use crate::blocker::{Blocker, MAX_BLOCKERS, Part};
 use crate::memory::{Layout, MAX_REGIONS, PAGE, Region};
 
 /// Kind and length of the body that follows.
@@ -55,6 +56,7 @@ pub(crate) fn body(kind: Kind, bytes: &[u8]) -> Result<Message<'_>, WireError> {
         }),
         Kind::Alive => Message::Alive,
         Kind::End => Message::End,
+        Kind::Blockers => Message::Blockers(blockers(&mut rest)?),
     };
     match rest.0.is_empty() {
         true => Ok(message),
@@ -83,6 +85,7 @@ fn hello(rest: &mut Rest) -> Result<Hello, WireError> {
         (0, 0) => Role::Control,
         (1, index) => Role::Data(index),
         (2, 0) => Role::Ask,
+        (3, 0) => Role::Check,
         _ => return Err(WireError::Invalid("a stream that is for nothing known")),
     };
     let vmm = rest.text()?.to_owned();
@@ -110,6 +113,24 @@ fn offer<'a>(rest: &mut Rest<'a>) -> Result<Offer<'a>, WireError> {
         config: rest.take(config)?,
         cpu: rest.take(cpu)?,
     })
+}
+
+fn blockers(rest: &mut Rest) -> Result<Vec<Blocker>, WireError> {
+    let count = rest.u32()? as usize;
+    if count > MAX_BLOCKERS {
+        return Err(WireError::Invalid("more that is in the way than a message may have"));
+    }
+    let mut blockers = Vec::new();
+    for _ in 0..count {
+        let what = Part::from_number(rest.u32()?);
+        blockers.push(Blocker {
+            what: what.ok_or(WireError::Invalid("something in the way that is nothing known"))?,
+            name: rest.text()?.to_owned(),
+            reason: rest.text()?.to_owned(),
+            remedy: rest.text()?.to_owned(),
+        });
+    }
+    Ok(blockers)
 }
 
 fn runs(rest: &mut Rest) -> Result<Runs, WireError> {

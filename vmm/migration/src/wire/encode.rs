@@ -1,5 +1,7 @@
 //! Messages to bytes.
 
+use crate::blocker::{Blocker, MAX_BLOCKERS};
+
 use super::{HEAD, Hello, MAGIC, MAX_TEXT, Message, Offer, Pages, Role, Runs, VERSION};
 
 /// Puts `message` into `out`, which is emptied first, but for the bytes that end a message of pages, offers or saved state: those are
@@ -39,6 +41,7 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
             put_u32(progress.round, out);
             put_u64(progress.remaining, out);
         }
+        Message::Blockers(blockers) => put_blockers(blockers, out),
         Message::Accepted
         | Message::Switch
         | Message::Complete
@@ -78,6 +81,7 @@ fn put_hello(hello: &Hello, out: &mut Vec<u8>) {
         Role::Control => (0, 0),
         Role::Data(index) => (1, index),
         Role::Ask => (2, 0),
+        Role::Check => (3, 0),
     };
     for number in [role, index, hello.streams] {
         out.extend_from_slice(&u16::to_le_bytes(number));
@@ -96,6 +100,18 @@ fn put_offer(offer: &Offer, out: &mut Vec<u8>) {
     put_u32(offer.cpu.len() as u32, out);
     out.extend_from_slice(offer.config);
     out.extend_from_slice(offer.cpu);
+}
+
+/// As many of them as a message takes.
+fn put_blockers(blockers: &[Blocker], out: &mut Vec<u8>) {
+    let blockers = &blockers[..blockers.len().min(MAX_BLOCKERS)];
+    put_u32(blockers.len() as u32, out);
+    for blocker in blockers {
+        put_u32(blocker.what as u32, out);
+        for text in [&blocker.name, &blocker.reason, &blocker.remedy] {
+            put_text(text, out);
+        }
+    }
 }
 
 fn put_runs(runs: &Runs, out: &mut Vec<u8>) {

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::blocker::Part;
 use crate::memory::Region;
 
 fn encoded(message: &Message) -> Vec<u8> {
@@ -49,6 +50,7 @@ fn samples() -> Vec<Message<'static>> {
         hello(Role::Control),
         hello(Role::Data(3)),
         hello(Role::Ask),
+        hello(Role::Check),
         Message::Welcome("0.1.0".into()),
         Message::Offer(Offer {
             layout: layout.expect("a layout"),
@@ -77,6 +79,13 @@ fn samples() -> Vec<Message<'static>> {
         }),
         Message::Alive,
         Message::End,
+        Message::Blockers(Vec::new()),
+        Message::Blockers(vec![Blocker {
+            what: Part::Disk,
+            name: "root".into(),
+            reason: "it is not here".into(),
+            remedy: "attach it".into(),
+        }]),
     ]
 }
 
@@ -135,7 +144,7 @@ fn a_length_is_bounded_before_the_body() {
 fn unknown_kinds_are_told_by_their_number() {
     let head = |number: u16| decode::head([number.to_le_bytes()[0], number.to_le_bytes()[1], 0, 0, 0, 0, 0, 0]);
     assert_eq!(head(0), Err(WireError::Kind(0)));
-    assert_eq!(head(19), Err(WireError::Kind(19)));
+    assert_eq!(head(20), Err(WireError::Kind(20)));
     assert_eq!(head(64), Err(WireError::PostCopy));
     assert_eq!(decode::head([13, 0, 1, 0, 0, 0, 0, 0]), Err(WireError::Reserved));
 }
@@ -232,4 +241,33 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_is_in_the_way_is_bounded() {
+    let one = |len: usize| Blocker {
+        what: Part::Cpu,
+        name: "n".repeat(len),
+        reason: "r".repeat(len),
+        remedy: "e".repeat(len),
+    };
+    // What is more than a message takes is left out, and what is left is as long as one may be.
+    let bytes = encoded(&Message::Blockers(vec![one(2 * MAX_TEXT); 2 * MAX_BLOCKERS]));
+    assert_eq!(
+        decoded(&bytes),
+        Ok(Message::Blockers(vec![one(MAX_TEXT); MAX_BLOCKERS]))
+    );
+    let body = |count: u32, what: u32| [count.to_le_bytes(), what.to_le_bytes(), [0; 4], [0; 4], [0; 4]].concat();
+    let read = |bytes: &[u8]| decode::body(Kind::Blockers, bytes).map(|_| ());
+    assert_eq!(read(&body(1, 7)), Ok(()));
+    for bad in [
+        body(1, 0),
+        body(1, 8),
+        body(MAX_BLOCKERS as u32 + 1, 1),
+        body(u32::MAX, 1),
+    ] {
+        assert!(matches!(read(&bad), Err(WireError::Invalid(_))), "{bad:?}");
+    }
+    assert_eq!(read(&body(2, 1)), Err(WireError::Short));
+    assert_eq!(read(&body(0, 1)), Err(WireError::Left));
 }

@@ -26,6 +26,8 @@ use super::served::Served;
 
 /// Longest ring.
 const MAX_RING: u16 = 1024;
+/// Of device_status: the driver works (virtio 1.2, 2.1).
+const DRIVER_OK: u8 = 4;
 /// How often marks are moved into a log while there is one.
 const LOG_PERIOD: Duration = Duration::from_millis(50);
 
@@ -200,7 +202,7 @@ impl<'a> Session<'a> {
             SET_CONFIG => self.set_config(&ask)?,
             GET_INFLIGHT_FD => return self.get_inflight(&ask),
             SET_INFLIGHT_FD => self.set_inflight(ask)?,
-            SET_STATUS => self.set_status(ask.payload()?),
+            SET_STATUS => self.set_status(&ask)?,
             GET_STATUS => return Ok(self::number(self.status.into())),
             // Never offered: what these devices know stands in the rings.
             SET_DEVICE_STATE_FD | CHECK_DEVICE_STATE => return Err(ask.wrong("this back end keeps no state")),
@@ -403,6 +405,8 @@ impl<'a> Session<'a> {
                         });
                     }
                 }
+                // Not all front ends tell the status.
+                self.device.keep(true)?;
                 self.device.start_queue(queue)?;
                 self.rings[usize::from(index)].running = true;
             }
@@ -488,11 +492,20 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn set_status(&mut self, status: u64) {
-        self.status = status as u8;
+    /// A front end whose guest goes elsewhere takes DRIVER_OK back, which no driver does alone.
+    fn set_status(&mut self, ask: &Ask<'_>) -> Result<(), SessionError> {
+        let status = ask.payload::<u64>()? as u8;
+        let works = |status: u8| status & DRIVER_OK != 0;
         if status == 0 {
             self.reset();
+        } else if works(status) != works(self.status) {
+            if !works(status) && self.rings.iter().any(|ring| ring.running) {
+                return Err(ask.wrong("a ring runs"));
+            }
+            self.device.keep(works(status))?;
         }
+        self.status = status;
+        Ok(())
     }
 
     /// The driver is gone. Memory and descriptors stay.

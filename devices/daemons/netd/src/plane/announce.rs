@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use triarch_net::rarp;
+
 use super::forward::Packet;
 use super::packet::Rest;
 use super::{Plane, PortKey};
@@ -28,7 +30,7 @@ impl Plane {
         let Some(mac) = guard.map(|guard| guard.mac).or(mac).or(rules.mac) else {
             return false;
         };
-        let mut frames = vec![rarp(&mac)];
+        let mut frames = vec![rarp(&mac).to_vec()];
         let ips = guard.map(|guard| guard.ips.as_slice()).unwrap_or_default();
         for ip in ips {
             frames.push(match ip {
@@ -57,12 +59,6 @@ fn frame(dst: &Mac, src: &Mac, kind: u16, payload: &[u8]) -> Vec<u8> {
     let mut frame = [dst.as_slice(), src, &kind.to_be_bytes(), payload].concat();
     frame.resize(frame.len().max(SHORTEST), 0);
     frame
-}
-
-/// RFC 903: who am I? Its answer is of no interest, but everyone hears the question.
-fn rarp(mac: &Mac) -> Vec<u8> {
-    let payload = [&[0, 1, 8, 0, 6, 4, 0, 3], mac.as_slice(), &[0; 4], mac, &[0; 4]].concat();
-    frame(&BROADCAST, mac, ethertype::RARP, &payload)
 }
 
 /// RFC 5227, an ARP announcement.
@@ -109,7 +105,7 @@ mod tests {
             ips: vec![v4.into(), IpAddr::V6(v6)],
         };
         for frame in [
-            rarp(&mac),
+            rarp(&mac).to_vec(),
             arp(&mac, v4),
             advertisement(&mac, v6),
             advertisement(&mac, link_local(&mac)),

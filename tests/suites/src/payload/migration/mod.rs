@@ -1,6 +1,9 @@
 //! A guest moves to another VMM while it works, whatever the connection is.
 
+mod check;
+mod daemons;
 mod ends;
+mod interfaces;
 mod kills;
 mod limits;
 mod refusals;
@@ -34,9 +37,12 @@ payload_tests!("migration":
 pub fn tests() -> Vec<Test> {
     [
         TESTS,
+        check::TESTS,
+        daemons::TESTS,
         ends::TESTS,
+        interfaces::TESTS,
         &kills::ALL,
-        limits::TESTS,
+        &limits::ALL,
         refusals::TESTS,
         tls::TESTS,
     ]

@@ -15,9 +15,11 @@ use triarch_harness::disk::DiskImage;
 use triarch_harness::suite::{Context, Outcome, Test, patient};
 use triarch_harness::vm::{Vm, VmBuilder};
 
+mod clock;
 mod daemons;
 mod elsewhere;
 mod flag;
+mod incremental;
 mod killed;
 mod on_demand;
 
@@ -29,6 +31,8 @@ pub fn tests() -> Vec<Test> {
         elsewhere::TESTS,
         daemons::TESTS,
         killed::TESTS,
+        incremental::TESTS,
+        clock::TESTS,
         on_demand::TESTS,
     ]
     .concat()
@@ -406,7 +410,7 @@ fn what_is_damaged_is_refused(context: &Context) -> Result<Outcome> {
     resign(&directory, |text| {
         text.replace("\"version\":1,\"vmm\"", "\"version\":7,\"vmm\"")
     })?;
-    api.refused("vm.restore", &from, 400, &["format 7", "reads format 1"])?;
+    api.refused("vm.restore", &from, 400, &["format 7", "reads formats up to 2"])?;
     resign(&directory, |text| {
         text.replace("\"version\":7,\"vmm\"", "\"version\":1,\"vmm\"")
     })?;

@@ -1,0 +1,334 @@
+//! `cargo xtask bench migration`: how fast a guest moves over loopback, beside a plain copy of bytes, and for how long it stands still.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
+
+use super::client::{Client, Guest, Vmm, number, quantile};
+use super::shown;
+use crate::arch::Arch;
+use crate::build::{self, Profile};
+use crate::{payload, table, tools};
+
+/// What to measure, and how often.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Migrations at each rate of writing
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    moves: u32,
+    /// Turns in which a full guest is moved and as many bytes are copied
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    turns: u32,
+    /// Only subjects whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// How triarch is compiled
+    #[arg(long, value_enum, default_value = "release")]
+    profile: Profile,
+}
+
+const MIB: u64 = 1 << 20;
+const PAGE: u64 = 4096;
+/// RAM of the guests that hold data, in bytes.
+const RAM: u64 = 1 << 30;
+/// What of it a guest writes to again and again while it is moved.
+const WRITTEN: u64 = 256 * MIB;
+/// How long one migration may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+type Measure = fn(&Setup) -> Result<Vec<Vec<String>>>;
+
+const SUBJECTS: [(&str, Measure); 3] = [("throughput", throughput), ("downtime", downtime), ("zeroes", zeroes)];
+
+struct Setup {
+    program: PathBuf,
+    kernel: PathBuf,
+    moves: u32,
+    turns: u32,
+}
+
+/// Carries out the benchmark.
+///
+/// # Errors
+/// A VM does not start, or is not moved.
+pub fn run(args: &Args) -> Result<()> {
+    let setup = Setup {
+        program: build::program(Arch::native(), args.profile, "triarch", "triarch")?,
+        kernel: payload::build(Arch::native())?,
+        moves: args.moves,
+        turns: args.turns,
+    };
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|only| name.contains(only));
+    let subjects: Vec<_> = SUBJECTS.into_iter().filter(|(name, _)| wanted(name)).collect();
+    ensure!(!subjects.is_empty(), "there is no such subject");
+    let load = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let before = load();
+    let mut lines = vec![line(["", "goal", "median", "p99", "most"])];
+    for (name, measure) in subjects {
+        lines.extend(tools::step(name, || measure(&setup)).context(name)?);
+    }
+    println!("{}", table::format(&lines));
+    let first = |load: &str| load.split(' ').next().unwrap_or_default().to_owned();
+    println!("load average before {}, after {}", first(&before), first(&load()));
+    Ok(())
+}
+
+fn line<T: Into<String>>(cells: [T; 5]) -> Vec<String> {
+    cells.map(Into::into).to_vec()
+}
+
+/// A line about values of which more is worse.
+fn row(name: String, goal: &str, values: &[f64]) -> Vec<String> {
+    let [middle, late, most] = [0.5, 0.99, 1.0].map(|part| shown(quantile(values, part)));
+    line([name, goal.to_owned(), middle, late, most])
+}
+
+/// A VM that moves from one VMM to the next.
+struct Mover<'a> {
+    setup: &'a Setup,
+    vmm: Vmm,
+    client: Client,
+    guest: Guest,
+}
+
+/// What a migration was.
+struct Moved {
+    /// What the source told in the end.
+    last: Value,
+}
+
+impl Moved {
+    fn figure(&self, name: &str) -> Result<f64> {
+        self.last[name]
+            .as_f64()
+            .with_context(|| format!("no {name}: {}", self.last))
+    }
+}
+
+impl<'a> Mover<'a> {
+    /// A guest with so many bytes of RAM; `more` are further fields of its memory, with a comma before them.
+    fn start(setup: &'a Setup, ram: u64, more: &str) -> Result<Self> {
+        let kernel = setup.kernel.display();
+        let (vmm, client, guest) = Vmm::with_guest(&setup.program, |serial| {
+            format!(
+                r#"{{"payload":{{"kernel":"{kernel}"}},"memory":{{"size":{ram}{more}}},"serial":{serial},"console":{{"mode":"Off"}}}}"#
+            )
+        })?;
+        Ok(Self {
+            setup,
+            vmm,
+            client,
+            guest,
+        })
+    }
+
+    /// The largest part of RAM that commands may use: where it begins, and its bytes.
+    fn arena(&mut self) -> Result<(u64, u64)> {
+        let answer = self.guest.ask("mem arenas")?;
+        let arenas = answer.split(' ').filter_map(|arena| {
+            let (start, len) = arena.split_once('+')?;
+            let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+            Some((number(start)?, number(len)?))
+        });
+        let largest = arenas.max_by_key(|(_, len)| *len);
+        largest.with_context(|| format!("no RAM for tests in {answer}"))
+    }
+
+    /// Fills all RAM that may be used with data, and returns how many bytes that are.
+    fn fill(&mut self) -> Result<u64> {
+        let (start, len) = self.arena()?;
+        self.guest.patience(PATIENCE)?;
+        self.guest.ask(&format!("mem fill {start} {len} 7"))?;
+        Ok(len)
+    }
+
+    /// Moves it to a new VMM; `more` are further fields of the request, with a comma before them.
+    fn moves(&mut self, more: &str) -> Result<Moved> {
+        let vmm = Vmm::start(&self.setup.program, &[])?;
+        let serial = vmm.socket.with_file_name("serial.sock");
+        let mut client = vmm.client()?;
+        let mut waits = vmm.client()?;
+        waits.patience(PATIENCE)?;
+        let body = format!(
+            r#"{{"receiver_url":"tcp-plain:127.0.0.1:0","config":{{"serial":{{"socket":"{}"}}}}}}"#,
+            serial.display()
+        );
+        let received = thread::spawn(move || waits.put("vm.receive-migration", &body));
+        let address = listening(&mut client)?;
+        self.client.patience(PATIENCE)?;
+        self.client.put(
+            "vm.send-migration",
+            &format!(r#"{{"destination_url":"{address}"{more}}}"#),
+        )?;
+        received.join().map_err(|_| anyhow!("a client panicked"))??;
+        let last = self.client.get("vm.migration-progress")?;
+        self.guest = Guest::attach(&serial)?;
+        (self.vmm, self.client) = (vmm, client);
+        Ok(Moved { last })
+    }
+}
+
+/// Where the VMM waits.
+fn listening(client: &mut Client) -> Result<String> {
+    let end = Instant::now() + PATIENCE;
+    while Instant::now() < end {
+        let events = client.get("vm.events?since=0&follow=false")?;
+        let mut events = events.as_array().context("no events")?.iter();
+        if let Some(event) = events.find(|event| event["event"] == "listening") {
+            let address = event["properties"]["address"].as_str();
+            return Ok(address.context("no address")?.to_owned());
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Err(anyhow!("nobody listens"))
+}
+
+/// A full guest, and a plain copy of as many bytes over as many connections, in turns.
+fn throughput(setup: &Setup) -> Result<Vec<Vec<String>>> {
+    let mut rows = Vec::new();
+    for (streams, goal) in [(1, ""), (4, "80")] {
+        let mut mover = Mover::start(setup, RAM, "")?;
+        let filled = mover.fill()?;
+        let (mut ours, mut plain, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..setup.turns {
+            let copied = copy(streams, filled)?;
+            let moved = mover.moves(&format!(r#","connections":{streams}"#))?;
+            let sent = moved.figure("pages")? * bytes(PAGE) / bytes(MIB);
+            let rate = sent / (moved.figure("elapsed_ms")? / 1000.0);
+            ours.push(rate);
+            plain.push(copied);
+            ratios.push(100.0 * rate / copied);
+        }
+        let name = |what: &str| format!("{streams} connections: {what}");
+        for (name, goal, values) in [
+            (name("a full guest of 1 GiB, MiB/s"), "", &ours),
+            (name("a plain copy, MiB/s"), "", &plain),
+            (name("of the plain copy, %"), goal, &ratios),
+        ] {
+            let middle = shown(quantile(values, 0.5));
+            rows.push(line([
+                name,
+                goal.to_owned(),
+                middle,
+                String::new(),
+                shown(quantile(values, 1.0)),
+            ]));
+        }
+    }
+    Ok(rows)
+}
+
+/// MiB a second of a plain copy over loopback TCP, as iperf does it: each end has one buffer.
+fn copy(streams: u64, total: u64) -> Result<f64> {
+    const BUFFER: usize = 512 << 10;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let each = total / streams;
+    let began = Instant::now();
+    let senders: Vec<_> = (0..streams)
+        .map(|_| {
+            thread::spawn(move || -> Result<()> {
+                let mut stream = TcpStream::connect(address)?;
+                let buffer = vec![7; BUFFER];
+                let mut left = each;
+                while left > 0 {
+                    let part = left.min(BUFFER as u64);
+                    stream.write_all(&buffer[..usize::try_from(part)?])?;
+                    left -= part;
+                }
+                Ok(())
+            })
+        })
+        .collect();
+    let receivers: Result<Vec<_>> = (0..streams)
+        .map(|_| {
+            let mut stream = listener.accept()?.0;
+            Ok(thread::spawn(move || -> Result<()> {
+                let mut buffer = vec![0; BUFFER];
+                while stream.read(&mut buffer)? > 0 {}
+                Ok(())
+            }))
+        })
+        .collect();
+    for thread in senders.into_iter().chain(receivers?) {
+        thread.join().map_err(|_| anyhow!("a thread panicked"))??;
+    }
+    Ok(bytes(each * streams / MIB) / began.elapsed().as_secs_f64())
+}
+
+/// A guest of 1 GiB, half of it data, that writes at a rate.
+fn downtime(setup: &Setup) -> Result<Vec<Vec<String>>> {
+    let mut rows = Vec::new();
+    for (rate, goal) in [(0, ""), (100, "50"), (500, "")] {
+        let mut mover = Mover::start(setup, RAM, "")?;
+        let (start, len) = mover.arena()?;
+        mover.guest.patience(PATIENCE)?;
+        mover
+            .guest
+            .ask(&format!("mem fill {start} {} 7", len / 2 / PAGE * PAGE))?;
+        let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..setup.moves {
+            // At rate 0 it counts in one page, a thousand times a second, to see for how long it cannot.
+            let (pages, a_second) = match rate {
+                0 => (1, 1000),
+                rate => (WRITTEN / PAGE, rate * MIB / PAGE),
+            };
+            mover.guest.send(&format!("dirty {pages} {a_second} 0"))?;
+            thread::sleep(Duration::from_millis(50));
+            let moved = mover.moves(r#","connections":4"#)?;
+            told.push(moved.figure("downtime_ms")?);
+            times.push(moved.figure("elapsed_ms")?);
+            mover.guest.send("")?;
+            seen.push(number(&mover.guest.answer()?, "gap_us")? / 1000.0);
+        }
+        let name = |what: &str| format!("{rate} MiB/s written: {what}");
+        rows.push(row(name("stands still, as the source tells, ms"), goal, &told));
+        rows.push(row(name("longest gap that the guest sees, ms"), goal, &seen));
+        rows.push(row(name("the whole migration, ms"), "", &times));
+    }
+    Ok(rows)
+}
+
+/// A guest of 4 GiB without data: memory that was never touched, and memory that is there and empty.
+fn zeroes(setup: &Setup) -> Result<Vec<Vec<String>>> {
+    let mut rows = Vec::new();
+    for (name, more) in [("never touched", ""), ("zero pages", r#","prefault":true"#)] {
+        let mut times = Vec::new();
+        for _ in 0..setup.turns {
+            let mut mover = Mover::start(setup, 4 << 30, more)?;
+            times.push(mover.moves(r#","connections":4"#)?.figure("elapsed_ms")?);
+        }
+        rows.push(row(format!("4 GiB, {name}: the whole migration, ms"), "1000", &times));
+    }
+    Ok(rows)
+}
+
+/// Sizes here are far below 2^52.
+#[allow(clippy::cast_precision_loss)]
+fn bytes(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_copy_has_a_rate() {
+        for streams in [1, 4] {
+            let rate = copy(streams, 8 * MIB).unwrap();
+            assert!(rate > 0.0, "{rate}");
+        }
+    }
+
+    #[test]
+    fn a_row_has_median_and_tail() {
+        let values: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(row("x".to_owned(), "50", &values), ["x", "50", "51.00", "100", "100"]);
+    }
+}

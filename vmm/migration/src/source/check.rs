@@ -1,0 +1,52 @@
+//! Whether a guest could be moved.
+
+use super::{SourceError, SourceOptions, connect, fits, random};
+use crate::blocker::Blocker;
+use crate::connect::Dialer;
+use crate::memory::{Layout, Region};
+use crate::stream::Interrupt;
+use crate::wire::{Message, Offer, Role};
+
+/// A question to a destination. Nothing is moved, and the destination goes on waiting.
+pub struct Check {
+    options: SourceOptions,
+    dialer: Dialer,
+    layout: Layout,
+}
+
+impl Check {
+    /// Reads certificates and resolves names: the thread that asks may do neither. `regions` is the guest's memory.
+    pub fn new(options: SourceOptions, regions: Vec<Region>) -> Result<Self, SourceError> {
+        let dialer = Dialer::new(&options.address, options.tls.as_ref(), options.deadlines)?;
+        let layout = Layout::new(regions).map_err(SourceError::Layout)?;
+        Ok(Self {
+            options,
+            dialer,
+            layout,
+        })
+    }
+
+    /// Asks. What is in the way is returned; nothing is: the guest would be taken. `config` and `cpu` are for the destination's
+    /// [`check`](crate::Sink::check).
+    ///
+    /// # Errors
+    /// The destination could not be asked.
+    pub fn run(self, config: &[u8], cpu: &[u8]) -> Result<Vec<Blocker>, SourceError> {
+        fits(config, cpu)?;
+        let interrupt = Interrupt::default();
+        let mut stream = connect(&self.dialer, &self.options, &interrupt, random()?, Role::Check)?;
+        let offer = Offer {
+            layout: self.layout,
+            config,
+            cpu,
+        };
+        stream.send(&Message::Offer(offer))?;
+        let found = match stream.receive(self.options.deadlines.silence, "say what is in the way")? {
+            Message::Blockers(blockers) => Ok(blockers),
+            Message::Abort(reason) => Err(SourceError::Refused(reason.to_owned())),
+            other => Err(crate::stream::unexpected(&other, "what is in the way").into()),
+        };
+        let _ = stream.send(&Message::End);
+        found
+    }
+}
