@@ -149,8 +149,12 @@ impl fmt::Display for Process {
     }
 }
 
-/// What a descriptor is, without what makes it this one: `socket:[123]` is `socket`, and `anon_inode:[eventfd]` is that.
+/// What a descriptor is, without what makes it this one: `socket:[123]` is `socket`, and `anon_inode:[eventfd]` is that; a file that tells of
+/// a thread is called without its number, since the next guest's has another one.
 fn kind(target: &str) -> String {
+    if let Some((_, file)) = target.rsplit_once('/').filter(|_| target.starts_with("/proc/")) {
+        return format!("/proc: {file}");
+    }
     let kind = match target.split_once(":[") {
         Some((kind, id)) if id.starts_with(|c: char| c.is_ascii_digit()) => kind,
         _ => target,
@@ -184,8 +188,8 @@ mod tests {
             a000-a010 rw-p 0\nSize: 64 kB\nPrivate_Dirty: 4 kB\n";
         assert_eq!(memory(smaps), (3, 12));
         assert_eq!(
-            ["socket:[7]", "anon_inode:[eventfd]", "/dev/kvm"].map(kind),
-            ["socket", "anon_inode:[eventfd]", "/dev/kvm"]
+            ["socket:[7]", "anon_inode:[eventfd]", "/dev/kvm", "/proc/7/task/8/stat"].map(kind),
+            ["socket", "anon_inode:[eventfd]", "/dev/kvm", "/proc: stat"]
         );
     }
 
