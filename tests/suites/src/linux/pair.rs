@@ -102,7 +102,9 @@ impl Peer {
     fn certificates(&mut self, dir: &Path) -> Result<Value> {
         const FILES: [&str; 3] = ["certificate", "key", "ca"];
         if self.side == Side::Here {
-            let ours = Authority::new()?.pair("here.test", "there.test")?;
+            // Its files are gone with it.
+            let authority = Authority::new()?;
+            let ours = authority.pair("here.test", "there.test")?;
             let (mut text, mut kept) = (ours.destination.clone(), ours.source);
             for name in FILES {
                 let read = |tls: &Value| fs::read_to_string(tls[name].as_str().unwrap_or_default());
