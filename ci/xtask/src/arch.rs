@@ -84,7 +84,7 @@ impl Arch {
     }
 
     /// What the kernel of an emulated host is told: x86's tries its timer when it starts, and panics when nothing comes in time, which is
-    /// how it is when the emulator waits for a busy machine.
+    /// how it is when the emulator waits for a busy machine. With interrupts remapped it has no other way to go on.
     pub fn of_slow_hosts(self) -> &'static str {
         match self {
             Self::X86_64 => "no_timer_check",

@@ -90,11 +90,10 @@ impl Devices {
     }
 }
 
-/// What the host's kernel has to be told, so that the IOMMU translates. With interrupts remapped it has one way only to find that its timer
-/// interrupts, and panics when the emulator, starved of processor time, makes it find none in time: it shall not look.
+/// What the host's kernel has to be told, so that the IOMMU translates.
 pub fn cmdline(arch: Arch) -> &'static str {
     match arch {
-        Arch::X86_64 => "intel_iommu=on iommu=nopt no_timer_check triarch.spare=pci",
+        Arch::X86_64 => "intel_iommu=on iommu=nopt triarch.spare=pci",
         Arch::Aarch64 => "iommu.passthrough=0 triarch.spare=pci",
     }
 }
