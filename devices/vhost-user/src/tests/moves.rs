@@ -34,10 +34,14 @@ fn shown(rig: &Rig) -> Offer {
 
 #[test]
 fn a_disk_is_let_go_and_taken_back() {
-    let (told, refuses) = (Arc::default(), Arc::default());
+    let (told, refuses): (Arc<Mutex<Vec<u8>>>, _) = (Arc::default(), Arc::default());
     let mut rig = Rig::with(noting(&told, &refuses), |_| {});
     rig.wait(|s| s.state == LinkState::Connected && s.logs);
     rig.handle.check_movable().expect("it can log");
+    // The status is told a moment after the connection.
+    while told.lock().expect("lock").is_empty() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
     let queue = rig.device.stop_queue(0).expect("the queue");
     rig.handle.let_go().expect("it does");
     refuses.store(true, SeqCst);
