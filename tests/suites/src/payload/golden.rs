@@ -2,7 +2,7 @@
 
 use super::guest::{Guest, IMAGE, SERIAL, builder, is_arm, number, test_ram};
 use super::snapshot::{another, edit, url};
-use super::snapshot_cpu::change;
+use super::snapshot_cpu::{change, for_emulated_cpus};
 use anyhow::{Context as _, Result, ensure};
 use flate2::Compression;
 use flate2::read::GzDecoder;
@@ -90,18 +90,6 @@ fn unpack(packed: &[u8], memory: &Path) -> Result<()> {
 /// The vCPUs that the guest has.
 const VCPUS: [&str; 2] = ["0", "1"];
 
-/// QEMU's emulated AMD looks into the I/O bitmap of a task state segment only if it is not marked busy, as one that a program loads is not
-/// there. KVM, as the manuals, knows only busy ones. Without this the guest, which is in ring 3, reaches no port.
-fn for_emulated_cpus(directory: &Path) -> Result<()> {
-    const AVAILABLE: u8 = 9;
-    VCPUS.iter().try_for_each(|id| {
-        change(directory, ["vcpu", id], |vcpu| {
-            vcpu["special"]["tr"]["type"] = AVAILABLE.into();
-            Ok(())
-        })
-    })
-}
-
 /// Has the snapshot in `directory` name files of `vm`, with a disk; where its serial line is.
 fn settle(directory: &Path, vm: &Vm) -> Result<(PathBuf, DiskImage)> {
     let (serial, disk) = (vm.dir().join(SERIAL), vm.dir().join("disk"));
@@ -117,9 +105,7 @@ fn settle(directory: &Path, vm: &Vm) -> Result<(PathBuf, DiskImage)> {
 fn goes_on(context: &Context, directory: &Path) -> Result<()> {
     let (vm, api) = another(context)?;
     let (serial, _disk) = settle(directory, &vm)?;
-    if !is_arm() {
-        for_emulated_cpus(directory)?;
-    }
+    for_emulated_cpus(directory)?;
     api.put("vm.restore", Some(&url("source_url", directory).to_string()))?;
     let mut guest = Guest::attach_restored(vm, &serial)?;
     guest.vm().resume()?;

@@ -4,6 +4,7 @@ use super::data::crc32;
 use super::dimms;
 use super::guest::{Guest, IMAGE, SERIAL, builder, number};
 use super::payload_tests;
+use super::snapshot_cpu::for_emulated_cpus;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -64,7 +65,7 @@ pub(super) fn snapshot(api: &Api, directory: &Path) -> Result<()> {
         .collect::<std::io::Result<_>>()?;
     names.sort();
     ensure!(names == ["config.json", "memory-ranges", "state.json"], "{names:?}");
-    Ok(())
+    for_emulated_cpus(directory)
 }
 
 /// A VMM without a VM, with another socket.
