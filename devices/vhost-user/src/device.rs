@@ -255,6 +255,18 @@ impl VhostUser {
         self.kind().restore_port(state);
     }
 
+    /// What the driver wrote into the configuration space, for a snapshot: bytes by their offsets. Where the daemon alone knows it, nothing.
+    pub fn written(&self) -> BTreeMap<usize, u8> {
+        self.shared.written().clone()
+    }
+
+    /// Has the driver's daemons told that, after `activate` and before queues start. What a driver cannot write is left out.
+    pub fn write_again(&mut self, written: &BTreeMap<usize, u8>) {
+        for (at, byte) in written {
+            self.write_config(*at as u64, &[*byte]);
+        }
+    }
+
     fn kind(&self) -> &dyn Kind {
         &*self.shared.peer.kind
     }

@@ -13,6 +13,7 @@ mod device;
 pub mod mem;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
+mod names;
 pub mod net;
 mod queue;
 mod rng;
@@ -26,6 +27,7 @@ pub use block::{
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
+pub use names::feature_names;
 pub use queue::{InflightQueue, QueueLayout, QueueStateV1, RingFault, VirtQueue};
 pub use rng::{EntropySource, SourceError, VirtioRng};
 pub use transport::{DeviceEvent, Observer, RestoreError, SaveError, VirtioPci, VirtioPciQueueV1, VirtioPciStateV1};

@@ -194,6 +194,8 @@ struct Session {
     rounds: u32,
     throttle: u8,
     began: Instant,
+    /// When the destination heard last how far this is. Many rounds may pass in the time in which it gives up a source that is silent.
+    said: Instant,
 }
 
 impl Source {
@@ -310,6 +312,7 @@ impl Source {
                 rounds: 0,
                 throttle: 0,
                 began: Instant::now(),
+                said: Instant::now(),
             }),
             Err(error) => {
                 say_no(&mut control, &error);
@@ -363,12 +366,11 @@ impl Source {
         let began = Instant::now();
         let round = self.next_round(session, runs);
         session.team.begin(round);
-        let (control, rounds) = (&mut session.control, session.rounds);
-        let mut said = Instant::now();
-        let done = session.team.finish(|| {
+        let (control, said, rounds) = (&mut session.control, &mut session.said, session.rounds);
+        let mut say = || -> Result<(), Failed> {
             // The interrupt of the control stream is that of a cancel.
             if said.elapsed() >= worker::ALIVE.min(self.options.deadlines.silence / 3) {
-                said = Instant::now();
+                *said = Instant::now();
                 let remaining = self.handle.counters().remaining.load(Ordering::Relaxed);
                 control.send(&Message::Progress(wire::Progress {
                     round: rounds,
@@ -376,6 +378,11 @@ impl Source {
                 }))?;
             }
             Ok(())
+        };
+        let done = session.team.finish(&mut say).and_then(|done| {
+            // A round may be over before there was time for that.
+            say()?;
+            Ok(done)
         });
         let done = done.map_err(|failed| self.reason(session, failed))?;
         session.learn(&done, began.elapsed());

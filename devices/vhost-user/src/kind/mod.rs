@@ -17,7 +17,7 @@ use triarch_device_core::{Event, Sandbox};
 use triarch_memory::GuestMemory;
 use triarch_vhost_protocol::{PROTOCOL_FEATURES, Request};
 use triarch_virtio::net::NetStateV1;
-use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue, feature};
+use triarch_virtio::{Chain, DeviceContext, DeviceId, VirtQueue, feature, feature_names};
 
 use crate::{LinkError, LinkState};
 
@@ -219,7 +219,7 @@ pub(crate) fn continues(kind: &dyn Kind, known: &Offer, now: &Offer) -> Result<(
     check(kind, now)?;
     let missing = features(kind, known) & !features(kind, now);
     if missing != 0 {
-        let text = format!("it no longer offers the features {missing:#x}");
+        let text = format!("it no longer offers {}", feature_names(kind.id(), missing));
         return Err(LinkError::Unfit(text));
     }
     kind.continues(known, now).map_err(LinkError::Unfit)

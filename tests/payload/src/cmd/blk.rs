@@ -14,6 +14,9 @@ use alloc::vec::Vec;
 use core::fmt::Write;
 use core::ops::Range;
 
+/// Where the configuration space says whether writes may stay in a cache.
+const WRITEBACK: u64 = 32;
+
 /// Runs one command on a disk.
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let index = args.number("disk number")? as usize;
@@ -29,6 +32,10 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     match what {
         "info" => info(disk),
         "id" => disk.serial(),
+        "writeback" => {
+            let on = args.number("0|1")? as u8;
+            disk.registers().write_config8(WRITEBACK, on).map(|()| String::new())
+        }
         "read" => read(disk, args),
         "write" | "verify" => write_or_verify(disk, what == "write", args),
         "flush" => disk.flush().map(|()| String::new()),
@@ -87,7 +94,7 @@ fn info(disk: &mut Blk) -> Reply {
         (feature::TOPOLOGY, "physical_exp", 24, 1),
         (feature::TOPOLOGY, "min_io", 26, 2),
         (feature::TOPOLOGY, "opt_io", 28, 4),
-        (feature::CONFIG_WCE, "writeback", 32, 1),
+        (feature::CONFIG_WCE, "writeback", WRITEBACK, 1),
         (feature::MQ, "queues", 34, 2),
         (feature::DISCARD, "discard_max", 36, 4),
         (feature::DISCARD, "discard_align", 44, 4),

@@ -30,6 +30,9 @@ const DAEMON: Kind = Kind::new("daemon", 1);
 /// Requests that no daemon has answered.
 const UNANSWERED: Kind = Kind::new("unanswered", 1);
 
+/// What a driver wrote into the configuration space of a device that a daemon serves: bytes by their offsets.
+const WRITTEN: Kind = Kind::new("written", 1);
+
 /// Most bytes of a daemon's state.
 const DAEMON_BYTES: u64 = 64 << 20;
 /// Bytes of the host bridge's configuration space that a guest may have written.
@@ -115,6 +118,10 @@ fn save_device(
     } else if let Some(served) = device.downcast_mut::<VhostUser>() {
         if let Some(port) = served.port() {
             payloads.put(NET, id, &port)?;
+        }
+        let written = served.written();
+        if !written.is_empty() {
+            payloads.put(WRITTEN, id, &written)?;
         }
         let open = unanswered(served, state)?;
         if !open.is_empty() {
@@ -258,6 +265,9 @@ fn restore_after(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads: 
     if let Some(disk) = device.downcast_mut::<Block>() {
         disk.restore(&payloads.take(BLOCK, id)?)?;
     } else if let Some(served) = device.downcast_mut::<VhostUser>() {
+        if let Some(written) = payloads.take_if_there(WRITTEN, id)? {
+            served.write_again(&written);
+        }
         if let Some(HexBytes(bytes)) = payloads.take_if_there(DAEMON, id)? {
             served.load_state(&mut bytes.as_slice(), &StateLimits::default())?;
         }

@@ -3,10 +3,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::mock::{
-    Dirtier, End, Fails, MockGuest, MockMemory, P, World, destination_options, migrate, regions, socket, source_options,
+    Dirtier, End, Fails, MockGuest, MockMemory, P, World, deadlines, destination_options, migrate, regions, socket,
+    source_options,
 };
 use crate::{
-    Address, Destination, Handle, Limits, Memory, OnTimeOut, PAGE, Phase, SourceError, SourceOptions, Whereabouts,
+    Address, Deadlines, Destination, DestinationOptions, Handle, Limits, Memory, OnTimeOut, PAGE, Phase, SourceError,
+    SourceOptions, Whereabouts,
 };
 
 fn moved(end: &End, memory: &MockMemory) {
@@ -172,8 +174,17 @@ fn a_cancelled_guest_runs_on() {
 
 /// A guest that writes all of 2 MiB again and again, over 2 MiB a second.
 fn writes_too_fast(limits: Limits) -> (End, Arc<MockMemory>) {
+    writes_too_fast_for(limits, deadlines())
+}
+
+/// The same with a destination that waits for so long.
+fn writes_too_fast_for(limits: Limits, patience: Deadlines) -> (End, Arc<MockMemory>) {
     let (_dir, address) = socket();
-    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let waits = DestinationOptions {
+        deadlines: patience,
+        ..destination_options(&address)
+    };
+    let destination = Destination::bind(waits).expect("listens");
     let memory = MockMemory::new(&regions());
     memory.fill(200);
     let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
@@ -182,6 +193,7 @@ fn writes_too_fast(limits: Limits) -> (End, Arc<MockMemory>) {
     });
     let options = SourceOptions {
         limits,
+        deadlines: patience,
         ..source_options(&address)
     };
     let handle = Handle::new(Some(2 << 20));
@@ -225,6 +237,24 @@ fn what_does_not_converge_is_switched_if_told() {
     };
     let (end, memory) = writes_too_fast(limits);
     moved(&end, &memory);
+}
+
+#[test]
+fn many_short_rounds_are_no_silence() {
+    let patience = Deadlines {
+        silence: Duration::from_secs(6),
+        ..deadlines()
+    };
+    let limits = Limits {
+        downtime: Duration::from_millis(30),
+        time: Some(Duration::from_secs(9)),
+        on_time_out: OnTimeOut::Switch,
+        ..Limits::default()
+    };
+    let (end, memory) = writes_too_fast_for(limits, patience);
+    moved(&end, &memory);
+    let rounds = end.source.expect("moved").progress.rounds;
+    assert!(rounds > 3, "{rounds} rounds");
 }
 
 /// Memory whose log tells nothing until the guest is paused.

@@ -6,7 +6,7 @@ use triarch_pci::{ConfigStateError, ConfigStateV1, MsiXStateError, MsiXStateV1};
 
 use super::core::{Core, QueueSlot};
 use super::status;
-use crate::QueueStateV1;
+use crate::{QueueStateV1, feature_names};
 
 /// A saved queue: its registers and, when the device works on it, how far it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,9 +78,9 @@ pub enum RestoreError {
     /// The vector table is another device's.
     #[error("the saved interrupts are not this device's")]
     MsiX(#[source] MsiXStateError),
-    /// The driver relies on features this device does not offer.
-    #[error("the guest uses features {0:#x} that this device does not offer")]
-    Features(u64),
+    /// The driver relies on features this device does not offer: their names.
+    #[error("the guest uses features that this device does not offer: {0}")]
+    Features(String),
     /// The queues are not this device's.
     #[error("the saved queues do not fit this device")]
     Queues,
@@ -124,7 +124,8 @@ impl Core {
     pub(super) fn restore(&mut self, state: &VirtioPciStateV1) -> Result<(), RestoreError> {
         let foreign = state.driver_features & !self.device.features();
         if state.status & (status::FEATURES_OK | status::DRIVER_OK) != 0 && foreign != 0 {
-            return Err(RestoreError::Features(foreign));
+            let names = feature_names(self.device.id(), foreign);
+            return Err(RestoreError::Features(names));
         }
         let runs = state.status & status::DRIVER_OK != 0;
         let fits = |((saved, here), index): ((&VirtioPciQueueV1, &QueueSlot), u16)| {

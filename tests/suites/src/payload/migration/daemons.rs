@@ -351,7 +351,7 @@ fn refused(context: &Context) -> Result<Outcome> {
     for (image, queues, options, why) in [
         (small.path(), 2, LATE, "has 8388608 bytes"),
         (&same, 1, LATE, "serves 1 queues"),
-        (&same, 2, late_readonly, "no longer"),
+        (&same, 2, late_readonly, "no longer offers VIRTIO_BLK_F_DISCARD"),
     ] {
         let daemon = rig.other(context, image, queues, options)?;
         let waiting = Waiting::start(context, "unix", &at(&daemon))?;

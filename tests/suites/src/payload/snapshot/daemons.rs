@@ -1,7 +1,7 @@
 //! Devices that daemons serve go on with other daemons, at other sockets.
 
 use super::super::data::pattern;
-use super::super::guest::{Guest, builder, field};
+use super::super::guest::{Guest, builder, field, number};
 use super::super::{vhost, vhost_net};
 use super::{crash, edit, restore_with, snapshot};
 use crate::storage::{self, Daemon, soon};
@@ -129,6 +129,13 @@ fn disk(context: &Context, program: storage::Program, options: &str) -> Result<O
         let answer = disk.rig.guest.answer();
         answer.with_context(|| format!("round {round}: {}", disk.last_words()))?;
         ensure!(storage::link(disk.rig.guest.vm())?["datapath"] == way);
+    }
+    // What the driver wrote into the configuration space, every daemon is told.
+    for writeback in [0, 1, 0] {
+        disk.rig.guest.ask(&format!("blk 0 writeback {writeback}"))?;
+        disk.go_on(context)?;
+        let known = number(&disk.rig.guest.ask("blk 0 info")?, "writeback")?;
+        ensure!(known == writeback, "{known}, not {writeback}");
     }
     disk.rig.guest.power_off()?;
     Ok(Outcome::Passed)
