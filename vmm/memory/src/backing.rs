@@ -82,6 +82,14 @@ pub struct ZoneRam {
 /// # Errors
 /// The host has not as much in all, or cannot back one of them as it should; then the error names it.
 pub fn allocate_zones(zones: &[ZoneRam]) -> Result<GuestMemory, MemoryError> {
+    assemble_zones(zones, |zone| allocate(&zone.ranges, &zone.options))
+}
+
+/// The same of what `make` makes for each of them.
+pub fn assemble_zones(
+    zones: &[ZoneRam],
+    mut make: impl FnMut(&ZoneRam) -> Result<GuestMemory, MemoryError>,
+) -> Result<GuestMemory, MemoryError> {
     let small = zones.iter().filter(|zone| zone.options.huge_pages.is_none());
     let bytes = small.flat_map(|zone| &zone.ranges).map(|(_, size)| size);
     check_host_has(bytes.fold(0, |sum, size| sum.saturating_add(*size)))?;
@@ -91,7 +99,7 @@ pub fn allocate_zones(zones: &[ZoneRam]) -> Result<GuestMemory, MemoryError> {
             id: zone.id.clone(),
             source: Box::new(source),
         };
-        let mut made = allocate(&zone.ranges, &zone.options).map_err(named)?;
+        let mut made = make(zone).map_err(named)?;
         for &(base, size) in &zone.ranges {
             let (rest, region) = made
                 .remove_region(base, size)

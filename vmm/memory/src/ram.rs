@@ -175,10 +175,19 @@ pub fn allocate(ranges: &[(GuestAddress, u64)], options: &RamOptions) -> Result<
     } else {
         None
     };
+    regions(ranges, options, file.as_ref())
+}
+
+/// Maps `ranges`, one after the other of `file` if there is one.
+pub(crate) fn regions(
+    ranges: &[(GuestAddress, u64)],
+    options: &RamOptions,
+    file: Option<&File>,
+) -> Result<GuestMemory, MemoryError> {
     let mut offset = 0;
     let mut regions = Vec::with_capacity(ranges.len());
     for &(base, size) in ranges {
-        let backing = match &file {
+        let backing = match file {
             Some(file) => Some(FileOffset::new(
                 file.try_clone().map_err(|source| MemoryError::MemFd { size, source })?,
                 offset,

@@ -31,15 +31,25 @@ pub struct SparseMemory {
 impl SparseMemory {
     /// Room at the GPAs `range`, whole pages, for memory that is made with `options`.
     pub fn new(range: Range<u64>, options: &RamOptions) -> Result<Self, MemoryError> {
+        Self::of(range, options, None)
+    }
+
+    /// The same of `file`, which [`check_handed`](crate::check_handed) approved for all of `range`: parts have what is there.
+    pub fn adopt(range: Range<u64>, options: &RamOptions, file: &File) -> Result<Self, MemoryError> {
+        Self::of(range, options, Some(file))
+    }
+
+    fn of(range: Range<u64>, options: &RamOptions, file: Option<&File>) -> Result<Self, MemoryError> {
         let page = page_size(options)?;
         options.host_node.map_or(Ok(()), node::check)?;
         let (base, size) = (range.start, range.end.saturating_sub(range.start));
         if size == 0 || !size.is_multiple_of(page) || !base.is_multiple_of(page) {
             return Err(MemoryError::Unaligned { base, size, page });
         }
-        let file = match options.shared || options.huge_pages.is_some() {
-            true => Some(memfd(size, options)?),
-            false => None,
+        let file = match file {
+            Some(file) => Some(file.try_clone().map_err(|source| MemoryError::MemFd { size, source })?),
+            None if options.shared || options.huge_pages.is_some() => Some(memfd(size, options)?),
+            None => None,
         };
         Ok(Self {
             range,
