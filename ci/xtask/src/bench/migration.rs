@@ -43,7 +43,12 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 type Measure = fn(&Setup) -> Result<Vec<Vec<String>>>;
 
-const SUBJECTS: [(&str, Measure); 3] = [("throughput", throughput), ("downtime", downtime), ("zeroes", zeroes)];
+const SUBJECTS: [(&str, Measure); 4] = [
+    ("throughput", throughput),
+    ("downtime", downtime),
+    ("zeroes", zeroes),
+    ("local", local),
+];
 
 struct Setup {
     program: PathBuf,
@@ -149,13 +154,22 @@ impl<'a> Mover<'a> {
 
     /// Moves it to a new VMM; `more` are further fields of the request, with a comma before them.
     fn moves(&mut self, more: &str) -> Result<Moved> {
+        self.moves_by("tcp-plain:127.0.0.1:0", more)
+    }
+
+    /// The same over a connection of this kind; `unix` is a socket beside the new VMM's.
+    fn moves_by(&mut self, url: &str, more: &str) -> Result<Moved> {
         let vmm = Vmm::start(&self.setup.program, &[])?;
         let serial = vmm.socket.with_file_name("serial.sock");
         let mut client = vmm.client()?;
         let mut waits = vmm.client()?;
         waits.patience(PATIENCE)?;
+        let url = match url {
+            "unix" => format!("unix:{}", vmm.socket.with_file_name("move.sock").display()),
+            url => url.to_owned(),
+        };
         let body = format!(
-            r#"{{"receiver_url":"tcp-plain:127.0.0.1:0","config":{{"serial":{{"socket":"{}"}}}}}}"#,
+            r#"{{"receiver_url":"{url}","config":{{"serial":{{"socket":"{}"}}}}}}"#,
             serial.display()
         );
         let received = thread::spawn(move || waits.put("vm.receive-migration", &body));
@@ -170,6 +184,20 @@ impl<'a> Mover<'a> {
         self.guest = Guest::attach(&serial)?;
         (self.vmm, self.client) = (vmm, client);
         Ok(Moved { last })
+    }
+
+    /// Has it write so many MiB a second while it is moved, and returns for how many milliseconds it could not at most.
+    fn while_it_writes(&mut self, rate: u64, moves: impl FnOnce(&mut Self) -> Result<()>) -> Result<f64> {
+        // At rate 0 it counts in one page, a thousand times a second, to see for how long it cannot.
+        let (pages, a_second) = match rate {
+            0 => (1, 1000),
+            rate => (WRITTEN / PAGE, rate * MIB / PAGE),
+        };
+        self.guest.send(&format!("dirty {pages} {a_second} 0"))?;
+        thread::sleep(Duration::from_millis(50));
+        moves(self)?;
+        self.guest.send("")?;
+        Ok(number(&self.guest.answer()?, "gap_us")? / 1000.0)
     }
 }
 
@@ -273,18 +301,12 @@ fn downtime(setup: &Setup) -> Result<Vec<Vec<String>>> {
             .ask(&format!("mem fill {start} {} 7", len / 2 / PAGE * PAGE))?;
         let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..setup.moves {
-            // At rate 0 it counts in one page, a thousand times a second, to see for how long it cannot.
-            let (pages, a_second) = match rate {
-                0 => (1, 1000),
-                rate => (WRITTEN / PAGE, rate * MIB / PAGE),
-            };
-            mover.guest.send(&format!("dirty {pages} {a_second} 0"))?;
-            thread::sleep(Duration::from_millis(50));
-            let moved = mover.moves(r#","connections":4"#)?;
-            told.push(moved.figure("downtime_ms")?);
-            times.push(moved.figure("elapsed_ms")?);
-            mover.guest.send("")?;
-            seen.push(number(&mover.guest.answer()?, "gap_us")? / 1000.0);
+            seen.push(mover.while_it_writes(rate, |mover| {
+                let moved = mover.moves(r#","connections":4"#)?;
+                told.push(moved.figure("downtime_ms")?);
+                times.push(moved.figure("elapsed_ms")?);
+                Ok(())
+            })?);
         }
         let name = |what: &str| format!("{rate} MiB/s written: {what}");
         rows.push(row(name("stands still, as the source tells, ms"), goal, &told));
@@ -304,6 +326,29 @@ fn zeroes(setup: &Setup) -> Result<Vec<Vec<String>>> {
             times.push(mover.moves(r#","connections":4"#)?.figure("elapsed_ms")?);
         }
         rows.push(row(format!("4 GiB, {name}: the whole migration, ms"), "1000", &times));
+    }
+    Ok(rows)
+}
+
+/// Guests whose memory is handed over to another VMM on this host: one that writes, and larger ones.
+fn local(setup: &Setup) -> Result<Vec<Vec<String>>> {
+    let mut rows = Vec::new();
+    for (gib, rate) in [(1, 0), (1, 500), (4, 0)] {
+        let mut mover = Mover::start(setup, gib << 30, r#","shared":true"#)?;
+        mover.fill()?;
+        let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..setup.moves {
+            seen.push(mover.while_it_writes(rate, |mover| {
+                let moved = mover.moves_by("unix", r#","local":true"#)?;
+                told.push(moved.figure("downtime_ms")?);
+                times.push(moved.figure("elapsed_ms")?);
+                Ok(())
+            })?);
+        }
+        let name = |what: &str| format!("{gib} GiB handed over, {rate} MiB/s written: {what}");
+        rows.push(row(name("stands still, as the source tells, ms"), "50", &told));
+        rows.push(row(name("longest gap that the guest sees, ms"), "50", &seen));
+        rows.push(row(name("the whole migration, ms"), "", &times));
     }
     Ok(rows)
 }
