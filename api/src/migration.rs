@@ -71,7 +71,9 @@ pub struct SendMigration {
     /// Certificates, for `tcp:`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<MigrationTls>,
-    /// Cloud Hypervisor's wish to hand memory over within one host. This version copies; only `false` is taken.
+    /// Whether the memory's descriptors are handed over to the other VMM, on this host by `unix:`, instead of copying what is in it. The
+    /// guest must have shared memory; nothing is sent, so that `connections`, `bandwidth`, `throttle`, `compress` and `downtime_ms` mean
+    /// nothing.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub local: bool,
 }
@@ -97,11 +99,6 @@ impl SendMigration {
     /// Whether all of it can be done.
     pub fn validate(&self) -> Result<(), ApiError> {
         let bad = |text: String| Err(ApiError::BadRequest(text));
-        if self.local {
-            return Err(ApiError::Unsupported(
-                "this version does not hand over memory within one host; leave local out, and it is copied".to_owned(),
-            ));
-        }
         if !(1..=MAX_CONNECTIONS).contains(&self.connections) {
             return bad(format!(
                 "connections: {} is not between 1 and {MAX_CONNECTIONS}",
@@ -157,6 +154,9 @@ pub struct CheckMigration {
     /// Certificates, for `tcp:`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<MigrationTls>,
+    /// Whether memory would be handed over within this host.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub local: bool,
 }
 
 /// Answer of `vm.check-migration`.
@@ -231,6 +231,9 @@ pub enum MigrationPhase {
     Connecting,
     /// Memory is copied while the guest runs.
     Copying,
+    /// The destination has the guest's memory, and prepares a machine while the guest runs.
+    #[serde(rename = "handing_over")]
+    HandingOver,
     /// The guest is paused, and the rest is copied.
     Switching,
     /// The guest was given away; its end is awaited.
@@ -400,7 +403,6 @@ mod tests {
                 },
                 400,
             ),
-            (SendMigration { local: true, ..good }, 501),
         ] {
             assert_eq!(bad.validate().expect_err("refused").status(), status, "{bad:?}");
         }

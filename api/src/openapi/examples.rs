@@ -67,6 +67,10 @@ pub(super) fn of_body(route: &str) -> Value {
                 },
             },
             "unix": { "summary": "Within one host", "value": { "destination_url": "unix:/run/vm/move.sock" } },
+            "local": {
+                "summary": "To a newer VMM on the same host, which gets the guest's shared memory as it is",
+                "value": { "destination_url": "unix:/run/vm/move.sock", "local": true },
+            },
         }),
         "vm.receive-migration" => json!({
             "tls": {

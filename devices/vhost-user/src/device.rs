@@ -106,12 +106,23 @@ impl VhostUserHandle {
     pub fn check_movable(&self) -> Result<(), LinkError> {
         let status = self.status();
         let unfit = |text: &str| Err(LinkError::Unfit(text.to_owned()));
+        match status.state == LinkState::Connected && !status.logs {
+            true => unfit("it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs"),
+            false => self.check_state(),
+        }
+    }
+
+    /// The same if nobody has to know which pages the daemon writes.
+    ///
+    /// # Errors
+    /// What the daemon lacks.
+    pub fn check_state(&self) -> Result<(), LinkError> {
+        let status = self.status();
+        let unfit = |text: &str| Err(LinkError::Unfit(text.to_owned()));
         let connected = status.state == LinkState::Connected;
         // Disks and interfaces have no state in their daemons.
         let stateful = !matches!(self.0.peer.kind.id(), DeviceId::Block | DeviceId::Net);
-        if connected && !status.logs {
-            unfit("it cannot log which pages it writes (LOG_SHMFD, VHOST_F_LOG_ALL), which migration needs")
-        } else if stateful && !connected {
+        if stateful && !connected {
             unfit("there is none, and nobody else has its state")
         } else if stateful && !status.hands_over {
             unfit("it cannot hand over its state (protocol feature DEVICE_STATE)")

@@ -410,6 +410,7 @@ impl Controller {
     }
 
     pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
+        self.check_memory_is_ours()?;
         self.take_back_locks()?;
         self.tell(&kind::VM_RESUMING, Cause::Client);
         if let Some(machine) = &mut self.machine {
@@ -481,6 +482,7 @@ impl Controller {
         }
         self.finish_removals();
         let existed = self.machine.take().is_some();
+        self.forget_handed();
         // A guest that is built anew has as many vCPUs as it was to have; its balloon is empty.
         self.resizes.abandon(Part::Balloon);
         if existed {

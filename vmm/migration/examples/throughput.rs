@@ -11,8 +11,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_migration::{
-    Blocker, Cause, Deadlines, Destination, DestinationOptions, Guest, Handle, Limits, Memory, Offer, Region, Sink,
-    Source, SourceOptions, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationOptions, Guest, Handed, Handle, Limits, Memory, Offer, Region,
+    Sink, Source, SourceOptions, Target,
 };
 use triarch_state::Payloads;
 
@@ -112,11 +112,11 @@ impl Guest for Nothing {
 struct Keeps(Option<Arc<Ram>>);
 
 impl Sink for Keeps {
-    fn check(&mut self, _offer: &Offer<'_>) -> Vec<Blocker> {
+    fn check(&mut self, _offer: &Offer<'_>, _handed: Option<Handed>) -> Vec<Blocker> {
         Vec::new()
     }
 
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause> {
+    fn prepare(&mut self, offer: &Offer<'_>, _handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
         Ok(self.0.insert(Arc::new(Ram::new(offer.layout.len(), 0))).clone())
     }
 
@@ -148,6 +148,7 @@ fn main() -> Result<()> {
         address: destination.address().clone(),
         tls: None,
         streams,
+        hand_over: false,
         compress: false,
         limits: Limits::default(),
         deadlines: Deadlines::default(),

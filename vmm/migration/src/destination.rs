@@ -17,6 +17,7 @@ use crate::address::Address;
 use crate::blocker::Blocker;
 use crate::commit::Destination as Commit;
 use crate::connect::{ConnectError, Deadlines, Listener};
+use crate::hand_over::{self, Handed};
 use crate::handle::{Handle, Phase};
 use crate::memory::Target;
 use crate::stream::{Answer, Interrupt, Stream, StreamError, unexpected};
@@ -31,10 +32,13 @@ pub trait Sink {
     /// little memory, a device is missing. Nothing of the offer was looked at, but that the layout is in order. All memory of it reads
     /// as zeroes when this returns. What it returns is used until [`restore`](Self::restore) or [`abort`](Self::abort) is called.
     /// Keep it as well: whoever drops the last reference frees the guest's memory, and that while it is paused.
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause>;
+    ///
+    /// `handed`: files that have all of its memory, of which nothing was looked at. The guest still runs with it: nothing is written there
+    /// before [`take_locks_and_run`](Self::take_locks_and_run).
+    fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause>;
 
     /// What [`prepare`](Self::prepare) of this guest would fail for: all of it, not only the first. Nothing is kept of it.
-    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker>;
+    fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker>;
 
     /// Restores everything beside memory, of which all is there. No lock of a disk is taken: the source still has them.
     fn restore(&mut self, state: Payloads) -> Result<(), Cause>;
@@ -233,11 +237,11 @@ impl Destination {
         let wait = self.listener.deadlines.hello();
         stream.set_message_time(wait);
         let answered = self.welcome(&mut stream).and_then(|()| {
-            let offer = match stream.receive(wait, "say what its guest is")? {
-                Message::Offer(offer) => offer,
-                other => return Err(unexpected(&other, "an offer")),
+            let (offer, handed) = match hand_over::offered(&mut stream, wait, "say what its guest is")? {
+                (Message::Offer(offer), handed) => (offer, handed),
+                (other, _) => return Err(unexpected(&other, "an offer")),
             };
-            let blockers = sink.check(&offer);
+            let blockers = sink.check(&offer, handed);
             tracing::info!(
                 "a source asked whether its guest could come: {} in the way",
                 blockers.len()

@@ -14,6 +14,8 @@ pub enum Phase {
     Connecting,
     /// Memory is copied while the guest runs.
     Copying,
+    /// The destination has the guest's memory, and prepares a machine while the guest runs.
+    HandingOver,
     /// The guest is paused, and the rest is copied.
     Switching,
     /// The guest was given away; its end is awaited.

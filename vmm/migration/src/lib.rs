@@ -17,6 +17,8 @@
 //!    last: if it would be broken, the guest runs on and copying goes on.
 //! 5. The switch: last pages and state go over, and the guest is given away such that it runs once, whatever fails: see [`commit`].
 //!
+//! Within one host memory need not be copied: the files that have it are [handed over](Handed), and 3 and 4 are left out.
+//!
 //! Whether a guest could be moved can be asked before ([`Check`]): the destination looks, answers, and waits on.
 //!
 //! # Trust
@@ -40,6 +42,7 @@ mod converge;
 mod destination;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod hand_over;
 mod handle;
 mod memory;
 mod pace;
@@ -55,6 +58,7 @@ pub use blocker::{Blocker, MAX_BLOCKERS, Part};
 pub use connect::{ConnectError, Deadlines};
 pub use converge::{Limits, OnTimeOut};
 pub use destination::{Destination, DestinationError, DestinationOptions, Sink, Taken};
+pub use hand_over::{Handed, Place};
 pub use handle::{Handle, Phase, Progress};
 pub use memory::{Layout, Memory, PAGE, Region, Target};
 pub use source::{Check, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};

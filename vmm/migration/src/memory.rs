@@ -3,6 +3,8 @@
 use std::io;
 use std::ops::Range;
 
+use crate::Cause;
+use crate::hand_over::Handed;
 use crate::wire::WireError;
 
 /// Bytes of a page. Memory is moved in these, whatever the page size of the host is.
@@ -42,6 +44,12 @@ pub trait Memory: Send + Sync {
     /// Pages written since the log was started or fetched the last time, as runs of GPAs in order, and begins anew. Also called when
     /// the guest is paused, for the last time.
     fn fetch_log(&self) -> io::Result<Vec<Range<u64>>>;
+
+    /// The files that have all of it, for a destination on this host; [`start_log`](Self::start_log) then says that these were taken, and
+    /// nothing is noted.
+    fn hand_over(&self) -> Result<Handed, Cause> {
+        Err("it is in no files".into())
+    }
 
     /// Notes no more.
     fn stop_log(&self);

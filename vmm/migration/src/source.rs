@@ -20,6 +20,7 @@ use crate::Cause;
 use crate::address::Address;
 use crate::connect::{ConnectError, Deadlines, Dialer};
 use crate::converge::{Decision, Limits, Measured, Rate, decide, expected_downtime};
+use crate::hand_over;
 use crate::handle::{Handle, Phase, Progress};
 use crate::memory::{Layout, Memory};
 use crate::stream::{Answer, Interrupt, Stream, StreamError};
@@ -60,6 +61,8 @@ pub struct SourceOptions {
     pub tls: Option<TlsFiles>,
     /// Streams for memory, 1 to 16.
     pub streams: u16,
+    /// Hand the files of the memory over instead of copying what is in them: by unix sockets only.
+    pub hand_over: bool,
     /// Compress pages by LZ4 where that is faster.
     pub compress: bool,
     /// What to keep to.
@@ -107,6 +110,9 @@ pub enum SourceError {
     /// Memory of the guest could not be read.
     #[error("cannot read the guest's memory, or what of it was written")]
     Memory(#[source] std::io::Error),
+    /// Memory cannot be handed over.
+    #[error("cannot hand the guest's memory over")]
+    HandOver(#[source] Cause),
     /// Something of the guest failed.
     #[error("cannot {what}")]
     Guest {
@@ -198,6 +204,17 @@ struct Session {
     said: Instant,
 }
 
+impl SourceOptions {
+    fn check(&self) -> Result<(), SourceError> {
+        match (self.hand_over, &self.address) {
+            (true, Address::Tcp { .. }) => Err(SourceError::Options(
+                "memory is handed over within one host, by a unix socket: give unix:/path, or leave local out",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Source {
     /// Reads certificates and resolves names: the thread that runs the migration may do neither.
     pub fn new(
@@ -209,6 +226,7 @@ impl Source {
         if !(1..=MAX_STREAMS).contains(&options.streams) {
             return Err(SourceError::Options("a migration has 1 to 16 streams"));
         }
+        options.check()?;
         let dialer = Dialer::new(&options.address, options.tls.as_ref(), options.deadlines)?;
         Ok(Self {
             options,
@@ -238,8 +256,12 @@ impl Source {
             guest: Whereabouts::RunsHere,
         };
         let mut session = self.open(config, cpu).map_err(runs_here)?;
-        self.handle.enter(Phase::Copying);
+        self.handle.enter(match self.options.hand_over {
+            true => Phase::HandingOver,
+            false => Phase::Copying,
+        });
         let result = match self.memory.start_log() {
+            Ok(()) if self.options.hand_over => self.switch_at_once(&mut session, guest),
             Ok(()) => self.copy_until_switched(&mut session, guest),
             Err(error) => Err(session.keep(SourceError::Memory(error))),
         };
@@ -287,6 +309,10 @@ impl Source {
                 config,
                 cpu,
             };
+            if self.options.hand_over {
+                let handed = self.memory.hand_over().map_err(SourceError::HandOver)?;
+                hand_over::send(&mut control, &handed)?;
+            }
             control.send(&Message::Offer(offer))?;
             answered(control.expect(Kind::Accepted, silence, "prepare a machine"))?;
             Ok(data)

@@ -1,15 +1,22 @@
 //! One connection, with deadlines on everything.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::TcpStream;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use thiserror::Error;
 
+use crate::hand_over::CHUNK;
 use crate::wire::{HEAD, Kind, Message, WireError, decode, encode};
 
 /// Bytes of a message for which there is room before any of them came.
@@ -62,6 +69,11 @@ pub enum StreamError {
     /// The other side sent nonsense.
     #[error("the other side sent what is no valid message")]
     Wire(#[from] WireError),
+    /// More descriptors than one may have.
+    #[error(
+        "not all descriptors came: more were sent than was said, or this process may not have as many (RLIMIT_NOFILE)"
+    )]
+    Descriptors,
     /// The other side sent something else.
     #[error("the other side sent {found} where {expected} is due")]
     Unexpected {
@@ -71,6 +83,9 @@ pub enum StreamError {
         expected: &'static str,
     },
 }
+
+/// Descriptors go from process to process of one host.
+const NETWORK: &str = "memory can be handed over by a unix socket only";
 
 /// A socket whose calls end at a deadline or when interrupted.
 pub(crate) struct Socket {
@@ -128,6 +143,56 @@ impl Socket {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 other => return other,
             }
+        }
+    }
+}
+
+impl Socket {
+    /// Sends a byte with these descriptors, [`CHUNK`] at most.
+    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.call(|kind| {
+            let Plain::Unix(socket) = kind else {
+                return Err(io::ErrorKind::Unsupported.into());
+            };
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !control.push(SendAncillaryMessage::ScmRights(files)) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            Ok(sendmsg(
+                socket,
+                &[IoSlice::new(&[0])],
+                &mut control,
+                SendFlags::NOSIGNAL,
+            )?)
+        })
+        .map(drop)
+    }
+
+    /// Takes a byte and the descriptors that come with it; whether these are all of them.
+    fn receive_files(&mut self, files: &mut Vec<OwnedFd>) -> io::Result<bool> {
+        let mut all = true;
+        let read = self.call(|kind| {
+            let Plain::Unix(socket) = kind else {
+                return Err(io::ErrorKind::Unsupported.into());
+            };
+            // One more than is sent at once, so that too many are seen.
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK + 1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut byte = [0];
+            let mut parts = [IoSliceMut::new(&mut byte)];
+            let received = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+            all = !received.flags.contains(ReturnFlags::CTRUNC);
+            for item in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(some) = item {
+                    files.extend(some);
+                }
+            }
+            Ok(received.bytes)
+        })?;
+        match read {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(all),
         }
     }
 }
@@ -203,7 +268,7 @@ impl Write for Channel {
 pub(crate) struct Stream {
     channel: Channel,
     /// How long a message may take from its first byte to its last.
-    message: Duration,
+    patience: Duration,
     head: Vec<u8>,
     body: Vec<u8>,
 }
@@ -212,7 +277,7 @@ impl Stream {
     pub(crate) fn new(channel: Channel, message: Duration) -> Self {
         Self {
             channel,
-            message,
+            patience: message,
             head: Vec::new(),
             body: Vec::new(),
         }
@@ -225,12 +290,12 @@ impl Stream {
 
     /// How long a message may take from now on.
     pub(crate) fn set_message_time(&mut self, time: Duration) {
-        self.message = time;
+        self.patience = time;
     }
 
     /// Sends a message and returns how many bytes it has.
     pub(crate) fn send(&mut self, message: &Message) -> Result<usize, StreamError> {
-        self.send_within(message, self.message)
+        self.send_within(message, self.patience)
     }
 
     pub(crate) fn send_within(&mut self, message: &Message, time: Duration) -> Result<usize, StreamError> {
@@ -243,14 +308,47 @@ impl Stream {
         Ok(self.head.len() + tail.len())
     }
 
+    /// Sends descriptors, [`CHUNK`] at most, to a process of this host.
+    pub(crate) fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), StreamError> {
+        let Channel::Plain(socket) = &mut self.channel else {
+            return Err(WireError::Invalid(NETWORK).into());
+        };
+        socket.set_deadline(Instant::now() + self.patience);
+        socket
+            .send_files(files)
+            .map_err(|error| failed(error, "take descriptors"))
+    }
+
+    /// Takes `count` descriptors that were sent so.
+    pub(crate) fn receive_files(&mut self, count: usize) -> Result<Vec<OwnedFd>, StreamError> {
+        let Channel::Plain(socket) = &mut self.channel else {
+            return Err(WireError::Invalid(NETWORK).into());
+        };
+        socket.set_deadline(Instant::now() + self.patience);
+        let mut files = Vec::new();
+        let all = socket.receive_files(&mut files);
+        let all = all.map_err(|error| failed(error, "send descriptors"))?;
+        match all {
+            true if files.len() == count => Ok(files),
+            true => Err(WireError::Invalid("another number of descriptors than was said").into()),
+            false => Err(StreamError::Descriptors),
+        }
+    }
+
     /// The next message, which must begin within `wait`; `what` says what the other side should do.
     pub(crate) fn receive(&mut self, wait: Duration, what: &'static str) -> Result<Message<'_>, StreamError> {
+        let came = self.take(wait, what)?;
+        self.message(came)
+    }
+
+    /// Takes the bytes of the next message: what it is, and how long.
+    pub(crate) fn take(&mut self, wait: Duration, what: &'static str) -> Result<(Kind, usize), StreamError> {
         let mut head = [0; HEAD];
         self.channel.socket().set_deadline(Instant::now() + wait);
         // The wait is for its first byte; what comes so slowly that it does not end is no message.
         let (first, rest) = head.split_at_mut(1);
         self.channel.read_exact(first).map_err(|error| failed(error, what))?;
-        self.channel.socket().set_deadline(Instant::now() + self.message);
+        self.channel.socket().set_deadline(Instant::now() + self.patience);
         let failed = |error| failed(error, "send a whole message");
         self.channel.read_exact(rest).map_err(failed)?;
         let (kind, len) = decode::head(head)?;
@@ -267,6 +365,11 @@ impl Stream {
                 Err(error) => return Err(failed(error)),
             }
         }
+        Ok((kind, len))
+    }
+
+    /// The message that was [`taken`](Self::take) last.
+    pub(crate) fn message(&self, (kind, len): (Kind, usize)) -> Result<Message<'_>, StreamError> {
         Ok(decode::body(kind, &self.body[..len])?)
     }
 
@@ -301,6 +404,7 @@ fn failed(error: io::Error, what: &'static str) -> StreamError {
         LATE => StreamError::Late(what),
         STOPPED => StreamError::Stopped,
         io::ErrorKind::UnexpectedEof | io::ErrorKind::WriteZero => StreamError::Closed,
+        io::ErrorKind::Unsupported => WireError::Invalid(NETWORK).into(),
         _ => StreamError::Io(error),
     }
 }

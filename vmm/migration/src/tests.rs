@@ -2,6 +2,7 @@
 
 mod end_to_end;
 mod failures;
+mod hand_over;
 mod hostile;
 mod mock;
 mod model;

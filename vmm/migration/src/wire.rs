@@ -64,13 +64,14 @@ pub(crate) enum Kind {
     Alive = 17,
     End = 18,
     Blockers = 19,
+    Files = 20,
 }
 
 /// The numbers of messages of a later step, by which a guest that runs asks for its pages.
 const POST_COPY: std::ops::RangeInclusive<u16> = 64..=79;
 
 impl Kind {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -90,6 +91,7 @@ impl Kind {
         Self::Alive,
         Self::End,
         Self::Blockers,
+        Self::Files,
     ];
 
     fn from_number(number: u16) -> Result<Self, WireError> {
@@ -108,6 +110,7 @@ impl Kind {
             Self::Offer => 64 + crate::memory::MAX_REGIONS * RUN + MAX_CONFIG + MAX_CPU,
             Self::Pages => 64 + MAX_RUNS * RUN + MAX_BATCH,
             Self::Zeroes => 64 + MAX_RUNS * RUN,
+            Self::Files => 64 + crate::memory::MAX_REGIONS * RUN,
             Self::State => 64 + MAX_STATE_PART,
             Self::Blockers => 64 + MAX_BLOCKERS * (16 + 3 * MAX_TEXT),
             Self::RoundEnd | Self::RoundDone | Self::Progress => 64,
@@ -303,6 +306,11 @@ pub(crate) enum Message<'a> {
     End,
     /// Destination, of a stream that only asks: what is in the way of the guest that was offered.
     Blockers(Vec<Blocker>),
+    /// Source, before the offer: `count` descriptors follow, and the regions of the offer are at these places of their files.
+    Files {
+        count: u32,
+        places: Vec<crate::hand_over::Place>,
+    },
 }
 
 impl Message<'_> {
@@ -327,6 +335,7 @@ impl Message<'_> {
             Self::Alive => Kind::Alive,
             Self::End => Kind::End,
             Self::Blockers(_) => Kind::Blockers,
+            Self::Files { .. } => Kind::Files,
         }
     }
 }

@@ -178,6 +178,9 @@ pub(crate) enum Command {
         to: String,
         #[command(flatten)]
         tls: Tls,
+        /// Ask for a move that hands memory over within this host
+        #[arg(long)]
+        local: bool,
     },
     /// Change a migration that is under way
     SetMigration {
@@ -254,6 +257,9 @@ pub(crate) struct SendMigration {
     pub(crate) to: String,
     #[command(flatten)]
     pub(crate) tls: Tls,
+    /// Hand the descriptors of shared memory over within this host, instead of copying it
+    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "throttle", "compress", "downtime"])]
+    pub(crate) local: bool,
     /// Milliseconds for which the guest may stand still
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub(crate) downtime: u64,

@@ -112,11 +112,12 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             session.patient();
             session.put_json(Operation::ReceiveMigration, &body)
         }
-        Command::CheckMigration { to, tls } => {
+        Command::CheckMigration { to, tls, local } => {
             let tls = tls.into_request()?;
             session.check_migration(&CheckMigration {
                 destination_url: to,
                 tls,
+                local,
             })
         }
         Command::SetMigration { bandwidth } => {
@@ -224,7 +225,7 @@ impl Session {
             throttle: arguments.throttle,
             compress: arguments.compress,
             tls: arguments.tls.into_request()?,
-            local: false,
+            local: arguments.local,
         };
         self.patient();
         self.put_json(Operation::SendMigration, &body)

@@ -88,6 +88,7 @@ pub(crate) fn migration(body: &str) -> serde_json::Result<String> {
     let phase = match found.phase {
         MigrationPhase::Connecting => "connecting",
         MigrationPhase::Copying => "copying, the guest runs",
+        MigrationPhase::HandingOver => "memory is handed over, the guest runs",
         MigrationPhase::Switching => "the guest stands still",
         MigrationPhase::Committed => "the guest was given away",
         MigrationPhase::Done => "done",

@@ -3,6 +3,7 @@
 //! RAM fills the addresses that the architecture has for it. A zone that reaches the hole for devices goes on behind it. Behind RAM each
 //! zone that can grow has a room of its own, in the order of the zones.
 
+use std::fs::File;
 use std::ops::Range;
 
 use triarch_api::{HotplugMethod, MemoryZoneConfig, VmConfig};
@@ -114,6 +115,16 @@ impl MemoryPlan {
                 triarch_memory::allocate_zones(&ram)
             }
         }
+    }
+
+    /// The same of `files`, one of each zone, which have what the guest had.
+    pub(crate) fn adopt(&self, files: &[File]) -> Result<GuestMemory, MemoryError> {
+        let ram: Vec<_> = self.zones.iter().map(|zone| zone.ram.clone()).collect();
+        let mut files = files.iter();
+        triarch_memory::assemble_zones(&ram, |zone| match files.next() {
+            Some(file) => triarch_memory::adopt(&zone.ranges, &zone.options, file),
+            None => triarch_memory::allocate(&zone.ranges, &zone.options),
+        })
     }
 
     /// How it is backed, also where there is none yet.

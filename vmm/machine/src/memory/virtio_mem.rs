@@ -1,5 +1,6 @@
 //! Memory of a running guest by virtio-mem: the host's side of the devices, and what clients ask of them.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
@@ -36,18 +37,29 @@ pub(crate) struct Room {
 
 /// The rooms of a guest by virtio-mem. They cost nothing as long as the guest has no memory there.
 pub(crate) fn rooms(plan: &MemoryPlan) -> Result<Vec<Room>, MachineError> {
-    let room = |zone: &ZonePlan| {
-        let range = zone.room.clone()?;
-        let memory = SparseMemory::new(range, &zone.ram.options);
-        Some(memory.map(|memory| Room {
+    rooms_of(plan, |_, _| Ok(None))
+}
+
+/// The same of files that have what the guest had there, where `file` has one.
+pub(crate) fn rooms_of(
+    plan: &MemoryPlan,
+    mut file: impl FnMut(&ZonePlan, &Range<u64>) -> Result<Option<File>, MachineError>,
+) -> Result<Vec<Room>, MachineError> {
+    let mut rooms = Vec::new();
+    for zone in &plan.zones {
+        let Some(range) = zone.room.clone() else { continue };
+        let memory = match file(zone, &range)? {
+            Some(file) => SparseMemory::adopt(range, &zone.ram.options, &file)?,
+            None => SparseMemory::new(range, &zone.ram.options)?,
+        };
+        rooms.push(Room {
             id: zone.device.clone(),
             memory,
             requested: zone.requested,
             node: zone.node.and_then(|node| u16::try_from(node).ok()),
-        }))
-    };
-    let rooms: Result<Vec<_>, _> = plan.zones.iter().filter_map(room).collect();
-    Ok(rooms?)
+        });
+    }
+    Ok(rooms)
 }
 
 impl Room {

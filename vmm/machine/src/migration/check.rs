@@ -9,10 +9,11 @@ use triarch_api::{
     RestoreConfig, VmConfig,
 };
 use triarch_arch::CpuPlan;
-use triarch_migration::{Blocker, Check, Deadlines, Layout, Limits, MAX_BLOCKERS, Part, Region, SourceOptions};
+use triarch_migration::{Blocker, Check, Deadlines, Handed, Layout, Limits, MAX_BLOCKERS, Part, Region, SourceOptions};
 
 use super::call::Caller;
 use super::destination::{check_architecture, configured, moved, same_size};
+use super::hand_over::{self, Given, Ran};
 use super::memory::{self, Prepared};
 use super::offer::{OfferedCpusV1, OfferedV1};
 use super::source::refusal;
@@ -73,6 +74,7 @@ impl Controller {
             address: address("destination_url", &config.destination_url)?,
             tls: config.tls.as_ref().map(tls_files),
             streams: 1,
+            hand_over: config.local,
             compress: false,
             limits: Limits::default(),
             deadlines: Deadlines {
@@ -87,8 +89,19 @@ impl Controller {
         };
         let (offered, cpus) = self.offer(vm, machine, backends)?;
         let regions: Vec<Region> = memory::regions(&machine.memory.memory());
-        let check = Check::new(options, regions).map_err(refusal)?;
-        Ok((check, offered, cpus, unmovable(backends, machine.devices().served())))
+        let mut ours = unmovable(backends, machine.devices().served(), config.local);
+        let private = match config.local {
+            true => hand_over::private(vm),
+            false => Vec::new(),
+        };
+        // Whether all else fits is asked all the same.
+        let handed = match config.local && private.is_empty() {
+            true => Some(hand_over::files(&machine.memory.memory(), &Ran::new()?)?),
+            false => None,
+        };
+        ours.extend(private);
+        let check = Check::new(options, regions, handed).map_err(refusal)?;
+        Ok((check, offered, cpus, ours))
     }
 
     /// All that keeps the guest that is offered from being taken here. Nothing stays open, nothing is locked, and nothing is set up.
@@ -97,12 +110,14 @@ impl Controller {
         offered: &[u8],
         cpus: &[u8],
         layout: &Layout,
+        handed: Option<Handed>,
     ) -> Result<Vec<Blocker>, MachineError> {
         let mut found = Found::default();
         let Some(offer) = found.of(Part::Host, "", OLDER, read_offer(offered)) else {
             return Ok(found.0);
         };
-        self.look_at_configuration(&offer, layout, &mut found)?;
+        let given = handed.map(|handed| Given::new(handed, layout));
+        self.look_at_configuration(&offer, layout, given, &mut found)?;
         self.look_at_features(cpus, &mut found);
         Ok(found.0)
     }
@@ -111,6 +126,7 @@ impl Controller {
         &mut self,
         offer: &OfferedV1,
         layout: &Layout,
+        given: Option<Given>,
         found: &mut Found,
     ) -> Result<(), MachineError> {
         const OVER: &str = "give what fits with config of vm.receive-migration";
@@ -135,7 +151,7 @@ impl Controller {
         }
         self.look_at_devices(&vm, &taps, offer, found);
         look_at_sockets(&vm, found);
-        look_at_memory(&vm, layout, found);
+        look_at_memory(&vm, layout, given, found);
         Ok(())
     }
 
@@ -297,15 +313,21 @@ fn free(path: &Path, sockets: &str) -> Result<(), MachineError> {
     }
 }
 
-fn look_at_memory(vm: &VmConfig, layout: &Layout, found: &mut Found) {
+fn look_at_memory(vm: &VmConfig, layout: &Layout, given: Option<Given>, found: &mut Found) {
     const MORE: &str = "choose a host with as much free, or move other guests away first";
+    const SAME: &str = "leave memory as it is in config of vm.receive-migration";
     let mut vm = vm.clone();
     // Made, and not filled.
     vm.memory.prefault = false;
     for zone in vm.memory.zones.iter_mut().flatten() {
         zone.prefault = false;
     }
-    found.of(Part::Memory, "", MORE, Prepared::new(&vm, layout));
+    let Some(mut given) = given else {
+        found.of(Part::Memory, "", MORE, Prepared::new(&vm, layout, None));
+        return;
+    };
+    let made = Prepared::new(&vm, layout, Some(&mut given));
+    found.of(Part::Memory, "", SAME, made.and_then(|_| given.end()));
 }
 
 /// Why a destination cannot say.

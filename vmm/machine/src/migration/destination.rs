@@ -12,13 +12,14 @@ use triarch_api::{
 use triarch_arch::CpuPlan;
 use triarch_block::Disk;
 use triarch_migration::{
-    Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handle, Layout, Offer, Sink, Taken,
-    Target,
+    Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handed, Handle, Layout, Offer, Sink,
+    Taken, Target,
 };
 use triarch_state::Payloads;
 
 use super::call::Caller;
 use super::check::ends;
+use super::hand_over::{Given, Ran};
 use super::memory::{Prepared, There};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
 use super::{Fields, Role, Running, address, refuse, tls_files, unmovable};
@@ -39,6 +40,8 @@ pub(super) struct Awaited {
     memory: Option<Prepared>,
     /// How it goes on.
     restored: Option<(MovedV1, WantedV1)>,
+    /// If its memory was handed over: where the source learns that it runs.
+    ran: Option<Ran>,
 }
 
 /// The machine that is made, for the thread of the migration.
@@ -49,20 +52,20 @@ struct Proxy {
 }
 
 impl Sink for Proxy {
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause> {
+    fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
         let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
         let there = self
             .caller
-            .call(move |controller| controller.prepare_for(&config, &cpu, &layout))?;
+            .call(move |controller| controller.prepare_for(&config, &cpu, &layout, handed))?;
         self.memory = Some(there.clone());
         Ok(there)
     }
 
-    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker> {
+    fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker> {
         let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
         let found = self
             .caller
-            .call(move |controller| controller.in_the_way(&config, &cpu, &layout));
+            .call(move |controller| controller.in_the_way(&config, &cpu, &layout, handed));
         found.unwrap_or_else(|error| vec![ends(&*error)])
     }
 
@@ -121,13 +124,14 @@ impl Controller {
             address,
             job,
             answer,
-            role: Role::Destination(Awaited {
+            role: Role::Destination(Box::new(Awaited {
                 config: config.config,
                 net_fds: config.net_fds,
                 fds,
                 memory: None,
                 restored: None,
-            }),
+                ran: None,
+            })),
         });
         self.migration_event(&kind::MIGRATION_LISTENING, "connection");
         Ok(())
@@ -141,7 +145,13 @@ impl Controller {
     }
 
     /// Makes everything of the guest that is offered that does not depend on its state.
-    fn prepare_for(&mut self, offered: &[u8], cpus: &[u8], layout: &Layout) -> Result<Arc<There>, MachineError> {
+    fn prepare_for(
+        &mut self,
+        offered: &[u8],
+        cpus: &[u8],
+        layout: &Layout,
+        handed: Option<Handed>,
+    ) -> Result<Arc<There>, MachineError> {
         let OfferedV1 {
             arch,
             config,
@@ -177,14 +187,17 @@ impl Controller {
                 moved: Some(&shown),
             },
         )?;
-        refuse(unmovable(&backends, &[])).map_err(|error| moved(error.to_string()))?;
+        refuse(unmovable(&backends, &[], handed.is_some())).map_err(|error| moved(error.to_string()))?;
         for (id, disk) in backends.disks() {
             same_size(id, disk, &disks)?;
         }
-        let (prepared, there) = Prepared::new(config, layout)?;
+        let mut given = handed.map(|handed| Given::new(handed, layout));
+        let (prepared, there) = Prepared::new(config, layout, given.as_mut())?;
+        let ran = given.map(Given::end).transpose()?;
         self.backends = Some(backends);
         self.migrations.unlocked = true;
-        self.awaited()?.memory = Some(prepared);
+        let awaited = self.awaited()?;
+        (awaited.memory, awaited.ran) = (Some(prepared), ran);
         self.migration_event(&kind::MIGRATION_PREPARED, "memory");
         Ok(there)
     }
@@ -213,9 +226,12 @@ impl Controller {
 
     /// The guest is ours: takes its disks and lets it run.
     fn take_over(&mut self) -> Result<(), MachineError> {
-        let restored = self.awaited()?.restored.take();
+        let awaited = self.awaited()?;
+        let (restored, ran) = (awaited.restored.take(), awaited.ran.take());
         let (how, wanted) = restored.ok_or_else(|| moved("it was not restored".to_owned()))?;
         self.take_back_locks()?;
+        let failed = MachineError::host("note that the guest runs here");
+        ran.as_ref().map_or(Ok(()), |ran| ran.set(true)).map_err(failed)?;
         if !how.paused
             && let Some(machine) = &mut self.machine
         {

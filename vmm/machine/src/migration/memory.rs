@@ -18,6 +18,7 @@ use vm_memory::{
 };
 
 use super::call::Caller;
+use super::hand_over::Given;
 use crate::MachineError;
 use crate::memory::plan::MemoryPlan;
 use crate::memory::virtio_mem::{self, Room};
@@ -261,15 +262,23 @@ fn misplaced(region: &Region) -> MachineError {
 }
 
 impl Prepared {
-    /// Makes the memory that `layout` tells of, of a guest with this configuration. All of it reads as zeroes.
+    /// Makes the memory that `layout` tells of, of a guest with this configuration. All of it reads as zeroes, unless its files are
+    /// `given`: then it has what they have.
     ///
     /// # Errors
     /// The host has not as much, or the guest cannot have memory there.
-    pub(super) fn new(config: &VmConfig, layout: &Layout) -> Result<(Self, Arc<There>), MachineError> {
+    pub(super) fn new(
+        config: &VmConfig,
+        layout: &Layout,
+        mut given: Option<&mut Given>,
+    ) -> Result<(Self, Arc<There>), MachineError> {
         let plan = MemoryPlan::new(config, false);
-        let handle = GuestMemoryHandle::new(plan.allocate()?);
+        let (ram, mut rooms) = match &mut given {
+            Some(given) => (given.ram(&plan)?, given.rooms(&plan)?),
+            None => (plan.allocate()?, virtio_mem::rooms(&plan)?),
+        };
+        let handle = GuestMemoryHandle::new(ram);
         let ram = regions(&handle.memory());
-        let mut rooms = virtio_mem::rooms(&plan)?;
         let room = layout::hotplug(plan.boot, plan.span).unwrap_or_default();
         let (mut parts, mut devices) = (Vec::new(), Vec::new());
         let mut missing = ram.len();
@@ -283,7 +292,10 @@ impl Prepared {
                 parts.push(part?);
             } else if rooms.is_empty() && room.start <= range.start && range.end <= room.end {
                 let at = GuestAddress(region.gpa);
-                let made = triarch_memory::allocate_region(&handle.memory(), at, region.len, &plan.options)?;
+                let made = match &mut given {
+                    Some(given) => given.device(region, &plan.options)?,
+                    None => triarch_memory::allocate_region(&handle.memory(), at, region.len, &plan.options)?,
+                };
                 triarch_memory::insert(&handle, made)?;
                 devices.push(*region);
             } else {
@@ -391,7 +403,7 @@ mod tests {
         };
         let make = |config: &VmConfig, regions: Vec<Region>| {
             let layout = Layout::new(regions).expect("a layout");
-            Prepared::new(config, &layout)
+            Prepared::new(config, &layout, None)
         };
         let (prepared, there) = make(&config, vec![ram]).expect("made");
         assert_eq!(regions(&prepared.handle.memory()), [ram]);

@@ -9,6 +9,7 @@
 mod call;
 mod check;
 mod destination;
+mod hand_over;
 mod memory;
 mod offer;
 mod source;
@@ -47,6 +48,8 @@ pub(crate) struct Migrations {
     deferred: Option<GuestEvent>,
     /// The guest's disks may have no locks: it was given away, or almost.
     unlocked: bool,
+    /// Of a guest whose memory was handed over and that may run there: whether it did.
+    handed: Option<hand_over::Ran>,
     /// Questions to destinations that are under way, by their numbers.
     asked: BTreeMap<u64, Answer>,
     /// How many there were.
@@ -66,7 +69,7 @@ struct Running {
 /// What only one of the sides has.
 enum Role {
     Source(Box<source::Sent>),
-    Destination(destination::Awaited),
+    Destination(Box<destination::Awaited>),
 }
 
 impl Running {
@@ -78,6 +81,7 @@ impl Running {
             phase: match now.phase {
                 engine::Phase::Connecting => MigrationPhase::Connecting,
                 engine::Phase::Copying => MigrationPhase::Copying,
+                engine::Phase::HandingOver => MigrationPhase::HandingOver,
                 engine::Phase::Switching => MigrationPhase::Switching,
                 // Over, and not told yet.
                 engine::Phase::Committed | engine::Phase::Over => MigrationPhase::Committed,
@@ -346,10 +350,15 @@ fn address(field: &str, url: &str) -> Result<engine::Address, ApiError> {
         .map_err(|error: engine::AddressError| ApiError::BadRequest(format!("{field}: {error}")))
 }
 
-/// The devices with which the guest cannot be moved: some of the host, and those of `served` whose daemons lack something.
-fn unmovable(backends: &Backends, served: &[(String, VhostUserHandle)]) -> Vec<engine::Blocker> {
-    let served = served.iter().filter_map(|(id, device)| {
-        let error = device.check_movable().err()?;
+/// The devices with which the guest cannot be moved: some of the host, and those of `served` whose daemons lack something. What they write
+/// matters to nobody if memory is `handed` over.
+fn unmovable(backends: &Backends, served: &[(String, VhostUserHandle)], handed: bool) -> Vec<engine::Blocker> {
+    let served = served.iter().filter_map(move |(id, device)| {
+        let movable = match handed {
+            true => device.check_state(),
+            false => device.check_movable(),
+        };
+        let error = movable.err()?;
         Some(engine::Blocker {
             what: engine::Part::Device,
             name: id.clone(),

@@ -8,14 +8,15 @@ use triarch_api::{Answer, ApiError, Handler, MigrationSide, Phase, SendMigration
 use triarch_block::Disk;
 use triarch_legacy::PowerEvent;
 use triarch_migration::{
-    Cause, Deadlines, Guest, Handle, Limits, Moved, NotMoved, OnTimeOut, Region, Source, SourceError, SourceOptions,
-    Whereabouts,
+    Cause, Deadlines, Guest, Handle, Limits, Memory, Moved, NotMoved, OnTimeOut, Region, Source, SourceError,
+    SourceOptions, Whereabouts,
 };
 use triarch_state::Payloads;
 use triarch_vcpu::VcpuEvent;
 use triarch_vhost_user::VhostUserHandle;
 
 use super::call::Caller;
+use super::hand_over::{self, Handing, Ran};
 use super::memory::{self, Daemons, Here};
 use super::offer::{FilesV1, MOVED, MovedV1, OfferedCpusV1, OfferedV1};
 use super::{Role, Running, address, cap, is_paused, refuse, tls_files, unmovable};
@@ -34,6 +35,8 @@ pub(super) struct Sent {
     regions: Vec<Region>,
     /// Its state, since it was paused.
     saved: Option<Payloads>,
+    /// If its memory is handed over: whether it ran with that elsewhere.
+    pub(super) ran: Option<Ran>,
 }
 
 /// The guest, for the thread of the migration.
@@ -85,7 +88,10 @@ impl Guest for Proxy {
     }
 
     fn take_locks(&mut self) -> Result<(), Cause> {
-        self.caller.call(Controller::take_back_locks)
+        self.caller.call(|controller| {
+            controller.check_memory_is_ours()?;
+            controller.take_back_locks()
+        })
     }
 
     fn resume(&mut self) -> Result<(), Cause> {
@@ -153,6 +159,7 @@ impl Controller {
         handle: &Handle,
     ) -> Result<(Source, Vec<u8>, Vec<u8>, Sent), ApiError> {
         config.validate()?;
+        self.check_memory_is_ours()?;
         let options = options(config)?;
         self.finish_removals();
         if let Some(machine) = &mut self.machine {
@@ -161,7 +168,10 @@ impl Controller {
         let (Some(vm), Some(machine), Some(backends)) = (&self.config, &self.machine, &self.backends) else {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
-        refuse(unmovable(backends, machine.devices().served()))?;
+        refuse(unmovable(backends, machine.devices().served(), config.local))?;
+        if config.local {
+            refuse(hand_over::private(vm))?;
+        }
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.
             pager.complete()?;
@@ -171,16 +181,23 @@ impl Controller {
         let regions = memory::regions(&memory);
         let caller = Caller(self.inbox.clone());
         let devices = machine.devices();
-        let daemons = Daemons::new(devices.served(), &memory, devices.rooms())?;
-        let slots = machine.vm.memory_slots().clone();
-        let here = Here::new(memory, slots, devices.backing(), daemons, caller);
+        let ran = config.local.then(Ran::new).transpose()?;
+        let memory: Arc<dyn Memory> = match &ran {
+            Some(ran) => Arc::new(Handing::new(&memory, ran, caller)?),
+            None => {
+                let daemons = Daemons::new(devices.served(), &memory, devices.rooms())?;
+                let slots = machine.vm.memory_slots().clone();
+                Arc::new(Here::new(memory, slots, devices.backing(), daemons, caller))
+            }
+        };
         let sent = Sent {
             was_paused: is_paused(self.phase),
             config: vm.clone(),
             regions,
             saved: None,
+            ran,
         };
-        let source = Source::new(options, Arc::new(here), handle, &self.sandbox);
+        let source = Source::new(options, memory, handle, &self.sandbox);
         Ok((source.map_err(refusal)?, offered, cpus, sent))
     }
 
@@ -306,6 +323,11 @@ impl Controller {
                     let served = machine.devices().served();
                     served.iter().for_each(|(_, device)| device.stop_log());
                 }
+                if error.guest == Whereabouts::Unknown
+                    && let Ok(sent) = self.sent()
+                {
+                    self.migrations.handed = sent.ran.take();
+                }
                 let guest = match error.guest {
                     Whereabouts::RunsHere => "here",
                     Whereabouts::PausedHere => "paused",
@@ -352,7 +374,9 @@ fn options(config: &SendMigration) -> Result<SourceOptions, ApiError> {
     Ok(SourceOptions {
         address: address("destination_url", &config.destination_url)?,
         tls: config.tls.as_ref().map(tls_files),
-        streams: config.connections,
+        // Nothing is sent on them if memory is handed over.
+        streams: if config.local { 1 } else { config.connections },
+        hand_over: config.local,
         compress: config.compress,
         limits: Limits {
             downtime: Duration::from_millis(config.downtime_ms),

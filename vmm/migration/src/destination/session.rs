@@ -10,6 +10,7 @@ use super::worker::Team;
 use super::{DestinationError, Sink, tell};
 use crate::commit::{Destination as Commit, DestinationDoes, DestinationEvent};
 use crate::connect::Deadlines;
+use crate::hand_over;
 use crate::handle::{Handle, Phase};
 use crate::sentence;
 use crate::stream::{Interrupt, Stream, StreamError, unexpected};
@@ -102,22 +103,27 @@ impl<'a> Session<'a> {
         data: Vec<Stream>,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<(), DestinationError> {
-        let offer = match self.control.receive(self.deadlines.silence, "say what its guest is")? {
-            Message::Offer(offer) => offer,
-            Message::Abort(reason) => return Err(DestinationError::Refused(reason.to_owned())),
-            other => return Err(unexpected(&other, "an offer").into()),
+        let offered = hand_over::offered(&mut self.control, self.deadlines.silence, "say what its guest is")?;
+        let (offer, handed) = match offered {
+            (Message::Offer(offer), handed) => (offer, handed),
+            (Message::Abort(reason), _) => return Err(DestinationError::Refused(reason.to_owned())),
+            (other, _) => return Err(unexpected(&other, "an offer").into()),
+        };
+        let phase = match handed {
+            Some(_) => Phase::HandingOver,
+            None => Phase::Copying,
         };
         self.handle.set_total(offer.layout.len());
         self.prepared = true;
         let what = "make a machine for the guest";
         let target = sink
-            .prepare(&offer)
+            .prepare(&offer, handed)
             .map_err(|source| DestinationError::Sink { what, source })?;
         let layout = offer.layout;
         let team = Team::start(data, &target, &layout, &self.interrupt, self.deadlines.silence, sandbox);
         self.team = Some(team.map_err(DestinationError::Thread)?);
         self.control.send(&Message::Accepted)?;
-        self.handle.enter(Phase::Copying);
+        self.handle.enter(phase);
         Ok(())
     }
 

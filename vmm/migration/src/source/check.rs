@@ -3,6 +3,7 @@
 use super::{SourceError, SourceOptions, connect, fits, random};
 use crate::blocker::Blocker;
 use crate::connect::Dialer;
+use crate::hand_over::{self, Handed};
 use crate::memory::{Layout, Region};
 use crate::stream::Interrupt;
 use crate::wire::{Message, Offer, Role};
@@ -12,17 +13,21 @@ pub struct Check {
     options: SourceOptions,
     dialer: Dialer,
     layout: Layout,
+    handed: Option<Handed>,
 }
 
 impl Check {
-    /// Reads certificates and resolves names: the thread that asks may do neither. `regions` is the guest's memory.
-    pub fn new(options: SourceOptions, regions: Vec<Region>) -> Result<Self, SourceError> {
+    /// Reads certificates and resolves names: the thread that asks may do neither. `regions` is the guest's memory, and
+    /// `handed` the files of it if it is to be handed over.
+    pub fn new(options: SourceOptions, regions: Vec<Region>, handed: Option<Handed>) -> Result<Self, SourceError> {
+        options.check()?;
         let dialer = Dialer::new(&options.address, options.tls.as_ref(), options.deadlines)?;
         let layout = Layout::new(regions).map_err(SourceError::Layout)?;
         Ok(Self {
             options,
             dialer,
             layout,
+            handed,
         })
     }
 
@@ -40,6 +45,9 @@ impl Check {
             config,
             cpu,
         };
+        if let Some(handed) = &self.handed {
+            hand_over::send(&mut stream, handed)?;
+        }
         stream.send(&Message::Offer(offer))?;
         let found = match stream.receive(self.options.deadlines.silence, "say what is in the way")? {
             Message::Blockers(blockers) => Ok(blockers),

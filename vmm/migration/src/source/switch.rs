@@ -78,6 +78,17 @@ impl Source {
     }
 }
 
+impl Source {
+    /// The same of a guest whose memory the destination has already: nothing is left to be sent, and no time is promised that copying
+    /// it could change.
+    pub(super) fn switch_at_once(&self, session: &mut Session, guest: &mut dyn Guest) -> Result<Duration, NotMoved> {
+        match self.switch(session, guest, Vec::new(), false)? {
+            Outcome::Moved(downtime) => Ok(downtime),
+            Outcome::Retreat(_) => Err(session.keep(SourceError::Cancelled)),
+        }
+    }
+}
+
 impl Switch<'_> {
     fn can_keep_promise(&self, paused: Instant) -> bool {
         let limits = &self.source.options.limits;

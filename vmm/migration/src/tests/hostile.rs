@@ -22,9 +22,9 @@ use crate::{
 
 const WAIT: Duration = Duration::from_secs(20);
 
-type Taken = JoinHandle<(Result<crate::Taken, DestinationError>, bool)>;
+pub(super) type Taken = JoinHandle<(Result<crate::Taken, DestinationError>, bool)>;
 
-fn destination(address: &Address, world: &Arc<World>) -> Taken {
+pub(super) fn destination(address: &Address, world: &Arc<World>) -> Taken {
     let destination = Destination::bind(destination_options(address)).expect("listens");
     let world = world.clone();
     thread::spawn(move || {
@@ -35,7 +35,7 @@ fn destination(address: &Address, world: &Arc<World>) -> Taken {
     })
 }
 
-fn connect(address: &Address, token: Token, role: Role) -> Stream {
+pub(super) fn connect(address: &Address, token: Token, role: Role) -> Stream {
     let dialer = Dialer::new(address, None, super::mock::deadlines()).expect("an address");
     let mut stream = dialer.connect(&Interrupt::default()).expect("connected");
     let hello = Hello {
@@ -48,12 +48,12 @@ fn connect(address: &Address, token: Token, role: Role) -> Stream {
     stream
 }
 
-fn welcomed(stream: &mut Stream) {
+pub(super) fn welcomed(stream: &mut Stream) {
     let found = stream.receive(WAIT, "answer").expect("an answer");
     assert!(matches!(found, Message::Welcome(_)), "{found:?}");
 }
 
-fn offer() -> Offer<'static> {
+pub(super) fn offer() -> Offer<'static> {
     Offer {
         layout: Layout::new(regions()).expect("a layout"),
         config: b"config",
@@ -261,7 +261,7 @@ fn who_only_asks_takes_nothing_away() {
     gone.send(&Message::Offer(offer())).expect("sent");
     drop((silent, gone));
     let ask = || {
-        let check = Check::new(source_options(&address), regions()).expect("a question");
+        let check = Check::new(source_options(&address), regions(), None).expect("a question");
         check.run(b"config", b"cpu").expect("an answer")
     };
     assert_eq!((ask(), ask()), (vec![], vec![]));
@@ -292,7 +292,7 @@ fn all_that_is_in_the_way_is_told() {
     let asks = thread::spawn({
         let options = source_options(&address);
         move || {
-            Check::new(options, regions())
+            Check::new(options, regions(), None)
                 .expect("a question")
                 .run(b"config", b"cpu")
         }
@@ -327,7 +327,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn the_fuzz_target_takes_anything(
-        kinds in prop::collection::vec((0..20_u16, prop::collection::vec(any::<u8>(), 0..64)), 0..8),
+        kinds in prop::collection::vec((0..22_u16, prop::collection::vec(any::<u8>(), 0..64)), 0..8),
         pages in prop::collection::vec((0..80_u64, any::<bool>(), any::<u8>()), 0..8),
     ) {
         let mut input = Vec::new();

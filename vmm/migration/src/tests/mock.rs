@@ -12,8 +12,9 @@ use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_state::{Kind, Payloads};
 
 use crate::{
-    Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Guest, Handle, Limits,
-    MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions, Taken, Target,
+    Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Guest, Handed, Handle,
+    Limits, MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions, Taken,
+    Target,
 };
 
 pub(super) const KIND: Kind = Kind::new("mock", 1);
@@ -258,6 +259,8 @@ pub(super) struct MockSink {
     pub(super) world: Arc<World>,
     pub(super) memory: Option<Arc<MockMemory>>,
     pub(super) fails: Fails,
+    /// Files of memory that came.
+    pub(super) handed: Option<Handed>,
     restored: bool,
 }
 
@@ -267,23 +270,25 @@ impl MockSink {
             world: world.clone(),
             memory: None,
             fails,
+            handed: None,
             restored: false,
         }
     }
 }
 
 impl Sink for MockSink {
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Arc<dyn Target>, Cause> {
+    fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
         assert_eq!((offer.config, offer.cpu), (&b"config"[..], &b"cpu"[..]));
         if self.fails == Fails::Prepare {
             fail("this host has no avx512_vnni")?;
         }
+        self.handed = handed;
         let memory = MockMemory::new(offer.layout.regions());
         self.memory = Some(memory.clone());
         Ok(memory)
     }
 
-    fn check(&mut self, offer: &Offer<'_>) -> Vec<Blocker> {
+    fn check(&mut self, offer: &Offer<'_>, _handed: Option<Handed>) -> Vec<Blocker> {
         assert_eq!((offer.config, offer.cpu), (&b"config"[..], &b"cpu"[..]));
         match self.fails {
             Fails::Prepare => (0..2 * MAX_BLOCKERS).map(blocker).collect(),
@@ -376,6 +381,7 @@ pub(super) fn source_options(address: &Address) -> SourceOptions {
         address: address.clone(),
         tls: None,
         streams: 2,
+        hand_over: false,
         compress: false,
         limits: Limits {
             // Machines that run tests may be slow: who wants it short says so.

@@ -5,6 +5,7 @@ use super::{
     Offer, Pages, Progress, Role, Runs, VERSION, WireError,
 };
 use crate::blocker::{Blocker, MAX_BLOCKERS, Part};
+use crate::hand_over::MAX_FILES;
 use crate::memory::{Layout, MAX_REGIONS, PAGE, Region};
 
 /// Kind and length of the body that follows.
@@ -57,6 +58,7 @@ pub(crate) fn body(kind: Kind, bytes: &[u8]) -> Result<Message<'_>, WireError> {
         Kind::Alive => Message::Alive,
         Kind::End => Message::End,
         Kind::Blockers => Message::Blockers(blockers(&mut rest)?),
+        Kind::Files => files(&mut rest)?,
     };
     match rest.0.is_empty() {
         true => Ok(message),
@@ -131,6 +133,18 @@ fn blockers(rest: &mut Rest) -> Result<Vec<Blocker>, WireError> {
         });
     }
     Ok(blockers)
+}
+
+fn files(rest: &mut Rest) -> Result<Message<'static>, WireError> {
+    let (count, regions) = (rest.u32()?, rest.u32()? as usize);
+    if count == 0 || count as usize > MAX_FILES || regions > MAX_REGIONS {
+        return Err(WireError::Invalid("more files of memory than any guest has, or none"));
+    }
+    let places: Vec<_> = rest.pairs(regions)?.collect();
+    match places.iter().all(|(file, _)| *file < u64::from(count)) {
+        true => Ok(Message::Files { count, places }),
+        false => Err(WireError::Invalid("memory in a file that does not come")),
+    }
 }
 
 fn runs(rest: &mut Rest) -> Result<Runs, WireError> {

@@ -42,6 +42,14 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
             put_u64(progress.remaining, out);
         }
         Message::Blockers(blockers) => put_blockers(blockers, out),
+        Message::Files { count, places } => {
+            put_u32(*count, out);
+            put_u32(places.len() as u32, out);
+            for (file, offset) in places {
+                put_u64(*file, out);
+                put_u64(*offset, out);
+            }
+        }
         Message::Accepted
         | Message::Switch
         | Message::Complete

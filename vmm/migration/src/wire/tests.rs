@@ -79,6 +79,10 @@ fn samples() -> Vec<Message<'static>> {
         }),
         Message::Alive,
         Message::End,
+        Message::Files {
+            count: 2,
+            places: vec![(0, 0), (1, 1 << 40)],
+        },
         Message::Blockers(Vec::new()),
         Message::Blockers(vec![Blocker {
             what: Part::Disk,
@@ -144,7 +148,7 @@ fn a_length_is_bounded_before_the_body() {
 fn unknown_kinds_are_told_by_their_number() {
     let head = |number: u16| decode::head([number.to_le_bytes()[0], number.to_le_bytes()[1], 0, 0, 0, 0, 0, 0]);
     assert_eq!(head(0), Err(WireError::Kind(0)));
-    assert_eq!(head(20), Err(WireError::Kind(20)));
+    assert_eq!(head(63), Err(WireError::Kind(63)));
     assert_eq!(head(64), Err(WireError::PostCopy));
     assert_eq!(decode::head([13, 0, 1, 0, 0, 0, 0, 0]), Err(WireError::Reserved));
 }

@@ -20,6 +20,12 @@ use triarch_harness::vm::VmBuilder;
 /// This module's tests.
 pub(super) const TESTS: &[Test] = &[
     Test::payload("migration::vhost::disk_of_qemus", |c| disk(c, Program::Qemu, "")).within(LONG),
+    Test::payload("migration::vhost::local_disk_of_qemus", |c| local(c, Program::Qemu, "")).within(LONG),
+    Test::payload("migration::vhost::local_disk", |c| local(c, Program::Blkd, "")).within(LONG),
+    Test::payload("migration::vhost::local_disk_behind_the_relay", |c| {
+        local(c, Program::Blkd, RELAY)
+    })
+    .within(LONG),
     Test::payload("migration::vhost::disk", |c| disk(c, Program::Blkd, "")).within(LONG),
     Test::payload("migration::vhost::disk_behind_the_relay", |c| {
         disk(c, Program::Blkd, RELAY)
@@ -148,6 +154,20 @@ fn skipped() -> Result<Outcome> {
 
 /// The guest writes, and compares what it reads; it is moved again and again in the middle of that.
 fn disk(context: &Context, program: Program, options: &str) -> Result<Outcome> {
+    again_and_again(
+        context,
+        program,
+        options,
+        |round| json!({ "connections": 1 + round % 2 }),
+    )
+}
+
+/// The same with its memory handed over, to the VMM and to the daemon.
+fn local(context: &Context, program: Program, options: &str) -> Result<Outcome> {
+    again_and_again(context, program, options, |_| super::local::local())
+}
+
+fn again_and_again(context: &Context, program: Program, options: &str, request: fn(u64) -> Value) -> Result<Outcome> {
     let Some(mut rig) = Rig::start(context, program, options)? else {
         return skipped();
     };
@@ -155,7 +175,7 @@ fn disk(context: &Context, program: Program, options: &str) -> Result<Outcome> {
     for round in 0..MOVES {
         rig.guest.send(&format!("blk 0 soak 600 48 {round} 1000"))?;
         thread::sleep(patient(Duration::from_millis(3 + 7 * (round % 4))));
-        rig = rig.go_on(context, &json!({ "connections": 1 + round % 2 }))?;
+        rig = rig.go_on(context, &request(round))?;
         let answer = rig.guest.answer();
         answer.with_context(|| format!("round {round}: {}", rig.last_words()))?;
         ensure!(storage::link(rig.guest.vm())?["datapath"] == way);

@@ -16,16 +16,37 @@ use triarch_harness::suite::{Context, Outcome, Test, kills, patient};
 payload_tests!("migration::kills":
     a_cancel_at_any_moment_leaves_the_guest_unharmed,
     at_most_one_guest_runs_whoever_dies,
+    a_cancel_of_a_local_one_leaves_the_guest_unharmed,
+    at_most_one_guest_runs_whoever_dies_of_a_local_one,
 );
 
-/// Microseconds within which all of a migration happens, here: moments are drawn from so many.
-const SPAN: usize = 400_000;
+/// How a guest is moved.
+struct Way {
+    /// Whether its memory is handed over.
+    local: bool,
+    /// Microseconds within which all of that happens, here: moments are drawn from so many.
+    span: usize,
+}
+
+const COPIED: Way = Way {
+    local: false,
+    span: 400_000,
+};
+const LOCAL: Way = Way {
+    local: true,
+    span: 80_000,
+};
+
 /// What the guest writes to its disk meanwhile.
 const SOAK: &str = "blk 0 soak 1500 8 9 2000";
 
 /// A guest with a disk under load, and data in memory.
-fn loaded(context: &Context, kept: &Path) -> Result<Guest> {
+fn loaded(context: &Context, kept: &Path, way: &Way) -> Result<Guest> {
     let (vm, _) = with_disk(context, kept)?;
+    let vm = match way.local {
+        true => vm.set("--memory", "size=64M,shared=on"),
+        false => vm,
+    };
     let mut guest = Guest::start(vm)?;
     guest.ask(&format!("mem fill {} {} 5", test_ram(), 8 * MIB))?;
     guest.ask("blk 0 write 20000 64 7")?;
@@ -57,20 +78,33 @@ fn ended(sending: JoinHandle<Result<String>>) -> Result<Result<String>> {
         .map_err(|_| anyhow::anyhow!("the client's thread panicked"))
 }
 
-fn slowly() -> Value {
-    // 8 MiB in about a fifth of a second.
-    json!({ "bandwidth": 48 * MIB })
+impl Way {
+    fn request(&self) -> Value {
+        match self.local {
+            true => super::local::local(),
+            // 8 MiB in about a fifth of a second.
+            false => json!({ "bandwidth": 48 * MIB }),
+        }
+    }
 }
 
 fn a_cancel_at_any_moment_leaves_the_guest_unharmed(context: &Context) -> Result<Outcome> {
+    cancels(context, &COPIED)
+}
+
+fn a_cancel_of_a_local_one_leaves_the_guest_unharmed(context: &Context) -> Result<Outcome> {
+    cancels(context, &LOCAL)
+}
+
+fn cancels(context: &Context, way: &Way) -> Result<Outcome> {
     let kept = tempfile::tempdir_in(&context.dir)?;
-    let mut guest = loaded(context, kept.path())?;
+    let mut guest = loaded(context, kept.path(), way)?;
     let mut dice = Dice::new(7);
     let (mut cancelled, mut late) = (0, 0);
     for round in 0..kills() {
         let waiting = Waiting::start(context, "unix", &json!({}))?;
-        let sending = begin(&guest, &waiting.address, &slowly())?;
-        thread::sleep(Duration::from_micros(dice.below(SPAN) as u64));
+        let sending = begin(&guest, &waiting.address, &way.request())?;
+        thread::sleep(Duration::from_micros(dice.below(way.span) as u64));
         // Either side may end it.
         let api = match round % 2 {
             0 => guest.vm().api()?,
@@ -122,14 +156,22 @@ fn kill(pid: u32) -> Result<()> {
 }
 
 fn at_most_one_guest_runs_whoever_dies(context: &Context) -> Result<Outcome> {
+    deaths(context, &COPIED)
+}
+
+fn at_most_one_guest_runs_whoever_dies_of_a_local_one(context: &Context) -> Result<Outcome> {
+    deaths(context, &LOCAL)
+}
+
+fn deaths(context: &Context, way: &Way) -> Result<Outcome> {
     let kept = tempfile::tempdir_in(&context.dir)?;
     let mut dice = Dice::new(11);
     let mut counts = std::collections::BTreeMap::<&str, u32>::new();
-    let mut guest = loaded(context, kept.path())?;
+    let mut guest = loaded(context, kept.path(), way)?;
     for round in 0..kills() {
         let waiting = Waiting::start(context, "unix", &json!({}))?;
-        let sending = begin(&guest, &waiting.address, &slowly())?;
-        thread::sleep(Duration::from_micros(dice.below(SPAN) as u64));
+        let sending = begin(&guest, &waiting.address, &way.request())?;
+        thread::sleep(Duration::from_micros(dice.below(way.span) as u64));
         let source = dice.below(2) == 0;
         let outcome = match source {
             true => {
@@ -151,12 +193,16 @@ fn at_most_one_guest_runs_whoever_dies(context: &Context) -> Result<Outcome> {
                 survivor
             }
             // It died with its host. The disk is free for another.
-            None => loaded(context, kept.path())?,
+            None => loaded(context, kept.path(), way)?,
         };
     }
     intact(&mut guest)?;
     guest.power_off()?;
-    triarch_harness::suite::figure(&format!("migration::kills: {} rounds: {counts:?}", kills()))?;
+    triarch_harness::suite::figure(&format!(
+        "migration::kills: local {}, {} rounds: {counts:?}",
+        way.local,
+        kills()
+    ))?;
     Ok(Outcome::Passed)
 }
 
@@ -219,7 +265,13 @@ fn after_the_destination_died(
                     ensure!(text.contains("does not answer"), "{text}");
                     // The operator has looked: it is not there.
                     drop(waiting);
-                    guest.vm().resume()?;
+                    if let Err(error) = guest.vm().resume() {
+                        // It had begun to run there, with the memory that is here.
+                        let text = format!("{error:#}");
+                        ensure!(text.contains("ran at the destination"), "{text}");
+                        ensure!(state(&api)?.as_deref() == Some("Paused"), "it does not stand still");
+                        return Ok(("the guest died with the destination, which had its memory", None));
+                    }
                     Ok(("the source was told to resume it", Some(guest)))
                 }
                 other => bail!("the guest is {other:?}: {text}"),
@@ -229,7 +281,9 @@ fn after_the_destination_died(
 }
 
 /// All tests, with the time that these take when somebody wants two hundred moments (`TRIARCH_KILLS`).
-pub const ALL: [Test; 2] = [
+pub const ALL: [Test; 4] = [
     TESTS[0].within(Duration::from_secs(900)),
     TESTS[1].within(Duration::from_secs(900)),
+    TESTS[2].within(Duration::from_secs(900)),
+    TESTS[3].within(Duration::from_secs(900)),
 ];

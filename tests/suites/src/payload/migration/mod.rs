@@ -6,6 +6,7 @@ mod ends;
 mod interfaces;
 mod kills;
 mod limits;
+mod local;
 mod refusals;
 pub(crate) mod tls;
 
@@ -43,6 +44,7 @@ pub fn tests() -> Vec<Test> {
         interfaces::TESTS,
         &kills::ALL,
         &limits::ALL,
+        &local::ALL,
         refusals::TESTS,
         tls::TESTS,
     ]
