@@ -62,6 +62,8 @@ kinds! {
     PCI_ADDED: "device" "added" ["id", "bdf"] "a guest that runs was given a device";
     PCI_REMOVED: "device" "removed" ["id"] "the guest has the device no more, and the host is done with it";
     PCI_REFUSED: "device" "refused" ["id", "reason"] "the guest does not take a device, or does not give it back";
+    PCI_WANTED: "device" "wanted" ["id"] "the host asks for a device of its own back, which is then asked of the guest, and taken by force if the guest does not give it";
+    PCI_FAILED: "device" "failed" ["id", "reason"] "a device of the host broke, and is taken from the guest by force";
     VCPU_REFUSED: "vcpu" "refused" ["index", "reason"] "the guest does not take a vCPU, or does not give it back";
     MEMORY_ADDED: "memory" "added" ["address", "size"] "the guest took memory that it was given while it ran";
     MEMORY_REMOVED: "memory" "removed" ["address", "size"] "the guest gave memory back";

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
+use vmm_sys_util::epoll::Epoll;
+
+use crate::alarms::{Alarm, Alarms};
 use crate::kernel::{ContainerFile, DeviceFile, DeviceInfo, GroupFile, Kernel};
 use crate::sysfs::{self, Found};
 use crate::{OpenError, lock};
@@ -28,6 +31,7 @@ struct Group {
 pub struct HostDevice {
     name: String,
     pub(crate) info: DeviceInfo,
+    alarms: Alarms,
     // First the device, then its group.
     pub(crate) file: Box<dyn DeviceFile>,
     group: Arc<Group>,
@@ -45,15 +49,31 @@ struct Open {
 pub struct Iommu {
     kernel: Arc<dyn Kernel>,
     open: Arc<Mutex<Open>>,
+    /// What the host tells of its devices.
+    alarms: Arc<Epoll>,
 }
 
 impl Iommu {
     /// By what `kernel` has.
-    pub fn new(kernel: Arc<dyn Kernel>) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(kernel: Arc<dyn Kernel>) -> io::Result<Self> {
+        Ok(Self {
             kernel,
             open: Arc::default(),
-        }
+            alarms: Arc::new(Epoll::new()?),
+        })
+    }
+
+    /// What the host told of its devices since the last time, by their names. When there is something, the descriptor is readable.
+    pub fn alarms(&self) -> Vec<(String, Alarm)> {
+        let devices: Vec<_> = lock(&self.open).devices.iter().filter_map(Weak::upgrade).collect();
+        let told = devices.iter().flat_map(|device| {
+            let told = device.alarms.take();
+            told.map(|alarm| (device.name.clone(), alarm))
+        });
+        told.collect()
     }
 
     /// Opens the device whose directory in sysfs is `path`. It does not do anything until somebody makes a function of it.
@@ -85,9 +105,11 @@ impl Iommu {
         if !info.pci {
             return Err(OpenError::NotPci(found.name));
         }
+        let alarms = Alarms::listen(&found.name, &*file, &self.alarms);
         let device = Arc::new(HostDevice {
             name: found.name,
             info,
+            alarms,
             file,
             group,
         });
@@ -148,6 +170,12 @@ impl Iommu {
         })?;
         let kernel = self.kernel.clone();
         Ok(Container { file, kernel })
+    }
+}
+
+impl AsRawFd for Iommu {
+    fn as_raw_fd(&self) -> RawFd {
+        self.alarms.as_raw_fd()
     }
 }
 

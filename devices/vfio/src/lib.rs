@@ -7,6 +7,7 @@
 //! Nothing here knows KVM: what is needed of the VM is the trait [`Vm`]. Everything the kernel does for VFIO is behind the traits of
 //! [`kernel`], so that tests need neither a device nor an IOMMU.
 
+mod alarms;
 mod areas;
 mod config;
 mod dma;
@@ -22,6 +23,7 @@ mod sysfs;
 #[cfg(test)]
 mod tests;
 
+pub use alarms::Alarm;
 pub use dma::{DmaError, DmaMap};
 pub use error::OpenError;
 pub use function::{FunctionError, VfioPci, Vm};

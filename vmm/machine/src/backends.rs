@@ -131,6 +131,13 @@ impl Backends {
             .map(|(id, _)| id.as_str())
     }
 
+    /// The device of the host called `name` there, by its id.
+    pub(crate) fn host_device(&self, name: &str) -> Option<&str> {
+        let found = |end: &End| matches!(&end.serves, Serves::Host(device) if device.name() == name);
+        let mut ends = self.ends.iter();
+        ends.find(|(_, end)| found(end)).map(|(id, _)| id.as_str())
+    }
+
     /// Takes the locks of all disks.
     ///
     /// # Errors

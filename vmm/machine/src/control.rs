@@ -24,7 +24,7 @@ use crate::inbox::Outbox;
 use crate::memory::Dimms;
 use crate::metrics::GuestMeters;
 use crate::migration::Migrations;
-use crate::plug::Plugs;
+use crate::plug::{HostInput, Plugs};
 use crate::progress::Progress;
 use crate::resize::{Part, Resizes};
 use crate::signals::{Signal, Signals, told_to_end};
@@ -117,6 +117,9 @@ impl Controller {
             let heartbeat = Heartbeat::new(every, inbox.clone()).map_err(MachineError::host("make a timer"))?;
             events.add_subscriber(Arc::new(Mutex::new(heartbeat)));
         }
+        let iommu =
+            Iommu::new(Arc::new(triarch_vfio::Linux)).map_err(MachineError::host("make a set of descriptors"))?;
+        events.add_subscriber(Arc::new(Mutex::new(HostInput::new(&iommu, &inbox))));
         let (resizes, alarm) = Resizes::new(inbox.clone())?;
         events.add_subscriber(alarm);
         Ok(Self {
@@ -134,7 +137,7 @@ impl Controller {
             taps: HandedTaps::new(),
             consoles: None,
             backends: None,
-            iommu: Iommu::new(Arc::new(triarch_vfio::Linux)),
+            iommu,
             machine: None,
             resizes,
             processors: Processors::default(),
@@ -263,6 +266,10 @@ impl Controller {
             Message::Patience => {
                 self.look_at_resizes();
                 self.look_at_plugs();
+                self.publish();
+            }
+            Message::OfHost(name, alarm) => {
+                self.told_by_host(&name, alarm);
                 self.publish();
             }
             Message::Resized => {

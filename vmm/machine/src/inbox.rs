@@ -11,6 +11,7 @@ use triarch_api::metrics::Metrics;
 use triarch_api::{Answer, ApiError, Handler, Reply, Request, VmInfo};
 use triarch_legacy::PowerEvent;
 use triarch_vcpu::VcpuEvent;
+use triarch_vfio::Alarm;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::metrics::{GuestMeters, Meters};
@@ -36,6 +37,8 @@ pub enum Message {
     Patience,
     /// The terminal may have another size (SIGWINCH).
     Resized,
+    /// The host tells something of the device of its own with this name.
+    OfHost(String, Alarm),
     /// The thread that moves the guest wants something done.
     Call(Call),
 }

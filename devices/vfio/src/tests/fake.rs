@@ -33,6 +33,8 @@ pub(crate) struct World {
     pub(crate) reachable: Vec<(u64, u64)>,
     pub(crate) limit: Option<u64>,
     pub(crate) not_viable: bool,
+    /// It tells of no errors and no requests.
+    pub(crate) deaf: bool,
     /// Interrupts of MSI-X that the host has.
     pub(crate) vectors: u32,
     /// The events that vectors ring, by kind and number.
@@ -128,7 +130,7 @@ impl Fake {
     }
 
     pub(crate) fn iommu(&self) -> Iommu {
-        Iommu::new(Arc::new(self.clone()))
+        Iommu::new(Arc::new(self.clone())).expect("descriptors")
     }
 }
 
@@ -210,8 +212,13 @@ impl DeviceFile for Opened {
             sparse: lock(&self.fake.world).sparse.clone().filter(|_| index == 0),
         })
     }
-    fn irq_count(&self, _index: u32) -> io::Result<u32> {
-        Ok(2048)
+    fn irq_count(&self, index: u32) -> io::Result<u32> {
+        let deaf = lock(&self.fake.world).deaf;
+        match index {
+            0..=2 => Ok(2048),
+            3 | 4 if !deaf => Ok(1),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
     }
     fn set_irqs(&self, index: u32, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError> {
         self.fake.call("set irqs").map_err(IrqError::Failed)?;
@@ -298,6 +305,21 @@ impl Sysfs {
             symlink(root.join("drivers").join(driver), path.join("driver")).expect("its driver");
         }
         path
+    }
+
+    /// A mediated device, like `api`, as its bus has it: a link to where it is.
+    pub(crate) fn mediated(&self, name: &str, group: u32, driver: Option<&str>, api: &str) -> PathBuf {
+        let path = self.device(name, Some(group), driver);
+        fs::remove_file(path.join("vendor")).expect("no vendor");
+        let kind = self.0.path().join("types").join(name);
+        fs::create_dir_all(&kind).expect("a type");
+        fs::write(kind.join("device_api"), format!("{api}\n")).expect("what it is like");
+        symlink(kind, path.join("mdev_type")).expect("its type");
+        self.group_file(group, "name", "vfio-noiommu\n");
+        let bus = self.0.path().join("bus");
+        fs::create_dir_all(&bus).expect("a bus");
+        symlink(&path, bus.join(name)).expect("its place there");
+        bus.join(name)
     }
 
     /// Writes a file of a group.

@@ -1,5 +1,6 @@
 //! Tests against a kernel that is not there.
 
+mod alarms;
 mod dma;
 mod fake;
 mod function;

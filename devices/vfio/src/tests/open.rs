@@ -20,7 +20,16 @@ fn a_device_takes_its_group_and_a_container_and_gives_them_back() {
     assert_eq!(device.name(), "0000:00:05.0");
     assert_eq!(
         fake.calls(),
-        ["container", "group", "set container", "type1", "set type1", "device"]
+        [
+            "container",
+            "group",
+            "set container",
+            "type1",
+            "set type1",
+            "device",
+            "set irqs",
+            "set irqs"
+        ]
     );
     assert_eq!(fake.open_files(), 3);
     drop(device);

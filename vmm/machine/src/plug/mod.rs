@@ -5,6 +5,7 @@
 //! nothing else waits for that. Its id, its slot and its place in the configuration are free when that is done, which is when its job
 //! ends.
 
+mod host;
 mod removal;
 mod request;
 
@@ -17,6 +18,7 @@ use triarch_legacy::PciSlot;
 use crate::changes::{ChangeMeters, Changing, Direction, Outcome};
 use crate::control::Controller;
 use crate::resize::PATIENCE;
+pub(crate) use host::HostInput;
 use removal::{Asked, Leaving, Manner};
 
 /// How often a guest that should hear of something is told again.
@@ -31,6 +33,8 @@ pub(crate) struct Plugs {
     leaving: Vec<Leaving>,
     /// When a guest was given a device, while it may not have heard of it.
     announced: Option<Instant>,
+    /// How often the host asked for those it wants back, by their ids.
+    wanted: std::collections::BTreeMap<String, u32>,
     pub(crate) meters: std::sync::Arc<PlugMeters>,
 }
 

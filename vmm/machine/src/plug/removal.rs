@@ -174,6 +174,7 @@ impl Controller {
         if let Some(config) = &mut self.config {
             configured::take(config, id);
         }
+        self.plugs.wanted.remove(id);
         self.plugs.meters.count(Direction::Remove, outcome, 1);
         // Whoever sees that the job has ended sees what it changed.
         self.publish();
@@ -193,6 +194,7 @@ impl Controller {
             self.end_leaving(leaving);
         }
         self.plugs.announced = None;
+        self.plugs.wanted.clear();
     }
 
     /// The guest is gone and with it its devices: those it was asked for do not come back.
