@@ -11,7 +11,8 @@ use crate::{ConfigError, VmConfig};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceConfig {
-    /// Its directory in /sys/bus/pci/devices. It must belong to the driver vfio-pci.
+    /// Its directory in sysfs: in /sys/bus/pci/devices if it is a whole one, which must belong to the driver vfio-pci, or in
+    /// /sys/bus/mdev/devices if it is mediated.
     #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub path: PathBuf,
     /// Name in the API; `_device3` and so on when absent.

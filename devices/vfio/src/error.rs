@@ -10,7 +10,8 @@ use thiserror::Error;
 pub enum OpenError {
     /// Nothing at the path.
     #[error(
-        "there is no device at {}; give the path of one in /sys/bus/pci/devices, such as /sys/bus/pci/devices/0000:01:00.0",
+        "there is no device at {}; give the path of one in /sys/bus/pci/devices, such as /sys/bus/pci/devices/0000:01:00.0, or of a \
+         mediated one in /sys/bus/mdev/devices",
         .0.display()
     )]
     Absent(PathBuf),
@@ -36,6 +37,19 @@ pub enum OpenError {
         /// It has a driver that must let go of it first.
         bound: bool,
     },
+    /// A mediated device of another kind.
+    #[error(
+        "{name} is a mediated device of the kind '{api}'; only those of the kind vfio-pci (device_api of its type) can be passed through"
+    )]
+    OtherKind {
+        /// Its UUID.
+        name: String,
+        /// What it is like.
+        api: String,
+    },
+    /// A mediated device without a driver.
+    #[error("the mediated device {0} has no driver; load that of the device it is a part of, and make it anew")]
+    Idle(String),
     /// VFIO is not there.
     #[error(
         "{path} cannot be opened; load the modules vfio-pci and vfio_iommu_type1, and let this user read and write it"

@@ -18,6 +18,9 @@ pub(crate) struct Found {
     path: PathBuf,
 }
 
+/// What a mediated device must be like (Documentation/driver-api/vfio-mediated-device.rst).
+const PCI: &str = "vfio-pci";
+
 /// Drivers of VFIO, which a device may belong to.
 fn is_vfio(driver: &str) -> bool {
     driver.contains("vfio")
@@ -37,12 +40,22 @@ pub(crate) fn find(path: &Path) -> Result<Found, OpenError> {
     let own_name = path.file_name().and_then(|name| name.to_str());
     // In /sys/bus/pci/devices it is a link whose target has the same name, but others may point there, too.
     let name = link_name(path).or(own_name.map(str::to_owned)).ok_or_else(absent)?;
-    if !path.join("vendor").exists() && !path.join("mdev_type").exists() {
+    let mediated = path.join("mdev_type").exists();
+    if !path.join("vendor").exists() && !mediated {
         return Err(absent());
+    }
+    if mediated {
+        let api = fs::read_to_string(path.join("mdev_type/device_api")).unwrap_or_default();
+        if api.trim() != PCI {
+            let api = api.trim().to_owned();
+            return Err(OpenError::OtherKind { name, api });
+        }
     }
     // First of all: on some hosts a device is in a group only while it has a driver.
     match link_name(&path.join("driver")) {
-        Some(driver) if is_vfio(&driver) => {}
+        // Whatever makes mediated devices is a driver of VFIO.
+        Some(driver) if is_vfio(&driver) || mediated => {}
+        None if mediated => return Err(OpenError::Idle(name)),
         driver => {
             let bound = driver.is_some();
             let owner = driver.map_or("has no driver".to_owned(), |driver| {
@@ -56,7 +69,8 @@ pub(crate) fn find(path: &Path) -> Result<Found, OpenError> {
         return Err(OpenError::NoGroup(name));
     };
     let kind = fs::read_to_string(path.join("iommu_group/name")).unwrap_or_default();
-    if kind.trim() == "vfio-noiommu" {
+    // The kernel gives a mediated device a group of that name, too, but it checks what that reaches, as an IOMMU does for others.
+    if kind.trim() == "vfio-noiommu" && !mediated {
         return Err(OpenError::NoIommu(name));
     }
     Ok(Found {

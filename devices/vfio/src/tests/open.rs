@@ -81,6 +81,44 @@ fn whose_it_is_and_how_to_get_it_is_told() {
 }
 
 #[test]
+fn a_mediated_device_is_one_by_its_uuid() {
+    const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    let path = sysfs.mediated(UUID, 9, Some("intel_vgpu_mdev"), "vfio-pci");
+    let device = iommu.open(&path).expect("a device");
+    assert_eq!(device.name(), UUID);
+    let there = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
+    iommu.open(&there).expect("beside a device that is whole");
+    let again = iommu.open(&path.canonicalize().expect("its directory"));
+    assert!(matches!(again.err(), Some(OpenError::Twice(name)) if name == UUID));
+    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let other = sysfs.mediated("c0b26072-dd1b-4340-84fe-bf338c510818", 10, Some("vfio_mdev"), "vfio-ap");
+    let said = refused(&other);
+    assert!(
+        said.contains("c0b26072-dd1b-4340-84fe-bf338c510818 is a mediated device of the kind 'vfio-ap'"),
+        "{said}"
+    );
+    let idle = sysfs.mediated("5f8bd9a6-7c7c-4f1e-93a5-6b2d8a7c0e01", 11, None, "vfio-pci");
+    assert!(refused(&idle).contains("has no driver"));
+}
+
+#[test]
+fn a_device_has_many_names() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let path = sysfs.device("0000:00:05.0", Some(3), Some("mlx5_vfio_pci"));
+    let link = path.with_file_name("gpu");
+    std::os::unix::fs::symlink(&path, &link).expect("a link");
+    for path in [path.clone(), link, path.join("")] {
+        assert_eq!(
+            fake.iommu().open(&path).expect("a device").name(),
+            "0000:00:05.0",
+            "{path:?}"
+        );
+    }
+}
+
+#[test]
 fn a_group_that_is_shared_with_the_host_is_refused_by_name() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     lock(&fake.world).not_viable = true;
