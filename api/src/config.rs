@@ -573,4 +573,8 @@ pub struct PlatformConfig {
     pub oem_strings: Option<Vec<String>>,
     /// ARM: describe the machine by a device tree instead of ACPI.
     pub dtb: bool,
+    /// Devices of the host come by iommufd and device files, or, if it is off, by IOMMU groups; when absent by groups where the host has
+    /// those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommufd: Option<bool>,
 }

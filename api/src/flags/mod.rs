@@ -302,9 +302,9 @@ pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, FlagError> {
     Ok(DebugConsoleConfig { mode, file })
 }
 
-/// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on`
+/// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on,iommufd=on`
 pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
-    let known = ["serial_number", "uuid", "oem_strings", "dtb"];
+    let known = ["serial_number", "uuid", "oem_strings", "dtb", "iommufd"];
     let elsewhere = [
         "num_pci_segments",
         "iommu_segments",
@@ -319,6 +319,7 @@ pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
         uuid: kv.text("uuid").map(str::to_owned),
         oem_strings: strings.map(|list| list.into_iter().map(str::to_owned).collect()),
         dtb: kv.switch("dtb")?.unwrap_or(false),
+        iommufd: kv.switch("iommufd")?,
     })
 }
 

@@ -83,7 +83,7 @@ impl DmaMap {
             .iter()
             .try_for_each(|(gpa, (len, _))| reach(container, *gpa, *len))?;
         for (done, (&at, &(len, host))) in state.ranges.iter().enumerate() {
-            if let Err(source) = container.file.map(at, len, host) {
+            if let Err(source) = container.space().map(at, len, host) {
                 for (at, (len, _)) in state.ranges.iter().take(done) {
                     undo(container, *at, *len);
                 }
@@ -103,7 +103,7 @@ impl DmaMap {
         if let Some(container) = state.container.upgrade() {
             state.check_limit(&container, len)?;
             reach(&container, gpa, len)?;
-            let map = container.file.map(gpa, len, host);
+            let map = container.space().map(gpa, len, host);
             map.map_err(|source| DmaError::Map { at: gpa, len, source })?;
         }
         state.ranges.insert(gpa, (len, host));
@@ -154,7 +154,7 @@ impl State {
 
 /// Whether the IOMMU reaches `len` bytes at `gpa`.
 fn reach(container: &Container, gpa: u64, len: u64) -> Result<(), DmaError> {
-    let ranges = container.file.reachable().unwrap_or_default();
+    let ranges = container.space().reachable().unwrap_or_default();
     let end = gpa.saturating_add(len.saturating_sub(1));
     if ranges.is_empty() || ranges.iter().any(|(first, last)| *first <= gpa && end <= *last) {
         return Ok(());
@@ -171,7 +171,7 @@ fn reach(container: &Container, gpa: u64, len: u64) -> Result<(), DmaError> {
 }
 
 fn undo(container: &Container, gpa: u64, len: u64) {
-    if let Err(error) = container.file.unmap(gpa, len) {
+    if let Err(error) = container.space().unmap(gpa, len) {
         tracing::error!("devices of the host keep {len:#x} bytes of the guest's memory at {gpa:#x}: {error}");
     }
 }

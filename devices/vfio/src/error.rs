@@ -91,10 +91,26 @@ pub enum OpenError {
     NoType1,
     /// Interrupts are not checked.
     #[error(
-        "the host's IOMMU does not check interrupts (no interrupt remapping), so the guest could use {0} to send the host any; switch that \
-         on in the firmware, or accept it for all guests with the option allow_unsafe_interrupts=1 of the module vfio_iommu_type1"
+        "the host's IOMMU does not check interrupts (no interrupt remapping), so the guest could use {name} to send the host any; switch \
+         that on in the firmware, or accept it for all guests with the option allow_unsafe_interrupts=1 of the module {module}"
     )]
-    UnsafeInterrupts(String),
+    UnsafeInterrupts {
+        /// The device.
+        name: String,
+        /// Who has the option.
+        module: &'static str,
+    },
+    /// No file of its own.
+    #[error(
+        "the host's kernel has no device file for {0} (/dev/vfio/devices): it is older than Linux 6.6, or built without VFIO_DEVICE_CDEV; \
+         leave iommufd=on out"
+    )]
+    NoNode(String),
+    /// No iommufd.
+    #[error(
+        "/dev/iommu cannot be opened; load the module iommufd, and let this user read and write it, or leave iommufd=on out"
+    )]
+    NoIommufd(#[source] io::Error),
     /// It is no PCI function.
     #[error("{0} is no PCI device; only those can be passed through")]
     NotPci(String),

@@ -12,6 +12,7 @@ use triarch_pci::{Bars, PciAddress, PciFunction, command};
 use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
 
 use crate::config::{Config, SIZE};
+use crate::handle::{Admission, Handle};
 use crate::interrupts::Interrupts;
 use crate::kernel::Region;
 use crate::{HostDevice, Mapping, areas, lock};
@@ -24,10 +25,10 @@ pub trait Vm: Send + Sync {
     fn map(&self, gpa: u64, registers: &Mapping) -> io::Result<()>;
     /// Undoes that.
     fn unmap(&self, gpa: u64) -> io::Result<()>;
-    /// Tells the hypervisor of an IOMMU group that the guest has a device of, once for each such device.
-    fn admit(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+    /// Tells the hypervisor of a device that the guest has, by its own file or that of its IOMMU group, once for each device.
+    fn admit(&self, file: BorrowedFd<'_>) -> io::Result<()>;
     /// Undoes that.
-    fn dismiss(&self, group: BorrowedFd<'_>) -> io::Result<()>;
+    fn dismiss(&self, file: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// Why no function can be made of a device.
@@ -73,7 +74,10 @@ struct BarParts {
 /// A PCI function that is a device of the host.
 pub struct VfioPci {
     host: Arc<HostDevice>,
+    handle: Arc<Handle>,
     vm: Arc<dyn Vm>,
+    /// Until the guest has it no more.
+    admission: Mutex<Option<Admission>>,
     config: Mutex<Config>,
     /// Where its configuration space is in its descriptor.
     registers: u64,
@@ -103,11 +107,12 @@ impl VfioPci {
                 source,
             }
         };
-        host.reset().map_err(|source| FunctionError::Reset {
+        let (handle, admission) = host.enter(&vm)?;
+        handle.reset().map_err(|source| FunctionError::Reset {
             name: name.to_owned(),
             source,
         })?;
-        let file = &host.file;
+        let file = &handle.file;
         let mut regions: [Region; 6] = Default::default();
         for (index, region) in (0..).zip(&mut regions) {
             *region = file.region(index).map_err(failed("learn the BARs"))?;
@@ -128,18 +133,19 @@ impl VfioPci {
             let shown = config.bars()[usize::from(index)].is_some();
             let trapped = config.trapped(index);
             let areas = if shown {
-                map(host, &region, &trapped)
+                map(&handle, &region, &trapped, host.page_size())
             } else {
                 Ok(Vec::new())
             };
             let areas = areas.map_err(failed("map the registers"))?;
             *parts = BarParts { region, areas };
         }
-        vm.admit(host.group()).map_err(failed("tell KVM of the IOMMU group"))?;
         let function = Self {
-            interrupts: Interrupts::new(host, router, &config),
+            interrupts: Interrupts::new(name, &handle, router, &config),
             host: host.clone(),
+            handle,
             vm,
+            admission: Mutex::new(Some(admission)),
             config: Mutex::new(config),
             registers: own.offset,
             bars: Mutex::new(bars),
@@ -163,8 +169,8 @@ impl VfioPci {
         }
         self.interrupts.silence();
         // Without being the bus's master it reaches nothing, also if it cannot be reset.
-        let _ = self.host.file.write_at(self.registers + COMMAND, &[0, 0]);
-        if let Err(error) = self.host.reset() {
+        let _ = self.handle.file.write_at(self.registers + COMMAND, &[0, 0]);
+        if let Err(error) = self.handle.reset() {
             tracing::warn!("{} cannot be reset: {error}", self.host.name());
         }
         for parts in lock(&self.bars).iter_mut() {
@@ -172,16 +178,18 @@ impl VfioPci {
                 self.hide(&area);
             }
         }
-        if let Err(error) = self.vm.dismiss(self.host.group()) {
-            tracing::warn!("KVM keeps the IOMMU group of {}: {error}", self.host.name());
-        }
+        drop(lock(&self.admission).take());
     }
 
     /// Lets the device decode its registers, and reach memory if `wanted` of the guest says so. It decodes them whatever the guest wants:
     /// those that are mapped would be gone otherwise, under the guest's hands. Where the guest has no BAR, nothing is mapped.
     fn set_command(&self, wanted: u16) {
         let value = command::IO | command::MEMORY | wanted & command::BUS_MASTER;
-        if let Err(error) = self.host.file.write_at(self.registers + COMMAND, &value.to_le_bytes()) {
+        if let Err(error) = self
+            .handle
+            .file
+            .write_at(self.registers + COMMAND, &value.to_le_bytes())
+        {
             self.warn("write the command register", &error);
         }
     }
@@ -197,7 +205,7 @@ impl VfioPci {
 
     /// The guest resets its function.
     fn restart(&self, config: &mut Config) {
-        if let Err(error) = self.host.reset() {
+        if let Err(error) = self.handle.reset() {
             return self.warn("reset the device", &error);
         }
         config.reset();
@@ -228,10 +236,10 @@ impl VfioPci {
 }
 
 /// Maps of `region` what the guest may reach by itself.
-fn map(host: &HostDevice, region: &Region, trapped: &[Range<u64>]) -> io::Result<Vec<Area>> {
-    let parts = areas::mappable(region, trapped, host.page_size());
+fn map(handle: &Handle, region: &Region, trapped: &[Range<u64>], page: u64) -> io::Result<Vec<Area>> {
+    let parts = areas::mappable(region, trapped, page);
     let area = |part: Range<u64>| {
-        let mapping = host.file.map(region.offset + part.start, part.end - part.start)?;
+        let mapping = handle.file.map(region.offset + part.start, part.end - part.start)?;
         Ok(Area {
             start: part.start,
             mapping,
@@ -248,7 +256,7 @@ impl PciFunction for VfioPci {
         }
         lock(&self.config).read(offset, data, |data| {
             let at = self.registers + u64::from(offset);
-            self.host.file.read_at(at, data).is_ok()
+            self.handle.file.read_at(at, data).is_ok()
         });
     }
 
@@ -278,7 +286,7 @@ impl PciFunction for VfioPci {
         if let Some(done) = self.interrupts.read(bar, offset, data) {
             return done;
         }
-        self.host.file.read_at(at, data).map_err(|_| AccessError::BadAccess)
+        self.handle.file.read_at(at, data).map_err(|_| AccessError::BadAccess)
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError> {
@@ -286,7 +294,7 @@ impl PciFunction for VfioPci {
         if let Some(done) = self.interrupts.write(bar, offset, data) {
             return done;
         }
-        self.host.file.write_at(at, data).map_err(|_| AccessError::BadAccess)
+        self.handle.file.write_at(at, data).map_err(|_| AccessError::BadAccess)
     }
 
     fn bar_moved(&self, bar: u8, address: Option<u64>) {

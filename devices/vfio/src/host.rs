@@ -2,43 +2,74 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::epoll::Epoll;
 
-use crate::alarms::{Alarm, Alarms};
-use crate::kernel::{ContainerFile, DeviceFile, DeviceInfo, GroupFile, Kernel};
+use crate::alarms::Alarm;
+use crate::handle::{Admission, BIND, Handle, Refusal, Way};
+use crate::kernel::{AddressSpace, ContainerFile, GroupFile, IommuFile, Kernel};
 use crate::sysfs::{self, Found};
-use crate::{OpenError, lock};
+use crate::{FunctionError, OpenError, Vm, lock};
 
 /// The part of the host's IOMMU that is one guest's: what its devices reach. It is closed, and with that all mappings are undone, when the
 /// last of its devices is.
 pub struct Container {
-    pub(crate) file: Box<dyn ContainerFile>,
+    space: Space,
     pub(crate) kernel: Arc<dyn Kernel>,
 }
 
-/// A group of devices that the IOMMU cannot tell apart.
-struct Group {
-    file: Box<dyn GroupFile>,
-    /// A group leaves its container before that is closed.
-    container: Arc<Container>,
+/// By which of the kernel's interfaces.
+enum Space {
+    Container(Box<dyn ContainerFile>),
+    Iommufd(Box<dyn IommuFile>),
 }
 
-/// A device of the host, open: nobody else can have it.
+impl Container {
+    /// What its devices reach.
+    pub(crate) fn space(&self) -> &dyn AddressSpace {
+        match &self.space {
+            Space::Container(file) => &**file,
+            Space::Iommufd(file) => &**file,
+        }
+    }
+
+    fn is_iommufd(&self) -> bool {
+        matches!(self.space, Space::Iommufd(_))
+    }
+
+    /// Has a device reach it, if that is how devices come here.
+    pub(crate) fn adopt(&self, work: impl FnOnce(&dyn IommuFile) -> Result<(), Refusal>) -> Result<(), Refusal> {
+        match &self.space {
+            Space::Container(_) => Ok(()),
+            Space::Iommufd(file) => work(&**file),
+        }
+    }
+}
+
+/// A group of devices that the IOMMU cannot tell apart.
+pub(crate) struct Group {
+    pub(crate) file: Box<dyn GroupFile>,
+    /// A group leaves its container before that is closed.
+    pub(crate) container: Arc<Container>,
+}
+
+/// A device of the host: nobody else can have it.
 pub struct HostDevice {
     name: String,
-    pub(crate) info: DeviceInfo,
-    alarms: Alarms,
-    // First the device, then its group.
-    pub(crate) file: Box<dyn DeviceFile>,
-    group: Arc<Group>,
+    way: Way,
+    kernel: Arc<dyn Kernel>,
+    alarms: Arc<Epoll>,
+    /// Its file. That of a mediated device is opened when a guest gets it, and closed with that guest.
+    kept: Option<Arc<Handle>>,
+    open: Mutex<Weak<Handle>>,
 }
 
 #[derive(Default)]
 struct Open {
+    iommufd: Option<bool>,
     container: Weak<Container>,
     groups: BTreeMap<u32, Weak<Group>>,
     devices: Vec<Weak<HostDevice>>,
@@ -66,12 +97,19 @@ impl Iommu {
         })
     }
 
+    /// Devices come by iommufd and device files from now on, or by groups and a container; `None`: by groups where the host has those.
+    /// While there are devices, more come the same way.
+    pub fn by_iommufd(&self, choice: Option<bool>) {
+        lock(&self.open).iommufd = choice;
+    }
+
     /// What the host told of its devices since the last time, by their names. When there is something, the descriptor is readable.
     pub fn alarms(&self) -> Vec<(String, Alarm)> {
         let devices: Vec<_> = lock(&self.open).devices.iter().filter_map(Weak::upgrade).collect();
         let told = devices.iter().flat_map(|device| {
-            let told = device.alarms.take();
-            told.map(|alarm| (device.name.clone(), alarm))
+            let handle = lock(&device.open).upgrade();
+            let told: Vec<_> = handle.iter().flat_map(|handle| handle.alarms.take()).collect();
+            told.into_iter().map(|alarm| (device.name.clone(), alarm))
         });
         told.collect()
     }
@@ -88,39 +126,75 @@ impl Iommu {
         if devices.any(|device| device.name == found.name) {
             return Err(OpenError::Twice(found.name));
         }
-        let group = match open.groups.get(&found.group).and_then(Weak::upgrade) {
+        let way = self.way(&mut open, &found)?;
+        let mut device = HostDevice {
+            name: found.name.clone(),
+            way,
+            kernel: self.kernel.clone(),
+            alarms: self.alarms.clone(),
+            kept: None,
+            open: Mutex::default(),
+        };
+        if !found.mediated {
+            let handle = device.open(None).map_err(|refusal| refused(refusal, &found))?;
+            if !handle.info.pci {
+                return Err(OpenError::NotPci(found.name));
+            }
+            device.kept = Some(handle);
+        }
+        let device = Arc::new(device);
+        open.devices.push(Arc::downgrade(&device));
+        Ok(device)
+    }
+
+    /// By what the device comes.
+    fn way(&self, open: &mut Open, found: &Found) -> Result<Way, OpenError> {
+        let container = open.container.upgrade();
+        let iommufd = match (&container, open.iommufd) {
+            (Some(container), _) => container.is_iommufd(),
+            (None, Some(choice)) => choice,
+            (None, None) => !self.kernel.has_containers() && found.node.is_some(),
+        };
+        if iommufd {
+            let node = found
+                .node
+                .clone()
+                .ok_or_else(|| OpenError::NoNode(found.name.clone()))?;
+            let container = match container {
+                Some(container) => container,
+                None => self.open_iommufd(open)?,
+            };
+            return Ok(Way::Node(node, container));
+        }
+        let known = open.groups.get(&found.group).and_then(Weak::upgrade);
+        let group = match known {
             Some(group) => group,
             None => {
-                let group = Arc::new(self.open_group(&mut open, &found)?);
+                let group = Arc::new(self.open_group(open, found)?);
                 open.groups.insert(found.group, Arc::downgrade(&group));
                 group
             }
         };
-        let failed = |what| kernel(what, &found);
-        let file = group
-            .file
-            .open_device(&found.name)
-            .map_err(failed("open the descriptor"))?;
-        let info = file.info().map_err(failed("ask the kernel for the description"))?;
-        if !info.pci {
-            return Err(OpenError::NotPci(found.name));
-        }
-        let alarms = Alarms::listen(&found.name, &*file, &self.alarms);
-        let device = Arc::new(HostDevice {
-            name: found.name,
-            info,
-            alarms,
-            file,
-            group,
+        Ok(Way::Group(group))
+    }
+
+    fn open_iommufd(&self, open: &mut Open) -> Result<Arc<Container>, OpenError> {
+        let file = self.kernel.open_iommu().map_err(OpenError::NoIommufd)?;
+        let container = Arc::new(Container {
+            space: Space::Iommufd(file),
+            kernel: self.kernel.clone(),
         });
-        open.devices.push(Arc::downgrade(&device));
-        Ok(device)
+        open.container = Arc::downgrade(&container);
+        Ok(container)
     }
 
     fn open_group(&self, open: &mut Open, found: &Found) -> Result<Group, OpenError> {
         let container = match open.container.upgrade() {
             Some(container) => container,
             None => Arc::new(self.open_container()?),
+        };
+        let Space::Container(file_of_container) = &container.space else {
+            return Err(OpenError::NoType1);
         };
         let number = found.group;
         let file = self
@@ -145,7 +219,6 @@ impl Iommu {
             return Err(shared(found));
         }
         let first = open.container.strong_count() == 0;
-        let file_of_container = &container.file;
         file.set_container(file_of_container.fd())
             .map_err(failed("put the IOMMU group into the container"))?;
         if first {
@@ -155,7 +228,7 @@ impl Iommu {
             file_of_container
                 .set_type1()
                 .map_err(|source| match source.raw_os_error() {
-                    Some(libc::EPERM) => OpenError::UnsafeInterrupts(found.name.clone()),
+                    Some(libc::EPERM) => unsafe_interrupts(found, "vfio_iommu_type1"),
                     _ => kernel("use the IOMMU", found)(source),
                 })?;
             open.container = Arc::downgrade(&container);
@@ -169,7 +242,10 @@ impl Iommu {
             source,
         })?;
         let kernel = self.kernel.clone();
-        Ok(Container { file, kernel })
+        Ok(Container {
+            space: Space::Container(file),
+            kernel,
+        })
     }
 }
 
@@ -185,27 +261,54 @@ impl HostDevice {
         &self.name
     }
 
-    /// The descriptor of its group.
-    pub fn group(&self) -> BorrowedFd<'_> {
-        self.group.file.fd()
-    }
-
     /// What it reaches memory by.
     pub fn container(&self) -> &Arc<Container> {
-        &self.group.container
+        self.way.container()
     }
 
     pub(crate) fn page_size(&self) -> u64 {
-        self.group.container.kernel.page_size()
+        self.kernel.page_size()
     }
 
-    /// Stops whatever it does, and forgets what it was told, as far as the device can be reset at all.
-    pub(crate) fn reset(&self) -> io::Result<()> {
-        match self.info.resets {
-            true => self.file.reset(),
-            false => Ok(()),
-        }
+    fn open(&self, vm: Option<&dyn Vm>) -> Result<Arc<Handle>, Refusal> {
+        let handle = Handle::open(&*self.kernel, &self.way, &self.name, &self.alarms, vm)?;
+        let handle = Arc::new(handle);
+        *lock(&self.open) = Arc::downgrade(&handle);
+        Ok(handle)
     }
+
+    /// Its file, for `vm`, which knows of it as long as the admission is there.
+    pub(crate) fn enter(&self, vm: &Arc<dyn Vm>) -> Result<(Arc<Handle>, Admission), FunctionError> {
+        let entered = match &self.kept {
+            Some(handle) => {
+                let told = vm.admit(handle.known_by()).map_err(Refusal::of("tell KVM"));
+                told.map(|()| handle.clone())
+            }
+            None => self.open(Some(&**vm)),
+        };
+        let handle = entered.map_err(|refusal| refusal.of_device(&self.name))?;
+        let admission = Admission::given(vm, &handle, &self.name);
+        Ok((handle, admission))
+    }
+}
+
+/// Why a device cannot be opened.
+fn refused(refusal: Refusal, found: &Found) -> OpenError {
+    let Refusal { what, source } = refusal;
+    match (what, source.raw_os_error()) {
+        (BIND, Some(libc::EBUSY)) if !found.others().is_empty() => shared(found),
+        (BIND, Some(libc::EBUSY)) => OpenError::InUse {
+            name: found.name.clone(),
+            group: found.group,
+        },
+        (_, Some(libc::EPERM)) if found.node.is_some() => unsafe_interrupts(found, "iommufd"),
+        _ => kernel(what, found)(source),
+    }
+}
+
+fn unsafe_interrupts(found: &Found, module: &'static str) -> OpenError {
+    let name = found.name.clone();
+    OpenError::UnsafeInterrupts { name, module }
 }
 
 fn shared(found: &Found) -> OpenError {

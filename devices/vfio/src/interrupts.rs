@@ -10,15 +10,17 @@ use vfio_bindings::bindings::vfio::{VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_IN
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Config, MsiPlace, MsiXPlace};
+use crate::handle::Handle;
 use crate::kernel::IrqError;
-use crate::{HostDevice, lock};
+use crate::lock;
 
 /// Bit of MSI's control register: it is enabled.
 const MSI_ENABLE: u16 = 1;
 
 /// The interrupts of one device.
 pub(crate) struct Interrupts {
-    host: Arc<HostDevice>,
+    name: String,
+    handle: Arc<Handle>,
     router: Arc<dyn MsiRouter>,
     msix: Option<(MsiXPlace, MsiX)>,
     msi: Option<MsiPlace>,
@@ -39,12 +41,13 @@ struct Wires {
 }
 
 impl Interrupts {
-    pub(crate) fn new(host: &Arc<HostDevice>, router: &Arc<dyn MsiRouter>, config: &Config) -> Self {
+    pub(crate) fn new(name: &str, handle: &Arc<Handle>, router: &Arc<dyn MsiRouter>, config: &Config) -> Self {
         let msix = config
             .msix()
             .map(|place| (place, MsiX::new(router.clone(), place.count)));
         Self {
-            host: host.clone(),
+            name: name.to_owned(),
+            handle: handle.clone(),
             router: router.clone(),
             msix,
             msi: config.msi(),
@@ -119,7 +122,7 @@ impl Interrupts {
     }
 
     fn disable(&self, index: u32) {
-        if let Err(error) = self.host.file.disable_irqs(index) {
+        if let Err(error) = self.handle.file.disable_irqs(index) {
             self.warn(&error);
         }
     }
@@ -148,7 +151,7 @@ impl Interrupts {
             }
             let rung = msix.event_fd(index).and_then(|event| {
                 let set = self
-                    .host
+                    .handle
                     .file
                     .set_irqs(VFIO_PCI_MSIX_IRQ_INDEX, index.into(), &[Some(&event)]);
                 set.map_err(failure)
@@ -163,12 +166,12 @@ impl Interrupts {
     /// Makes `count` vectors ready, or as many as the host has.
     fn enable(&self, index: u32, count: u16) -> io::Result<()> {
         let nobody: Vec<Option<&EventFd>> = vec![None; count.into()];
-        match self.host.file.set_irqs(index, 0, &nobody) {
+        match self.handle.file.set_irqs(index, 0, &nobody) {
             Err(IrqError::Only(fewer)) if fewer < u32::from(count) => {
-                let name = self.host.name();
+                let name = &self.name;
                 tracing::warn!("the host has {fewer} interrupts for {name}, which has {count}");
                 let some = nobody.get(..fewer as usize).unwrap_or_default();
-                self.host.file.set_irqs(index, 0, some).map_err(failure)
+                self.handle.file.set_irqs(index, 0, some).map_err(failure)
             }
             other => other.map_err(failure),
         }
@@ -187,7 +190,7 @@ impl Interrupts {
             let made: io::Result<Vec<_>> = (0..count).map(|_| self.router.allocate(requester)).collect();
             let made = made?;
             let events: Vec<_> = made.iter().map(|vector| Some(vector.event_fd())).collect();
-            let set = self.host.file.set_irqs(VFIO_PCI_MSI_IRQ_INDEX, 0, &events);
+            let set = self.handle.file.set_irqs(VFIO_PCI_MSI_IRQ_INDEX, 0, &events);
             set.map_err(failure)?;
             wires.msi = made;
         }
@@ -208,7 +211,7 @@ impl Interrupts {
 
     fn warn(&self, error: &io::Error) {
         if let Some(held_back) = self.log.admit() {
-            let name = self.host.name();
+            let name = &self.name;
             tracing::warn!(held_back, "cannot set up interrupts of {name}: {error}");
         }
     }

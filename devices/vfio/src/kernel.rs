@@ -13,28 +13,46 @@ pub trait Kernel: Send + Sync {
     fn open_container(&self) -> io::Result<Box<dyn ContainerFile>>;
     /// Opens `/dev/vfio/N`: the IOMMU group `number`.
     fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>>;
+    /// There is `/dev/vfio/vfio`.
+    fn has_containers(&self) -> bool;
+    /// Opens `/dev/iommu` and makes an address space there (IOMMU_IOAS_ALLOC).
+    fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>>;
+    /// Opens `/dev/vfio/devices/NODE`: a device, which can do nothing until it is bound.
+    fn open_node(&self, node: &str) -> io::Result<Box<dyn DeviceFile>>;
     /// Bytes that this process may lock in memory; `None` if nobody counts.
     fn lock_limit(&self) -> Option<u64>;
     /// Bytes of the host's smallest page.
     fn page_size(&self) -> u64;
 }
 
-/// A container: groups that share one address space of the IOMMU.
-pub trait ContainerFile: Send + Sync {
+/// What devices reach: an address space of the IOMMU.
+pub trait AddressSpace: Send + Sync {
+    /// First and last address of what devices can reach; empty if the kernel does not tell (VFIO_IOMMU_GET_INFO, IOMMU_IOAS_IOVA_RANGES).
+    fn reachable(&self) -> io::Result<Vec<(u64, u64)>>;
+    /// `len` bytes at `host` in this process are at `iova` for devices. The memory is locked (VFIO_IOMMU_MAP_DMA, IOMMU_IOAS_MAP).
+    ///
+    /// What is at `host` must stay mapped until it is unmapped here or this is closed.
+    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()>;
+    /// Undoes all mappings that lie in the range (VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP).
+    fn unmap(&self, iova: u64, len: u64) -> io::Result<()>;
+}
+
+/// One of iommufd's.
+pub trait IommuFile: AddressSpace {
+    /// VFIO_DEVICE_BIND_IOMMUFD: `device` is this process' from now on.
+    fn bind(&self, device: BorrowedFd<'_>) -> io::Result<()>;
+    /// VFIO_DEVICE_ATTACH_IOMMUFD_PT: it reaches what is mapped here.
+    fn attach(&self, device: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+/// A container: groups that share one.
+pub trait ContainerFile: AddressSpace {
     /// The descriptor.
     fn fd(&self) -> BorrowedFd<'_>;
     /// VFIO_CHECK_EXTENSION of the IOMMU type that is wanted (type 1, version 2).
     fn has_type1(&self) -> io::Result<bool>;
     /// VFIO_SET_IOMMU. There must be a group.
     fn set_type1(&self) -> io::Result<()>;
-    /// VFIO_IOMMU_GET_INFO: first and last address of what devices can reach; empty if the kernel does not tell.
-    fn reachable(&self) -> io::Result<Vec<(u64, u64)>>;
-    /// VFIO_IOMMU_MAP_DMA: `len` bytes at `host` in this process are at `iova` for devices. The memory is locked.
-    ///
-    /// What is at `host` must stay mapped until it is unmapped here or the container is closed.
-    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()>;
-    /// VFIO_IOMMU_UNMAP_DMA of all mappings that lie in the range.
-    fn unmap(&self, iova: u64, len: u64) -> io::Result<()>;
 }
 
 /// How a group stands.
@@ -86,6 +104,8 @@ pub struct Region {
 
 /// A device's file.
 pub trait DeviceFile: Send + Sync {
+    /// The descriptor.
+    fn fd(&self) -> BorrowedFd<'_>;
     /// What it is.
     fn info(&self) -> io::Result<DeviceInfo>;
     /// Its region `index`.

@@ -13,6 +13,7 @@ mod config;
 mod dma;
 mod error;
 mod function;
+mod handle;
 mod host;
 mod interrupts;
 pub mod kernel;

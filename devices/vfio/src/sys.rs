@@ -1,15 +1,20 @@
 //! The ioctls of linux/vfio.h, in safe clothes.
 
+mod iommufd;
+
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use vfio_bindings::bindings::vfio as v;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kernel::{ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IrqError, Kernel, Region};
+use crate::kernel::{
+    AddressSpace, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError, Kernel, Region,
+};
 use crate::limit;
 
 /// `_IO(';', 100 + nr)`.
@@ -121,6 +126,18 @@ impl Kernel for Linux {
         Ok(Box::new(GroupFd(open(&format!("/dev/vfio/{number}"))?)))
     }
 
+    fn has_containers(&self) -> bool {
+        Path::new("/dev/vfio/vfio").exists()
+    }
+
+    fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>> {
+        Ok(Box::new(iommufd::IommuFd::open()?))
+    }
+
+    fn open_node(&self, node: &str) -> io::Result<Box<dyn DeviceFile>> {
+        Ok(Box::new(DeviceFd(open(&format!("/dev/vfio/devices/{node}"))?)))
+    }
+
     fn lock_limit(&self) -> Option<u64> {
         limit::lockable()
     }
@@ -157,7 +174,9 @@ impl ContainerFile for ContainerFd {
     fn set_type1(&self) -> io::Result<()> {
         by_value(self.fd(), SET_IOMMU, v::VFIO_TYPE1v2_IOMMU.into()).map(drop)
     }
+}
 
+impl AddressSpace for ContainerFd {
     fn reachable(&self) -> io::Result<Vec<(u64, u64)>> {
         let info = v::vfio_iommu_type1_info {
             argsz: size_of::<v::vfio_iommu_type1_info>() as u32,
@@ -243,6 +262,10 @@ impl GroupFile for GroupFd {
 struct DeviceFd(File);
 
 impl DeviceFile for DeviceFd {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
     fn info(&self) -> io::Result<DeviceInfo> {
         let mut info = v::vfio_device_info {
             argsz: size_of::<v::vfio_device_info>() as u32,

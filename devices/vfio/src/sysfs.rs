@@ -14,6 +14,10 @@ pub(crate) struct Found {
     pub(crate) name: String,
     /// Number of its IOMMU group.
     pub(crate) group: u32,
+    /// It is a mediated one.
+    pub(crate) mediated: bool,
+    /// Name of its file in `/dev/vfio/devices`, if the kernel makes such.
+    pub(crate) node: Option<String>,
     /// Its directory.
     path: PathBuf,
 }
@@ -76,8 +80,19 @@ pub(crate) fn find(path: &Path) -> Result<Found, OpenError> {
     Ok(Found {
         name,
         group,
+        mediated,
+        node: node(path),
         path: path.to_owned(),
     })
+}
+
+/// The name of the device's file, which VFIO shows below the device's directory (Documentation/driver-api/vfio.rst).
+fn node(path: &Path) -> Option<String> {
+    let mut entries = fs::read_dir(path.join("vfio-dev")).ok()?.flatten();
+    let entry = entries.find(|entry| entry.file_name().to_string_lossy().starts_with("vfio"))?;
+    // Kernels without such files have the directory all the same, without a device number.
+    let numbered = entry.path().join("dev").exists();
+    entry.file_name().into_string().ok().filter(|_| numbered)
 }
 
 impl Found {

@@ -47,6 +47,8 @@ impl Controller {
         let mut backends = match self.backends.take() {
             Some(backends) => backends,
             None => {
+                let platform = config.platform.as_ref();
+                self.iommu.by_iommufd(platform.and_then(|platform| platform.iommufd));
                 let (handed, daemons, sandbox) = (&self.taps, self.daemons.as_ref(), &self.sandbox);
                 let opener = Opener {
                     handed,

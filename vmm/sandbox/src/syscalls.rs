@@ -212,6 +212,9 @@ const DMA: &[u64] = &[
     0x3b70, // VFIO_IOMMU_GET_INFO
     0x3b71, // VFIO_IOMMU_MAP_DMA
     0x3b72, // VFIO_IOMMU_UNMAP_DMA
+    0x3b84, // IOMMU_IOAS_IOVA_RANGES
+    0x3b85, // IOMMU_IOAS_MAP
+    0x3b86, // IOMMU_IOAS_UNMAP
 ];
 
 /// KVM, while the guest is paused: reading all of a vCPU. Numbers that only one architecture has are refused by the other.

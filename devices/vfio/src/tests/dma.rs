@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::fake::{Fake, host};
+use super::fake::{Fake, Sysfs, host};
 use super::space::nvme;
 use crate::{DmaError, DmaMap, HostDevice, lock};
 
@@ -16,6 +16,25 @@ fn setup() -> (Fake, Arc<HostDevice>, DmaMap) {
     map.insert(1 << 32, 16 * MIB, 0x8000_0000).expect("memory");
     fake.calls();
     (fake, device, map)
+}
+
+#[test]
+fn the_same_goes_for_iommufd() {
+    let fake = Fake::new(&nvme(), [0x4000, 0, 0, 0, 0, 0]);
+    let (iommu, sysfs) = (fake.iommu(), Sysfs::new());
+    iommu.by_iommufd(Some(true));
+    let path = sysfs.device("0000:01:00.0", Some(7), Some("vfio-pci"));
+    sysfs.node(&path, "vfio0");
+    let device = iommu.open(&path).expect("a device");
+    let map = DmaMap::default();
+    map.insert(0, 64 * MIB, 0x7000_0000).expect("memory");
+    map.attach(device.container()).expect("memory");
+    map.insert(2 << 32, MIB, 0x9000_0000).expect("memory");
+    assert_eq!(maps(&fake), [(0, 64 * MIB, 0x7000_0000), (2 << 32, MIB, 0x9000_0000)]);
+    map.remove(0..MIB);
+    assert_eq!(maps(&fake).len(), 1);
+    drop(device);
+    assert!(!map.is_attached() && maps(&fake).is_empty());
 }
 
 fn maps(fake: &Fake) -> Vec<(u64, u64, u64)> {

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tempfile::TempDir;
@@ -13,7 +13,9 @@ use triarch_device_core::mock::MockRouter;
 use triarch_device_core::{MsiRouter, MsiVector};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kernel::{ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IrqError, Kernel, Region};
+use crate::kernel::{
+    AddressSpace, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError, Kernel, Region,
+};
 use crate::{HostDevice, Iommu, Mapping, VfioPci, Vm, lock};
 
 /// Where BARs begin in the device's file, and how much each has there.
@@ -33,6 +35,8 @@ pub(crate) struct World {
     pub(crate) reachable: Vec<(u64, u64)>,
     pub(crate) limit: Option<u64>,
     pub(crate) not_viable: bool,
+    /// It has no `/dev/vfio/vfio`.
+    pub(crate) no_containers: bool,
     /// It tells of no errors and no requests.
     pub(crate) deaf: bool,
     /// Interrupts of MSI-X that the host has.
@@ -65,7 +69,7 @@ struct Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         let mut world = lock(&self.fake.world);
-        if self.name == "container" {
+        if self.name == "container" || self.name == "iommu" {
             world.maps.clear();
         }
         *world.open.entry(self.name).or_default() -= 1;
@@ -141,6 +145,15 @@ impl Kernel for Fake {
     fn open_group(&self, _number: u32) -> io::Result<Box<dyn GroupFile>> {
         Ok(Box::new(self.open("group")?))
     }
+    fn has_containers(&self) -> bool {
+        !lock(&self.world).no_containers
+    }
+    fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>> {
+        Ok(Box::new(self.open("iommu")?))
+    }
+    fn open_node(&self, _node: &str) -> io::Result<Box<dyn DeviceFile>> {
+        Ok(Box::new(self.open("node")?))
+    }
     fn lock_limit(&self) -> Option<u64> {
         lock(&self.world).limit
     }
@@ -159,6 +172,18 @@ impl ContainerFile for Opened {
     fn set_type1(&self) -> io::Result<()> {
         self.fake.call("set type1")
     }
+}
+
+impl IommuFile for Opened {
+    fn bind(&self, _device: BorrowedFd<'_>) -> io::Result<()> {
+        self.fake.call("bind")
+    }
+    fn attach(&self, _device: BorrowedFd<'_>) -> io::Result<()> {
+        self.fake.call("attach")
+    }
+}
+
+impl AddressSpace for Opened {
     fn reachable(&self) -> io::Result<Vec<(u64, u64)>> {
         Ok(lock(&self.fake.world).reachable.clone())
     }
@@ -195,6 +220,9 @@ impl GroupFile for Opened {
 }
 
 impl DeviceFile for Opened {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
     fn info(&self) -> io::Result<DeviceInfo> {
         Ok(DeviceInfo {
             pci: !lock(&self.fake.world).fails.contains_key("pci"),
@@ -307,6 +335,13 @@ impl Sysfs {
         path
     }
 
+    /// Gives a device a file of its own.
+    pub(crate) fn node(&self, path: &Path, node: &str) {
+        let shown = path.join("vfio-dev").join(node);
+        fs::create_dir_all(&shown).expect("its node");
+        fs::write(shown.join("dev"), "511:0\n").expect("its number");
+    }
+
     /// A mediated device, like `api`, as its bus has it: a link to where it is.
     pub(crate) fn mediated(&self, name: &str, group: u32, driver: Option<&str>, api: &str) -> PathBuf {
         let path = self.device(name, Some(group), driver);
@@ -334,6 +369,12 @@ pub(crate) fn host(fake: &Fake) -> Arc<HostDevice> {
     let sysfs = Sysfs::new();
     let path = sysfs.device("0000:01:00.0", Some(7), Some("vfio-pci"));
     fake.iommu().open(&path).expect("a device")
+}
+
+/// Makes a function of `device`.
+pub(crate) fn function_of(fake: &Fake, device: &Arc<HostDevice>) -> Result<VfioPci, crate::FunctionError> {
+    let router: Arc<dyn MsiRouter> = Arc::new(MockRouter::default());
+    VfioPci::new(device, Arc::new(fake.clone()), &router, true)
 }
 
 /// Makes a function of it.

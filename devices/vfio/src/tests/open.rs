@@ -1,6 +1,6 @@
 //! Which devices can be had, and what those are told who want others.
 
-use super::fake::{Fake, Sysfs};
+use super::fake::{Fake, Sysfs, function_of, ring};
 use super::space::nvme;
 use crate::{OpenError, lock};
 
@@ -166,5 +166,103 @@ fn what_the_kernel_refuses_is_explained_and_leaves_nothing_open() {
         let error = fake.iommu().open(&path).err().expect("refused");
         assert!(text(&error).contains(words), "{call}: {error}");
         assert_eq!(fake.open_files(), 0, "{call}");
+    }
+}
+
+/// A device with a file of its own.
+fn with_node(sysfs: &Sysfs, name: &str, group: u32, node: &str) -> std::path::PathBuf {
+    let path = sysfs.device(name, Some(group), Some("vfio-pci"));
+    sysfs.node(&path, node);
+    path
+}
+
+#[test]
+fn iommufd_takes_a_device_by_its_own_file() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    let path = with_node(&sysfs, "0000:00:05.0", 3, "vfio0");
+    let plain = iommu.open(&path).expect("a device");
+    assert!(
+        fake.calls().contains(&"container".to_owned()),
+        "by groups, where there are"
+    );
+    iommu.by_iommufd(Some(true));
+    let second = with_node(&sysfs, "0000:00:06.0", 4, "vfio1");
+    drop(iommu.open(&second).expect("a device"));
+    assert!(!fake.calls().contains(&"iommu".to_owned()), "as those that are there");
+    drop(plain);
+    fake.calls();
+    let devices = [&path, &second].map(|path| iommu.open(path).expect("a device"));
+    let one = ["iommu", "node", "bind", "attach", "set irqs", "set irqs"];
+    assert_eq!(fake.calls(), [&one[..], &one[1..]].concat());
+    assert!(std::sync::Arc::ptr_eq(devices[0].container(), devices[1].container()));
+    assert_eq!(fake.open_files(), 3);
+    drop(devices);
+    assert_eq!(fake.open_files(), 0);
+    iommu.by_iommufd(None);
+    lock(&fake.world).no_containers = true;
+    iommu.open(&path).expect("a device");
+    assert!(
+        fake.calls().contains(&"iommu".to_owned()),
+        "where there is nothing else"
+    );
+}
+
+#[test]
+fn what_iommufd_refuses_is_told() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    iommu.by_iommufd(Some(true));
+    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let without = sysfs.device("0000:00:04.0", Some(2), Some("vfio-pci"));
+    assert!(refused(&without).contains("no device file for 0000:00:04.0"));
+    let path = with_node(&sysfs, "0000:00:06.0", 3, "vfio0");
+    fake.fail("bind", libc::EBUSY);
+    assert!(refused(&path).contains("0000:00:06.0 is in use"));
+    sysfs.device("0000:00:06.1", Some(3), Some("nvme"));
+    assert!(refused(&path).contains("cannot be separated from 0000:00:06.1"));
+    lock(&fake.world).fails.clear();
+    fake.fail("attach", libc::EPERM);
+    let said = refused(&path);
+    assert!(
+        said.contains("allow_unsafe_interrupts=1 of the module iommufd"),
+        "{said}"
+    );
+    fake.fail("iommu", libc::ENOENT);
+    assert!(refused(&path).contains("/dev/iommu cannot be opened"));
+    assert_eq!(fake.open_files(), 0);
+}
+
+#[test]
+fn a_mediated_device_is_opened_when_the_hypervisor_knows_of_it() {
+    let (fake, sysfs) = (fake(), Sysfs::new());
+    let iommu = fake.iommu();
+    let path = sysfs.mediated("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", 9, Some("nvidia"), "vfio-pci");
+    sysfs.node(&path, "vfio3");
+    for iommufd in [false, true] {
+        iommu.by_iommufd(Some(iommufd));
+        fake.calls();
+        let device = iommu.open(&path).expect("a device");
+        let calls = fake.calls();
+        assert!(
+            !calls.iter().any(|call| call == "device" || call == "bind"),
+            "{calls:?}"
+        );
+        for _ in 0..2 {
+            let function = function_of(&fake, &device).expect("a function");
+            let calls = fake.calls();
+            let at = |name: &str| calls.iter().position(|call| call == name);
+            let opened = at(if iommufd { "bind" } else { "device" });
+            assert!(at("admit").is_some() && at("admit") < opened, "{calls:?}");
+            assert!(ring(&fake, 4, 0) && !iommu.alarms().is_empty());
+            drop(function);
+            assert_eq!(lock(&fake.world).admitted, 0);
+        }
+        fake.fail(if iommufd { "attach" } else { "device" }, libc::ESRCH);
+        assert!(function_of(&fake, &device).is_err());
+        assert_eq!(lock(&fake.world).admitted, 0);
+        lock(&fake.world).fails.clear();
+        drop(device);
+        assert_eq!(fake.open_files(), 0);
     }
 }
