@@ -577,4 +577,7 @@ pub struct PlatformConfig {
     /// those.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iommufd: Option<bool>,
+    /// Devices of the host reach each other's registers; on when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vfio_p2p_dma: Option<bool>,
 }

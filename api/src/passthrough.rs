@@ -19,14 +19,21 @@ pub struct DeviceConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
+    /// GPUs of NVIDIA's: its driver is told that those of the same clique, 0 to 15, reach each other directly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(max = 15)))]
+    pub x_nv_gpudirect_clique: Option<u8>,
 }
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID]`
+/// The last clique there can be.
+const LAST_CLIQUE: u8 = 15;
+
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     let kv = KeyValues::parse(
         "--device",
         text,
-        &["path", "id"],
+        &["path", "id", "x_nv_gpudirect_clique"],
         &["iommu", "pci_segment", "pci_device_id"],
     )?;
     let Some(path) = kv.text("path") else {
@@ -36,6 +43,7 @@ pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     Ok(DeviceConfig {
         path: path.into(),
         id: kv.text("id").map(str::to_owned),
+        x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
     })
 }
 
@@ -55,6 +63,11 @@ impl VmConfig {
                     device.path.display()
                 )));
             }
+            if let Some(clique) = device.x_nv_gpudirect_clique.filter(|clique| *clique > LAST_CLIQUE) {
+                return Err(ConfigError::Conflict(format!(
+                    "devices[{i}].x_nv_gpudirect_clique is {clique}; it is at most {LAST_CLIQUE}"
+                )));
+            }
             before.push(&device.path);
         }
         Ok(())
@@ -70,6 +83,8 @@ mod tests {
         let given = device("path=/sys/bus/pci/devices/0000:00:05.0,id=nvme,iommu=off").expect("a device");
         assert_eq!(given.path, Path::new("/sys/bus/pci/devices/0000:00:05.0"));
         assert_eq!(given.id.as_deref(), Some("nvme"));
+        let gpu = device("path=/p,x_nv_gpudirect_clique=3").expect("a device");
+        assert_eq!(gpu.x_nv_gpudirect_clique, Some(3));
         let text = |flag| device(flag).expect_err("refused").to_string();
         assert!(text("id=x").contains("write path="));
         assert!(text("path=/p,iommu=on").contains("iommu=on is not supported"));
@@ -80,6 +95,7 @@ mod tests {
         let path = |path: &str| DeviceConfig {
             path: path.into(),
             id: None,
+            x_nv_gpudirect_clique: None,
         };
         let refusal = |devices| {
             let config = VmConfig {
@@ -90,6 +106,12 @@ mod tests {
         };
         assert_eq!(refusal(vec![path("/a"), path("/b")]), Ok(()));
         assert!(refusal(vec![path("/a"), path("/a")]).is_err_and(|text| text.contains("devices[1].path is /a")));
+        let clique = |number| DeviceConfig {
+            x_nv_gpudirect_clique: Some(number),
+            ..path("/a")
+        };
+        assert_eq!(refusal(vec![clique(15)]), Ok(()));
+        assert!(refusal(vec![clique(16)]).is_err_and(|text| text.contains("it is at most 15")));
         assert!(refusal(vec![path("")]).is_err_and(|text| text.contains("devices[0].path is empty")));
     }
 }

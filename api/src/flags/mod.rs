@@ -304,7 +304,7 @@ pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, FlagError> {
 
 /// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on,iommufd=on`
 pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
-    let known = ["serial_number", "uuid", "oem_strings", "dtb", "iommufd"];
+    let known = ["serial_number", "uuid", "oem_strings", "dtb", "iommufd", "vfio_p2p_dma"];
     let elsewhere = [
         "num_pci_segments",
         "iommu_segments",
@@ -320,6 +320,7 @@ pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
         oem_strings: strings.map(|list| list.into_iter().map(str::to_owned).collect()),
         dtb: kv.switch("dtb")?.unwrap_or(false),
         iommufd: kv.switch("iommufd")?,
+        vfio_p2p_dma: kv.switch("vfio_p2p_dma")?,
     })
 }
 

@@ -2,7 +2,10 @@
 
 use triarch_device_core::AccessError;
 
-use crate::{Bars, PciAddress};
+use crate::{Bar, Bars, PciAddress};
+
+/// The number of an expansion ROM's BAR: the one after all others.
+pub const ROM_BAR: u8 = 6;
 
 /// A PCI function. Accesses come from any vCPU thread at any time.
 ///
@@ -17,6 +20,10 @@ pub trait PciFunction: Send + Sync {
     /// The BARs as the registers stand now.
     fn bars(&self) -> Bars {
         Bars::default()
+    }
+    /// The expansion ROM's BAR as its register stands now: memory of 32 bits, decoded if COMMAND and the register enable it. Its number is [`ROM_BAR`].
+    fn rom(&self) -> Option<Bar> {
+        None
     }
     /// Reads at `offset` bytes into BAR `bar`.
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {

@@ -19,7 +19,7 @@ pub use access::{ConfigPorts, Ecam};
 pub use address::{ParseAddressError, PciAddress};
 pub use bar::{Bar, BarAllocator, BarKind, Bars};
 pub use config::{ConfigSpace, ConfigStateError, ConfigStateV1, Identity, LayoutError, command};
-pub use function::PciFunction;
+pub use function::{PciFunction, ROM_BAR};
 pub use host_bridge::HostBridge;
 pub use msix::{MsiX, MsiXEntryV1, MsiXStateError, MsiXStateV1};
 pub use root::{AddError, PciRoot, RemoveError};

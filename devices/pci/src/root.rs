@@ -8,12 +8,15 @@ use thiserror::Error;
 use triarch_device_core::{AccessError, Bus, BusDevice, BusError, RateLimit};
 
 use crate::access::split;
-use crate::{Bar, BarAllocator, BarKind, HostBridge, PciAddress, PciFunction, lock};
+use crate::{Bar, BarAllocator, BarKind, HostBridge, PciAddress, PciFunction, ROM_BAR, lock};
 
 const COMMAND: usize = 0x04;
 const HEADER_TYPE: usize = 0x0e;
 const BAR0: usize = 0x10;
 const AFTER_BARS: usize = 0x28;
+const ROM: usize = 0x30;
+/// With that of the ROM.
+const BARS: usize = ROM_BAR as usize + 1;
 const MULTI_FUNCTION: u8 = 0x80;
 
 /// Why a function could not be added.
@@ -67,9 +70,9 @@ pub struct PciRoot {
 struct Slot {
     function: Arc<dyn PciFunction>,
     /// Address each BAR is claimed at.
-    claims: [Option<u64>; 6],
+    claims: [Option<u64>; BARS],
     /// Address each BAR was given at first: it stays reserved while a guest moves the BAR about.
-    assigned: [Option<u64>; 6],
+    assigned: [Option<u64>; BARS],
     /// Bit `n`: BAR `n` should be decoded but something is in its way.
     blocked: u8,
     /// The guest accessed its configuration space.
@@ -129,11 +132,11 @@ impl PciRoot {
             write_bar(&*slot.function, bar, at);
         }
         self.reconcile(&mut slot);
-        let blocked = (0usize..6).find(|bar| slot.blocked & 1 << bar != 0);
+        let blocked = (0..BARS).find(|bar| slot.blocked & 1 << bar != 0);
         if let Some(bar) = blocked {
             self.withdraw(&mut slot);
             slot.function.detach();
-            let address = slot.function.bars()[bar].map_or(0, |b| b.address);
+            let address = bars(&*slot.function)[bar].map_or(0, |b| b.address);
             return Err(AddError::Decode { bar, address });
         }
         slots.insert(address.devfn(), slot);
@@ -199,7 +202,7 @@ impl PciRoot {
         }
         let (first, end) = (usize::from(offset), usize::from(offset).saturating_add(data.len()));
         let touches = |from: usize, to: usize| first < to && from < end;
-        if touches(COMMAND, COMMAND + 2) || touches(BAR0, AFTER_BARS) {
+        if touches(COMMAND, COMMAND + 2) || touches(BAR0, AFTER_BARS) || touches(ROM, ROM + 4) {
             let mut slots = lock(&self.slots);
             let freed = slots.get_mut(&address.devfn()).is_some_and(|slot| self.reconcile(slot));
             if freed {
@@ -249,7 +252,7 @@ impl PciRoot {
         let mut memory = Vec::new();
         let mut ports = Vec::new();
         for other in slots.values().chain([slot]) {
-            for (bar, assigned) in other.function.bars().into_iter().zip(other.assigned) {
+            for (bar, assigned) in bars(&*other.function).into_iter().zip(other.assigned) {
                 let Some(bar) = bar else { continue };
                 let taken = if bar.kind == BarKind::Io {
                     &mut ports
@@ -266,7 +269,7 @@ impl PciRoot {
             }
         }
         let mut placed = Vec::new();
-        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+        for (index, bar) in bars(&*slot.function).into_iter().enumerate() {
             let Some(bar) = bar.filter(|b| b.address == 0) else {
                 continue;
             };
@@ -297,7 +300,7 @@ impl PciRoot {
     fn reconcile(&self, slot: &mut Slot) -> bool {
         let mut freed = false;
         slot.blocked = 0;
-        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+        for (index, bar) in bars(&*slot.function).into_iter().enumerate() {
             let Some(bar) = bar else { continue };
             let before = slot.claims[index];
             let wanted = bar.decoded.then_some(bar.address);
@@ -364,7 +367,7 @@ impl PciRoot {
 
     /// Takes the BARs of `slot` off the buses.
     fn withdraw(&self, slot: &mut Slot) {
-        for (index, bar) in slot.function.bars().into_iter().enumerate() {
+        for (index, bar) in bars(&*slot.function).into_iter().enumerate() {
             if let (Some(bar), Some(at)) = (bar, slot.claims[index].take()) {
                 let _ = self.bus(bar.kind).map(|bus| bus.release(at));
                 slot.function.bar_moved(index as u8, None);
@@ -391,17 +394,31 @@ impl Slot {
     fn new(function: Arc<dyn PciFunction>) -> Self {
         Self {
             function,
-            claims: [None; 6],
-            assigned: [None; 6],
+            claims: [None; BARS],
+            assigned: [None; BARS],
             blocked: 0,
             touched: AtomicBool::new(false),
         }
     }
 }
 
-/// Writes a BAR's address as firmware does.
+/// All BARs of a function, that of its ROM the last.
+fn bars(function: &dyn PciFunction) -> [Option<Bar>; BARS] {
+    let mut all = [None; BARS];
+    let (rom, others) = (function.rom(), function.bars());
+    for (bar, own) in all.iter_mut().zip(others.into_iter().chain([rom])) {
+        *bar = own;
+    }
+    all
+}
+
+/// Writes a BAR's address as firmware does. A ROM is not enabled.
 fn write_bar(function: &dyn PciFunction, index: usize, address: u64) {
-    let register = (BAR0 + 4 * index) as u16;
+    let register = if index == usize::from(ROM_BAR) {
+        ROM
+    } else {
+        BAR0 + 4 * index
+    } as u16;
     function.config_write(register, &(address as u32).to_le_bytes());
     if let Some(Some(Bar {
         kind: BarKind::Memory64 { .. },

@@ -3,9 +3,13 @@
 //! It is made of the device's own, register by register: what is not known to be harmless is not there. Registers are where the device has
 //! them, since drivers of some devices look at fixed places.
 
+mod clique;
+
 use std::ops::Range;
 
 use triarch_pci::{Bar, BarKind, Bars, command};
+
+pub use clique::CliqueError;
 
 /// Bytes of a configuration space with extended capabilities.
 pub(crate) const SIZE: usize = 0x1000;
@@ -16,6 +20,7 @@ const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const CACHE_LINE: usize = 0x0c;
 const BAR0: usize = 0x10;
+const ROM: usize = 0x30;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -31,6 +36,8 @@ mod id {
     pub(super) const EXTENDED: [u16; 2] = [0x0b, 0x03];
 }
 
+/// Bit of a ROM's BAR: it is decoded.
+const ROM_ENABLE: u32 = 1;
 /// Bit of the device control register of PCI Express that resets the function.
 const FLR: u16 = 1 << 15;
 /// Of the device capabilities: it can do that.
@@ -105,9 +112,12 @@ pub(crate) struct Config {
     /// Bits whose value the device tells.
     live: Box<[u8; SIZE]>,
     bars: [Option<(BarKind, u64)>; 6],
+    rom: Option<u64>,
     msix: Option<MsiXPlace>,
     msi: Option<MsiPlace>,
     express: Option<usize>,
+    /// Where the device has capabilities, also those that are not seen.
+    taken: Vec<usize>,
 }
 
 fn u16_of(bytes: &[u8], at: usize) -> u16 {
@@ -127,9 +137,11 @@ impl Config {
             writable: Box::new([0; SIZE]),
             live: Box::new([0; SIZE]),
             bars: [None; 6],
+            rom: None,
             msix: None,
             msi: None,
             express: None,
+            taken: Vec::new(),
         };
         // Vendor and device; revision and class; the subsystem's.
         for range in [0x00..0x04, 0x08..0x0c, 0x2c..0x30] {
@@ -190,6 +202,7 @@ impl Config {
             if at < FIRST_CAPABILITY {
                 break;
             }
+            self.taken.push(at);
             if let Some(size) = self.take_capability(device, at) {
                 debug_assert!(at + size <= LEGACY_SIZE);
                 self.bytes[at] = device[at];
@@ -437,6 +450,24 @@ impl Config {
     /// Where MSI is, if the device has it.
     pub(crate) fn msi(&self) -> Option<MsiPlace> {
         self.msi
+    }
+
+    /// Shows a ROM of `size` bytes, a power of two.
+    pub(crate) fn show_rom(&mut self, size: u64) {
+        let mask = !(size - 1) as u32 | ROM_ENABLE;
+        self.writable[ROM..ROM + 4].copy_from_slice(&mask.to_le_bytes());
+        self.rom = Some(size);
+    }
+
+    /// Its BAR as it stands.
+    pub(crate) fn rom(&self) -> Option<Bar> {
+        let register = u32_of(&self.bytes[..], ROM);
+        self.rom.map(|size| Bar {
+            kind: BarKind::Memory32 { prefetchable: false },
+            size,
+            address: u64::from(register & !ROM_ENABLE),
+            decoded: self.command() & command::MEMORY != 0 && register & ROM_ENABLE != 0,
+        })
     }
 
     /// The BARs as they stand.

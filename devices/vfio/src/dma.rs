@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use thiserror::Error;
 
-use crate::{Container, lock};
+use triarch_device_core::RateLimit;
+
+use crate::{Container, Mapping, lock};
 
 /// Why devices cannot be given the guest's memory.
 #[derive(Debug, Error)]
@@ -60,6 +62,18 @@ struct State {
     /// What devices are to reach: length and address in this process, by GPA.
     ranges: BTreeMap<u64, (u64, u64)>,
     container: Weak<Container>,
+    /// Registers of devices, where the guest has them.
+    windows: BTreeMap<u64, Window>,
+    /// How many devices reach those of others.
+    peers: usize,
+}
+
+/// Registers that other devices reach.
+struct Window {
+    len: u64,
+    host: u64,
+    /// They do: the IOMMU knows.
+    mapped: bool,
 }
 
 /// What of a guest's memory devices of the host reach: all of it, at its guest physical addresses. It knows what there is also while there
@@ -91,6 +105,8 @@ impl DmaMap {
             }
         }
         state.container = Arc::downgrade(container);
+        // What was mapped went with the last one.
+        state.windows.values_mut().for_each(|window| window.mapped = false);
         Ok(())
     }
 
@@ -131,13 +147,105 @@ impl DmaMap {
         self.remove(0..u64::MAX);
     }
 
+    /// One more device whose registers others reach, and that reaches theirs.
+    pub(crate) fn join(&self) -> Peer {
+        let mut state = lock(&self.0);
+        state.peers += 1;
+        // Nothing is there for a device alone.
+        if state.peers == 2 {
+            state.show_windows();
+        }
+        let map = self.clone();
+        let log = RateLimit::default();
+        Peer { map, log }
+    }
+
     /// Whether devices reach the guest's memory.
     pub fn is_attached(&self) -> bool {
         lock(&self.0).is_attached()
     }
 }
 
+/// A device that reaches the registers of others, as long as this is there.
+pub(crate) struct Peer {
+    map: DmaMap,
+    log: RateLimit,
+}
+
+impl Peer {
+    /// Others reach `registers` at `gpa` from now on. Where the host cannot do that they do not.
+    pub(crate) fn show(&self, gpa: u64, registers: &Mapping) {
+        let window = Window {
+            len: registers.size(),
+            host: registers.address(),
+            mapped: false,
+        };
+        let mut state = lock(&self.map.0);
+        state.windows.insert(gpa, window);
+        let shown = match state.peers > 1 {
+            true => state.show_window(gpa),
+            false => Ok(()),
+        };
+        if let Err(error) = shown
+            && let Some(held_back) = self.log.admit()
+        {
+            tracing::warn!(
+                held_back,
+                "other devices do not reach the registers at {gpa:#x}: {error}"
+            );
+        }
+    }
+
+    /// Nobody reaches those at `gpa` any more.
+    pub(crate) fn hide(&self, gpa: u64) {
+        let mut state = lock(&self.map.0);
+        state.hide_window(gpa);
+        state.windows.remove(&gpa);
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let mut state = lock(&self.map.0);
+        state.peers -= 1;
+        if state.peers == 1 {
+            let all: Vec<u64> = state.windows.keys().copied().collect();
+            all.into_iter().for_each(|gpa| state.hide_window(gpa));
+        }
+    }
+}
+
 impl State {
+    fn show_windows(&mut self) {
+        let all: Vec<u64> = self.windows.keys().copied().collect();
+        for gpa in all {
+            if let Err(error) = self.show_window(gpa) {
+                tracing::warn!("other devices do not reach the registers at {gpa:#x}: {error}");
+            }
+        }
+    }
+
+    fn show_window(&mut self, gpa: u64) -> io::Result<()> {
+        let (container, window) = (self.container.upgrade(), self.windows.get_mut(&gpa));
+        if let (Some(container), Some(window)) = (container, window)
+            && !window.mapped
+        {
+            container.space().map(gpa, window.len, window.host)?;
+            window.mapped = true;
+        }
+        Ok(())
+    }
+
+    fn hide_window(&mut self, gpa: u64) {
+        let (container, window) = (self.container.upgrade(), self.windows.get_mut(&gpa));
+        if let Some(window) = window
+            && std::mem::take(&mut window.mapped)
+            && let Some(container) = container
+        {
+            undo(&container, gpa, window.len);
+        }
+    }
+
     fn is_attached(&self) -> bool {
         self.container.strong_count() > 0
     }
@@ -172,6 +280,6 @@ fn reach(container: &Container, gpa: u64, len: u64) -> Result<(), DmaError> {
 
 fn undo(container: &Container, gpa: u64, len: u64) {
     if let Err(error) = container.space().unmap(gpa, len) {
-        tracing::error!("devices of the host keep {len:#x} bytes of the guest's memory at {gpa:#x}: {error}");
+        tracing::error!("devices of the host keep {len:#x} bytes of the guest's at {gpa:#x}: {error}");
     }
 }

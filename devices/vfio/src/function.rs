@@ -8,14 +8,16 @@ use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
 use triarch_device_core::{AccessError, MsiRouter, RateLimit};
-use triarch_pci::{Bars, PciAddress, PciFunction, command};
+use triarch_pci::{Bar, Bars, PciAddress, PciFunction, ROM_BAR, command};
 use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
 
 use crate::config::{Config, SIZE};
+use crate::dma::Peer;
 use crate::handle::{Admission, Handle};
 use crate::interrupts::Interrupts;
 use crate::kernel::Region;
-use crate::{HostDevice, Mapping, areas, lock};
+use crate::rom::Rom;
+use crate::{CliqueError, DmaMap, HostDevice, Mapping, areas, lock};
 
 const COMMAND: u64 = 0x04;
 
@@ -31,6 +33,17 @@ pub trait Vm: Send + Sync {
     fn dismiss(&self, file: BorrowedFd<'_>) -> io::Result<()>;
 }
 
+/// How the guest has a device.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// The bus has I/O ports.
+    pub ports: bool,
+    /// NVIDIA's driver is told that the device reaches others of this clique directly, 0 to 15.
+    pub clique: Option<u8>,
+    /// Where the device reaches the registers of others, and they its own. They must be of the same map.
+    pub peers: Option<DmaMap>,
+}
+
 /// Why no function can be made of a device.
 #[derive(Debug, Error)]
 pub enum FunctionError {
@@ -42,6 +55,14 @@ pub enum FunctionError {
         /// Cause.
         #[source]
         source: io::Error,
+    },
+    /// What the guest should be told of it does not fit.
+    #[error("{name}: {source}")]
+    Clique {
+        /// The device.
+        name: String,
+        /// Cause.
+        source: CliqueError,
     },
     /// The kernel refuses something.
     #[error("cannot {what} of {name}")]
@@ -82,14 +103,16 @@ pub struct VfioPci {
     /// Where its configuration space is in its descriptor.
     registers: u64,
     bars: Mutex<[BarParts; 6]>,
+    rom: Option<Rom>,
     interrupts: Interrupts,
+    peer: Mutex<Option<Peer>>,
     /// The guest has it no more.
     gone: AtomicBool,
     log: RateLimit,
 }
 
 impl VfioPci {
-    /// Makes a function of `host`, which is reset: of what another guest left in it nothing is there. `ports`: the bus has I/O ports.
+    /// Makes a function of `host`, which is reset: of what another guest left in it nothing is there.
     ///
     /// # Errors
     /// The kernel's.
@@ -97,7 +120,7 @@ impl VfioPci {
         host: &Arc<HostDevice>,
         vm: Arc<dyn Vm>,
         router: &Arc<dyn MsiRouter>,
-        ports: bool,
+        options: Options,
     ) -> Result<Self, FunctionError> {
         let name = host.name();
         let failed = |what| {
@@ -125,7 +148,16 @@ impl VfioPci {
         file.read_at(own.offset, &mut bytes[..len])
             .map_err(failed("read the configuration space"))?;
         let sizes = std::array::from_fn(|i| regions[i].size);
-        let mut config = Config::new(&bytes, &sizes, ports);
+        let mut config = Config::new(&bytes, &sizes, options.ports);
+        if let Some(number) = options.clique {
+            let joined = config.join_clique(number);
+            let name = name.to_owned();
+            joined.map_err(|source| FunctionError::Clique { name, source })?;
+        }
+        let rom = Rom::of(&**file);
+        if let Some(rom) = &rom {
+            config.show_rom(rom.size());
+        }
         let vectors = file.irq_count(VFIO_PCI_MSIX_IRQ_INDEX).unwrap_or(0);
         config.limit_msix(u16::try_from(vectors).unwrap_or(u16::MAX));
         let mut bars: [BarParts; 6] = Default::default();
@@ -149,6 +181,8 @@ impl VfioPci {
             config: Mutex::new(config),
             registers: own.offset,
             bars: Mutex::new(bars),
+            rom,
+            peer: Mutex::new(options.peers.map(|map| map.join())),
             gone: AtomicBool::new(false),
             log: RateLimit::default(),
         };
@@ -178,6 +212,7 @@ impl VfioPci {
                 self.hide(&area);
             }
         }
+        drop(lock(&self.peer).take());
         drop(lock(&self.admission).take());
     }
 
@@ -196,9 +231,11 @@ impl VfioPci {
 
     /// Takes `area` from where the guest has it.
     fn hide(&self, area: &Area) {
-        if let Some(at) = area.at
-            && let Err(error) = self.vm.unmap(at)
-        {
+        let Some(at) = area.at else { return };
+        if let Some(peer) = &*lock(&self.peer) {
+            peer.hide(at);
+        }
+        if let Err(error) = self.vm.unmap(at) {
             self.warn("take registers from the guest", &error);
         }
     }
@@ -281,7 +318,15 @@ impl PciFunction for VfioPci {
         lock(&self.config).bars()
     }
 
+    fn rom(&self) -> Option<Bar> {
+        lock(&self.config).rom()
+    }
+
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> Result<(), AccessError> {
+        if let Some(rom) = self.rom.as_ref().filter(|_| bar == ROM_BAR && !self.gone()) {
+            rom.read(&*self.handle.file, offset, data);
+            return Ok(());
+        }
         let at = self.place(bar, offset, data.len())?;
         if let Some(done) = self.interrupts.read(bar, offset, data) {
             return done;
@@ -290,6 +335,10 @@ impl PciFunction for VfioPci {
     }
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), AccessError> {
+        if bar == ROM_BAR && self.rom.is_some() {
+            // It is a copy for all who look.
+            return Ok(());
+        }
         let at = self.place(bar, offset, data.len())?;
         if let Some(done) = self.interrupts.write(bar, offset, data) {
             return done;
@@ -310,6 +359,9 @@ impl PciFunction for VfioPci {
                 // Each access then goes by way of the VMM.
                 area.at = None;
                 self.warn("have the guest reach registers", &error);
+            }
+            if let (Some(at), Some(peer)) = (area.at, &*lock(&self.peer)) {
+                peer.show(at, &area.mapping);
             }
         }
     }

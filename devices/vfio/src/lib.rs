@@ -18,6 +18,7 @@ mod host;
 mod interrupts;
 pub mod kernel;
 mod limit;
+mod rom;
 #[allow(unsafe_code)] // ioctls, and mappings of devices' registers
 mod sys;
 mod sysfs;
@@ -25,9 +26,10 @@ mod sysfs;
 mod tests;
 
 pub use alarms::Alarm;
+pub use config::CliqueError;
 pub use dma::{DmaError, DmaMap};
 pub use error::OpenError;
-pub use function::{FunctionError, VfioPci, Vm};
+pub use function::{FunctionError, Options, VfioPci, Vm};
 pub use host::{Container, HostDevice, Iommu};
 pub use sys::{Linux, Mapping};
 

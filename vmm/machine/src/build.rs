@@ -176,6 +176,7 @@ impl Machine {
             rooms,
             slots: vm.memory_slots().clone(),
             reach: regions.reach().map().clone(),
+            peers: config.platform.as_ref().and_then(|p| p.vfio_p2p_dma).unwrap_or(true),
             vm: passthrough::Host::of(&vm),
         };
         let devices = Devices::build(config, consoles, backends, host, origin.saved_mut(), progress)?;

@@ -54,6 +54,8 @@ pub(crate) struct Host {
     pub(crate) slots: MemorySlots,
     /// What of the memory devices of the host reach.
     pub(crate) reach: DmaMap,
+    /// They reach each other's registers.
+    pub(crate) peers: bool,
     /// The VM as those see it.
     pub(crate) vm: Arc<dyn triarch_vfio::Vm>,
 }
@@ -253,7 +255,9 @@ impl Devices {
                 self.add_served(progress, total, &name, peer)?;
                 self.nics.extend(counters.clone().map(|counters| (own(), counters)));
             }
-            (Serves::Host(device), _) => self.add_host(progress, total, device.clone(), &name)?,
+            (Serves::Host(device), DeviceConfig::Host(config)) => {
+                self.add_host(progress, total, device.clone(), config)?;
+            }
             (_, DeviceConfig::Vsock(config)) => {
                 let mut handle = None;
                 self.add(progress, total, &name, |id| {
@@ -264,7 +268,7 @@ impl Devices {
                 self.vsocks.extend(handle);
             }
             // Nothing opens such an end.
-            (Serves::File(_) | Serves::Tap(..) | Serves::Itself, _) => {
+            (Serves::File(_) | Serves::Tap(..) | Serves::Host(_) | Serves::Itself, _) => {
                 return Err(MachineError::device(&name, "nothing serves it"));
             }
         }

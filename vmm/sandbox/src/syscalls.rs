@@ -296,6 +296,8 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(ioctls(KVM_RUNNING))
             .chain(ioctls(KVM_SAVING))
             .chain(ioctls(VFIO_RUNNING))
+            // Registers that a guest moves, for other devices.
+            .chain(ioctls(DMA))
             .chain(calls(REGISTERS))
             .chain(activation())
             .collect(),

@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::kernel::{
     AddressSpace, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError, Kernel, Region,
 };
-use crate::{HostDevice, Iommu, Mapping, VfioPci, Vm, lock};
+use crate::{DmaMap, HostDevice, Iommu, Mapping, Options, VfioPci, Vm, lock};
 
 /// Where BARs begin in the device's file, and how much each has there.
 pub(crate) const BAR_STEP: u64 = 1 << 20;
@@ -39,6 +39,8 @@ pub(crate) struct World {
     pub(crate) no_containers: bool,
     /// It tells of no errors and no requests.
     pub(crate) deaf: bool,
+    /// Bytes of the ROM.
+    pub(crate) rom: u64,
     /// Interrupts of MSI-X that the host has.
     pub(crate) vectors: u32,
     /// The events that vectors ring, by kind and number.
@@ -234,7 +236,11 @@ impl DeviceFile for Opened {
     fn region(&self, index: u32) -> io::Result<Region> {
         let bar = self.fake.sizes.get(index as usize).copied();
         Ok(Region {
-            size: bar.unwrap_or(if index == 7 { 4096 } else { 0 }),
+            size: bar.unwrap_or(match index {
+                6 => lock(&self.fake.world).rom,
+                7 => 4096,
+                _ => 0,
+            }),
             offset: u64::from(index) * BAR_STEP,
             mappable: bar.is_some_and(|size| size >= 4096),
             sparse: lock(&self.fake.world).sparse.clone().filter(|_| index == 0),
@@ -371,17 +377,26 @@ pub(crate) fn host(fake: &Fake) -> Arc<HostDevice> {
     fake.iommu().open(&path).expect("a device")
 }
 
+/// How functions are had, on a bus with ports.
+pub(crate) fn options(peers: Option<DmaMap>) -> Options {
+    Options {
+        ports: true,
+        peers,
+        ..Options::default()
+    }
+}
+
 /// Makes a function of `device`.
 pub(crate) fn function_of(fake: &Fake, device: &Arc<HostDevice>) -> Result<VfioPci, crate::FunctionError> {
     let router: Arc<dyn MsiRouter> = Arc::new(MockRouter::default());
-    VfioPci::new(device, Arc::new(fake.clone()), &router, true)
+    VfioPci::new(device, Arc::new(fake.clone()), &router, options(None))
 }
 
 /// Makes a function of it.
 pub(crate) fn function(fake: &Fake) -> (VfioPci, Arc<MockRouter>) {
     let router = Arc::new(MockRouter::default());
     let dynamic: Arc<dyn MsiRouter> = router.clone();
-    let function = VfioPci::new(&host(fake), Arc::new(fake.clone()), &dynamic, true);
+    let function = VfioPci::new(&host(fake), Arc::new(fake.clone()), &dynamic, options(None));
     (function.expect("a function"), router)
 }
 

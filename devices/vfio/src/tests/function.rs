@@ -5,7 +5,7 @@ use std::sync::Arc;
 use triarch_device_core::{AccessError, Bus};
 use triarch_pci::{BarAllocator, PciAddress, PciFunction, PciRoot};
 
-use super::fake::{BAR_STEP, CONFIG, Fake, function, host, message, ring, rung};
+use super::fake::{BAR_STEP, CONFIG, Fake, function, host, message, options, ring, rung};
 use super::space::nvme;
 use crate::{VfioPci, lock};
 
@@ -74,7 +74,7 @@ fn a_device_that_cannot_be_reset_goes_to_nobody() {
     let fake = fake();
     fake.fail("reset", libc::ENOTTY);
     let router: Arc<dyn triarch_device_core::MsiRouter> = Arc::new(triarch_device_core::mock::MockRouter::default());
-    let made = VfioPci::new(&host(&fake), Arc::new(fake.clone()), &router, true);
+    let made = VfioPci::new(&host(&fake), Arc::new(fake.clone()), &router, options(None));
     assert_eq!(made.err().expect("refused").to_string(), "0000:01:00.0 cannot be reset");
     assert_eq!(fake.open_files(), 0);
 }
@@ -254,4 +254,46 @@ fn a_guest_that_puts_its_bar_over_memory_or_over_another_has_it_nowhere() {
     place(0x12_0000_0000);
     root.remove(at).expect("it was there");
     assert!(mapped().is_empty());
+}
+
+#[test]
+fn a_rom_is_read_once_and_only_when_somebody_looks() {
+    let fake = fake();
+    lock(&fake.world).rom = 0x3000;
+    std::os::unix::fs::FileExt::write_all_at(&*fake.device, &[0x55, 0xaa, 1, 2], 6 * BAR_STEP).expect("a ROM");
+    let (function, _) = function(&fake);
+    let function = Arc::new(function);
+    let (mmio, io) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+    let windows = BarAllocator {
+        mmio32: 0xc000_0000..0xd000_0000,
+        mmio64: 0x10_0000_0000..0x20_0000_0000,
+        io: 0x1000..0x2000,
+    };
+    let root = PciRoot::new(0, mmio.clone(), io, windows);
+    let at = root.add(function.clone(), None).expect("a slot");
+    let register = || {
+        let mut data = [0; 4];
+        root.config_read(at, 0x30, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let base = register();
+    assert!(base >= 0xc000_0000 && base & 0x3fff == 0, "placed and off: {base:#x}");
+    root.config_write(at, 4, &[2, 0]);
+    let mut data = [0; 4];
+    assert!(mmio.read(base.into(), &mut data).is_err(), "not enabled");
+    root.config_write(at, 0x30, &u32::MAX.to_le_bytes());
+    assert_eq!(register(), 0xffff_c001, "its size");
+    fake.calls();
+    root.config_write(at, 0x30, &(base | 1).to_le_bytes());
+    assert!(!fake.calls().contains(&"read".to_owned()), "nobody has looked");
+    for _ in 0..2 {
+        mmio.read(base.into(), &mut data).expect("the ROM");
+        assert_eq!(data, [0x55, 0xaa, 1, 2]);
+    }
+    mmio.write(base.into(), &[0; 4]).expect("no effect");
+    mmio.read(u64::from(base) + 0x3000, &mut data).expect("behind its end");
+    assert_eq!(data, [0xff; 4]);
+    assert_eq!(fake.calls().iter().filter(|call| *call == "read").count(), 1);
+    root.config_write(at, 0x30, &base.to_le_bytes());
+    assert!(mmio.read(base.into(), &mut data).is_err());
 }

@@ -4,5 +4,6 @@ mod alarms;
 mod dma;
 mod fake;
 mod function;
+mod gpu;
 mod open;
 mod space;

@@ -5,7 +5,7 @@ use triarch_pci::{BarKind, command};
 use crate::config::{Config, SIZE};
 
 /// A configuration space of which some registers are set.
-fn space(registers: &[(usize, &[u8])]) -> [u8; SIZE] {
+pub(super) fn space(registers: &[(usize, &[u8])]) -> [u8; SIZE] {
     let mut bytes = [0; SIZE];
     for (at, value) in registers {
         bytes[*at..*at + value.len()].copy_from_slice(value);
@@ -44,7 +44,7 @@ fn config(device: &[u8; SIZE]) -> Config {
     Config::new(device, &SIZES, true)
 }
 
-fn read<const N: usize>(config: &Config, at: u16) -> [u8; N] {
+pub(super) fn read<const N: usize>(config: &Config, at: u16) -> [u8; N] {
     let mut data = [0; N];
     config.read(at, &mut data, |data| {
         data.fill(0xee);
@@ -58,7 +58,7 @@ fn u16_at(config: &Config, at: u16) -> u16 {
 }
 
 /// Offsets and ids of the capabilities that are seen.
-fn capabilities(config: &Config) -> Vec<(u8, u8)> {
+pub(super) fn capabilities(config: &Config) -> Vec<(u8, u8)> {
     let mut found = Vec::new();
     let [mut at] = read(config, 0x34);
     while at != 0 && found.len() < 64 {

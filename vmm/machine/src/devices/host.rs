@@ -2,8 +2,9 @@
 
 use std::sync::{Arc, Weak};
 
+use triarch_api::DeviceConfig;
 use triarch_pci::PciFunction;
-use triarch_vfio::{Container, HostDevice, VfioPci};
+use triarch_vfio::{Container, HostDevice, Options, VfioPci};
 use triarch_virtio::VirtioPci;
 
 use super::Devices;
@@ -42,9 +43,9 @@ impl Devices {
         progress: Progress<'_>,
         total: usize,
         device: Arc<HostDevice>,
-        id: &Option<String>,
+        config: &DeviceConfig,
     ) -> Result<(), MachineError> {
-        let host = &self.host;
+        let (host, id) = (&self.host, &config.id);
         if self.saved.is_some() {
             return Err(MachineError::device(
                 id,
@@ -54,8 +55,12 @@ impl Devices {
         let container: Weak<Container> = Arc::downgrade(device.container());
         host.discarder.keep_for(container);
         host.reach.attach(device.container())?;
-        let ports = !host.root.windows().io.is_empty();
-        let function = VfioPci::new(&device, host.vm.clone(), &host.router, ports);
+        let options = Options {
+            ports: !host.root.windows().io.is_empty(),
+            clique: config.x_nv_gpudirect_clique,
+            peers: host.peers.then(|| host.reach.clone()),
+        };
+        let function = VfioPci::new(&device, host.vm.clone(), &host.router, options);
         let function = Arc::new(function.map_err(|error| MachineError::device(id, error))?);
         self.put(progress, total, id, Function::Host(function))
     }
