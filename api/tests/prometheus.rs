@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use triarch_api::Phase;
 use triarch_api::metrics::{
-    BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, Latencies, LinkMetrics,
-    MemoryDeviceMetrics, MemoryMetrics, Metrics, NicMetrics, NicPairMetrics, OperationMetrics, ProcessMetrics,
-    Requests, SnapshotMetrics, Source, VcpuMetrics, VsockMetrics, render,
+    BalloonMetrics, CpuTimes, DirectionMetrics, DiskMetrics, DiskQueueMetrics, HostDeviceMetrics, Latencies,
+    LinkMetrics, MemoryDeviceMetrics, MemoryMetrics, Metrics, NicMetrics, NicPairMetrics, OperationMetrics,
+    PassthroughMetrics, ProcessMetrics, Requests, SnapshotMetrics, Source, VcpuMetrics, VsockMetrics, render,
 };
 
 /// Prints each family as `TYPE NAME SAMPLES`, and the value of one disk's label.
@@ -110,6 +110,17 @@ fn everything() -> Metrics {
             opened: 2,
             refused: 3,
         }],
+        passthrough: Some(PassthroughMetrics {
+            memory: 1 << 40,
+            ranges: 2,
+            devices: vec![HostDeviceMetrics {
+                id: ID.into(),
+                interrupts: 1,
+                reads: 2,
+                writes: u64::MAX,
+                resets: 3,
+            }],
+        }),
         snapshots: vec![SnapshotMetrics {
             kind: "whole",
             failed: 1,

@@ -45,6 +45,8 @@ pub struct Metrics {
     pub vsocks: Vec<VsockMetrics>,
     /// Devices that daemons serve.
     pub links: Vec<LinkMetrics>,
+    /// Devices of the host.
+    pub passthrough: Option<PassthroughMetrics>,
     /// Snapshots, since the process began.
     pub snapshots: Vec<SnapshotMetrics>,
     /// Restores, since the process began.
@@ -317,6 +319,32 @@ pub struct VsockMetrics {
     pub opened: u64,
     /// Connections that were refused.
     pub refused: u64,
+}
+
+/// Devices of the host that the guest drives by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PassthroughMetrics {
+    /// Bytes of guest memory that they reach, all of it locked.
+    pub memory: u64,
+    /// Mappings of the IOMMU for that.
+    pub ranges: u64,
+    /// Each of them.
+    pub devices: Vec<HostDeviceMetrics>,
+}
+
+/// A device of the host since the guest has it: since boot or its coming, and anew at each reset of the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostDeviceMetrics {
+    /// Its id.
+    pub id: String,
+    /// Interrupts that ring the guest.
+    pub interrupts: u64,
+    /// Reads of its registers by way of the VMM.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// How often it was reset.
+    pub resets: u64,
 }
 
 /// The process, with the guest's memory in it.

@@ -146,6 +146,17 @@ fn full(id: &str) -> Metrics {
             reconnects: 4,
             resubmitted: 5,
         }],
+        passthrough: Some(PassthroughMetrics {
+            memory: 1 << 30,
+            ranges: 2,
+            devices: vec![HostDeviceMetrics {
+                id: id.into(),
+                interrupts: 2,
+                reads: 3,
+                writes: 4,
+                resets: 1,
+            }],
+        }),
         snapshots: vec![saved("whole")],
         restores: vec![saved("Mapped")],
         process: Some(ProcessMetrics {

@@ -14,6 +14,7 @@ mod client;
 mod hotplug;
 mod migration;
 mod snapshot;
+mod vfio;
 mod vhost_user;
 
 use crate::arch::Arch;
@@ -68,6 +69,8 @@ pub enum Args {
     Snapshot(snapshot::Args),
     /// A guest's disk served by a daemon and by the VMM, under triarch and under QEMU
     VhostUser(vhost_user::Args),
+    /// A disk of an emulated host, read by a guest that has it and by the host itself
+    Vfio(vfio::Args),
 }
 
 /// Carries out the verb.
@@ -75,6 +78,9 @@ pub enum Args {
 /// # Errors
 /// This machine has no usable /dev/kvm, or a VMM did not start.
 pub fn run(args: &Args) -> Result<()> {
+    if let Args::Vfio(args) = args {
+        return vfio::run(args);
+    }
     local::usable_kvm().context("the benchmark needs /dev/kvm")?;
     match args {
         &Args::Start {
@@ -92,6 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
         Args::Migration(args) => migration::run(args),
         Args::Snapshot(args) => snapshot::run(args),
         Args::VhostUser(args) => vhost_user::run(args),
+        Args::Vfio(args) => vfio::run(args),
     }
 }
 

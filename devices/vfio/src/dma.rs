@@ -97,9 +97,9 @@ impl DmaMap {
             .iter()
             .try_for_each(|(gpa, (len, _))| reach(container, *gpa, *len))?;
         for (done, (&at, &(len, host))) in state.ranges.iter().enumerate() {
-            if let Err(source) = container.space().map(at, len, host) {
+            if let Err(source) = container.map(at, len, host) {
                 for (at, (len, _)) in state.ranges.iter().take(done) {
-                    undo(container, *at, *len);
+                    told(container.unmap(*at, *len), *at, *len);
                 }
                 return Err(DmaError::Map { at, len, source });
             }
@@ -119,7 +119,7 @@ impl DmaMap {
         if let Some(container) = state.container.upgrade() {
             state.check_limit(&container, len)?;
             reach(&container, gpa, len)?;
-            let map = container.space().map(gpa, len, host);
+            let map = container.map(gpa, len, host);
             map.map_err(|source| DmaError::Map { at: gpa, len, source })?;
         }
         state.ranges.insert(gpa, (len, host));
@@ -136,7 +136,7 @@ impl DmaMap {
         for &(gpa, len, _) in &inside {
             state.ranges.remove(&gpa);
             if let Some(container) = &container {
-                undo(container, gpa, len);
+                told(container.unmap(gpa, len), gpa, len);
             }
         }
         inside
@@ -242,7 +242,7 @@ impl State {
             && std::mem::take(&mut window.mapped)
             && let Some(container) = container
         {
-            undo(&container, gpa, window.len);
+            told(container.space().unmap(gpa, window.len), gpa, window.len);
         }
     }
 
@@ -278,8 +278,9 @@ fn reach(container: &Container, gpa: u64, len: u64) -> Result<(), DmaError> {
     })
 }
 
-fn undo(container: &Container, gpa: u64, len: u64) {
-    if let Err(error) = container.space().unmap(gpa, len) {
+/// Logs what could not be undone.
+fn told(undone: io::Result<()>, gpa: u64, len: u64) {
+    if let Err(error) = undone {
         tracing::error!("devices of the host keep {len:#x} bytes of the guest's at {gpa:#x}: {error}");
     }
 }

@@ -17,7 +17,7 @@ use crate::handle::{Admission, Handle};
 use crate::interrupts::Interrupts;
 use crate::kernel::Region;
 use crate::rom::Rom;
-use crate::{CliqueError, DmaMap, HostDevice, Mapping, areas, lock};
+use crate::{CliqueError, Counters, DmaMap, HostDevice, Mapping, areas, lock};
 
 const COMMAND: u64 = 0x04;
 
@@ -108,6 +108,7 @@ pub struct VfioPci {
     peer: Mutex<Option<Peer>>,
     /// The guest has it no more.
     gone: AtomicBool,
+    counters: Arc<Counters>,
     log: RateLimit,
 }
 
@@ -172,8 +173,10 @@ impl VfioPci {
             let areas = areas.map_err(failed("map the registers"))?;
             *parts = BarParts { region, areas };
         }
+        let counters = Arc::new(Counters::default());
+        counters.reset();
         let function = Self {
-            interrupts: Interrupts::new(name, &handle, router, &config),
+            interrupts: Interrupts::new(name, &handle, router, &config, &counters),
             host: host.clone(),
             handle,
             vm,
@@ -184,6 +187,7 @@ impl VfioPci {
             rom,
             peer: Mutex::new(options.peers.map(|map| map.join())),
             gone: AtomicBool::new(false),
+            counters,
             log: RateLimit::default(),
         };
         function.set_command(0);
@@ -193,6 +197,11 @@ impl VfioPci {
     /// The device on the host.
     pub fn host(&self) -> &Arc<HostDevice> {
         &self.host
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Stops the device for good: it reaches no memory and interrupts nobody, and what it knew of the guest is gone. The guest's memory may
@@ -245,6 +254,7 @@ impl VfioPci {
         if let Err(error) = self.handle.reset() {
             return self.warn("reset the device", &error);
         }
+        self.counters.reset();
         config.reset();
         self.interrupts.changed(config);
         self.set_command(0);
@@ -291,6 +301,7 @@ impl PciFunction for VfioPci {
         if self.gone() {
             return data.fill(0xff);
         }
+        self.counters.read();
         lock(&self.config).read(offset, data, |data| {
             let at = self.registers + u64::from(offset);
             self.handle.file.read_at(at, data).is_ok()
@@ -301,6 +312,7 @@ impl PciFunction for VfioPci {
         if self.gone() {
             return;
         }
+        self.counters.write();
         let mut config = lock(&self.config);
         let effects = config.write(offset, data);
         if effects.command {
@@ -328,6 +340,7 @@ impl PciFunction for VfioPci {
             return Ok(());
         }
         let at = self.place(bar, offset, data.len())?;
+        self.counters.read();
         if let Some(done) = self.interrupts.read(bar, offset, data) {
             return done;
         }
@@ -340,6 +353,7 @@ impl PciFunction for VfioPci {
             return Ok(());
         }
         let at = self.place(bar, offset, data.len())?;
+        self.counters.write();
         if let Some(done) = self.interrupts.write(bar, offset, data) {
             return done;
         }

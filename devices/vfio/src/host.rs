@@ -12,22 +12,36 @@ use crate::alarms::Alarm;
 use crate::handle::{Admission, BIND, Handle, Refusal, Way};
 use crate::kernel::{AddressSpace, ContainerFile, GroupFile, IommuFile, Kernel};
 use crate::sysfs::{self, Found};
-use crate::{FunctionError, OpenError, Vm, lock};
+use crate::{FunctionError, OpenError, Reached, Vm, lock};
 
 /// The part of the host's IOMMU that is one guest's: what its devices reach. It is closed, and with that all mappings are undone, when the
 /// last of its devices is.
 pub struct Container {
     space: Space,
     pub(crate) kernel: Arc<dyn Kernel>,
-}
-
-/// By which of the kernel's interfaces.
-enum Space {
-    Container(Box<dyn ContainerFile>),
-    Iommufd(Box<dyn IommuFile>),
+    reached: Arc<Reached>,
 }
 
 impl Container {
+    /// How much its devices reach.
+    pub fn reached(&self) -> &Arc<Reached> {
+        &self.reached
+    }
+
+    /// Has devices reach `len` bytes at `gpa` that are at `host` in this process.
+    pub(crate) fn map(&self, gpa: u64, len: u64, host: u64) -> io::Result<()> {
+        self.space().map(gpa, len, host)?;
+        self.reached.add(len);
+        Ok(())
+    }
+
+    /// Undoes that.
+    pub(crate) fn unmap(&self, gpa: u64, len: u64) -> io::Result<()> {
+        self.space().unmap(gpa, len)?;
+        self.reached.remove(len);
+        Ok(())
+    }
+
     /// What its devices reach.
     pub(crate) fn space(&self) -> &dyn AddressSpace {
         match &self.space {
@@ -47,6 +61,18 @@ impl Container {
             Space::Iommufd(file) => work(&**file),
         }
     }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        self.reached.clear();
+    }
+}
+
+/// By which of the kernel's interfaces.
+enum Space {
+    Container(Box<dyn ContainerFile>),
+    Iommufd(Box<dyn IommuFile>),
 }
 
 /// A group of devices that the IOMMU cannot tell apart.
@@ -82,6 +108,7 @@ pub struct Iommu {
     open: Arc<Mutex<Open>>,
     /// What the host tells of its devices.
     alarms: Arc<Epoll>,
+    reached: Arc<Reached>,
 }
 
 impl Iommu {
@@ -94,6 +121,7 @@ impl Iommu {
             kernel,
             open: Arc::default(),
             alarms: Arc::new(Epoll::new()?),
+            reached: Arc::default(),
         })
     }
 
@@ -112,6 +140,11 @@ impl Iommu {
             told.into_iter().map(|alarm| (device.name.clone(), alarm))
         });
         told.collect()
+    }
+
+    /// How much memory the devices reach that it opened.
+    pub fn reached(&self) -> &Arc<Reached> {
+        &self.reached
     }
 
     /// Opens the device whose directory in sysfs is `path`. It does not do anything until somebody makes a function of it.
@@ -183,6 +216,7 @@ impl Iommu {
         let container = Arc::new(Container {
             space: Space::Iommufd(file),
             kernel: self.kernel.clone(),
+            reached: self.reached.clone(),
         });
         open.container = Arc::downgrade(&container);
         Ok(container)
@@ -241,10 +275,10 @@ impl Iommu {
             path: "/dev/vfio/vfio".to_owned(),
             source,
         })?;
-        let kernel = self.kernel.clone();
         Ok(Container {
             space: Space::Container(file),
-            kernel,
+            kernel: self.kernel.clone(),
+            reached: self.reached.clone(),
         })
     }
 }

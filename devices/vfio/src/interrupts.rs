@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::{Config, MsiPlace, MsiXPlace};
 use crate::handle::Handle;
 use crate::kernel::IrqError;
-use crate::lock;
+use crate::{Counters, lock};
 
 /// Bit of MSI's control register: it is enabled.
 const MSI_ENABLE: u16 = 1;
@@ -25,6 +25,7 @@ pub(crate) struct Interrupts {
     msix: Option<(MsiXPlace, MsiX)>,
     msi: Option<MsiPlace>,
     wires: Mutex<Wires>,
+    counters: Arc<Counters>,
     log: RateLimit,
 }
 
@@ -41,7 +42,13 @@ struct Wires {
 }
 
 impl Interrupts {
-    pub(crate) fn new(name: &str, handle: &Arc<Handle>, router: &Arc<dyn MsiRouter>, config: &Config) -> Self {
+    pub(crate) fn new(
+        name: &str,
+        handle: &Arc<Handle>,
+        router: &Arc<dyn MsiRouter>,
+        config: &Config,
+        counters: &Arc<Counters>,
+    ) -> Self {
         let msix = config
             .msix()
             .map(|place| (place, MsiX::new(router.clone(), place.count)));
@@ -52,6 +59,7 @@ impl Interrupts {
             msix,
             msi: config.msi(),
             wires: Mutex::default(),
+            counters: counters.clone(),
             log: RateLimit::default(),
         }
     }
@@ -74,6 +82,12 @@ impl Interrupts {
         {
             self.warn(&error);
         }
+        self.count(&lock(&self.wires));
+    }
+
+    /// As many ring the guest now.
+    fn count(&self, wires: &Wires) {
+        self.counters.set_vectors(wires.connected.len() + wires.msi.len());
     }
 
     /// Reads `data` at `offset` of BAR `bar`, if the table or the pending bits are there.
@@ -93,6 +107,7 @@ impl Interrupts {
         if let Some(offset) = inside(place.table, 16 * u64::from(place.count), bar, offset) {
             let done = msix.table_write(offset, data);
             self.connect(msix);
+            self.count(&lock(&self.wires));
             return Some(done);
         }
         let size = u64::from(place.count).div_ceil(64) * 8;
@@ -108,6 +123,7 @@ impl Interrupts {
         wires.msix = false;
         wires.connected.clear();
         self.end_msi(&mut wires);
+        self.count(&wires);
     }
 
     fn end_msi(&self, wires: &mut Wires) {

@@ -18,6 +18,7 @@ mod host;
 mod interrupts;
 pub mod kernel;
 mod limit;
+mod meters;
 mod rom;
 #[allow(unsafe_code)] // ioctls, and mappings of devices' registers
 mod sys;
@@ -31,6 +32,7 @@ pub use dma::{DmaError, DmaMap};
 pub use error::OpenError;
 pub use function::{FunctionError, Options, VfioPci, Vm};
 pub use host::{Container, HostDevice, Iommu};
+pub use meters::{Counters, Reached};
 pub use sys::{Linux, Mapping};
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

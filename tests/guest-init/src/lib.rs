@@ -13,6 +13,7 @@ mod exec;
 pub mod modules;
 pub mod power;
 pub mod proto;
+pub mod reading;
 pub mod setup;
 pub mod soak;
 mod sys;

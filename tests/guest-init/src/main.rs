@@ -15,7 +15,7 @@ use std::time::Duration;
 use triarch_guest_init::channel::Channel;
 use triarch_guest_init::proto::Power;
 use triarch_guest_init::reap;
-use triarch_guest_init::{cmdline, modules, power, setup, soak, tools};
+use triarch_guest_init::{cmdline, modules, power, reading, setup, soak, tools};
 
 /// How long devices may take to appear.
 const CHANNEL_WAIT: Duration = Duration::from_secs(30);
@@ -24,7 +24,8 @@ const RESTART: Duration = Duration::from_secs(1);
 const SELF: &str = "/proc/self/exe";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const USAGE: &str = "usage: triarch-guest-init agent CHANNEL[,CHANNEL] | load MODULE... | vsock-echo PORT | \
-                     vsock-connect CID PORT | disk-soak DISK TABLE THREADS BLOCKS MILLISECONDS SEED";
+                     vsock-connect CID PORT | disk-soak DISK TABLE THREADS BLOCKS MILLISECONDS SEED | \
+                     disk-read DISK THREADS MILLISECONDS";
 
 fn main() -> ExitCode {
     if process::id() == 1 {
@@ -47,6 +48,7 @@ fn run(arguments: &[&str]) -> Result<(), String> {
         ["agent", channels] => return agent(channels),
         ["vsock-echo", port] => tools::vsock_echo(number(port)?),
         ["load", modules @ ..] => load(modules.iter().map(|&name| name.to_owned()).collect()),
+        ["disk-read", plan @ ..] => reading::main(plan),
         ["disk-soak", plan @ ..] => soak::main(plan),
         ["vsock-connect", cid, port] => tools::vsock_connect(number(cid)?, number(port)?),
         _ => return Err(USAGE.into()),

@@ -29,6 +29,8 @@ pub const ROUNDS: &str = "TRIARCH_HOTPLUG_ROUNDS";
 /// The environment variable that says how often tests move a guest to and fro, when it is not as often as they do by themselves. With it
 /// they have all the time they need.
 pub const MOVES: &str = "TRIARCH_MIGRATIONS";
+/// The environment variable that makes a benchmark of tests that measure: so many seconds each time.
+pub const SECONDS: &str = "TRIARCH_SECONDS";
 /// The environment variable that names a file to which tests add a line with what they measured.
 pub const FIGURES: &str = "TRIARCH_FIGURES";
 
@@ -52,7 +54,8 @@ pub fn moves(few: u32) -> u32 {
     number(MOVES).unwrap_or(few)
 }
 
-fn number(variable: &str) -> Option<u32> {
+/// The number in a variable of the environment, if there is one.
+pub fn number(variable: &str) -> Option<u32> {
     std::env::var(variable).ok()?.parse().ok()
 }
 

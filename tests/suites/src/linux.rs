@@ -29,6 +29,7 @@ mod snapshot;
 mod vfio;
 mod vfio_plug;
 mod vfio_refusals;
+mod vfio_speed;
 mod vhost;
 mod vhost_fs;
 mod vhost_net;
@@ -51,6 +52,7 @@ pub fn tests() -> Vec<Test> {
         vfio_refusals::TESTS,
         vfio::TESTS,
         vfio_plug::TESTS,
+        vfio_speed::TESTS,
         vhost::TESTS,
         vhost_fs::TESTS,
         vhost_net::TESTS,

@@ -17,6 +17,7 @@ use triarch_legacy::{CpuHotplug, MemoryHotplug, MemoryPlace, PciHotplug, SerialP
 use triarch_memory::{Discarder, GuestMemory, GuestMemoryHandle};
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_vcpu::{Buses, VcpuSet};
+use triarch_vfio::Reached;
 use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::BlockHandle;
 use triarch_virtio::balloon::BalloonHandle;
@@ -248,6 +249,7 @@ impl Machine {
         cpus: &Arc<CpuMeters>,
         ram: &Arc<MemoryMeters>,
         plug: &Arc<PlugMeters>,
+        reached: &Arc<Reached>,
     ) -> GuestMeters {
         GuestMeters {
             memory: MemoryConfig {
@@ -261,6 +263,7 @@ impl Machine {
             devices: self.devices.meters(),
             interrupts: self.interrupts.clone(),
             slots: self.vm.memory_slots().count().clone(),
+            reached: reached.clone(),
         }
     }
 

@@ -213,7 +213,8 @@ impl Controller {
     /// What `machine` counts.
     pub(crate) fn meters(&self, machine: &Machine) -> Option<GuestMeters> {
         let config = self.config.as_ref()?;
-        Some(machine.meters(config, &self.processors.meters, &self.dimms.meters, &self.plugs.meters))
+        let (cpus, ram, plugs) = (&self.processors.meters, &self.dimms.meters, &self.plugs.meters);
+        Some(machine.meters(config, cpus, ram, plugs, self.iommu.reached()))
     }
 
     /// Makes an event of it. What a guest causes must not drown everything else.

@@ -547,6 +547,7 @@ impl Devices {
             balloon: self.balloon.clone(),
             memories: self.memories.clone(),
             daemons: self.daemons.clone(),
+            hosts: self.hosts(),
         }
     }
 

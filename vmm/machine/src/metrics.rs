@@ -15,6 +15,7 @@ use triarch_api::metrics as api;
 use triarch_block::{DiskCounters, DiskMetrics, OpCounters};
 use triarch_device_core::metrics::{BUCKET_BOUNDS, Latencies, Padded};
 use triarch_vcpu::VcpuMetrics;
+use triarch_vfio::{Counters, Reached};
 use triarch_vhost_user::{LinkState, VhostUserHandle};
 use triarch_virtio::balloon::BalloonHandle;
 use triarch_virtio::mem::MemHandle;
@@ -36,6 +37,7 @@ pub(crate) struct DeviceMeters {
     pub(crate) daemons: Vec<(String, VhostUserHandle)>,
     pub(crate) balloon: Option<(String, BalloonHandle)>,
     pub(crate) memories: Vec<(String, MemHandle)>,
+    pub(crate) hosts: Vec<(String, Arc<Counters>)>,
 }
 
 /// What one guest counts. It holds counters only: a disk or tap is not kept open by it.
@@ -51,6 +53,8 @@ pub(crate) struct GuestMeters {
     pub(crate) interrupts: Arc<AtomicU64>,
     /// Memory slots of KVM.
     pub(crate) slots: Arc<AtomicU64>,
+    /// What of its memory devices of the host reach.
+    pub(crate) reached: Arc<Reached>,
 }
 
 /// What can be read at any time.
@@ -120,6 +124,11 @@ impl GuestMeters {
             nics: devices.nics.iter().map(|(id, nic)| self::nic(id, nic)).collect(),
             vsocks: devices.vsocks.iter().map(|(id, v)| vsock(id, v)).collect(),
             links: devices.daemons.iter().map(|(id, v)| link(id, v)).collect(),
+            passthrough: Some(api::PassthroughMetrics {
+                memory: self.reached.bytes(),
+                ranges: self.reached.ranges(),
+                devices: devices.hosts.iter().map(|(id, counters)| host(id, counters)).collect(),
+            }),
             ..api::Metrics::default()
         }
     }
@@ -268,6 +277,17 @@ fn direction(stats: &DirectionStats) -> api::DirectionMetrics {
     }
 }
 
+fn host(id: &str, counters: &Counters) -> api::HostDeviceMetrics {
+    let (reads, writes) = counters.accesses();
+    api::HostDeviceMetrics {
+        id: id.to_owned(),
+        interrupts: counters.vectors(),
+        reads,
+        writes,
+        resets: counters.resets(),
+    }
+}
+
 fn link(id: &str, device: &VhostUserHandle) -> api::LinkMetrics {
     let status = device.status();
     api::LinkMetrics {
@@ -383,6 +403,7 @@ mod tests {
             cpus: Arc::default(),
             interrupts: Arc::default(),
             slots: Arc::default(),
+            reached: Arc::default(),
             ram: Arc::default(),
             plug: (Arc::default(), 1),
             devices: DeviceMeters {
@@ -392,11 +413,14 @@ mod tests {
                 daemons: Vec::new(),
                 balloon: None,
                 memories: Vec::new(),
+                hosts: vec![("h".into(), Arc::default())],
             },
         }));
         let metrics = meters.gather();
         assert_eq!(metrics.memory.map(|memory| memory.size), Some(5));
         assert_eq!((metrics.vcpus.len(), metrics.vcpus[0].times), (1, None));
+        let passthrough = metrics.passthrough.expect("there is a guest");
+        assert_eq!((passthrough.memory, &passthrough.devices[0].id[..]), (0, "h"));
         assert_eq!((metrics.nics[0].pairs.len(), metrics.disks[0].queues.len()), (2, 0));
         meters.show(None);
         assert_eq!(meters.gather().memory, None);

@@ -3,7 +3,7 @@
 use super::super::text::Kind::{Counter, Gauge, Histogram};
 use super::super::text::Samples;
 use super::super::text::Value::Number;
-use super::super::{DirectionMetrics, DiskQueueMetrics};
+use super::super::{DirectionMetrics, DiskQueueMetrics, HostDeviceMetrics};
 use super::{Entry, Source, family};
 
 /// Labels of what a queue of a disk counts.
@@ -206,6 +206,64 @@ pub(super) const FAMILIES: &[Entry] = &[
             }
         },
     ),
+    (
+        family(
+            "triarch_passthrough_memory_bytes",
+            Gauge,
+            &[],
+            "Guest memory that devices of the host reach; all of it is locked.",
+        ),
+        |s, out| {
+            if let Some(passthrough) = &s.metrics.passthrough {
+                out.add(&[], Number(passthrough.memory));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_passthrough_memory_ranges",
+            Gauge,
+            &[],
+            "Mappings of the host's IOMMU for that.",
+        ),
+        |s, out| {
+            if let Some(passthrough) = &s.metrics.passthrough {
+                out.add(&[], Number(passthrough.ranges));
+            }
+        },
+    ),
+    (
+        family(
+            "triarch_passthrough_interrupts",
+            Gauge,
+            &["device"],
+            "Interrupts of the device of the host that ring the guest.",
+        ),
+        |s, out| each_host_device(s, |device| out.add(&[&device.id], Number(device.interrupts))),
+    ),
+    (
+        family(
+            "triarch_passthrough_register_accesses_total",
+            Counter,
+            &["device", "operation"],
+            "Reads and writes of the device's registers that took the guest to the VMM; those of mapped pages do not.",
+        ),
+        |s, out| {
+            each_host_device(s, |device| {
+                out.add(&[&device.id, &"read"], Number(device.reads));
+                out.add(&[&device.id, &"write"], Number(device.writes));
+            });
+        },
+    ),
+    (
+        family(
+            "triarch_passthrough_resets_total",
+            Counter,
+            &["device"],
+            "Resets of the device of the host, the one with which the guest got it among them.",
+        ),
+        |s, out| each_host_device(s, |device| out.add(&[&device.id], Number(device.resets))),
+    ),
 ];
 
 const RECEIVE: &str = "receive";
@@ -215,6 +273,11 @@ fn each_disk_queue(source: &Source<'_>, mut visit: impl FnMut(&str, &DiskQueueMe
     for disk in &source.metrics.disks {
         disk.queues.iter().for_each(|queue| visit(&disk.id, queue));
     }
+}
+
+fn each_host_device(source: &Source<'_>, visit: impl FnMut(&HostDeviceMetrics)) {
+    let passthrough = source.metrics.passthrough.iter();
+    passthrough.flat_map(|all| &all.devices).for_each(visit);
 }
 
 fn each_direction(source: &Source<'_>, out: &mut Samples<'_>, value: fn(&DirectionMetrics) -> u64) {

@@ -275,7 +275,7 @@ pub fn run_on(host: &Host, pending: &mut Pending, environment: &[(&str, &str)], 
     for (name, value) in environment {
         exec = exec.env(name, value);
     }
-    for variable in [suite::KILLS, suite::ROUNDS, suite::MOVES] {
+    for variable in [suite::KILLS, suite::ROUNDS, suite::MOVES, suite::SECONDS] {
         if let Ok(value) = env::var(variable) {
             exec = exec.env(variable, &value);
         }

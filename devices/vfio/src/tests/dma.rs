@@ -54,6 +54,8 @@ fn all_there_is_and_all_that_comes_is_reached_until_it_goes() {
     assert_eq!(fake.calls(), ["map", "map"]);
     map.insert(2 << 32, MIB, 0x9000_0000).expect("memory");
     assert_eq!(maps(&fake).len(), 3);
+    let counted = device.container().reached();
+    assert_eq!((counted.bytes(), counted.ranges()), (81 * MIB, 3));
     assert_eq!(map.remove(2 << 32..(2 << 32) + MIB), [(2 << 32, MIB, 0x9000_0000)]);
     assert_eq!(maps(&fake), both);
     map.clear();
@@ -64,8 +66,10 @@ fn all_there_is_and_all_that_comes_is_reached_until_it_goes() {
 fn the_last_device_takes_its_mappings_along_and_another_can_come() {
     let (fake, device, map) = setup();
     map.attach(device.container()).expect("memory");
+    let counted = device.container().reached().clone();
     drop(device);
     assert!(!map.is_attached() && maps(&fake).is_empty());
+    assert_eq!((counted.bytes(), counted.ranges()), (0, 0));
     map.insert(2 << 32, MIB, 0x9000_0000).expect("memory");
     let device = host(&fake);
     map.attach(device.container()).expect("memory");

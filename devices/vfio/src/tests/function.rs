@@ -54,6 +54,7 @@ fn it_begins_reset_and_reaches_nothing() {
         3,
         "its registers stay where they are mapped"
     );
+    assert_eq!(function.counters().resets(), 1);
     function.stop();
     assert_eq!(fake.register(CONFIG + 4) & 0xffff, 0);
     assert_eq!(lock(&fake.world).admitted, 0);
@@ -117,8 +118,11 @@ fn trapped_registers_are_the_devices() {
     let mut data = [0; 4];
     function.bar_read(0, 0x2ff8, &mut data).expect("there");
     assert_eq!(data, [1, 2, 3, 4]);
+    let (reads, writes) = function.counters().accesses();
     program(&function, 1, 0xfee0_0000, 0x41, 1);
     assert_eq!(fake.register(TABLE + 16), 0, "the table is the guest's");
+    assert_eq!((reads, writes), (1, 1));
+    assert_eq!(function.counters().accesses(), (1, 4));
     for (bar, offset, len) in [(0, 0x3ffe, 4), (0, u64::MAX, 4), (0, 0x4000, 1), (1, 0, 4), (6, 0, 4)] {
         let mut data = vec![0; len];
         assert_eq!(function.bar_read(bar, offset, &mut data), Err(AccessError::BadAccess));
@@ -136,8 +140,10 @@ fn vectors_ring_the_guest_without_the_vmm() {
     fake.calls();
     set_control(&function, 0x8000);
     assert!(!ring(&fake, MSIX, 3), "masked");
+    assert_eq!(function.counters().vectors(), 0);
     program(&function, 3, 0xfee0_1000, 0x41, 0);
     assert!(ring(&fake, MSIX, 3));
+    assert_eq!(function.counters().vectors(), 1);
     assert_eq!(message(&router, 0), Some((0xfee0_1000, 0x41)));
     assert_eq!(rung(&router, 0), 1);
     let before = fake.calls().iter().filter(|call| *call == "set irqs").count();

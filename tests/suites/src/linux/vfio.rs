@@ -76,7 +76,7 @@ pub(super) fn guest_with(context: &Context, kernel: Kernel, functions: &[Functio
 }
 
 /// Waits for the guest's NVMe disks, that many; their names.
-fn disks(guest: &LinuxVm, count: usize) -> Result<Vec<String>> {
+pub(super) fn disks(guest: &LinuxVm, count: usize) -> Result<Vec<String>> {
     let script = format!(
         "for i in $(seq 600); do [ $(ls -d /dev/nvme?n1 2>/dev/null | wc -l) = {count} ] && break; usleep 100000; done; ls /dev/nvme?n1"
     );

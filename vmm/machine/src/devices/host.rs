@@ -4,10 +4,10 @@ use std::sync::{Arc, Weak};
 
 use triarch_api::DeviceConfig;
 use triarch_pci::PciFunction;
-use triarch_vfio::{Container, HostDevice, Options, VfioPci};
+use triarch_vfio::{Container, Counters, HostDevice, Options, VfioPci};
 use triarch_virtio::VirtioPci;
 
-use super::Devices;
+use super::{Devices, Placed};
 use crate::MachineError;
 use crate::progress::Progress;
 
@@ -63,6 +63,15 @@ impl Devices {
         let function = VfioPci::new(&device, host.vm.clone(), &host.router, options);
         let function = Arc::new(function.map_err(|error| MachineError::device(id, error))?);
         self.put(progress, total, id, Function::Host(function))
+    }
+
+    /// What devices of the host count, by their ids.
+    pub(super) fn hosts(&self) -> Vec<(String, Arc<Counters>)> {
+        let counters = |placed: &Placed| match &placed.function {
+            Function::Host(function) => Some((placed.id.clone(), function.counters().clone())),
+            Function::Virtio(_) => None,
+        };
+        self.functions.iter().filter_map(counters).collect()
     }
 
     /// Stops devices of the host for good: they reach nothing any more.
