@@ -34,8 +34,8 @@ const OTHERS: [&str; 8] = [
     "virtio-net-pci,netdev=wire2,mac=52:54:00:00:00:0a,addr=0a.0,romfile=",
     "pcie-root-port,id=above,chassis=1,addr=0b.0",
     "nvme-subsys,id=many",
-    // Four virtual functions with two queue pairs each at most.
-    "nvme,id=parent,serial=spare3,subsys=many,bus=above,sriov_max_vfs=4,sriov_vq_flexible=8,sriov_vi_flexible=4,max_ioqpairs=10,msix_qsize=5",
+    // Four virtual functions with two queue pairs and two interrupts each at most.
+    "nvme,id=parent,serial=spare3,subsys=many,bus=above,sriov_max_vfs=4,sriov_vq_flexible=8,sriov_vi_flexible=8,max_ioqpairs=10,msix_qsize=9",
     "nvme-ns,bus=parent,nsid=1,drive=spare3,shared=on",
 ];
 /// Ends of the wire that the interfaces are on.

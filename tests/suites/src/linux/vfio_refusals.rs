@@ -90,7 +90,7 @@ fn refusals(context: &Context) -> Result<Outcome> {
             "vm.add-device",
             Some(&json!({ "path": disk.path() }).to_string()),
         )?;
-        ensure!(!again.is_success() && again.body.contains("already"), "{}", again.body);
+        ensure!(!again.is_success() && again.body.contains("once"), "{}", again.body);
         Ok(())
     })
 }
