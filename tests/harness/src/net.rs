@@ -7,8 +7,9 @@ use std::ffi::{CString, c_int};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::mem;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 use triarch_guest_init::interface_up;
 
 /// Moves this thread, and what it starts from now on, into a new network namespace, in which only
@@ -188,6 +189,56 @@ pub fn received(name: &str) -> Result<(u64, u64)> {
     numbers.next().zip(numbers.next()).context("no counters")
 }
 
+/// Hears what comes in at an interface (packet(7)).
+#[derive(Debug)]
+pub struct Ear {
+    // Receiving is the same for packet sockets.
+    socket: UdpSocket,
+}
+
+impl Ear {
+    /// Hears frames of this EtherType from now on.
+    ///
+    /// # Errors
+    /// No permission, or no such interface.
+    pub fn at(interface: &str, ethertype: u16) -> Result<Self> {
+        let socket = socket(libc::AF_PACKET, libc::SOCK_RAW)?;
+        let name = CString::new(interface)?;
+        // SAFETY: takes a string that ends in a zero byte.
+        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        // SAFETY: sockaddr_ll is plain data, for which zeroes are valid.
+        let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as libc::c_ushort;
+        address.sll_protocol = ethertype.to_be();
+        address.sll_ifindex = c_int::try_from(index)?;
+        let len = mem::size_of_val(&address) as libc::socklen_t;
+        // SAFETY: a live address and its length.
+        check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })
+            .with_context(|| format!("cannot listen at {interface}"))?;
+        Ok(Self { socket: socket.into() })
+    }
+
+    /// Waits for a frame that is `wanted`; it begins with its Ethernet header.
+    ///
+    /// # Errors
+    /// None comes within `limit`.
+    pub fn hear(&self, limit: Duration, wanted: impl Fn(&[u8]) -> bool) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        let mut frame = [0; 2048];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // None at all would be for ever.
+            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+            match self.socket.recv(&mut frame) {
+                Ok(len) if wanted(&frame[..len]) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error.into()),
+                _ if left.is_zero() => bail!("no such frame in {limit:?}"),
+                _ => {}
+            }
+        }
+    }
+}
+
 /// Opens a tap interface, which is made if there is none of that name, as VMMs do: with virtio-net
 /// headers (Linux, Documentation/networking/tuntap.rst).
 ///
@@ -333,6 +384,8 @@ mod tests {
             // What is for somebody else there is asked for on the wire.
             let socket = std::net::UdpSocket::bind((address, 0)).unwrap();
             let before = received("there0").unwrap();
+            let ear = Ear::at("there0", 0x0806).unwrap();
+            let deaf = Ear::at("there0", 0x8035).unwrap();
             socket.send_to(b"hello", "192.168.249.2:9").unwrap();
             let deadline = Instant::now() + Duration::from_secs(5);
             while received("there0").unwrap().1 == before.1 {
@@ -340,6 +393,11 @@ mod tests {
                 thread::sleep(Duration::from_millis(5));
             }
             assert!(received("there0").unwrap().0 > before.0);
+            // The question is for everybody, and its sender is known.
+            let question = |frame: &[u8]| frame[..6] == [0xff; 6] && frame[28..32] == address.octets();
+            ear.hear(Duration::from_secs(5), question).unwrap();
+            deaf.hear(Duration::from_millis(20), |_| true).unwrap_err();
+            Ear::at("there1", 0x0806).unwrap_err();
             received("there1").unwrap_err();
         });
         inside.join().unwrap();

@@ -20,6 +20,7 @@ mod ovs;
 mod pair;
 mod passt;
 mod pause;
+mod place;
 mod plug;
 mod plug_kinds;
 mod power;

@@ -33,10 +33,12 @@ const SECOND_ARM: [&str; 19] = [
 
 /// What a run without a named host leaves out on Hygon, whose KVM is AMD's: tests of daemons, since what they see was seen there, and of
 /// memory that comes with one of the two kernels, which AMD has.
-const NOT_ON_HYGON: [&str; 34] = [
+const NOT_ON_HYGON: [&str; 36] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
+    "migration::daemons::linux_6_1_goes_back_and_forth",
+    "migration::daemons::linux_6_12_goes_back_and_forth",
     "vhost::data_matches_on_linux_6_1",
     "vhost::data_matches_on_linux_6_12",
     "vhost::a_stopped_daemon_stalls_its_disk_only",
@@ -74,10 +76,12 @@ const NOT_ON_HYGON: [&str; 34] = [
 ];
 
 /// And on AMD. Two guests and their switch share one emulated processor there; testpmd never sleeps, so that this takes its time.
-const NOT_ON_AMD: [&str; 16] = [
+const NOT_ON_AMD: [&str; 18] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
+    "migration::daemons::linux_6_1_goes_back_and_forth",
+    "migration::daemons::linux_6_12_goes_back_and_forth",
     // With the other kernel.
     "plug::vhost_fs::all_kinds_come_and_go_under_linux_6_1",
     // On Hygon.
@@ -100,9 +104,11 @@ const NOT_ON_AMD: [&str; 16] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 144] = [
+const NOT_ON_ARM: [&str; 148] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
+    "migration::daemons::linux_6_1_goes_back_and_forth",
+    "migration::daemons::linux_6_12_goes_back_and_forth",
     "dimms::memory_comes_and_goes_under_linux_6_1",
     "virtio_mem::linux_6_12_grows_and_shrinks",
     "plug::vhost_fs::all_kinds_come_and_go_under_linux_6_1",
@@ -234,6 +240,8 @@ const NOT_ON_ARM: [&str; 144] = [
     "payload::migration::vhost::what_a_daemon_wrote_before_it_was_killed_is_moved",
     "payload::migration::vhost::what_a_daemon_wrote_behind_the_relay_is_moved",
     "payload::migration::vhost::what_a_daemon_wrote_is_moved",
+    "payload::migration::announced::by_the_vmm",
+    "payload::migration::announced::by_netd",
     "payload::migration::vhost_net::netd",
     "payload::migration::vhost_net::netd_behind_the_relay",
     "payload::migration::vhost_net::netd_with_two_queue_pairs",

@@ -20,6 +20,27 @@ pub const DISK: &str = r#"mkdir -p /load; : >/load/good
   else echo "round $n differs" >>/load/bad; fi
 done) </dev/null >/dev/null 2>&1 &"#;
 
+/// Has a program work on the disk that knows every byte of it, again and again: [`Load`], without anybody who waits for it.
+pub fn soak() -> String {
+    format!(
+        r#"mkdir -p /load; : >/load/good
+(n=0; while [ ! -e /load/stop ]; do
+  n=$((n+1)); if /init disk-soak /dev/vda {TABLE} {THREADS} {BLOCKS} 2000 $n >/load/soak 2>&1; then echo >>/load/good
+  else cat /load/soak >>/load/bad; break; fi
+done; echo >/load/soaked) </dev/null >/dev/null 2>&1 &"#
+    )
+}
+
+/// What [`soak`] has written how often, once it has ended; [`ends`] was called before.
+pub fn soaked(guest: &LinuxVm) -> Result<Vec<u8>> {
+    wait("the load on the disk does not end", LIMIT, || {
+        let ended = guest.shell("cat /load/soaked 2>/dev/null || echo no")?;
+        Ok((ended.trim() != "no").then_some(()))
+    })?;
+    ends(guest)?;
+    Ok(guest.agent().get(TABLE)?)
+}
+
 /// Writes other data to one of eight MiB of memory each time, and before that compares what it wrote there eight rounds ago.
 pub const MEMORY: &str = r#"mkdir -p /load; : >/load/remembered
 (n=0; while [ ! -e /load/stop ]; do

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use triarch_harness::jobs::wait;
 use triarch_harness::linux::LinuxVm;
 use triarch_harness::vm::Vm;
@@ -31,13 +31,11 @@ pub struct Receiving {
 }
 
 impl Receiving {
-    /// Lets `vm` wait at `url` for a guest, whose interface, if it has one, is `tap` here; `tls` is what the request has of that.
-    pub fn start(vm: Vm, url: &str, tap: Option<&str>, tls: &Value) -> Result<Self> {
+    /// Lets `vm` wait at `url` for a guest whose devices are told of `config` here; `tls` is what the request has of that.
+    pub fn start(vm: Vm, url: &str, config: &Value, tls: &Value) -> Result<Self> {
         let api = vm.api()?.clone();
-        let mut config = json!({ "vsock": { "socket": vm.dir().join("vsock.sock") } });
-        if let Some(tap) = tap {
-            config["net"] = json!([{ "id": NET, "tap": tap }]);
-        }
+        let mut config = config.clone();
+        config["vsock"] = json!({ "socket": vm.dir().join("vsock.sock") });
         let mut body = json!({ "receiver_url": url, "config": config });
         if !tls.is_null() {
             body["tls"] = tls.clone();
@@ -107,8 +105,17 @@ pub fn send(vm: &Vm, address: &str, tls: &Value) -> Result<Value> {
 /// Says each number back that the guest says. The host never answers wrongly, and nothing is lost on the way: each number is one more than
 /// the one before.
 pub struct Talk {
-    heard: Arc<AtomicU64>,
+    heard: Arc<Heard>,
     answers: JoinHandle<Result<u64>>,
+}
+
+/// What was heard so far.
+#[derive(Default)]
+struct Heard {
+    /// The last number.
+    last: AtomicU64,
+    /// For how long nothing was heard at most, in milliseconds, since somebody asked.
+    silence: AtomicU64,
 }
 
 impl Talk {
@@ -126,7 +133,7 @@ impl Talk {
             "(nc {host} {port} -e /load/talk || echo 'nobody talks' >>/load/bad) </dev/null >/dev/null 2>&1 &"
         ))?;
         let (stream, _) = listener.accept()?;
-        let heard = Arc::new(AtomicU64::new(0));
+        let heard = Arc::new(Heard::default());
         let ours = Arc::clone(&heard);
         let answers = thread::spawn(move || answer(stream, &ours));
         Ok(Self { heard, answers })
@@ -134,11 +141,16 @@ impl Talk {
 
     /// The guest still talks.
     pub fn goes_on(&self) -> Result<()> {
-        let before = self.heard.load(Ordering::Relaxed);
+        let last = &self.heard.last;
+        let before = last.load(Ordering::Relaxed);
         wait("the host hears nothing", LIMIT, || {
-            let now = self.heard.load(Ordering::Relaxed);
-            Ok((now > before).then_some(()))
+            Ok((last.load(Ordering::Relaxed) > before).then_some(()))
         })
+    }
+
+    /// For how many milliseconds the host heard nothing at most, since this was asked before.
+    pub fn silence(&self) -> u64 {
+        self.heard.silence.swap(0, Ordering::Relaxed)
     }
 
     /// The guest has ended its load, and thus hung up, and had its answer to so many numbers: all that it said was heard.
@@ -159,17 +171,29 @@ pub fn said(guest: &LinuxVm) -> Result<u64> {
     Ok(guest.shell("wc -l </load/said")?.trim().parse()?)
 }
 
-fn answer(stream: TcpStream, heard: &AtomicU64) -> Result<u64> {
+fn answer(stream: TcpStream, heard: &Heard) -> Result<u64> {
     stream.set_read_timeout(Some(MOVE))?;
     stream.set_nodelay(true)?;
     let mut answers = stream.try_clone()?;
-    let mut last = 0;
+    let (mut last, mut at) = (0, Instant::now());
     for line in BufReader::new(stream).lines() {
         let number: u64 = line.context("the connection was lost")?.parse()?;
         ensure!(number == last + 1, "{number} was said after {last}");
         last = number;
         writeln!(answers, "{number}")?;
-        heard.store(number, Ordering::Relaxed);
+        heard.last.store(number, Ordering::Relaxed);
+        let silence = at.elapsed().as_millis() as u64;
+        heard.silence.fetch_max(silence, Ordering::Relaxed);
+        at = Instant::now();
     }
     Ok(last)
+}
+
+/// These times, in milliseconds: the median, how long 99 of 100 last at most, and the longest.
+pub fn spread(mut millis: Vec<u64>) -> String {
+    millis.sort_unstable();
+    let count = millis.len();
+    let [middle, most, all] = [count / 2, count * 99 / 100, count.saturating_sub(1)]
+        .map(|place| millis.get(place).copied().unwrap_or_default());
+    format!("{count} times, {middle} ms (median), {most} ms (99 %), {all} ms (most)")
 }

@@ -2,15 +2,17 @@
 //! and there. The two agree over the wire that leads from one host to the other.
 
 use super::load::{self, LIMIT, complaints};
-use super::moving::{GUEST, MAC, MOVE, NET, Receiving, Talk, said, send};
+use super::moving::{GUEST, MOVE, Receiving, Talk, said, send, spread};
 use super::net::configure;
+use super::place::{By, Place};
 use crate::payload::migration::tls::Authority;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use triarch_harness::images::Kernel;
 use triarch_harness::jobs::wait;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
@@ -20,10 +22,29 @@ use triarch_harness::vm::{Vm, VmBuilder};
 
 pub const TESTS: &[Test] = &[
     Test::pair("pair::a_guest_stays_where_the_other_host_lacks_something", stays),
-    Test::pair("pair::linux_6_1_goes_over_and_back", |c| goes_over(c, Kernel::V6_1)).soak(),
-    Test::pair("pair::linux_6_12_goes_over_and_back", |c| goes_over(c, Kernel::V6_12)).soak(),
+    Test::pair("pair::linux_6_1_goes_over_and_back", |c| {
+        goes_over(c, Kernel::V6_1, By::Vmm)
+    })
+    .within(LONG)
+    .soak(),
+    Test::pair("pair::linux_6_12_goes_over_and_back", |c| {
+        goes_over(c, Kernel::V6_12, By::Vmm)
+    })
+    .within(LONG)
+    .soak(),
+    Test::pair("pair::daemons::linux_6_1_goes_over_and_back", |c| {
+        goes_over(c, Kernel::V6_1, By::Daemons)
+    })
+    .within(LONG)
+    .soak(),
+    Test::pair("pair::daemons::linux_6_12_goes_over_and_back", |c| {
+        goes_over(c, Kernel::V6_12, By::Daemons)
+    })
+    .within(LONG)
+    .soak(),
 ];
 
+const LONG: Duration = Duration::from_secs(600);
 /// How the address of the interface begins that leads to the other host.
 const WIRE: &str = "52:54:00:00:0b:";
 /// The disk that both hosts have.
@@ -128,18 +149,18 @@ fn write(dir: &Path, name: &str, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A guest on the disk that both hosts have, with an interface.
-fn boot(context: &Context, kernel: Kernel) -> Result<LinuxVm> {
+/// What a guest gets here: the disk that both hosts have, and an interface.
+fn place(context: &Context, by: By) -> Result<Place> {
+    // Neither host keeps a copy of what the other one writes.
+    Place::new(context, by, (Path::new(DISK), true), TAP)
+}
+
+fn boot(context: &Context, kernel: Kernel, place: &Place) -> Result<LinuxVm> {
     let guest = LinuxBuilder::new(context, kernel)?
-        .vm(|vm| {
-            // Neither host keeps a copy of what the other one writes.
-            vm.api()
-                .disk(Path::new(DISK), "direct=on")
-                .flag("--net", format!("tap={TAP},mac={MAC},id={NET}"))
-        })
+        .vm(|vm| place.devices(vm.api()))
         .boot()?;
     configure(&guest, GUEST)?;
-    for load in [load::DISK, load::MEMORY] {
+    for load in [&load::soak(), load::MEMORY] {
         guest.shell(load)?;
     }
     Ok(guest)
@@ -151,18 +172,19 @@ enum Has {
     Nothing(Vm),
 }
 
-fn goes_over(context: &Context, kernel: Kernel) -> Result<Outcome> {
+fn goes_over(context: &Context, kernel: Kernel, by: By) -> Result<Outcome> {
     let Some(side) = Side::of_this_host() else {
         return Ok(Outcome::Skipped("this host is not one of two".into()));
     };
     if std::env::var_os(suite::LACKS).is_some() {
         return Ok(Outcome::Skipped("the other host lacks something".into()));
     }
-    let mut peer = Peer::meet(side, &format!("Linux {kernel}"))?;
+    let mut peer = Peer::meet(side, &format!("Linux {kernel}, devices by {by:?}"))?;
     let tls = peer.certificates(&context.dir)?;
+    let mut place = place(context, by)?;
     let (mut has, talk) = match side {
         Side::Here => {
-            let guest = boot(context, kernel)?;
+            let guest = boot(context, kernel, &place)?;
             let talk = Talk::with(&guest, address(side))?;
             works(&guest)?;
             let said = complaints(&guest)?;
@@ -171,18 +193,24 @@ fn goes_over(context: &Context, kernel: Kernel) -> Result<Outcome> {
         }
         Side::There => (Has::Nothing(VmBuilder::new(context)?.api().start()?), None),
     };
+    let mut silences = Vec::new();
     for round in 0..suite::moves(FEW) {
         let what = format!("move {round}");
         peer.agrees(&what)?;
-        has = moved(has, &mut peer, &tls).with_context(|| what)?;
+        talk.as_ref().map(Talk::silence);
+        has = moved(has, &mut peer, &place, &tls).with_context(|| format!("{what}{}", place.last_words()))?;
         // Whoever it talks with is here, wherever it is.
-        talk.as_ref().map_or(Ok(()), Talk::goes_on)?;
+        if let Some(talk) = &talk {
+            talk.goes_on()?;
+            silences.push(talk.silence());
+        }
     }
     peer.agrees("the end")?;
     let number = match has {
         Has::Guest(guest) => {
             load::ends(&guest)?;
             let number = said(&guest)?;
+            load::compare(&written()?, &load::soaked(&guest)?)?;
             let first = String::from_utf8(guest.agent().get("/load/complaints")?)?;
             let last = complaints(&guest)?;
             ensure!(last == first, "before: {first}\nand after: {last}");
@@ -192,8 +220,22 @@ fn goes_over(context: &Context, kernel: Kernel) -> Result<Outcome> {
         }
         Has::Nothing(_) => peer.hears()?.as_u64().context("no number")?,
     };
-    talk.map_or(Ok(()), |talk| talk.ends(number))?;
+    if let Some(talk) = talk {
+        talk.ends(number)?;
+        let silent = spread(silences);
+        suite::figure(&format!(
+            "migration of Linux {kernel}, devices by {by:?}: who talks with it heard nothing {silent}"
+        ))?;
+    }
     Ok(Outcome::Passed)
+}
+
+/// What the disk holds from its start on, and not what this host remembers of it.
+fn written() -> Result<Vec<u8>> {
+    fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let mut bytes = Vec::new();
+    File::open(DISK)?.take(load::BYTES as u64).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// All of the load goes on.
@@ -204,7 +246,7 @@ fn works(guest: &LinuxVm) -> Result<()> {
 }
 
 /// Moves the guest from the host that has it to the other one.
-fn moved(has: Has, peer: &mut Peer, tls: &Value) -> Result<Has> {
+fn moved(has: Has, peer: &mut Peer, place: &Place, tls: &Value) -> Result<Has> {
     match has {
         Has::Guest(guest) => {
             let there = peer.hears()?;
@@ -218,7 +260,7 @@ fn moved(has: Has, peer: &mut Peer, tls: &Value) -> Result<Has> {
             Ok(Has::Nothing(guest.into_vm()))
         }
         Has::Nothing(vm) => {
-            let receiving = Receiving::start(vm, &format!("tcp:{}:0", address(peer.side)), Some(TAP), tls)?;
+            let receiving = Receiving::start(vm, &format!("tcp:{}:0", address(peer.side)), place.config(), tls)?;
             peer.says(&json!(receiving.address()))?;
             let guest = receiving.guest()?;
             works(&guest)?;
@@ -238,6 +280,7 @@ fn stays(context: &Context) -> Result<Outcome> {
     };
     let mut peer = Peer::meet(side, "a guest that stays")?;
     let tls = peer.certificates(&context.dir)?;
+    let place = place(context, By::Vmm)?;
     let names = |error: &str| -> Result<()> {
         let missing: Vec<_> = lacks.split(' ').filter(|name| !error.contains(name)).collect();
         ensure!(missing.is_empty(), "{missing:?} not in: {error}");
@@ -245,14 +288,14 @@ fn stays(context: &Context) -> Result<Outcome> {
     };
     if side == Side::There {
         let vm = VmBuilder::new(context)?.api().start()?;
-        let receiving = Receiving::start(vm, &format!("tcp:{}:0", address(side)), Some(TAP), &tls)?;
+        let receiving = Receiving::start(vm, &format!("tcp:{}:0", address(side)), place.config(), &tls)?;
         peer.says(&json!(receiving.address()))?;
         let error = receiving.refused()?;
         peer.agrees("the end")?;
         names(&error)?;
         return Ok(Outcome::Passed);
     }
-    let guest = boot(context, Kernel::V6_1)?;
+    let guest = boot(context, Kernel::V6_1, &place)?;
     load::works(&guest)?;
     let there = peer.hears()?;
     let error = match send(guest.vm(), there.as_str().context("no address")?, &tls) {

@@ -14,6 +14,7 @@ use triarch_harness::suite::{Context, Outcome, Test};
 
 use super::guest::{Guest, builder, number};
 use crate::storage::soon;
+use crate::switches::netd::{self, start as run};
 
 /// This module's tests.
 pub const TESTS: &[Test] = &[
@@ -30,7 +31,6 @@ pub const TESTS: &[Test] = &[
     Test::payload("netd::ends_well_with_a_tap", ends_well).without_kvm(),
 ];
 
-const PROGRAM: &str = "triarch-netd";
 const A: &str = "10.7.7.1";
 const B: &str = "10.7.7.2";
 const HOST: &str = "10.7.7.3";
@@ -53,7 +53,7 @@ impl Net {
     /// `more` is what the descriptions of the ports have beside their sockets.
     fn start(context: &Context, more: [&str; 2]) -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        let program = context.triarch.with_file_name(PROGRAM);
+        let program = netd::program(context);
         let socket = |name: &str| dir.path().join(format!("{name}.sock"));
         let port = |name: &str, more: &str| format!("name={name},socket={}{more}", socket(name).display());
         let ports = vec![port("a", more[0]), port("b", more[1])];
@@ -168,25 +168,6 @@ fn wait_for(control: &Path, names: &[&str]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn run(program: &PathBuf, ports: &[String], control: &PathBuf) -> Result<Process> {
-    let mut command = Command::new(program);
-    for port in ports {
-        command.args(["--port", port]);
-    }
-    command.arg("--control-socket").arg(control);
-    let process = Process::start(&mut command)?;
-    let deadline = Instant::now() + soon();
-    while std::os::unix::net::UnixStream::connect(control).is_err() {
-        ensure!(
-            Instant::now() < deadline,
-            "{PROGRAM} does not listen{}",
-            process.last_words()
-        );
-        thread::sleep(Duration::from_millis(1));
-    }
-    Ok(process)
 }
 
 fn guests_ping(context: &Context) -> Result<Outcome> {
@@ -411,10 +392,7 @@ fn ends_well(context: &Context) -> Result<Outcome> {
     }
     net::enter_namespace()?;
     let tap = Tap::create("tap0", HOST.parse()?, MASK.parse()?, false)?;
-    let (program, control) = (
-        context.triarch.with_file_name(PROGRAM),
-        context.dir.join("control.sock"),
-    );
+    let (program, control) = (netd::program(context), context.dir.join("control.sock"));
     let port = format!("name=host,tap={},mtu=1400", tap.name());
     for by_name in [false, true] {
         let mut process = run(&program, std::slice::from_ref(&port), &control)?;
@@ -422,7 +400,7 @@ fn ends_well(context: &Context) -> Result<Outcome> {
             Api::new(&control).put("ports.remove", Some(r#"{"name":"host"}"#))?;
         }
         let ended = Command::new("kill").arg(process.pid().to_string()).status()?;
-        ensure!(ended.success(), "{PROGRAM} is gone{}", process.last_words());
+        ensure!(ended.success(), "the switch is gone{}", process.last_words());
         let status = process.wait(soon())?;
         process.expect(status, 0)?;
     }

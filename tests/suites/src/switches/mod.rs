@@ -1,5 +1,6 @@
 //! Switches between guests that are another process: DPDK's testpmd, Open vSwitch with DPDK, and triarch-netd.
 
+pub mod netd;
 mod ovs;
 
 pub use ovs::BRIDGE;
@@ -15,7 +16,6 @@ use triarch_harness::process::Process;
 use triarch_harness::suite::{Context, Outcome};
 
 const TESTPMD: &str = "dpdk-testpmd";
-const NETD: &str = "triarch-netd";
 /// How much less than others testpmd wants of a CPU that it shares: its thread that forwards never sleeps.
 const NICE: i32 = 10;
 
@@ -70,7 +70,7 @@ impl Switch {
     pub fn find(kind: Program, context: &Context, pairs: u16) -> Result<Option<Self>> {
         let program = match kind {
             Program::Testpmd => context.images.path(TESTPMD).ok(),
-            Program::Netd => Some(context.triarch.with_file_name(NETD)).filter(|path| path.exists()),
+            Program::Netd => Some(netd::program(context)).filter(|path| path.exists()),
             Program::OpenVswitch => context.images.path(ovs::PROGRAM).ok(),
         };
         let Some(program) = program else { return Ok(None) };
