@@ -2,7 +2,7 @@
 //! it. Both vanish with the test's process.
 #![allow(unsafe_code)]
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::ffi::{CString, c_int};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -206,6 +206,8 @@ impl Ear {
         let name = CString::new(interface)?;
         // SAFETY: takes a string that ends in a zero byte.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+        // Which would be all of them.
+        ensure!(index != 0, "there is no interface {interface}");
         // SAFETY: sockaddr_ll is plain data, for which zeroes are valid.
         let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
         address.sll_family = libc::AF_PACKET as libc::c_ushort;

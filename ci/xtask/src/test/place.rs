@@ -33,7 +33,7 @@ const SECOND_ARM: [&str; 19] = [
 
 /// What a run without a named host leaves out on Hygon, whose KVM is AMD's: tests of daemons, since what they see was seen there, and of
 /// memory that comes with one of the two kernels, which AMD has.
-const NOT_ON_HYGON: [&str; 36] = [
+const NOT_ON_HYGON: [&str; 35] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -66,7 +66,6 @@ const NOT_ON_HYGON: [&str; 36] = [
     "vfio::a_guest_with_a_device_stays",
     "vfio::nvme_data_matches_on_linux_6_1",
     "vfio::a_killed_vmm_leaves_its_disk_to_the_next",
-    "vfio::an_interface_talks",
     "vfio::a_virtual_function_is_a_disk",
     "vfio::five_devices_at_once",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
@@ -76,7 +75,7 @@ const NOT_ON_HYGON: [&str; 36] = [
 ];
 
 /// And on AMD. Two guests and their switch share one emulated processor there; testpmd never sleeps, so that this takes its time.
-const NOT_ON_AMD: [&str; 18] = [
+const NOT_ON_AMD: [&str; 16] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -89,13 +88,11 @@ const NOT_ON_AMD: [&str; 18] = [
     "virtio_mem::linux_6_1_grows_and_shrinks",
     // As with netd.
     "vhost_net::guests_talk_over_testpmd",
-    // Devices of the host, seen here once, but for the virtual function, or on Hygon.
+    // Devices of the host, on Hygon, or not seen often enough.
     "vfio::nvme_data_matches_on_linux_6_12",
     "vfio::a_restarted_guest_has_its_disk_again",
-    "vfio::a_killed_vmm_leaves_its_disk_to_the_next",
     "vfio::an_interface_talks",
     "vfio::a_virtual_function_is_a_disk",
-    "vfio::five_devices_at_once",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
     "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
