@@ -187,7 +187,8 @@ impl Controller {
                 moved: Some(&shown),
             },
         )?;
-        refuse(unmovable(&backends, &[], handed.is_some())).map_err(|error| moved(error.to_string()))?;
+        refuse(unmovable(&backends, &[], handed.is_some()), ApiError::Unsupported)
+            .map_err(|error| moved(error.to_string()))?;
         for (id, disk) in backends.disks() {
             same_size(id, disk, &disks)?;
         }

@@ -379,12 +379,12 @@ pub(crate) fn bound_to_host(backends: &Backends) -> impl Iterator<Item = engine:
     })
 }
 
-/// Refuses a guest with something in the way.
-pub(crate) fn refuse(blockers: Vec<engine::Blocker>) -> Result<(), ApiError> {
+/// Refuses a guest with something in the way, by an error of this kind.
+pub(crate) fn refuse(blockers: Vec<engine::Blocker>, kind: fn(String) -> ApiError) -> Result<(), ApiError> {
     let all: Vec<_> = blockers.iter().map(ToString::to_string).collect();
     match all.is_empty() {
         true => Ok(()),
-        false => Err(ApiError::Unsupported(all.join(". "))),
+        false => Err(kind(all.join(". "))),
     }
 }
 

@@ -168,9 +168,11 @@ impl Controller {
         let (Some(vm), Some(machine), Some(backends)) = (&self.config, &self.machine, &self.backends) else {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
-        refuse(unmovable(backends, machine.devices().served(), config.local))?;
+        let stays = unmovable(backends, machine.devices().served(), config.local);
+        refuse(stays, ApiError::Unsupported)?;
         if config.local {
-            refuse(hand_over::private(vm))?;
+            // Another configuration of the VM, or of this request, mends that.
+            refuse(hand_over::private(vm), ApiError::BadRequest)?;
         }
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.

@@ -101,7 +101,7 @@ impl Controller {
     pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
         let (directory, base) = (config.directory()?, config.base_directory()?);
         if let Some(backends) = &self.backends {
-            refuse(bound_to_host(backends).collect())?;
+            refuse(bound_to_host(backends).collect(), ApiError::Unsupported)?;
         }
         self.tell(&kind::VM_SNAPSHOTTING, Cause::Client);
         let (begun, mut bytes) = (Instant::now(), None);

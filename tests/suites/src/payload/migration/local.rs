@@ -211,7 +211,7 @@ fn zones_are_handed_over_and_one_that_is_private_is_named(context: &Context) -> 
     let waiting = Waiting::start(context, "unix", &json!({}))?;
     let api = guest.vm().api()?.clone();
     let words = ["memory zone 'b' is private", "shared=on", "leave local out"];
-    api.refused("vm.send-migration", &to(&waiting.address, &local()), 501, &words)?;
+    api.refused("vm.send-migration", &to(&waiting.address, &local()), 400, &words)?;
     send(&guest, &waiting, &json!({}))?;
     guest = waiting.guest(guest)?;
     guest.power_off()?;
@@ -243,7 +243,7 @@ fn what_cannot_be_handed_over_is_refused(context: &Context) -> Result<Outcome> {
     let waiting = Waiting::start(context, "unix", &json!({}))?;
     let api = guest.vm().api()?.clone();
     let words = ["the guest's memory is private", "shared=on"];
-    api.refused("vm.send-migration", &to(&waiting.address, &local()), 501, &words)?;
+    api.refused("vm.send-migration", &to(&waiting.address, &local()), 400, &words)?;
     guest.ask("hello")?;
     guest.power_off()?;
     let mut guest = shared(context)?;

@@ -150,7 +150,11 @@ fn what_does_not_fit_is_refused(context: &Context) -> Result<Outcome> {
             400,
             "downtime_ms",
         ),
-        (json!({ "destination_url": "unix:/none", "local": true }), 501, "local"),
+        (
+            json!({ "destination_url": "unix:/none", "local": true }),
+            400,
+            "shared=on",
+        ),
     ] {
         api.refused("vm.send-migration", &body, status, &[words])?;
         let state = api.get("vm.info")?["state"].clone();
