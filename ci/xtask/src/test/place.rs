@@ -101,7 +101,7 @@ const NOT_ON_AMD: [&str; 16] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 148] = [
+const NOT_ON_ARM: [&str; 161] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
     "migration::daemons::linux_6_1_goes_back_and_forth",
@@ -197,11 +197,21 @@ const NOT_ON_ARM: [&str; 148] = [
     "payload::migration::goes_on_by_every_connection",
     "payload::migration::kills::a_cancel_at_any_moment_leaves_the_guest_unharmed",
     "payload::migration::kills::at_most_one_guest_runs_whoever_dies",
+    "payload::migration::kills::a_cancel_of_a_local_one_leaves_the_guest_unharmed",
+    "payload::migration::kills::at_most_one_guest_runs_whoever_dies_of_a_local_one",
     "payload::migration::limits::a_guest_that_stays_is_as_fast_as_before",
     "payload::migration::limits::a_guest_that_writes_too_fast_is_slowed_down",
     "payload::migration::limits::a_guest_that_writes_too_fast_stays",
     "payload::migration::limits::the_bandwidth_is_kept_and_can_be_changed",
     "payload::migration::limits::what_happens_is_told",
+    "payload::migration::local::memory_is_handed_over",
+    "payload::migration::local::what_came_while_it_ran_is_handed_over",
+    "payload::migration::local::memory_devices_are_handed_over",
+    "payload::migration::local::zones_are_handed_over_and_one_that_is_private_is_named",
+    "payload::migration::local::a_paused_guest_arrives_paused",
+    "payload::migration::local::what_cannot_be_handed_over_is_refused",
+    "payload::migration::local::a_destination_that_fails_changes_nothing",
+    "payload::migration::local::it_is_asked_for_before",
     "payload::migration::memory_that_was_given_back_is_empty",
     "payload::migration::refusals::a_destination_without_the_disk_refuses",
     "payload::migration::refusals::garbage_is_no_guest",
@@ -233,6 +243,9 @@ const NOT_ON_ARM: [&str; 148] = [
     "payload::migration::vhost::disk_of_qemus",
     "payload::migration::vhost::killed_daemons",
     "payload::migration::vhost::killed_daemons_of_qemus",
+    "payload::migration::vhost::local_disk",
+    "payload::migration::vhost::local_disk_behind_the_relay",
+    "payload::migration::vhost::local_disk_of_qemus",
     "payload::migration::vhost::what_a_daemon_of_qemus_wrote_is_moved",
     "payload::migration::vhost::what_a_daemon_wrote_before_it_was_killed_is_moved",
     "payload::migration::vhost::what_a_daemon_wrote_behind_the_relay_is_moved",
