@@ -307,7 +307,7 @@ impl VhostUser {
     }
 
     /// Leaves an order for which the thread leaves all else, and waits until it is done.
-    fn urgent<T>(&self, command: impl FnOnce(std::sync::mpsc::SyncSender<T>) -> Command) -> Option<T> {
+    pub(crate) fn urgent<T>(&self, command: impl FnOnce(std::sync::mpsc::SyncSender<T>) -> Command) -> Option<T> {
         let (reply, answer) = sync_channel(1);
         self.shared.wake.hurry();
         self.order(command(reply));

@@ -116,9 +116,9 @@ impl VhostUser {
     /// # Errors
     /// What the daemon noted of them contradicts itself.
     pub fn unanswered(&self, index: u16, size: u16) -> Result<Vec<u16>, LinkError> {
-        let (reply, answer) = sync_channel(1);
-        self.order(Command::State(StateOrder::Unanswered(index, size, reply)));
-        answer.recv().unwrap_or(Ok(Vec::new()))
+        // A guest that is being saved waits for it, and the thread may just be asking a daemon that hangs.
+        self.urgent(|reply| Command::State(StateOrder::Unanswered(index, size, reply)))
+            .unwrap_or(Ok(Vec::new()))
     }
 
     /// Queue `index` starts with these requests open, which a daemon then gets first. Only while the driver is there and before the queue

@@ -46,6 +46,7 @@ impl Engine {
                 let _ = reply.send(self.end_state(end));
             }
             StateOrder::Unanswered(index, size, reply) => {
+                self.shared.wake.taken();
                 let _ = reply.send(self.unanswered(index, size));
             }
             StateOrder::Reopen(index, heads) => {

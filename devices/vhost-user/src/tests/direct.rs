@@ -223,6 +223,29 @@ fn leaves_three(talk: &mut Conversation) {
 }
 
 #[test]
+fn what_it_left_is_known_while_the_next_one_hangs() {
+    let asked = Arc::new(AtomicU64::new(0));
+    let seen = asked.clone();
+    let serve = direct(leaves_three);
+    let twist = move |talk: &mut Conversation, received: &Received| {
+        let hangs = talk.number > 0;
+        if hangs {
+            seen.fetch_add(1, SeqCst);
+        }
+        hangs || serve(talk, received)
+    };
+    let mut rig = Rig::with(Box::new(twist), |_| {});
+    (0..4).for_each(|n| _ = rig.offer(n));
+    rig.wait(|_| asked.load(SeqCst) == 1);
+    rig.device.stop_queue(0).expect("the queue");
+    // To stop it ended that try, and there is another.
+    rig.wait(|_| asked.load(SeqCst) == 2);
+    assert_eq!(rig.device.unanswered(0, 64).expect("a record"), [6, 0, 4]);
+    let reason = rig.handle.status().reason.expect("the first is gone");
+    assert!(!reason.contains("in time"), "{reason}");
+}
+
+#[test]
 fn a_daemon_without_a_record_gets_them_through_the_relay() {
     let twist = |talk: &mut Conversation, received: &Received| {
         talk.number == 0 && talk.offer_record(received)

@@ -231,7 +231,7 @@ impl Blk {
             self.begin(0, request::IN, sector, &[segment])?;
             self.queues[0].wait(deadline)
         };
-        done.ok_or("no answer")?;
+        done.ok_or_else(|| self.queues[0].silence())?;
         check(self.header.bytes()[128])?;
         Ok(crate::clock::ticks() - start)
     }
@@ -288,7 +288,8 @@ impl Blk {
                 .iter()
                 .find_map(|slot| slot.busy.as_ref())
                 .map_or(0, |busy| busy.queue);
-            let mut done = self.queues[waiting].wait(deadline).ok_or("no answer")?;
+            let done = self.queues[waiting].wait(deadline);
+            let mut done = done.ok_or_else(|| self.queues[waiting].silence())?;
             loop {
                 let slot = slots.iter_mut().find(|slot| {
                     slot.busy
@@ -362,7 +363,7 @@ impl Blk {
                 let slot = &mut slots[0];
                 slot.submit(&mut self.queues[0], 0, request::IN, block, 0)?;
                 let done = self.queues[0].wait(Deadline::after_ms(TIMEOUT_MS));
-                done.ok_or("no answer")?;
+                done.ok_or_else(|| self.queues[0].silence())?;
                 slot.finish(request::IN, plan.data(*version))?;
             }
             Ok(soak)
@@ -415,7 +416,8 @@ impl Blk {
             let waiting = slots.iter().find_map(|slot| slot.busy.as_ref());
             let waiting = waiting.map_or(0, |busy| busy.queue);
             let deadline = Deadline::after_ms(TIMEOUT_MS);
-            let mut done = Some(self.queues[waiting].wait(deadline).ok_or("no answer")?);
+            let done = self.queues[waiting].wait(deadline);
+            let mut done = Some(done.ok_or_else(|| self.queues[waiting].silence())?);
             let now = crate::clock::ticks();
             stall = stall.max(now - core::mem::replace(&mut last, now));
             while let Some((head, _)) = done {

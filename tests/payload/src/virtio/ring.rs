@@ -370,6 +370,21 @@ impl Queue {
         }
     }
 
+    /// What is told of a queue whose device has not answered in time.
+    pub fn silence(&self) -> String {
+        let used = Self::used_offset(self.size);
+        let event = self.get16(used + 4 + 8 * usize::from(self.size));
+        alloc::format!(
+            "no answer on queue {}: {} added, {} seen, {} used, flags {:#x}, event {event}, {} kicks",
+            self.index,
+            self.added,
+            self.seen,
+            self.get16(used + 2),
+            self.get16(used),
+            self.kicks,
+        )
+    }
+
     /// Chains in flight.
     pub fn in_flight(&self) -> u16 {
         self.added.wrapping_sub(self.seen)

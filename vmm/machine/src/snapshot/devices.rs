@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use triarch_arch::HexBytes;
 use triarch_pci::{PciAddress, PciRoot};
 use triarch_state::{Kind, PayloadError, Payloads};
-use triarch_vhost_user::{StateError, StateLimits, VhostUser};
+use triarch_vhost_user::{LinkState, StateError, StateLimits, VhostUser};
 use triarch_virtio::balloon::Balloon;
 use triarch_virtio::mem::Mem;
 use triarch_virtio::net::Net;
@@ -155,6 +155,11 @@ fn unanswered(served: &VhostUser, state: &VirtioPciStateV1) -> Carried<Vec<Unans
 
 /// Disks and interfaces have all their state in what the guest negotiated; daemons of other devices have to tell theirs.
 fn save_daemon(id: &str, kind: DeviceId, served: &mut VhostUser, payloads: &mut Payloads) -> Carried<()> {
+    let needed = !matches!(kind, DeviceId::Block | DeviceId::Net);
+    if !needed && served.handle().status().state != LinkState::Connected {
+        // The guest stands still: a daemon that hangs is not tried again now.
+        return Ok(());
+    }
     let limits = StateLimits {
         bytes: DAEMON_BYTES,
         ..StateLimits::default()
@@ -162,7 +167,7 @@ fn save_daemon(id: &str, kind: DeviceId, served: &mut VhostUser, payloads: &mut 
     let mut bytes = Vec::new();
     match served.save_state(&mut bytes, &limits) {
         Ok(_) => Ok(payloads.put(DAEMON, id, &HexBytes(bytes))?),
-        Err(StateError::Unable | StateError::NoDaemon) if matches!(kind, DeviceId::Block | DeviceId::Net) => Ok(()),
+        Err(StateError::Unable | StateError::NoDaemon) if !needed => Ok(()),
         Err(error) => Err(error.into()),
     }
 }

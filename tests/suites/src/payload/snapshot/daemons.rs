@@ -95,7 +95,13 @@ impl Disk {
         self.rig.daemon.start(self.rig.image.path())?;
         let vm = VmBuilder::new(context)?.api().start()?;
         let guest = super::restore_in(vm, &directory, json!({}))?;
-        crash(std::mem::replace(&mut self.rig.guest, guest));
+        let before = std::mem::replace(&mut self.rig.guest, guest);
+        let words = before.vm().last_words();
+        ensure!(
+            !words.contains("GET_FEATURES"),
+            "it tried a daemon that hangs again while the guest stood still: {words}"
+        );
+        crash(before);
         self.rig.guest.vm().resume()?;
         let link = storage::wait_state(self.rig.guest.vm(), "Connected")?;
         ensure!(
