@@ -1,9 +1,11 @@
 //! Guest memory whose parts are backed in different ways.
 
+use std::fs::File;
 use std::ops::Range;
 
 use vm_memory::{GuestAddress, GuestMemoryRegion};
 
+use crate::handed::adopt;
 use crate::ram::{allocate, check_host_has, page_size};
 use crate::{GuestMemory, MemoryError, RamOptions};
 
@@ -82,24 +84,33 @@ pub struct ZoneRam {
 /// # Errors
 /// The host has not as much in all, or cannot back one of them as it should; then the error names it.
 pub fn allocate_zones(zones: &[ZoneRam]) -> Result<GuestMemory, MemoryError> {
-    assemble_zones(zones, |zone| allocate(&zone.ranges, &zone.options))
+    assemble(zones, zones, |zone, _| allocate(&zone.ranges, &zone.options))
 }
 
-/// The same of what `make` makes for each of them.
-pub fn assemble_zones(
+/// The same of `files`, one of each zone, which [`check_handed`](crate::check_handed) approved.
+///
+/// # Errors
+/// As [`allocate_zones`].
+pub fn adopt_zones(zones: &[ZoneRam], files: &[File]) -> Result<GuestMemory, MemoryError> {
+    assemble(zones, files, |zone, file| adopt(&zone.ranges, &zone.options, file))
+}
+
+/// Guest memory that consists of `zones`: what `make` makes of each of them and what there is for it.
+fn assemble<T>(
     zones: &[ZoneRam],
-    mut make: impl FnMut(&ZoneRam) -> Result<GuestMemory, MemoryError>,
+    of: &[T],
+    make: impl Fn(&ZoneRam, &T) -> Result<GuestMemory, MemoryError>,
 ) -> Result<GuestMemory, MemoryError> {
     let small = zones.iter().filter(|zone| zone.options.huge_pages.is_none());
     let bytes = small.flat_map(|zone| &zone.ranges).map(|(_, size)| size);
     check_host_has(bytes.fold(0, |sum, size| sum.saturating_add(*size)))?;
     let mut all = GuestMemory::new();
-    for zone in zones {
+    for (zone, of) in zones.iter().zip(of) {
         let named = |source| MemoryError::Zone {
             id: zone.id.clone(),
             source: Box::new(source),
         };
-        let mut made = make(zone).map_err(named)?;
+        let mut made = make(zone, of).map_err(named)?;
         for &(base, size) in &zone.ranges {
             let (rest, region) = made
                 .remove_region(base, size)

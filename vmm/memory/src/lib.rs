@@ -17,7 +17,7 @@ mod sparse;
 mod touched;
 mod userfault;
 
-pub use backing::{Backing, ZoneRam, allocate_zones, assemble_zones};
+pub use backing::{Backing, ZoneRam, adopt_zones, allocate_zones};
 pub use content::read_content;
 pub use cow::map_copy_on_write;
 pub use discard::{DiscardError, Discarder};

@@ -206,6 +206,9 @@ struct Session {
 
 impl SourceOptions {
     fn check(&self) -> Result<(), SourceError> {
+        if !(1..=MAX_STREAMS).contains(&self.streams) {
+            return Err(SourceError::Options("a migration has 1 to 16 streams"));
+        }
         match (self.hand_over, &self.address) {
             (true, Address::Tcp { .. }) => Err(SourceError::Options(
                 "memory is handed over within one host, by a unix socket: give unix:/path, or leave local out",
@@ -223,9 +226,6 @@ impl Source {
         handle: &Handle,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<Self, SourceError> {
-        if !(1..=MAX_STREAMS).contains(&options.streams) {
-            return Err(SourceError::Options("a migration has 1 to 16 streams"));
-        }
         options.check()?;
         let dialer = Dialer::new(&options.address, options.tls.as_ref(), options.deadlines)?;
         Ok(Self {

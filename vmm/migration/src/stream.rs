@@ -145,9 +145,7 @@ impl Socket {
             }
         }
     }
-}
 
-impl Socket {
     /// Sends a byte with these descriptors, [`CHUNK`] at most.
     fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.call(|kind| {

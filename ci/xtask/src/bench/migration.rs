@@ -41,6 +41,9 @@ const WRITTEN: u64 = 256 * MIB;
 /// How long one migration may take.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Where guests wait that go over the network.
+const LOOPBACK: &str = "tcp-plain:127.0.0.1:0";
+
 type Measure = fn(&Setup) -> Result<Vec<Vec<String>>>;
 
 const SUBJECTS: [(&str, Measure); 4] = [
@@ -154,7 +157,7 @@ impl<'a> Mover<'a> {
 
     /// Moves it to a new VMM; `more` are further fields of the request, with a comma before them.
     fn moves(&mut self, more: &str) -> Result<Moved> {
-        self.moves_by("tcp-plain:127.0.0.1:0", more)
+        self.moves_by(LOOPBACK, more)
     }
 
     /// The same over a connection of this kind; `unix` is a socket beside the new VMM's.
@@ -186,18 +189,30 @@ impl<'a> Mover<'a> {
         Ok(Moved { last })
     }
 
-    /// Has it write so many MiB a second while it is moved, and returns for how many milliseconds it could not at most.
-    fn while_it_writes(&mut self, rate: u64, moves: impl FnOnce(&mut Self) -> Result<()>) -> Result<f64> {
+    /// Moves it, as [`moves_by`](Self::moves_by) does, as often as was asked for, while it writes so many MiB a second. Rows, which begin with
+    /// `what`, the first two with the aim `goal`.
+    fn rows(&mut self, (what, goal): (&str, &str), rate: u64, (url, more): (&str, &str)) -> Result<Vec<Vec<String>>> {
         // At rate 0 it counts in one page, a thousand times a second, to see for how long it cannot.
         let (pages, a_second) = match rate {
             0 => (1, 1000),
             rate => (WRITTEN / PAGE, rate * MIB / PAGE),
         };
-        self.guest.send(&format!("dirty {pages} {a_second} 0"))?;
-        thread::sleep(Duration::from_millis(50));
-        moves(self)?;
-        self.guest.send("")?;
-        Ok(number(&self.guest.answer()?, "gap_us")? / 1000.0)
+        let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.setup.moves {
+            self.guest.send(&format!("dirty {pages} {a_second} 0"))?;
+            thread::sleep(Duration::from_millis(50));
+            let moved = self.moves_by(url, more)?;
+            self.guest.send("")?;
+            seen.push(number(&self.guest.answer()?, "gap_us")? / 1000.0);
+            told.push(moved.figure("downtime_ms")?);
+            times.push(moved.figure("elapsed_ms")?);
+        }
+        let name = |figure: &str| format!("{what}{rate} MiB/s written: {figure}");
+        Ok(vec![
+            row(name("stands still, as the source tells, ms"), goal, &told),
+            row(name("longest gap that the guest sees, ms"), goal, &seen),
+            row(name("the whole migration, ms"), "", &times),
+        ])
     }
 }
 
@@ -299,19 +314,7 @@ fn downtime(setup: &Setup) -> Result<Vec<Vec<String>>> {
         mover
             .guest
             .ask(&format!("mem fill {start} {} 7", len / 2 / PAGE * PAGE))?;
-        let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..setup.moves {
-            seen.push(mover.while_it_writes(rate, |mover| {
-                let moved = mover.moves(r#","connections":4"#)?;
-                told.push(moved.figure("downtime_ms")?);
-                times.push(moved.figure("elapsed_ms")?);
-                Ok(())
-            })?);
-        }
-        let name = |what: &str| format!("{rate} MiB/s written: {what}");
-        rows.push(row(name("stands still, as the source tells, ms"), goal, &told));
-        rows.push(row(name("longest gap that the guest sees, ms"), goal, &seen));
-        rows.push(row(name("the whole migration, ms"), "", &times));
+        rows.extend(mover.rows(("", goal), rate, (LOOPBACK, r#","connections":4"#))?);
     }
     Ok(rows)
 }
@@ -336,19 +339,8 @@ fn local(setup: &Setup) -> Result<Vec<Vec<String>>> {
     for (gib, rate) in [(1, 0), (1, 500), (4, 0)] {
         let mut mover = Mover::start(setup, gib << 30, r#","shared":true"#)?;
         mover.fill()?;
-        let (mut told, mut seen, mut times) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..setup.moves {
-            seen.push(mover.while_it_writes(rate, |mover| {
-                let moved = mover.moves_by("unix", r#","local":true"#)?;
-                told.push(moved.figure("downtime_ms")?);
-                times.push(moved.figure("elapsed_ms")?);
-                Ok(())
-            })?);
-        }
-        let name = |what: &str| format!("{gib} GiB handed over, {rate} MiB/s written: {what}");
-        rows.push(row(name("stands still, as the source tells, ms"), "50", &told));
-        rows.push(row(name("longest gap that the guest sees, ms"), "50", &seen));
-        rows.push(row(name("the whole migration, ms"), "", &times));
+        let what = format!("{gib} GiB handed over, ");
+        rows.extend(mover.rows((&what, "50"), rate, ("unix", r#","local":true"#))?);
     }
     Ok(rows)
 }

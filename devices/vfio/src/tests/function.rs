@@ -223,19 +223,23 @@ fn a_guest_resets_its_function() {
     assert_eq!(command, [0, 0]);
 }
 
-#[test]
-fn a_guest_that_puts_its_bar_over_memory_or_over_another_has_it_nowhere() {
-    let fake = fake();
-    let (function, _) = function(&fake);
-    let function = Arc::new(function);
+/// A guest's bus without devices, and what leads to the BARs there.
+fn bus() -> (PciRoot, Arc<Bus>) {
     let (mmio, io) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let windows = BarAllocator {
         mmio32: 0xc000_0000..0xd000_0000,
         mmio64: 0x10_0000_0000..0x20_0000_0000,
         io: 0x1000..0x2000,
     };
-    let root = PciRoot::new(0, mmio.clone(), io.clone(), windows);
-    let at = root.add(function.clone(), None).expect("a slot");
+    (PciRoot::new(0, mmio.clone(), io, windows), mmio)
+}
+
+#[test]
+fn a_guest_that_puts_its_bar_over_memory_or_over_another_has_it_nowhere() {
+    let fake = fake();
+    let (function, _) = function(&fake);
+    let (root, _mmio) = bus();
+    let at = root.add(Arc::new(function), None).expect("a slot");
     let mapped = || lock(&fake.world).mapped.keys().copied().collect::<Vec<_>>();
     let place = |address: u64| {
         root.config_write(at, 4, &[0, 0]);
@@ -268,15 +272,8 @@ fn a_rom_is_read_once_and_only_when_somebody_looks() {
     lock(&fake.world).rom = 0x3000;
     std::os::unix::fs::FileExt::write_all_at(&*fake.device, &[0x55, 0xaa, 1, 2], 6 * BAR_STEP).expect("a ROM");
     let (function, _) = function(&fake);
-    let function = Arc::new(function);
-    let (mmio, io) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-    let windows = BarAllocator {
-        mmio32: 0xc000_0000..0xd000_0000,
-        mmio64: 0x10_0000_0000..0x20_0000_0000,
-        io: 0x1000..0x2000,
-    };
-    let root = PciRoot::new(0, mmio.clone(), io, windows);
-    let at = root.add(function.clone(), None).expect("a slot");
+    let (root, mmio) = bus();
+    let at = root.add(Arc::new(function), None).expect("a slot");
     let register = || {
         let mut data = [0; 4];
         root.config_read(at, 0x30, &mut data);

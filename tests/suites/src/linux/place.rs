@@ -54,11 +54,7 @@ impl Place {
         };
         blkd.start(disk)?;
         let socket = dir.path().join("net.sock");
-        let ports = [
-            format!("name=guest,socket={}", socket.display()),
-            format!("name=host,tap={tap}"),
-        ];
-        let switch = netd::start(&netd::program(context), &ports, &dir.path().join("netd.sock"))?;
+        let switch = netd::between(context, &socket, tap, &dir.path().join("netd.sock"))?;
         Ok(Self {
             disk: blkd.flag(&format!(",num_queues={QUEUES}")),
             net: format!("vhost_user=on,socket={},mac={MAC},id={NET}", socket.display()),

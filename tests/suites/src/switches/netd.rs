@@ -11,11 +11,23 @@ use triarch_harness::process::Process;
 use triarch_harness::suite::Context;
 
 /// Its name.
-pub const PROGRAM: &str = "triarch-netd";
+const PROGRAM: &str = "triarch-netd";
 
 /// The program, which lies beside the VMM.
 pub fn program(context: &Context) -> PathBuf {
     context.triarch.with_file_name(PROGRAM)
+}
+
+/// Starts it between a guest at `socket` and the host's end of the interface `tap`; it is asked at `control`.
+///
+/// # Errors
+/// It does not answer.
+pub fn between(context: &Context, socket: &Path, tap: &str, control: &Path) -> Result<Process> {
+    let ports = [
+        format!("name=guest,socket={}", socket.display()),
+        format!("name=host,tap={tap}"),
+    ];
+    start(&program(context), &ports, control)
 }
 
 /// Starts it with these ports and waits until it answers at `control`.

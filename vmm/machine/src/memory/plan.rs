@@ -120,11 +120,7 @@ impl MemoryPlan {
     /// The same of `files`, one of each zone, which have what the guest had.
     pub(crate) fn adopt(&self, files: &[File]) -> Result<GuestMemory, MemoryError> {
         let ram: Vec<_> = self.zones.iter().map(|zone| zone.ram.clone()).collect();
-        let mut files = files.iter();
-        triarch_memory::assemble_zones(&ram, |zone| match files.next() {
-            Some(file) => triarch_memory::adopt(&zone.ranges, &zone.options, file),
-            None => triarch_memory::allocate(&zone.ranges, &zone.options),
-        })
+        triarch_memory::adopt_zones(&ram, files)
     }
 
     /// How it is backed, also where there is none yet.

@@ -100,6 +100,7 @@ impl Controller {
     /// Saves the guest, which is paused.
     pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
         let (directory, base) = (config.directory()?, config.base_directory()?);
+        self.check_memory_is_ours()?;
         if let Some(backends) = &self.backends {
             refuse(bound_to_host(backends).collect(), ApiError::Unsupported)?;
         }

@@ -76,9 +76,7 @@ impl Source {
         switch.run();
         switch.end(paused)
     }
-}
 
-impl Source {
     /// The same of a guest whose memory the destination has already: nothing is left to be sent, and no time is promised that copying
     /// it could change.
     pub(super) fn switch_at_once(&self, session: &mut Session, guest: &mut dyn Guest) -> Result<Duration, NotMoved> {

@@ -96,11 +96,7 @@ fn announced(context: &Context, is_served: bool) -> Result<Outcome> {
         }
         let path = |what: &str| kept.path().join(format!("{tap}.{what}"));
         let socket = path("sock");
-        let ports = [
-            format!("name=guest,socket={}", socket.display()),
-            format!("name=host,tap={tap}"),
-        ];
-        switches.push(netd::start(&netd::program(context), &ports, &path("control"))?);
+        switches.push(netd::between(context, &socket, tap, &path("control"))?);
         let flag = format!("vhost_user=on,socket={}", socket.display());
         devices.push((flag, json!({ "id": "net0", "vhost_socket": socket })));
     }

@@ -4,6 +4,7 @@ use super::super::data::crc32;
 use super::super::dimms;
 use super::super::guest::{Guest, builder, number, test_ram};
 use super::super::payload_tests;
+use super::super::snapshot::same_machine;
 use super::{MIB, Waiting, begin, joined, moved, progress, send, to, with_disk};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
@@ -152,14 +153,7 @@ fn what_came_while_it_ran_is_handed_over(context: &Context) -> Result<Outcome> {
     for _ in 0..2 {
         guest = handed(context, guest, &json!({}))?;
         let after = guest.vm().api()?.get("vm.info")?;
-        for what in ["memory_actual_size", "vcpus", "device_tree"] {
-            ensure!(
-                before[what] == after[what],
-                "{what}: {} and then {}",
-                before[what],
-                after[what]
-            );
-        }
+        same_machine(&before, &after)?;
         guest.ask(&format!("mem verify {room} {} 3", 4 * MIB))?;
         guest.ask("blk 0 verify 0 64 4")?;
         guest.ask("hot ping 1")?;

@@ -13,6 +13,7 @@ pub(crate) mod tls;
 use super::data::crc32;
 use super::guest::{Guest, SERIAL, builder, number, test_ram};
 use super::payload_tests;
+use super::snapshot::same_machine;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use std::fs;
@@ -324,14 +325,7 @@ fn what_came_while_it_ran_is_there(context: &Context) -> Result<Outcome> {
     let mut guest = moved(context, guest, "unix", &json!({}), &json!({}))?;
     let api = guest.vm().api()?.clone();
     let after = api.get("vm.info")?;
-    for what in ["memory_actual_size", "vcpus", "device_tree"] {
-        ensure!(
-            before[what] == after[what],
-            "{what}: {} and then {}",
-            before[what],
-            after[what]
-        );
-    }
+    same_machine(&before, &after)?;
     guest.ask(&format!("mem verify {room} {} 3", 16 * MIB))?;
     guest.ask("blk 0 verify 0 64 4")?;
     guest.ask("hot ping 1")?;

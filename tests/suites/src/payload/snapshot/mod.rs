@@ -118,6 +118,19 @@ fn grow(guest: &mut Guest, room: u64) -> Result<()> {
     Ok(())
 }
 
+/// That a guest has what it had, by what `vm.info` tells `before` and `after`.
+pub(super) fn same_machine(before: &Value, after: &Value) -> Result<()> {
+    for what in ["memory_actual_size", "vcpus", "device_tree"] {
+        ensure!(
+            before[what] == after[what],
+            "{what}: {} and then {}",
+            before[what],
+            after[what]
+        );
+    }
+    Ok(())
+}
+
 /// Ends the VMM as a crash does.
 fn crash(guest: Guest) -> PathBuf {
     let directory = guest.vm().dir().to_owned();
@@ -193,14 +206,7 @@ fn what_came_while_it_ran_is_there(context: &Context) -> Result<Outcome> {
     let mut guest = restore(context, &directory)?;
     let api = guest.vm().api()?.clone();
     let after = api.get("vm.info")?;
-    for what in ["memory_actual_size", "vcpus", "device_tree"] {
-        ensure!(
-            before[what] == after[what],
-            "{what}: {} and then {}",
-            before[what],
-            after[what]
-        );
-    }
+    same_machine(&before, &after)?;
     guest.ask(&format!("mem verify {room} {} 3", 16 * MIB))?;
     guest.ask("blk 0 verify 0 64 4")?;
     guest.ask("hot ping 1")?;
