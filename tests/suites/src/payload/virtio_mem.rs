@@ -445,14 +445,24 @@ fn room_costs_nothing(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// What of memory only this process has.
+/// What of memory only this process has, beside its program: how much of that is its own depends on who else runs it.
 fn private_kib(guest: &Guest) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", guest.vm().pid()))?;
-    let of = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|line| line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok())
-    };
-    Ok(of("Private_Dirty:").context("no Private_Dirty")? + of("Private_Clean:").context("no Private_Clean")?)
+    let text = fs::read_to_string(format!("/proc/{}/smaps", guest.vm().pid()))?;
+    let (mut sum, mut program) = (0, false);
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or_default();
+        if name.starts_with("Private_") && !program {
+            let kib = words.next().and_then(|kib| kib.parse::<u64>().ok());
+            sum += kib.with_context(|| format!("no number in {line}"))?;
+        } else if !name.ends_with(':') {
+            // A mapping begins, with its file at the end.
+            let file = words.nth(4).unwrap_or_default();
+            program = file.starts_with('/') && !file.starts_with("/memfd:");
+        }
+    }
+    ensure!(sum > 0, "no private memory in {text}");
+    Ok(sum)
 }
 
 fn a_guest_may_stand_still(context: &Context) -> Result<Outcome> {
