@@ -1,8 +1,9 @@
 //! Holds vCPUs for a share of the time, so that the guest does less than it could.
 //!
 //! All vCPUs run and stand still together, as in a pause, but devices go on: who waits for another vCPU does not wait longer than for
-//! one that was not scheduled. A thread `throttle` does it. What it holds longer than it meant to, it makes up for before it holds
-//! again, so that the share is never more than was asked for.
+//! one that was not scheduled. A thread `throttle` does it. On a busy host it gets its processor late: what it holds too long, the vCPUs
+//! run longer before it holds again, so that the share is never more than was asked for; and what they ran too long, it holds them
+//! longer, so that it is not much less either.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -15,6 +16,8 @@ use triarch_device_core::{Sandbox, ThreadClass};
 /// A time in which vCPUs run and then stand still: short enough that nothing in the guest times out, and long enough that stopping them
 /// is a small part of it.
 const PERIOD: Duration = Duration::from_millis(20);
+/// The longest that vCPUs stand still to make up for what they ran too long: no timer of a guest is as short.
+const LONGEST: Duration = Duration::from_millis(250);
 /// Most percent. A guest that does nothing at all would never come to an end.
 pub(crate) const MOST: u8 = 99;
 
@@ -40,22 +43,27 @@ impl Throttle {
 
     /// Holds and lets go until told to [`end`](Self::end). `hold` and `release` make vCPUs look.
     fn run(&self, hold: impl Fn(), release: impl Fn()) {
+        let mut share = Share::default();
         let mut runs = PERIOD;
         loop {
+            let began = Instant::now();
             if self.sleep(runs) {
                 return;
             }
-            let percent = u32::from(self.percent.load(Ordering::SeqCst));
+            share.percent = u32::from(self.percent.load(Ordering::SeqCst));
+            let holds = share.after_run(began.elapsed());
             let began = Instant::now();
-            self.holds.store(true, Ordering::SeqCst);
-            hold();
-            let ends = self.sleep(PERIOD * percent / 100);
-            self.holds.store(false, Ordering::SeqCst);
-            release();
-            if ends {
-                return;
+            if !holds.is_zero() {
+                self.holds.store(true, Ordering::SeqCst);
+                hold();
+                let ends = self.sleep(holds);
+                self.holds.store(false, Ordering::SeqCst);
+                release();
+                if ends {
+                    return;
+                }
             }
-            runs = runs_after(began.elapsed(), percent);
+            runs = share.after_hold(began.elapsed());
         }
     }
 
@@ -72,11 +80,40 @@ impl Throttle {
     }
 }
 
-/// How long vCPUs run that were held for `held`, so that this is no more than `percent` of both.
-fn runs_after(held: Duration, percent: u32) -> Duration {
-    match percent {
-        0 => PERIOD,
-        percent => held.mul_f64(f64::from(100 - percent) / f64::from(percent)),
+/// Keeps count of how long vCPUs ran and were held.
+#[derive(Default)]
+struct Share {
+    /// Of both, for which they are to be held.
+    percent: u32,
+    /// They may run so long for having been held (seconds); less than nothing if they ran longer.
+    credit: f64,
+}
+
+impl Share {
+    /// They ran for `ran`. How long to hold them now; nothing if they are to run on.
+    fn after_run(&mut self, ran: Duration) -> Duration {
+        if self.percent == 0 {
+            self.credit = 0.0;
+            return Duration::ZERO;
+        }
+        let longest = LONGEST.as_secs_f64();
+        // What is not made up for at once must not add up.
+        self.credit = (self.credit - ran.as_secs_f64()).max(-longest * self.runs_per_hold());
+        Duration::from_secs_f64((-self.credit / self.runs_per_hold()).clamp(0.0, longest))
+    }
+
+    /// They were held for `held`. How long they run now, at least.
+    fn after_hold(&mut self, held: Duration) -> Duration {
+        if self.percent == 0 {
+            return PERIOD;
+        }
+        self.credit += held.as_secs_f64() * self.runs_per_hold();
+        PERIOD * (100 - self.percent) / 100 + Duration::from_secs_f64(self.credit.max(0.0))
+    }
+
+    /// How long they run for each second that they are held.
+    fn runs_per_hold(&self) -> f64 {
+        f64::from(100 - self.percent) / f64::from(self.percent)
     }
 }
 
@@ -123,19 +160,71 @@ impl Drop for Throttling {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use triarch_device_core::NoSandbox;
 
     use super::*;
 
+    fn share(percent: u32) -> Share {
+        Share { percent, credit: 0.0 }
+    }
+
+    /// Milliseconds.
+    fn ms(time: Duration) -> f64 {
+        (time.as_secs_f64() * 1e6).round() / 1000.0
+    }
+
     #[test]
-    fn what_was_held_too_long_is_made_up_for() {
-        let ms = Duration::from_millis;
-        assert_eq!(runs_after(ms(4), 20), ms(16));
-        assert_eq!(runs_after(ms(40), 20), ms(160));
-        assert_eq!(runs_after(ms(20), 50), ms(20));
-        assert_eq!(runs_after(ms(1), 0), PERIOD);
-        let most = runs_after(PERIOD * u32::from(MOST) / 100, u32::from(MOST));
-        assert!(ms(0) < most && most < ms(1), "{most:?}");
+    fn a_period_has_both() {
+        for (percent, runs, holds) in [(20, 16.0, 4.0), (50, 10.0, 10.0), (99, 0.2, 19.8)] {
+            let mut share = share(percent);
+            for _ in 0..3 {
+                let meant = share.after_run(Duration::from_secs_f64(runs / 1000.0));
+                assert_eq!((ms(meant), ms(share.after_hold(meant))), (holds, runs), "{percent}");
+            }
+        }
+        let mut none = share(0);
+        assert_eq!(
+            (none.after_run(PERIOD), none.after_hold(Duration::ZERO)),
+            (Duration::ZERO, PERIOD)
+        );
+    }
+
+    #[test]
+    fn what_was_too_long_is_made_up_for() {
+        let long = Duration::from_millis;
+        // Held for ten times as long as was meant: they run for as much longer.
+        let mut one = share(20);
+        assert_eq!(ms(one.after_run(long(16))), 4.0);
+        assert_eq!(ms(one.after_hold(long(40))), 16.0 + 144.0);
+        // They ran for ten times as long.
+        let mut other = share(90);
+        assert_eq!(ms(other.after_run(long(20))), 180.0);
+        // And for so long that it is too much for once; no more than one more hold comes of it.
+        let mut much = share(99);
+        assert_eq!(much.after_run(Duration::from_secs(5)), LONGEST);
+        assert_eq!(ms(much.after_hold(LONGEST)), 0.2);
+        assert_eq!(ms(much.after_run(Duration::from_micros(200))), 19.8);
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_never_more_than_its_share(percent in 1..=u32::from(MOST), late in vec((0..300u64, 0..300u64), 1..50)) {
+            let mut share = share(percent);
+            let (mut ran, mut held, mut runs) = (Duration::ZERO, Duration::ZERO, PERIOD);
+            for (run, hold) in late {
+                runs += Duration::from_millis(run);
+                ran += runs;
+                let meant = share.after_run(runs);
+                prop_assert!(meant <= LONGEST);
+                let share_of = |held: Duration| held.as_secs_f64() / (held + ran).as_secs_f64();
+                prop_assert!(share_of(held + meant) <= f64::from(percent) / 100.0 + 1e-6);
+                let took = if meant.is_zero() { meant } else { meant + Duration::from_millis(hold) };
+                held += took;
+                runs = share.after_hold(took);
+            }
+        }
     }
 
     #[test]
