@@ -37,6 +37,8 @@ pub enum TimeoutStrategy {
     Cancel,
     /// The guest is moved, however long it is paused for that.
     Ignore,
+    /// The guest is moved with the memory that is there, and the rest follows; `post_copy` must allow that.
+    PostCopy,
 }
 
 /// Body of `vm.send-migration`.
@@ -68,6 +70,13 @@ pub struct SendMigration {
     pub throttle: u8,
     /// Whether pages are compressed (LZ4) as long as that is faster than to send them as they are.
     pub compress: bool,
+    /// Whether the guest may run at the destination before all of its memory is there: after `vm.set-migration` with `post_copy`, or when
+    /// the time is over. From then on it lives by both hosts and the network between them: whichever of them ends for good ends it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub post_copy: bool,
+    /// Seconds for which a connection that is lost then is tried again without being asked. Absent: as long as it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recover_s: Option<u64>,
     /// Certificates, for `tcp:`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<MigrationTls>,
@@ -89,6 +98,8 @@ impl Default for SendMigration {
             bandwidth: None,
             throttle: 0,
             compress: false,
+            post_copy: false,
+            recover_s: None,
             tls: None,
             local: false,
         }
@@ -116,6 +127,12 @@ impl SendMigration {
         }
         if self.timeout_s == 0 {
             return bad("timeout_s: give 1 second at least".to_owned());
+        }
+        if self.timeout_strategy == TimeoutStrategy::PostCopy && !self.post_copy {
+            return bad("timeout_strategy: PostCopy needs post_copy, which allows it".to_owned());
+        }
+        if self.recover_s.is_some() && !self.post_copy {
+            return bad("recover_s: it is for post_copy, which was not asked for".to_owned());
         }
         Ok(())
     }
@@ -207,8 +224,15 @@ pub enum MigrationPart {
 #[serde(default)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct SetMigration {
-    /// Bytes a second that may be sent from now on; null or 0: as many as there is room for.
+    /// Bytes a second that may be sent from now on; null or 0: as many as there is room for. Absent beside one of the other fields: as
+    /// before.
     pub bandwidth: Option<u64>,
+    /// `true`: the guest is moved now with the memory that is there, and the rest follows. Its `vm.send-migration` must have allowed that.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub post_copy: bool,
+    /// `true`, at the source: a connection that was lost after that is tried again now.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub recover: bool,
 }
 
 /// Which side of a migration a VMM is.
@@ -238,6 +262,12 @@ pub enum MigrationPhase {
     Switching,
     /// The guest was given away; its end is awaited.
     Committed,
+    /// The guest runs at the destination, and memory that it lacks comes from the source.
+    #[serde(rename = "post-copy")]
+    PostCopy,
+    /// The same, and the connection is lost: whatever of the guest needs memory that it lacks stands still.
+    #[serde(rename = "post-copy-paused")]
+    PostCopyPaused,
     /// It is over, and the guest was moved.
     Done,
     /// It is over, and the guest was not moved.
@@ -262,7 +292,7 @@ pub struct MigrationProgress {
     pub rounds: u32,
     /// Bytes of the guest's memory.
     pub total: u64,
-    /// Bytes left in this round.
+    /// Bytes left in this round, or lacking at the destination.
     pub remaining: u64,
     /// Pages of 4 KiB that were sent, each time they were.
     pub pages: u64,
@@ -284,7 +314,7 @@ pub struct MigrationProgress {
     pub throttle: u8,
     /// Bytes a second that may be sent; null: as many as there is room for.
     pub bandwidth: Option<u64>,
-    /// Why it failed.
+    /// Why it failed, or why it stands in `post-copy-paused`, and what can be done.
     pub error: Option<String>,
 }
 
@@ -399,6 +429,20 @@ mod tests {
             (
                 SendMigration {
                     timeout_s: 0,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    timeout_strategy: TimeoutStrategy::PostCopy,
+                    ..good.clone()
+                },
+                400,
+            ),
+            (
+                SendMigration {
+                    recover_s: Some(5),
                     ..good.clone()
                 },
                 400,

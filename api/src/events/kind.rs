@@ -52,7 +52,7 @@ kinds! {
     VM_SNAPSHOTTED: "vm" "snapshotted" [] "it is whole";
     VM_RESTORING: "vm" "restoring" [] "a guest is being built from a snapshot";
     VM_RESTORED: "vm" "restored" [] "it is as it was saved; `resumed` follows when it runs";
-    VM_MEMORY_THERE: "vm" "memory-restored" [] "all memory of a guest that was restored with `OnDemand` is there, and its snapshot is not needed any more";
+    VM_MEMORY_THERE: "vm" "memory-restored" [] "all memory of a guest that was restored with `OnDemand`, or came by post-copy, is there, and where it came from is not needed any more";
     VM_MIGRATED: "vm" "migrated" ["address", "downtime_ms"] "the guest runs at the destination, and is no longer here; `deleted` follows";
     VM_RECEIVED: "vm" "received" ["address"] "a guest came from another VMM and goes on here";
     VM_DELETED: "vm" "deleted" [] "the configuration was forgotten";
@@ -76,7 +76,10 @@ kinds! {
     MIGRATION_RETREATED: "migration" "retreated" ["job"] "the guest goes on at the source, since it would have stood still for too long; it is tried again";
     MIGRATION_COMMITTED: "migration" "committed" ["job"] "the guest is given away";
     MIGRATION_ANNOUNCED: "migration" "announced" ["interfaces"] "the network was told of the guest's new place, at so many interfaces";
-    MIGRATION_FAILED: "migration" "failed" ["job", "guest", "error"] "the guest was not moved; `guest` is `here`, `paused`, or `unknown` if it may run at the destination, or at the destination `none`";
+    MIGRATION_POST_COPY: "migration" "post-copy" ["job"] "the guest runs at the destination, and memory that it lacks comes from the source";
+    MIGRATION_PAUSED: "migration" "post-copy-paused" ["job", "error"] "the connection was lost meanwhile: whatever of the guest needs memory that it lacks stands still";
+    MIGRATION_RECOVERED: "migration" "recovered" ["job"] "the connection is there again, and memory comes";
+    MIGRATION_FAILED: "migration" "failed" ["job", "guest", "error"] "the guest was not moved; `guest` is `here`, `paused`, `unknown` if it may run at the destination, or `lost` if it lacked memory there and was given up; at the destination `none`";
     GUEST_PANIC: "guest" "panic" ["event"] "the guest says that it crashed";
     DEVICE_ACTIVATED: "virtio-device" "activated" ["id"] "the guest's driver started the device";
     DEVICE_RESET: "virtio-device" "reset" ["id"] "the guest's driver reset the device, which it had started";

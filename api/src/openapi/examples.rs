@@ -91,7 +91,10 @@ pub(super) fn of_body(route: &str) -> Value {
             },
         }),
         "vm.check-migration" => one(json!({ "destination_url": "unix:/run/vm/move.sock" })),
-        "vm.set-migration" => one(json!({ "bandwidth": 100_000_000_u64 })),
+        "vm.set-migration" => json!({
+            "another bandwidth": { "value": { "bandwidth": 100_000_000_u64 } },
+            "post-copy": { "value": { "post_copy": true } },
+        }),
         _ => json!({}),
     }
 }

@@ -248,9 +248,12 @@ fn note(action: Action) -> Option<&'static str> {
             "The other VMM goes on waiting, and the guest notices nothing. An empty list does not reserve anything: what is there now may \
              be gone when the VM is moved.",
         ),
-        Operation::SetMigration => Some("Without a migration it is answered with 409."),
+        Operation::SetMigration => {
+            Some("Without a migration, or one for which it is too early or too late, it is answered with 409.")
+        }
         Operation::CancelMigration => Some(
-            "Without a migration, or once the guest was given away, it is answered with 409. The guest goes on at the source soon after.",
+            "Without a migration, or once the guest was given away, it is answered with 409. The guest goes on at the source soon after. At the \
+             source, in `post-copy-paused`, it gives the guest up, whose memory there is thrown away.",
         ),
         Operation::MigrationProgress => Some("Where nobody asked for a migration yet it is answered with 404."),
         Operation::VmmShutdown => Some("The process ends with exit code 0."),

@@ -219,14 +219,20 @@ impl Userfault {
         let result = control(&self.fd, UFFDIO_ZEROPAGE, &mut argument);
         match result.as_ref().map_err(io::Error::raw_os_error) {
             Err(Some(libc::EEXIST)) => {
-                let mut range = RangeArgument { start: at, len };
-                control(&self.fd, UFFDIO_WAKE, &mut range)?;
+                self.wake(at, len)?;
                 Ok(true)
             }
             // Whoever waited was woken by what ended the registration.
             Err(Some(libc::ENOENT)) => Ok(true),
             _ => Ok(provided(result, argument.done, len as usize)? == len as usize),
         }
+    }
+
+    /// Whoever waits for pages in `len` bytes at address `at` looks again whether they are there.
+    pub fn wake(&self, at: u64, len: u64) -> io::Result<()> {
+        self.inside(at, len)?;
+        let mut range = RangeArgument { start: at, len };
+        control(&self.fd, UFFDIO_WAKE, &mut range)
     }
 
     /// Faults in `len` bytes at address `at` are the kernel's from now on, which provides zeroes. Whoever waits for a page there goes on.

@@ -145,6 +145,7 @@ fn main() -> Result<()> {
         vmm: "example".into(),
     })?;
     let options = SourceOptions {
+        post_copy: None,
         address: destination.address().clone(),
         tls: None,
         streams,

@@ -34,6 +34,10 @@
 //! | source dies | nobody: the guest died with it | destination runs if `Go` arrived |
 //! | destination dies | source runs | nobody: the guest had been given away; the source has it paused |
 //!
+//! A guest that is switched before all of its memory is there ([post-copy](crate::PostCopy)) is given away in the same way. That the source
+//! serves its memory afterwards gives it no say: [`Moved`](Source::Moved) is an end as always. Only the question of a source that lost
+//! its connection after `Go` has no end by itself then, since a guest that runs there needs it.
+//!
 //! The machines say what is to be done ([`SourceDoes`], [`DestinationDoes`]); the engines do it in that order and tell what came of it.
 
 /// The source's end.

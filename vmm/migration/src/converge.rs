@@ -36,6 +36,8 @@ pub enum OnTimeOut {
     Fail,
     /// The guest is switched over, however long it is paused.
     Switch,
+    /// It is switched over with what is there; the rest of its memory follows.
+    PostCopy,
 }
 
 /// What was measured when a round was over.
@@ -64,6 +66,8 @@ pub(crate) enum Decision {
     Again,
     /// The same, with vCPUs slowed down by so many percent.
     Throttle(u8),
+    /// Pause it, and let it run before all of its memory is there.
+    PostCopy,
     /// It takes too long.
     TimedOut,
 }
@@ -96,6 +100,7 @@ pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
         return match limits.on_time_out {
             OnTimeOut::Fail => Decision::TimedOut,
             OnTimeOut::Switch => Decision::SwitchAnyway,
+            OnTimeOut::PostCopy => Decision::PostCopy,
         };
     }
     // Every round should leave clearly less than the one before; what stays the same does not end.

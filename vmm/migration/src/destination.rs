@@ -1,11 +1,13 @@
 //! The side that takes a guest.
 
+mod post_copy;
 mod session;
 mod worker;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use worker::Writer;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,8 @@ use crate::commit::Destination as Commit;
 use crate::connect::{ConnectError, Deadlines, Listener};
 use crate::hand_over::{self, Handed};
 use crate::handle::{Handle, Phase};
-use crate::memory::Target;
+use crate::memory::{Lacking, Target};
+use crate::post_copy::Turn;
 use crate::stream::{Answer, Interrupt, Stream, StreamError, unexpected};
 use crate::tls::TlsFiles;
 use crate::wire::{Hello, Kind, Message, Offer, Role, Token};
@@ -45,6 +48,15 @@ pub trait Sink {
 
     /// Takes the locks of disks and lets the guest run. After an error it does not run, holds no lock, and never will run.
     fn take_locks_and_run(&mut self) -> Result<(), Cause>;
+
+    /// Has memory of the guest fault that comes only when the guest runs: nothing may be there of `missing`, runs of GPAs in order. Called
+    /// before [`restore`](Self::restore), of a guest that was offered with [`post_copy`](Offer::post_copy).
+    fn lack(&mut self, _missing: &[Range<u64>]) -> Result<Arc<dyn Lacking>, Cause> {
+        Err("post-copy cannot be done here".into())
+    }
+
+    /// The guest runs, and lacks memory.
+    fn post_copy(&mut self, _turn: Turn<'_>) {}
 
     /// Throws away what there is of the guest, which may be nothing. It never runs here.
     fn abort(&mut self, why: &str);
@@ -92,6 +104,9 @@ pub enum DestinationError {
     /// Pages that cannot be unpacked.
     #[error("the source sent pages whose compression is damaged")]
     Damaged,
+    /// The source cannot be asked for it any more.
+    #[error("memory that the guest lacked here could not be fetched")]
+    Lacking,
     /// Guest memory.
     #[error("cannot write to the guest's memory")]
     Memory(#[source] std::io::Error),
@@ -203,6 +218,13 @@ impl Destination {
             ran: why.as_deref().map_or(Ok(()), Err),
         };
         match session.state() {
+            Commit::Running if session.lacks() => {
+                let confirmed = self.follow(&mut session, sink, handle)?;
+                Ok(Taken {
+                    bytes: session.bytes(),
+                    confirmed,
+                })
+            }
             Commit::Running if session.is_confirmed() => Ok(taken(true)),
             Commit::Running => Ok(taken(self.answer(&outcome))),
             _ => {
@@ -223,9 +245,11 @@ impl Destination {
             };
             if let Some((stream, hello)) = self.greeted(stream) {
                 match hello.role {
-                    Role::Control => return Ok((stream, hello)),
+                    Role::Control | Role::PostCopy => return Ok((stream, hello)),
                     Role::Check => self.look(stream, sink),
-                    Role::Data(_) | Role::Ask => tracing::warn!("a stream came that is of no migration here"),
+                    Role::Data(_) | Role::Ask | Role::Demand | Role::Push => {
+                        tracing::warn!("a stream came that is of no migration here");
+                    }
                 }
             }
         }
@@ -290,15 +314,18 @@ impl Destination {
         let data = self.data_streams(session, hello)?;
         session.prepare(sink, data, sandbox)?;
         session.receive_all()?;
+        session.begin_post_copy(sink, sandbox)?;
         session.restore(sink)?;
         session.wait_for_go(sink, |session| self.is_asked(session))
     }
 
     /// Waits for the streams of memory.
-    fn data_streams(&self, session: &Session, hello: &Hello) -> Result<Vec<Stream>, DestinationError> {
+    fn data_streams(&self, session: &mut Session, hello: &Hello) -> Result<Vec<Stream>, DestinationError> {
         let end = Instant::now() + self.listener.deadlines.connect;
         let mut streams: Vec<Option<Stream>> = (0..hello.streams).map(|_| None).collect();
-        while streams.iter().any(Option::is_none) {
+        let (mut demand, mut push) = (None, None);
+        let lazy = hello.role == Role::PostCopy;
+        while streams.iter().any(Option::is_none) || (lazy && (demand.is_none() || push.is_none())) {
             let Some(stream) = self.listener.accept(session.interrupt(), Some(end))? else {
                 return Err(DestinationError::Streams {
                     found: streams.iter().flatten().count(),
@@ -310,6 +337,8 @@ impl Destination {
             };
             let place = match theirs.role {
                 Role::Data(index) if same(&theirs.token, &hello.token) => streams.get_mut(usize::from(index)),
+                Role::Demand if lazy && same(&theirs.token, &hello.token) => Some(&mut demand),
+                Role::Push if lazy && same(&theirs.token, &hello.token) => Some(&mut push),
                 _ => None,
             };
             match place {
@@ -325,6 +354,7 @@ impl Destination {
                 }
             }
         }
+        session.set_aside(demand.zip(push));
         Ok(streams.into_iter().flatten().collect())
     }
 

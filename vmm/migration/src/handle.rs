@@ -1,6 +1,6 @@
 //! What others see of a migration that runs, and how they act on it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,10 @@ pub enum Phase {
     Switching,
     /// The guest was given away; its end is awaited.
     Committed,
+    /// The guest runs at the destination, and memory that it lacks comes from the source.
+    PostCopy,
+    /// The same, and the connection is lost: whoever touches what is lacking waits.
+    PostCopyPaused,
     /// It is over.
     Over,
 }
@@ -53,6 +57,8 @@ pub struct Progress {
     pub throttle: u8,
     /// How often it was paused, and let run again since the promise would not have been kept.
     pub retreats: u32,
+    /// Why it stands, while it does.
+    pub trouble: Option<String>,
 }
 
 /// What several threads count.
@@ -84,6 +90,7 @@ struct Seen {
     throttle: u8,
     retreats: u32,
     will: Will,
+    trouble: Option<String>,
 }
 
 /// A migration that runs, for other threads than its own.
@@ -96,6 +103,18 @@ struct Inner {
     pub(crate) counters: Counters,
     pacer: Pacer,
     interrupt: Interrupt,
+    wish: Wish,
+}
+
+/// What somebody asked for, of post-copy.
+#[derive(Debug, Default)]
+struct Wish {
+    /// Switch now.
+    switch: AtomicBool,
+    /// Try to connect again.
+    recover: AtomicBool,
+    /// Give the guest up.
+    abandon: AtomicBool,
 }
 
 impl Handle {
@@ -113,10 +132,12 @@ impl Handle {
                 throttle: 0,
                 retreats: 0,
                 will: Will::Open,
+                trouble: None,
             }),
             counters: Counters::default(),
             pacer: Pacer::new(cap),
             interrupt: Interrupt::default(),
+            wish: Wish::default(),
         }))
     }
 
@@ -170,7 +191,54 @@ impl Handle {
             expected_downtime: seen.expected_downtime,
             throttle: seen.throttle,
             retreats: seen.retreats,
+            trouble: seen.trouble.clone(),
         })
+    }
+
+    /// Has the guest switched now, although not all of its memory is there, if the migration is one that may. `false`: it is too late.
+    pub fn switch_to_post_copy(&self) -> bool {
+        self.0.wish.switch.store(true, Ordering::Release);
+        self.with(|seen| matches!(seen.phase, Phase::Connecting | Phase::Copying))
+    }
+
+    /// Has the source try to connect again, now. `false`: no connection is lost.
+    pub fn recover(&self) -> bool {
+        let lost = self.with(|seen| seen.phase == Phase::PostCopyPaused);
+        if lost {
+            self.0.wish.recover.store(true, Ordering::Release);
+        }
+        lost
+    }
+
+    /// Gives up a guest whose connection is lost: at the source its memory is needed no more. `false`: no connection is lost.
+    pub fn abandon(&self) -> bool {
+        let lost = self.with(|seen| seen.phase == Phase::PostCopyPaused);
+        if lost {
+            self.0.wish.abandon.store(true, Ordering::Release);
+        }
+        lost
+    }
+
+    /// The VMM ends: whoever follows a guest that lacks memory, at either side, stops.
+    pub fn leave(&self) {
+        self.0.wish.abandon.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn wants_switch(&self) -> bool {
+        self.0.wish.switch.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn take_recover(&self) -> bool {
+        self.0.wish.recover.swap(false, Ordering::AcqRel)
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.0.wish.abandon.load(Ordering::Acquire)
+    }
+
+    /// Why it stands; `None`: it does not.
+    pub(crate) fn set_trouble(&self, trouble: Option<String>) {
+        self.with(|seen| seen.trouble = trouble);
     }
 
     fn with<T>(&self, look: impl FnOnce(&mut Seen) -> T) -> T {

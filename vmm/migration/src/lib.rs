@@ -19,6 +19,9 @@
 //!
 //! Within one host memory need not be copied: the files that have it are [handed over](Handed), and 3 and 4 are left out.
 //!
+//! Where that was allowed, the switch may come before all memory is there (post-copy): the guest runs at the destination, and what it
+//! lacks comes when it is touched, and by and by all of it. A connection that is lost then is made anew.
+//!
 //! Whether a guest could be moved can be asked before ([`Check`]): the destination looks, answers, and waits on.
 //!
 //! # Trust
@@ -31,8 +34,8 @@
 //!
 //! # Format
 //!
-//! One [`VERSION`] number stands for all of it; a destination takes its own only, and says so. The numbers of messages by which a guest
-//! that already runs at the destination asks for its pages (post-copy) are kept free, and refused today.
+//! One [`VERSION`] number stands for all of it; a destination takes its own only, and says so. A session that may come to post-copy
+//! begins with another role, so that a destination that does not know it refuses it, and all others are what they were.
 
 mod address;
 mod blocker;
@@ -46,6 +49,8 @@ mod hand_over;
 mod handle;
 mod memory;
 mod pace;
+mod pages;
+mod post_copy;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -60,7 +65,9 @@ pub use converge::{Limits, OnTimeOut};
 pub use destination::{Destination, DestinationError, DestinationOptions, Sink, Taken};
 pub use hand_over::{Handed, Place};
 pub use handle::{Handle, Phase, Progress};
-pub use memory::{Layout, Memory, PAGE, Region, Target};
+pub use memory::{Lacking, Layout, Memory, PAGE, Region, Target};
+pub use pages::PageSet;
+pub use post_copy::{PostCopy, Turn};
 pub use source::{Check, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};
 pub use stream::StreamError;
 pub use tls::{TlsError, TlsFiles};

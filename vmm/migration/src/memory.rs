@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::Cause;
 use crate::hand_over::Handed;
@@ -62,6 +63,30 @@ pub trait Target: Send + Sync {
 
     /// Makes `len` bytes at `gpa` read as zeroes, if possible by giving them back to the host.
     fn zero(&self, gpa: u64, len: u64) -> io::Result<()>;
+}
+
+/// Guest memory at the destination of which some is missing while the guest runs.
+pub trait Lacking: Send + Sync {
+    /// Pages that are missing, as runs of GPAs in order, each in one region. All for which somebody waits are told by
+    /// [`wanted`](Self::wanted) again.
+    fn missing(&self) -> io::Result<Vec<Range<u64>>>;
+
+    /// Bytes that are missing. `None`: there is no guest any more, nor anybody who waits.
+    fn remaining(&self) -> Option<u64>;
+
+    /// Pages for which somebody waits and that were not told yet, `most` of them; waits for some for as long as `wait`, and returns
+    /// early when nothing is missing any more.
+    fn wanted(&self, most: usize, wait: Duration) -> Vec<u64>;
+
+    /// Puts `bytes` at `gpa`, as far as pages are missing there; the others stay as they are. They are inside the layout. Called from
+    /// several threads.
+    fn provide(&self, gpa: u64, bytes: &[u8]) -> io::Result<()>;
+
+    /// The same, with zeroes.
+    fn provide_zeroes(&self, gpa: u64, len: u64) -> io::Result<()>;
+
+    /// The guest will not run: whoever waits shall wait no more, whatever he finds then.
+    fn abandon(&self);
 }
 
 /// Regions of guest memory that are in order and do not overlap.

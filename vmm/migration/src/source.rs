@@ -2,6 +2,7 @@
 
 mod check;
 mod pack;
+mod post_copy;
 mod round;
 mod switch;
 mod worker;
@@ -23,12 +24,13 @@ use crate::converge::{Decision, Limits, Measured, Rate, decide, expected_downtim
 use crate::hand_over;
 use crate::handle::{Handle, Phase, Progress};
 use crate::memory::{Layout, Memory};
+use crate::post_copy::{PostCopy, Turn};
 use crate::stream::{Answer, Interrupt, Stream, StreamError};
 use crate::tls::TlsFiles;
 use crate::wire::{self, Hello, Kind, MAX_CONFIG, MAX_CPU, MAX_STREAMS, Message, Offer, Role, Token, WireError};
 pub use check::Check;
 use round::{Round, union};
-use worker::{Common, Done, Failed, Team};
+use worker::{Done, Failed, Team};
 
 /// The guest at the source. Called on the thread that runs the migration.
 pub trait Guest {
@@ -48,6 +50,8 @@ pub trait Guest {
     fn retreat(&mut self) -> Result<(), Cause> {
         self.resume()
     }
+    /// The guest runs at the destination, which still needs its memory from here.
+    fn post_copy(&mut self, _turn: Turn<'_>) {}
     /// Lets the vCPUs run less than they could, by `percent`; 0: as they could.
     fn throttle(&mut self, percent: u8) -> Result<(), Cause>;
 }
@@ -67,6 +71,8 @@ pub struct SourceOptions {
     pub compress: bool,
     /// What to keep to.
     pub limits: Limits,
+    /// Whether, and how, the guest may run at the destination before all of its memory is there.
+    pub post_copy: Option<PostCopy>,
     /// How long to wait for what.
     pub deadlines: Deadlines,
     /// Version of the VMM, for the other side's log.
@@ -128,6 +134,9 @@ pub enum SourceError {
     /// There is too much of it.
     #[error("the guest's state has {0} bytes, more than a destination takes")]
     StateTooLarge(usize),
+    /// The destination was given up while memory was lacking there.
+    #[error("it was given up while the destination, which runs it, lacked memory that was here")]
+    Lost,
     /// No thread.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -142,6 +151,8 @@ pub enum Whereabouts {
     PausedHere,
     /// Here, paused; it may run at the destination.
     Unknown,
+    /// At the destination, if anywhere, without some of its memory. It never runs here again.
+    Lost,
 }
 
 /// A migration that did not succeed.
@@ -161,6 +172,9 @@ impl fmt::Display for NotMoved {
             Whereabouts::PausedHere => {
                 "the guest was not moved and is paused here, since it could not be let run; it does not run at the \
                  destination: resume it here once the cause is gone"
+            }
+            Whereabouts::Lost => {
+                "the guest is lost: it ran at the destination before all of its memory was there, and cannot go on here"
             }
             Whereabouts::Unknown => {
                 "the destination was given the guest, and does not answer: the guest is paused here and may run there. Look \
@@ -193,6 +207,12 @@ struct Session {
     token: Token,
     control: Stream,
     team: Team,
+    /// The streams for post-copy, until they are used.
+    aside: Option<(Stream, Stream)>,
+    /// The guest is switched before all of its memory is there.
+    lazy: bool,
+    /// What sends memory then.
+    line: Option<post_copy::Line>,
     layout: Layout,
     rate: Rate,
     /// Bytes a second of the first round, if it sent nothing but zeroes.
@@ -266,7 +286,7 @@ impl Source {
             Err(error) => Err(session.keep(SourceError::Memory(error))),
         };
         if let Err(NotMoved { guest: whereabouts, .. }) = &result {
-            if *whereabouts != Whereabouts::Unknown {
+            if !matches!(whereabouts, Whereabouts::Unknown | Whereabouts::Lost) {
                 self.memory.stop_log();
             }
             if session.throttle > 0
@@ -298,16 +318,24 @@ impl Source {
         let layout = Layout::new(self.memory.regions()).map_err(SourceError::Layout)?;
         self.handle.set_total(layout.len());
         let token = random()?;
-        let mut control = self.connect(token, Role::Control)?;
+        let role = match self.options.post_copy {
+            Some(_) => Role::PostCopy,
+            None => Role::Control,
+        };
+        let mut control = self.connect(token, role)?;
         let data: Result<Vec<_>, _> = (0..self.options.streams)
             .map(|index| self.connect(token, Role::Data(index)))
             .collect();
+        let aside =
+            || -> Result<_, SourceError> { Ok((self.connect(token, Role::Demand)?, self.connect(token, Role::Push)?)) };
+        let data = data.and_then(|data| Ok((data, self.options.post_copy.map(|_| aside()).transpose()?)));
         let silence = self.options.deadlines.silence;
         let accepted = data.and_then(|data| {
             let offer = Offer {
                 layout: layout.clone(),
                 config,
                 cpu,
+                post_copy: self.options.post_copy.is_some(),
             };
             if self.options.hand_over {
                 let handed = self.memory.hand_over().map_err(SourceError::HandOver)?;
@@ -318,20 +346,18 @@ impl Source {
             Ok(data)
         });
         let interrupt = self.handle.interrupt().child();
-        let team = accepted.and_then(|data| {
-            let common = Common {
-                memory: self.memory.clone(),
-                handle: self.handle.clone(),
-                compress: self.options.compress,
-                silence,
-            };
-            Team::start(data, &common, &interrupt, &self.sandbox).map_err(SourceError::Thread)
+        let team = accepted.and_then(|(data, aside)| {
+            let team = Team::start(data, &self.common(), &interrupt, &self.sandbox);
+            Ok((team.map_err(SourceError::Thread)?, aside))
         });
         match team {
-            Ok(team) => Ok(Session {
+            Ok((team, aside)) => Ok(Session {
                 token,
                 control,
                 team,
+                aside,
+                lazy: false,
+                line: None,
                 layout,
                 rate: Rate::default(),
                 guess: 0.0,
@@ -365,7 +391,11 @@ impl Source {
             let remaining = round::bytes(&written);
             let measured = self.measure(session, remaining, before, began.elapsed());
             before = Some(remaining);
-            match decide(&measured, &self.options.limits) {
+            let decision = match self.is_post_copy_due(session.began) {
+                true => Decision::PostCopy,
+                false => decide(&measured, &self.options.limits),
+            };
+            match decision {
                 Decision::Again => next = written,
                 Decision::Throttle(percent) => {
                     if let Err(source) = guest.throttle(percent) {
@@ -377,7 +407,8 @@ impl Source {
                     next = written;
                 }
                 Decision::TimedOut => return Err(session.keep(self.timed_out(&measured))),
-                switch @ (Decision::Switch | Decision::SwitchAnyway) => {
+                switch @ (Decision::Switch | Decision::SwitchAnyway | Decision::PostCopy) => {
+                    session.lazy = switch == Decision::PostCopy;
                     match self.switch(session, guest, written, switch == Decision::Switch)? {
                         switch::Outcome::Moved(downtime) => return Ok(downtime),
                         switch::Outcome::Retreat(left) => next = left,
@@ -390,10 +421,14 @@ impl Source {
     /// Sends `runs`, and returns what was written meanwhile.
     fn copy(&self, session: &mut Session, runs: Vec<Range<u64>>) -> Result<Vec<Range<u64>>, SourceError> {
         let began = Instant::now();
-        let round = self.next_round(session, runs);
-        session.team.begin(round);
-        let (control, said, rounds) = (&mut session.control, &mut session.said, session.rounds);
+        let round = Arc::new(self.next_round(session, runs));
+        session.team.begin(&round);
+        let (rounds, start) = (session.rounds, session.began);
+        let (control, said, mut cut) = (&mut session.control, &mut session.said, None);
         let mut say = || -> Result<(), Failed> {
+            if cut.is_none() && self.is_post_copy_due(start) {
+                cut = Some(round.stop());
+            }
             // The interrupt of the control stream is that of a cancel.
             if said.elapsed() >= worker::ALIVE.min(self.options.deadlines.silence / 3) {
                 *said = Instant::now();
@@ -413,7 +448,12 @@ impl Source {
         let done = done.map_err(|failed| self.reason(session, failed))?;
         session.learn(&done, began.elapsed());
         let written = self.memory.fetch_log().map_err(SourceError::Memory)?;
-        Ok(session.layout.clip(&written))
+        let written = session.layout.clip(&written);
+        match cut {
+            Some(left) if round.first => Ok(union(self.touched(left)?, written)),
+            Some(left) => Ok(union(left, written)),
+            None => Ok(written),
+        }
     }
 
     fn next_round(&self, session: &mut Session, runs: Vec<Range<u64>>) -> Round {
@@ -502,7 +542,7 @@ fn connect(
     greet(&mut stream, options, token, role)?;
     match stream.receive(options.deadlines.connect, "answer")? {
         Message::Welcome(vmm) => {
-            if role == Role::Control {
+            if role.begins() {
                 tracing::info!("the destination is Triarch {vmm}");
             }
             Ok(stream)

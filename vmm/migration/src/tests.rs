@@ -6,5 +6,6 @@ mod hand_over;
 mod hostile;
 mod mock;
 mod model;
+mod post_copy;
 mod proxy;
 mod security;

@@ -27,6 +27,8 @@ pub const MAX_STREAMS: u16 = 16;
 pub(crate) const MAX_BATCH: usize = 4 << 20;
 /// Most runs in one message.
 pub(crate) const MAX_RUNS: usize = 1024;
+/// Most pages that are wanted at once.
+pub(crate) const MAX_WANTED: usize = 64;
 /// Most bytes of a configuration.
 pub(crate) const MAX_CONFIG: usize = 16 << 20;
 /// Most bytes of the description of the guest's processors.
@@ -41,7 +43,7 @@ pub(crate) const MAX_TEXT: usize = 4096;
 /// What tells a session from others, and who belongs to it: random, and said to the destination only.
 pub(crate) type Token = [u8; 16];
 
-/// What a message is. The numbers from 64 to 79 are kept for requests of pages by a guest that runs at the destination already.
+/// What a message is. Those from 64 on are of post-copy, and come only where that was agreed upon by [`Role::PostCopy`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Kind {
@@ -65,13 +67,15 @@ pub(crate) enum Kind {
     End = 18,
     Blockers = 19,
     Files = 20,
+    Missing = 64,
+    Lacks = 65,
+    Serve = 66,
+    Want = 67,
+    Served = 68,
 }
 
-/// The numbers of messages of a later step, by which a guest that runs asks for its pages.
-const POST_COPY: std::ops::RangeInclusive<u16> = 64..=79;
-
 impl Kind {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 25] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -92,14 +96,16 @@ impl Kind {
         Self::End,
         Self::Blockers,
         Self::Files,
+        Self::Missing,
+        Self::Lacks,
+        Self::Serve,
+        Self::Want,
+        Self::Served,
     ];
 
     fn from_number(number: u16) -> Result<Self, WireError> {
         let found = Self::ALL.into_iter().find(|kind| *kind as u16 == number);
-        found.ok_or(match POST_COPY.contains(&number) {
-            true => WireError::PostCopy,
-            false => WireError::Kind(number),
-        })
+        found.ok_or(WireError::Kind(number))
     }
 
     /// Most bytes of a body.
@@ -109,8 +115,9 @@ impl Kind {
             Self::Hello | Self::Welcome | Self::Abort => 64 + MAX_TEXT,
             Self::Offer => 64 + crate::memory::MAX_REGIONS * RUN + MAX_CONFIG + MAX_CPU,
             Self::Pages => 64 + MAX_RUNS * RUN + MAX_BATCH,
-            Self::Zeroes => 64 + MAX_RUNS * RUN,
+            Self::Zeroes | Self::Missing | Self::Lacks => 64 + MAX_RUNS * RUN,
             Self::Files => 64 + crate::memory::MAX_REGIONS * RUN,
+            Self::Want => 64 + MAX_WANTED * RUN,
             Self::State => 64 + MAX_STATE_PART,
             Self::Blockers => 64 + MAX_BLOCKERS * (16 + 3 * MAX_TEXT),
             Self::RoundEnd | Self::RoundDone | Self::Progress => 64,
@@ -121,7 +128,9 @@ impl Kind {
             | Self::Go
             | Self::Running
             | Self::Alive
-            | Self::End => 0,
+            | Self::End
+            | Self::Serve
+            | Self::Served => 0,
         }
     }
 }
@@ -132,9 +141,6 @@ pub enum WireError {
     /// No kind has the number.
     #[error("a message of the unknown kind {0}; the other side is another version, or no Triarch")]
     Kind(u16),
-    /// A message of post-copy.
-    #[error("a message of post-copy, which this version does not do")]
-    PostCopy,
     /// The reserved bytes are something.
     #[error("a message with reserved bits")]
     Reserved,
@@ -189,6 +195,19 @@ pub(crate) enum Role {
     Ask,
     /// The source asks whether its guest could come here, and no more. The session that is awaited stays awaited.
     Check,
+    /// Begins a session whose guest may run at the destination before all of its memory is there.
+    PostCopy,
+    /// Of such a session, also after it was lost: carries the pages that the guest waits for.
+    Demand,
+    /// The same, for those that nobody waits for.
+    Push,
+}
+
+impl Role {
+    /// Whether it begins a session.
+    pub(crate) fn begins(self) -> bool {
+        matches!(self, Self::Control | Self::PostCopy)
+    }
 }
 
 /// What the guest is.
@@ -200,6 +219,8 @@ pub struct Offer<'a> {
     pub config: &'a [u8],
     /// What its processors can do.
     pub cpu: &'a [u8],
+    /// Whether it may run before all of its memory is there. It is not in the message: the session is of that kind.
+    pub post_copy: bool,
 }
 
 /// Pages with what is on them.
@@ -311,6 +332,16 @@ pub(crate) enum Message<'a> {
         count: u32,
         places: Vec<crate::hand_over::Place>,
     },
+    /// Source, after `Switch`: pages that come when the guest runs.
+    Missing(Runs),
+    /// Destination, on the stream of wanted pages, at first: pages that are not there.
+    Lacks(Runs),
+    /// Destination: that was all; send them.
+    Serve,
+    /// Destination: somebody waits for these pages, of which each is a run.
+    Want(Runs),
+    /// Source: that were all of those.
+    Served,
 }
 
 impl Message<'_> {
@@ -336,6 +367,11 @@ impl Message<'_> {
             Self::End => Kind::End,
             Self::Blockers(_) => Kind::Blockers,
             Self::Files { .. } => Kind::Files,
+            Self::Missing(_) => Kind::Missing,
+            Self::Lacks(_) => Kind::Lacks,
+            Self::Serve => Kind::Serve,
+            Self::Want(_) => Kind::Want,
+            Self::Served => Kind::Served,
         }
     }
 }

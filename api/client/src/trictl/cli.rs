@@ -185,8 +185,14 @@ pub(crate) enum Command {
     /// Change a migration that is under way
     SetMigration {
         /// Bytes a second that may be sent, such as 400M; 0 for as many as there is room for
-        #[arg(long, value_parser = triarch_api::parse_size)]
-        bandwidth: u64,
+        #[arg(long, value_parser = triarch_api::parse_size, required_unless_present_any = ["post_copy", "recover"])]
+        bandwidth: Option<u64>,
+        /// Move the guest now with the memory that is there; the rest follows
+        #[arg(long)]
+        post_copy: bool,
+        /// Try a connection again that was lost after that
+        #[arg(long)]
+        recover: bool,
     },
     /// End a migration that is under way; the guest stays where it is
     CancelMigration,
@@ -281,6 +287,15 @@ pub(crate) struct SendMigration {
     /// Compress pages where that is faster
     #[arg(long)]
     pub(crate) compress: bool,
+    /// Let the guest run there before all of its memory came, when told by set-migration --post-copy
+    #[arg(long)]
+    pub(crate) post_copy: bool,
+    /// Do not give up then, but let the guest run there before all of its memory came
+    #[arg(long, requires = "post_copy", conflicts_with = "force")]
+    pub(crate) post_copy_then: bool,
+    /// Seconds for which a connection that is lost meanwhile is tried again, instead of as long as it takes
+    #[arg(long, value_name = "S", requires = "post_copy")]
+    pub(crate) recover: Option<u64>,
 }
 
 /// Files with which the two sides of a migration know each other, PEM.

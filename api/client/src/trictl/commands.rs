@@ -120,9 +120,17 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
                 local,
             })
         }
-        Command::SetMigration { bandwidth } => {
-            let bandwidth = Some(bandwidth);
-            session.put_json(Operation::SetMigration, &SetMigration { bandwidth })
+        Command::SetMigration {
+            bandwidth,
+            post_copy,
+            recover,
+        } => {
+            let body = SetMigration {
+                bandwidth,
+                post_copy,
+                recover,
+            };
+            session.put_json(Operation::SetMigration, &body)
         }
         Command::MigrationProgress => session.show("vm.migration-progress", show::migration),
         Command::Jobs { id, watch } => jobs::run(&mut session.client, id, watch, session.json),
@@ -216,14 +224,17 @@ impl Session {
             destination_url: arguments.to,
             downtime_ms: arguments.downtime,
             timeout_s: arguments.time,
-            timeout_strategy: match arguments.force {
-                true => TimeoutStrategy::Ignore,
-                false => TimeoutStrategy::Cancel,
+            timeout_strategy: match (arguments.force, arguments.post_copy_then) {
+                (true, _) => TimeoutStrategy::Ignore,
+                (false, true) => TimeoutStrategy::PostCopy,
+                (false, false) => TimeoutStrategy::Cancel,
             },
             connections: arguments.connections,
             bandwidth: arguments.bandwidth,
             throttle: arguments.throttle,
             compress: arguments.compress,
+            post_copy: arguments.post_copy,
+            recover_s: arguments.recover,
             tls: arguments.tls.into_request()?,
             local: arguments.local,
         };

@@ -91,6 +91,8 @@ pub(crate) fn migration(body: &str) -> serde_json::Result<String> {
         MigrationPhase::HandingOver => "memory is handed over, the guest runs",
         MigrationPhase::Switching => "the guest stands still",
         MigrationPhase::Committed => "the guest was given away",
+        MigrationPhase::PostCopy => "the guest runs there, and memory follows",
+        MigrationPhase::PostCopyPaused => "the guest lacks memory there, and the connection is lost",
         MigrationPhase::Done => "done",
         MigrationPhase::Failed => "failed",
     };
@@ -106,7 +108,7 @@ pub(crate) fn migration(body: &str) -> serde_json::Result<String> {
     ];
     if let Some(downtime) = found.downtime_ms {
         let what = match found.phase {
-            MigrationPhase::Done => "Stood still",
+            MigrationPhase::Done | MigrationPhase::PostCopy | MigrationPhase::PostCopyPaused => "Stood still",
             _ => "Would stand still",
         };
         lines.push((what, format!("{downtime} ms")));

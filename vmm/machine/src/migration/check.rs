@@ -77,6 +77,7 @@ impl Controller {
             hand_over: config.local,
             compress: false,
             limits: Limits::default(),
+            post_copy: None,
             deadlines: Deadlines {
                 silence: SILENCE,
                 ..Deadlines::default()

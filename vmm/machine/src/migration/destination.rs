@@ -1,6 +1,7 @@
 //! The side that gets the guest (`vm.receive-migration`).
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -12,8 +13,8 @@ use triarch_api::{
 use triarch_arch::CpuPlan;
 use triarch_block::Disk;
 use triarch_migration::{
-    Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handed, Handle, Layout, Offer, Sink,
-    Taken, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Handed, Handle, Lacking, Layout,
+    Offer, Sink, Taken, Target, Turn,
 };
 use triarch_state::Payloads;
 
@@ -22,7 +23,7 @@ use super::check::ends;
 use super::hand_over::{Given, Ran};
 use super::memory::{Prepared, There};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Fields, Role, Running, address, refuse, tls_files, unmovable};
+use super::{Fields, Role, Running, address, post_copy, refuse, tls_files, unmovable};
 use crate::MachineError;
 use crate::backends::{Backends, Opener};
 use crate::build::Origin;
@@ -37,7 +38,7 @@ pub(super) struct Awaited {
     pub(super) net_fds: Option<Vec<RestoredNet>>,
     pub(super) fds: Vec<OwnedFd>,
     /// Its memory, from the offer until it is restored.
-    memory: Option<Prepared>,
+    pub(super) memory: Option<Prepared>,
     /// How it goes on.
     restored: Option<(MovedV1, WantedV1)>,
     /// If its memory was handed over: where the source learns that it runs.
@@ -54,9 +55,14 @@ struct Proxy {
 impl Sink for Proxy {
     fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
         let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
-        let there = self
-            .caller
-            .call(move |controller| controller.prepare_for(&config, &cpu, &layout, handed))?;
+        let post_copy = offer.post_copy;
+        let there = self.caller.call(move |controller| {
+            let there = controller.prepare_for(&config, &cpu, &layout, handed)?;
+            if post_copy {
+                there.check_faults()?;
+            }
+            Ok(there)
+        })?;
         self.memory = Some(there.clone());
         Ok(there)
     }
@@ -67,6 +73,18 @@ impl Sink for Proxy {
             .caller
             .call(move |controller| controller.in_the_way(&config, &cpu, &layout, handed));
         found.unwrap_or_else(|error| vec![ends(&*error)])
+    }
+
+    fn lack(&mut self, missing: &[Range<u64>]) -> Result<Arc<dyn Lacking>, Cause> {
+        let there = self.memory.clone().ok_or("there is no memory")?;
+        there.forget(missing)?;
+        let missing = missing.to_vec();
+        let coming = self.caller.call(move |controller| controller.lack(&there, &missing))?;
+        Ok(coming)
+    }
+
+    fn post_copy(&mut self, turn: Turn<'_>) {
+        post_copy::tell(&self.caller, turn);
     }
 
     fn restore(&mut self, state: Payloads) -> Result<(), Cause> {

@@ -22,6 +22,7 @@ use super::hand_over::Given;
 use crate::MachineError;
 use crate::memory::plan::MemoryPlan;
 use crate::memory::virtio_mem::{self, Room};
+use crate::snapshot::Pager;
 
 /// The memory of the guest that is here.
 pub(super) struct Here {
@@ -242,12 +243,15 @@ pub(crate) struct Prepared {
     layout: Vec<Region>,
     /// Those of memory devices.
     devices: Vec<Region>,
+    /// What provides memory that is missing.
+    pub(crate) pager: Option<Pager>,
 }
 
 /// The same, as it is written.
 pub(super) struct There {
-    memory: GuestMemory,
-    discarder: Discarder,
+    pub(super) memory: GuestMemory,
+    pub(super) discarder: Discarder,
+    pub(super) touched: Touched,
     /// Pages are written with zeroes and not given back.
     keep: bool,
 }
@@ -312,6 +316,7 @@ impl Prepared {
         }
         let there = There {
             discarder: Discarder::new(GuestMemoryHandle::new(all.clone()), plan.backing())?,
+            touched: Touched::new(&plan.backing()),
             memory: all,
             keep: plan.zones.iter().any(|zone| zone.ram.options.prefault),
         };
@@ -320,6 +325,7 @@ impl Prepared {
             rooms: Some(rooms),
             layout: layout.regions().to_vec(),
             devices,
+            pager: None,
         };
         Ok((prepared, Arc::new(there)))
     }

@@ -12,6 +12,7 @@ mod destination;
 mod hand_over;
 mod memory;
 mod offer;
+mod post_copy;
 mod source;
 
 use std::collections::BTreeMap;
@@ -20,9 +21,7 @@ use std::time::{Duration, Instant};
 
 use triarch_api::events::kind;
 use triarch_api::jobs::JobHandle;
-use triarch_api::{
-    Answer, ApiError, Handler, MigrationPhase, MigrationProgress, MigrationSide, Phase, Reply, Request, SetMigration,
-};
+use triarch_api::{Answer, ApiError, Handler, MigrationPhase, MigrationProgress, MigrationSide, Phase, Reply, Request};
 use triarch_legacy::PowerEvent;
 use triarch_migration as engine;
 use triarch_vcpu::VcpuEvent;
@@ -30,6 +29,7 @@ use triarch_vhost_user::VhostUserHandle;
 
 pub use call::Call;
 pub(crate) use memory::{Prepared, marks, push_runs};
+use post_copy::GIVEN_AWAY;
 
 use crate::backends::Backends;
 use crate::control::Controller;
@@ -85,6 +85,8 @@ impl Running {
                 engine::Phase::Switching => MigrationPhase::Switching,
                 // Over, and not told yet.
                 engine::Phase::Committed | engine::Phase::Over => MigrationPhase::Committed,
+                engine::Phase::PostCopy => MigrationPhase::PostCopy,
+                engine::Phase::PostCopyPaused => MigrationPhase::PostCopyPaused,
             },
             job: self.job.id(),
             address: self.address.clone(),
@@ -101,7 +103,7 @@ impl Running {
             retreats: now.retreats,
             throttle: now.throttle,
             bandwidth: self.handle.cap(),
-            error: None,
+            error: now.trouble,
         }
     }
 
@@ -148,7 +150,7 @@ impl Controller {
             | Request::SetMigration(_)
             | Request::CancelMigration
             | Request::VmmShutdown => Ok(()),
-            Request::PowerButton | Request::Nmi if running.side == MigrationSide::Source => Ok(()),
+            Request::PowerButton | Request::Nmi if running.has_guest() => Ok(()),
             _ => Err(ApiError::WrongPhase(format!(
                 "a migration is under way (job {}, {}); wait for its end, or end it with vm.cancel-migration",
                 running.job.id(),
@@ -169,15 +171,13 @@ impl Controller {
                     .map(|progress| Reply::MigrationProgress(Box::new(progress)))
                     .ok_or_else(nothing)
             }
-            Request::SetMigration(SetMigration { bandwidth }) => {
-                let running = self.migrations.running.as_ref().ok_or_else(none)?;
-                running.handle.set_cap(cap(*bandwidth));
-                Ok(Reply::Done)
-            }
+            Request::SetMigration(change) => self.set_migration(change).map(|()| Reply::Done),
             Request::CancelMigration => {
                 let running = self.migrations.running.as_ref().ok_or_else(none)?;
-                match running.handle.cancel() {
+                let gives_up = running.side == MigrationSide::Source && running.handle.abandon();
+                match gives_up || running.handle.cancel() {
                     true => Ok(Reply::Done),
+                    false if running.lacks_memory() => Err(ApiError::WrongPhase(GIVEN_AWAY.to_owned())),
                     false => Err(ApiError::WrongPhase(
                         "the guest was given away already; the migration is about to end".to_owned(),
                     )),
@@ -195,7 +195,9 @@ impl Controller {
             GuestEvent::Power(PowerEvent::Off | PowerEvent::Reset)
                 | GuestEvent::Vcpu(_, VcpuEvent::PowerOff | VcpuEvent::Reset | VcpuEvent::Failed(_))
         );
+        // What it does at the destination it does there.
         let running = self.migrations.running.as_ref().filter(|_| ends);
+        let running = running.filter(|running| running.side == MigrationSide::Source || !running.lacks_memory());
         let Some(running) = running else {
             return Some(event);
         };
@@ -238,7 +240,10 @@ impl Controller {
         let Some(running) = &self.migrations.running else {
             return;
         };
-        running.handle.cancel();
+        if !running.handle.cancel() && running.lacks_memory() {
+            running.handle.leave();
+            self.end_post_copy();
+        }
         let end = Instant::now() + LAST_WORDS;
         while self.migrations.running.is_some() && Instant::now() < end {
             match self.outbox.next() {

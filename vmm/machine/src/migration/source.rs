@@ -8,8 +8,8 @@ use triarch_api::{Answer, ApiError, Handler, MigrationSide, Phase, SendMigration
 use triarch_block::Disk;
 use triarch_legacy::PowerEvent;
 use triarch_migration::{
-    Cause, Deadlines, Guest, Handle, Limits, Memory, Moved, NotMoved, OnTimeOut, Region, Source, SourceError,
-    SourceOptions, Whereabouts,
+    Cause, Deadlines, Guest, Handle, Limits, Memory, Moved, NotMoved, OnTimeOut, PostCopy, Region, Source, SourceError,
+    SourceOptions, Turn, Whereabouts,
 };
 use triarch_state::Payloads;
 use triarch_vcpu::VcpuEvent;
@@ -19,7 +19,7 @@ use super::call::Caller;
 use super::hand_over::{self, Handing, Ran};
 use super::memory::{self, Daemons, Here};
 use super::offer::{FilesV1, MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, cap, is_paused, refuse, tls_files, unmovable};
+use super::{Role, Running, address, cap, is_paused, post_copy, refuse, tls_files, unmovable};
 use crate::backends::Backends;
 use crate::build::Machine;
 use crate::control::Controller;
@@ -31,6 +31,8 @@ use crate::{GuestEvent, MachineError};
 pub(super) struct Sent {
     /// A client had paused it before.
     was_paused: bool,
+    /// It may run at the destination before all of its memory is there.
+    pub(super) post_copy: bool,
     config: VmConfig,
     regions: Vec<Region>,
     /// Its state, since it was paused.
@@ -106,6 +108,10 @@ impl Guest for Proxy {
         })
     }
 
+    fn post_copy(&mut self, turn: Turn<'_>) {
+        post_copy::tell(&self.caller, turn);
+    }
+
     fn throttle(&mut self, percent: u8) -> Result<(), Cause> {
         self.caller.call(move |controller| controller.throttle(percent))
     }
@@ -168,11 +174,14 @@ impl Controller {
         let (Some(vm), Some(machine), Some(backends)) = (&self.config, &self.machine, &self.backends) else {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
-        let stays = unmovable(backends, machine.devices().served(), config.local);
-        refuse(stays, ApiError::Unsupported)?;
+        let served = machine.devices().served();
+        refuse(unmovable(backends, served, config.local), ApiError::Unsupported)?;
         if config.local {
             // Another configuration of the VM, or of this request, mends that.
             refuse(hand_over::private(vm), ApiError::BadRequest)?;
+        }
+        if config.post_copy {
+            post_copy::refuse_at_source(vm, served)?;
         }
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.
@@ -194,6 +203,7 @@ impl Controller {
         };
         let sent = Sent {
             was_paused: is_paused(self.phase),
+            post_copy: config.post_copy,
             config: vm.clone(),
             regions,
             saved: None,
@@ -334,11 +344,16 @@ impl Controller {
                     Whereabouts::RunsHere => "here",
                     Whereabouts::PausedHere => "paused",
                     Whereabouts::Unknown => "unknown",
+                    Whereabouts::Lost => "lost",
                 };
                 let why = match &self.migrations.deferred {
                     Some(event) => ApiError::WrongPhase(format!("the guest was not moved, since it {}", did(event))),
                     None => refused(&error),
                 };
+                if error.guest == Whereabouts::Lost {
+                    // It never runs here again.
+                    self.forget_moved();
+                }
                 self.migration_failed(guest, why);
             }
         }
@@ -353,13 +368,18 @@ impl Controller {
             ("downtime_ms", downtime_ms.into()),
         ];
         self.inbox.events().post(&kind::VM_MIGRATED, &properties);
+        self.forget_moved();
+        self.migration_done(Some(downtime));
+        tracing::info!(downtime_ms, "the guest was moved");
+    }
+
+    /// There is no guest here any more.
+    fn forget_moved(&mut self) {
         // It did not shut down: nobody shall be told so.
         self.end_machine();
         self.forget(Progress::NONE);
         self.migrations.unlocked = false;
         self.migrations.deferred = None;
-        self.migration_done(Some(downtime));
-        tracing::info!(downtime_ms, "the guest was moved");
     }
 }
 
@@ -387,9 +407,13 @@ fn options(config: &SendMigration) -> Result<SourceOptions, ApiError> {
             on_time_out: match config.timeout_strategy {
                 TimeoutStrategy::Cancel => OnTimeOut::Fail,
                 TimeoutStrategy::Ignore => OnTimeOut::Switch,
+                TimeoutStrategy::PostCopy => OnTimeOut::PostCopy,
             },
             ..Limits::default()
         },
+        post_copy: config.post_copy.then(|| PostCopy {
+            recover: config.recover_s.map(Duration::from_secs),
+        }),
         deadlines: Deadlines::default(),
         vmm: env!("CARGO_PKG_VERSION").to_owned(),
     })

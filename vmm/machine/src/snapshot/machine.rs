@@ -58,8 +58,11 @@ impl Saved {
     }
 
     /// Sorts `payloads`, of a guest whose memory is there already.
-    pub(crate) fn moved(payloads: Payloads, memory: Prepared) -> Result<Self, PayloadError> {
-        Self::sort(payloads, None, Some(memory), RestoreMode::Copy)
+    pub(crate) fn moved(payloads: Payloads, mut memory: Prepared) -> Result<Self, PayloadError> {
+        let pager = memory.pager.take();
+        let mut saved = Self::sort(payloads, None, Some(memory), RestoreMode::Copy)?;
+        saved.pager = pager;
+        Ok(saved)
     }
 
     fn sort(

@@ -15,7 +15,7 @@ pub(crate) use devices::{FunctionPlaceV1, PciStateV1, SavedDevices, save as save
 pub(crate) use log::WriteLog;
 pub(crate) use machine::Saved;
 pub(crate) use meters::SnapshotMeters;
-pub(crate) use pager::Pager;
+pub(crate) use pager::{Coming, Pager};
 pub(crate) use request::{WantedV1, saved_config, take_taps};
 
 use triarch_state::Kind;

@@ -1,4 +1,4 @@
-//! Memory that comes from a snapshot when somebody first touches it, and by and by all of it.
+//! Memory that comes from a snapshot, or from the host where the guest was, when somebody first touches it, and by and by all of it.
 //!
 //! ```text
 //!  vCPU, device, system call ──► page that is missing ──► pager: reads the chunk, checks it, provides it, releases it
@@ -8,9 +8,16 @@
 //! A chunk is the unit because it is what a checksum is of. Once it is provided its faults are the kernel's, so that what is given back
 //! later reads as zeroes; what is given back before is noted and not provided.
 //!
+//! Of a guest that came before all of its memory did ([`coming`]), only some pages are missing. They come in any order, from a thread of the
+//! migration, which is told what somebody waits for.
+//!
 //! Where the file cannot be read, or is not what was saved, nobody who waits for a page goes on: the process ends.
 
-use std::collections::{BTreeMap, VecDeque};
+mod coming;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -22,6 +29,7 @@ use std::time::Duration;
 use triarch_api::events::{EventLog, kind};
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use triarch_memory::{Fault, GuestMemory, Userfault, UserfaultError};
+use triarch_migration::PageSet;
 use triarch_state::{CHUNK, MemoryRange, PAGE, SavedMemory, SnapshotError, filled};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -33,12 +41,16 @@ use crate::{GuestEvent, MachineError};
 /// How long the controller has to end the process in order when memory is lost. It may itself wait for a page.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
+pub(crate) use coming::Coming;
+
 /// What the thread is told.
 enum Order {
     /// More memory.
-    Add(Place, SyncSender<Result<(), UserfaultError>>),
+    Add(Place, SyncSender<Result<(), Lost>>),
     /// That was all.
     Sealed,
+    /// About memory that comes from elsewhere.
+    Coming(coming::Order),
 }
 
 /// How far it is.
@@ -70,18 +82,29 @@ impl Pager {
         events: &Arc<EventLog>,
         report: &Report,
     ) -> Result<Self, MachineError> {
-        let userfault = Userfault::new()?;
+        let supply = Supply::Saved {
+            saved,
+            buffer: vec![0; CHUNK],
+        };
+        Self::begin(Userfault::new()?, supply, sandbox, events, report)
+    }
+
+    fn begin(
+        userfault: Userfault,
+        supply: Supply,
+        sandbox: &Arc<dyn Sandbox>,
+        events: &Arc<EventLog>,
+        report: &Report,
+    ) -> Result<Self, MachineError> {
         let failed = MachineError::host("start the thread that provides memory");
         let wake = EventFd::new(EFD_NONBLOCK).map_err(&failed)?;
         let (orders, inbox) = channel();
         let shared = Arc::new(Shared::default());
         let work = Work {
             userfault,
-            saved,
-            buffer: vec![0; CHUNK],
+            supply,
             page: Userfault::page_size(),
             places: Vec::new(),
-            removed: BTreeMap::new(),
             faults: VecDeque::new(),
             next: (0, 0),
             sealed: false,
@@ -102,18 +125,25 @@ impl Pager {
 
     /// Has it provide `range` of `memory`, of which nothing is there yet.
     pub(crate) fn add(&self, memory: &GuestMemory, range: &MemoryRange) -> Result<(), MachineError> {
-        let chunks = range.size.div_ceil(CHUNK as u64) as usize;
+        let pages = range.size.div_ceil(Userfault::page_size());
+        self.place(memory, What::Saved(range.clone()), PageSet::all(pages))
+    }
+
+    fn place(&self, memory: &GuestMemory, range: What, lacks: PageSet) -> Result<(), MachineError> {
         let (reply, answer) = sync_channel(1);
         let place = Place {
             memory: memory.clone(),
             start: 0,
-            range: range.clone(),
-            done: vec![false; chunks],
+            range,
+            lacks,
         };
         self.order(Order::Add(place, reply));
         // It is lost when the thread has ended, which says why itself.
-        answer.recv().unwrap_or(Ok(()))?;
-        Ok(())
+        match answer.recv().unwrap_or(Ok(())) {
+            Err(Lost::Fault(error)) => Err(error.into()),
+            Err(error) => Err(MachineError::MemoryLost(triarch_api::chain(&error))),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// There is no more.
@@ -152,23 +182,58 @@ impl Drop for Pager {
     }
 }
 
+/// What a place is.
+enum What {
+    /// A range of a snapshot.
+    Saved(MemoryRange),
+    /// A whole region, which begins there and has so many bytes.
+    Region(u64, u64),
+}
+
+impl What {
+    fn gpa(&self) -> u64 {
+        match self {
+            Self::Saved(range) => range.gpa,
+            Self::Region(gpa, _) => *gpa,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Self::Saved(range) => range.size,
+            Self::Region(_, size) => *size,
+        }
+    }
+}
+
 /// A range that is provided.
 struct Place {
     /// Keeps it mapped.
     memory: GuestMemory,
     /// Where it is in this process.
     start: u64,
-    range: MemoryRange,
-    /// Chunks that are there.
-    done: Vec<bool>,
+    range: What,
+    /// Pages of the host that are not there.
+    lacks: PageSet,
 }
 
 impl Place {
     /// Where chunk `index` begins behind the range's begin, and its bytes.
     fn chunk(&self, index: usize) -> (u64, u64) {
         let at = index as u64 * CHUNK as u64;
-        (at, (self.range.size - at).min(CHUNK as u64))
+        (at, (self.range.size() - at).min(CHUNK as u64))
     }
+}
+
+/// Where memory comes from.
+enum Supply {
+    Saved {
+        saved: SavedMemory,
+        /// For one chunk.
+        buffer: Vec<u8>,
+    },
+    /// From whoever has the other end of it.
+    Coming(Arc<coming::Shared>),
 }
 
 /// Why memory is lost.
@@ -178,19 +243,17 @@ enum Lost {
     Saved(#[from] SnapshotError),
     #[error("cannot provide memory")]
     Host(#[from] io::Error),
+    #[error(transparent)]
+    Fault(#[from] UserfaultError),
 }
 
 /// What the thread owns.
 struct Work {
     userfault: Userfault,
-    saved: SavedMemory,
-    /// For one chunk.
-    buffer: Vec<u8>,
+    supply: Supply,
     /// Bytes of the host's pages.
     page: u64,
     places: Vec<Place>,
-    /// Pages that were given back before their chunk was there, by place and chunk.
-    removed: BTreeMap<(usize, usize), Vec<bool>>,
     /// Addresses of pages that somebody waits for.
     faults: VecDeque<u64>,
     /// Place and chunk that nobody asked for and that come next.
@@ -207,12 +270,15 @@ impl Work {
     fn run(&mut self, stop: &EventFd) {
         match self.serve(stop) {
             Ok(true) => {
-                tracing::info!("all memory is there; the snapshot is not needed any more");
+                tracing::info!("all memory is there; where it came from is not needed any more");
                 self.tell(|standing| standing.complete = true);
                 self.events.post(&kind::VM_MEMORY_THERE, &[]);
             }
             Ok(false) => {}
             Err(error) => self.lose(&triarch_api::chain(&error), stop),
+        }
+        if let Supply::Coming(shared) = &self.supply {
+            shared.close();
         }
     }
 
@@ -234,14 +300,19 @@ impl Work {
         let mut events = [EpollEvent::default(); 3];
         loop {
             let pending = self.pending();
-            if pending.is_none() && self.sealed {
+            let (lacks, abandoned) = match &self.supply {
+                Supply::Saved { .. } => (pending.is_some(), false),
+                Supply::Coming(shared) => (shared.lacks(), shared.is_abandoned()),
+            };
+            if !lacks && self.sealed || abandoned {
                 // What could not be released alone.
                 for place in &self.places {
-                    self.userfault.release(place.start, place.range.size)?;
+                    self.userfault.release(place.start, place.range.size())?;
                 }
-                return Ok(true);
+                return Ok(!abandoned);
             }
-            let timeout = if pending.is_some() { 0 } else { -1 };
+            let busy = pending.is_some() || !self.faults.is_empty();
+            let timeout = if busy { 0 } else { -1 };
             let count = match epoll.wait(timeout, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 other => other?,
@@ -268,6 +339,7 @@ impl Work {
         while let Ok(order) = self.orders.try_recv() {
             match order {
                 Order::Sealed => self.sealed = true,
+                Order::Coming(order) => self.obey_coming(order),
                 Order::Add(place, reply) => {
                     let _ = reply.send(self.add(place));
                 }
@@ -275,24 +347,33 @@ impl Work {
         }
     }
 
-    fn add(&mut self, mut place: Place) -> Result<(), UserfaultError> {
+    fn add(&mut self, mut place: Place) -> Result<(), Lost> {
         // One of another size is refused by whoever compares them all.
-        let region = place.memory.find_region(GuestAddress(place.range.gpa));
-        if let Some(region) = region.filter(|region| region.len() == place.range.size) {
+        let region_chunks = place.range.size().div_ceil(CHUNK as u64);
+        let region = place.memory.find_region(GuestAddress(place.range.gpa()));
+        if let Some(region) = region.filter(|region| region.len() == place.range.size()) {
             place.start = region.as_ptr() as u64;
             self.userfault.register(region)?;
             self.places.push(place);
+            let (last, chunks) = (self.places.len() - 1, region_chunks);
+            if matches!(self.supply, Supply::Coming(_)) {
+                self.release_whole(last, 0..chunks)?;
+            }
         }
         Ok(())
     }
 
-    /// The next chunk that is not there.
+    /// The next chunk that is not there, of those that nobody else sends.
     fn pending(&mut self) -> Option<(usize, usize)> {
+        if matches!(self.supply, Supply::Coming(_)) {
+            return None;
+        }
         let (place, chunk) = self.next;
-        let first = |from: usize, done: &[bool]| done.iter().skip(from).position(|done| !done).map(|at| from + at);
+        let each = CHUNK as u64 / self.page;
         let found = self.places.iter().enumerate().skip(place).find_map(|(at, known)| {
-            let from = if at == place { chunk } else { 0 };
-            first(from, &known.done).map(|chunk| (at, chunk))
+            let from = if at == place { chunk as u64 * each } else { 0 };
+            let first = known.lacks.first(from..u64::MAX)?;
+            Some((at, (first.start / each) as usize))
         });
         self.next = found.unwrap_or((self.places.len(), 0));
         found
@@ -312,19 +393,26 @@ impl Work {
     fn remove(&mut self, range: Range<u64>) {
         for at in range.step_by(PAGE as usize) {
             if let Some((place, offset)) = self.find(at) {
-                let chunk = (offset / CHUNK as u64) as usize;
-                if !self.places[place].done[chunk] {
-                    let pages = self.removed.entry((place, chunk));
-                    let pages = pages.or_insert_with(|| vec![false; CHUNK / PAGE as usize]);
-                    pages[(offset % CHUNK as u64 / PAGE) as usize] = true;
-                }
+                self.there(place, offset, 1);
             }
+        }
+    }
+
+    /// The pages in these bytes of a place do not lack any more.
+    fn there(&mut self, place: usize, offset: u64, len: u64) {
+        let pages = offset / self.page..(offset + len).div_ceil(self.page);
+        let came = self.places[place].lacks.remove(pages);
+        if let Supply::Coming(shared) = &self.supply {
+            shared.came(self.places[place].range.gpa() + offset, len, came * self.page);
         }
     }
 
     /// The place of an address, and how far behind its begin that is.
     fn find(&self, at: u64) -> Option<(usize, u64)> {
-        let inside = |place: &Place| at.checked_sub(place.start).filter(|offset| *offset < place.range.size);
+        let inside = |place: &Place| {
+            at.checked_sub(place.start)
+                .filter(|offset| *offset < place.range.size())
+        };
         self.places
             .iter()
             .enumerate()
@@ -335,9 +423,12 @@ impl Work {
         let Some((place, offset)) = self.find(at) else {
             return Err(io::Error::from(io::ErrorKind::NotFound).into());
         };
-        let chunk = (offset / CHUNK as u64) as usize;
-        if !self.places[place].done[chunk] {
-            return self.provide(place, chunk);
+        if self.places[place].lacks.contains(offset / self.page) {
+            if let Supply::Coming(shared) = &self.supply {
+                shared.want(self.places[place].range.gpa() + offset / self.page * self.page);
+                return Ok(());
+            }
+            return self.provide(place, (offset / CHUNK as u64) as usize);
         }
         // It came when that was not over yet, or the chunk could not be released.
         self.zero(at / self.page * self.page)
@@ -354,21 +445,28 @@ impl Work {
     /// Provides a chunk.
     fn provide(&mut self, place: usize, chunk: usize) -> Result<(), Lost> {
         let (at, len) = self.places[place].chunk(chunk);
-        let start = self.places[place].start + at;
-        // Apart from the rest, since what is given back meanwhile has to be noted.
-        let mut buffer = std::mem::take(&mut self.buffer);
-        if let Some(bytes) = self.saved.chunk(&self.places[place].range, at, &mut buffer)? {
-            let runs: Vec<_> = match self.page {
-                PAGE => filled(bytes).collect(),
-                _ => std::iter::once(0..bytes.len()).collect(),
-            };
-            for run in runs {
-                self.copy((place, chunk), start, bytes, run)?;
+        if let (Supply::Saved { saved, buffer }, What::Saved(range)) = (&mut self.supply, &self.places[place].range) {
+            // Apart from the rest, since what is given back meanwhile has to be noted.
+            let mut buffer = std::mem::take(buffer);
+            if let Some(bytes) = saved.chunk(range, at, &mut buffer)? {
+                let runs: Vec<_> = match self.page {
+                    PAGE => filled(bytes).collect(),
+                    _ => std::iter::once(0..bytes.len()).collect(),
+                };
+                for run in runs {
+                    self.copy(place, at + run.start as u64, &bytes[run])?;
+                }
+            }
+            if let Supply::Saved { buffer: kept, .. } = &mut self.supply {
+                *kept = buffer;
             }
         }
-        self.buffer = buffer;
-        self.places[place].done[chunk] = true;
-        self.removed.remove(&(place, chunk));
+        self.there(place, at, len);
+        self.release(self.places[place].start + at, len)
+    }
+
+    /// Faults of these addresses are the kernel's from now on.
+    fn release(&mut self, start: u64, len: u64) -> Result<(), Lost> {
         match self.userfault.release(start, len) {
             // The process has too many mappings: what is missing of it is provided piece by piece.
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
@@ -381,21 +479,24 @@ impl Work {
         }
     }
 
-    /// Provides the pages `run` of a chunk, but for those that were given back.
-    fn copy(&mut self, key: (usize, usize), start: u64, bytes: &[u8], run: Range<usize>) -> Result<(), Lost> {
-        let mut at = run.start;
-        while at < run.end {
-            let removed = self.removed.get(&key);
-            let gone = |at: usize| removed.is_some_and(|pages| pages[at / PAGE as usize]);
-            if gone(at) {
-                at += self.page as usize;
-                continue;
-            }
-            let pages = (at..run.end).step_by(self.page as usize);
-            let end = pages.skip(1).find(|at| gone(*at)).unwrap_or(run.end);
-            let done = self.userfault.copy(start + at as u64, &bytes[at..end])?;
+    /// Provides `bytes` at `offset` of a place, but for pages that it does not lack: they are there, or were given back.
+    fn copy(&mut self, place: usize, offset: u64, bytes: &[u8]) -> Result<(), Lost> {
+        let mut at = 0;
+        while at < bytes.len() as u64 {
+            let known = &self.places[place];
+            let first = (offset + at) / self.page;
+            let end = (offset + bytes.len() as u64).div_ceil(self.page);
+            let Some(run) = known.lacks.first(first..end) else {
+                break;
+            };
+            at = run.start * self.page - offset;
+            let to = (run.end * self.page - offset).min(bytes.len() as u64);
+            let done = self
+                .userfault
+                .copy(known.start + offset + at, &bytes[at as usize..to as usize])? as u64;
+            self.there(place, offset + at, done);
             at += done;
-            if at < end {
+            if at < to {
                 // Somebody gives memory back, and waits until that is noted.
                 self.look()?;
                 thread::yield_now();
@@ -422,155 +523,5 @@ impl Work {
         crate::restore_terminal();
         eprintln!("triarch: {error}");
         std::process::exit(1);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use triarch_memory::{Discarder, GuestMemoryHandle, RamOptions, allocate};
-    use triarch_state::{About, Part, Payloads, Snapshot, SnapshotWriter, Source};
-    use vm_memory::{Bytes, GuestAddressSpace};
-
-    use super::*;
-
-    const MIB: u64 = 1 << 20;
-    const START: u64 = 1 << 32;
-    const SIZE: u64 = 3 * CHUNK as u64 / 2;
-    const RANGE: Range<u64> = START..START + SIZE;
-
-    struct Sevens;
-
-    impl Source for Sevens {
-        fn data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
-            Ok(Some(range.start..range.end.min(START + SIZE - 4096)).filter(|run| !run.is_empty()))
-        }
-
-        fn read(&self, _: u64, bytes: &mut [u8]) -> io::Result<()> {
-            bytes.fill(7);
-            Ok(())
-        }
-    }
-
-    /// A snapshot whose bytes are 7, but for its last page.
-    fn saved(dir: &std::path::Path) -> Snapshot {
-        let mut writer = SnapshotWriter::create(dir).expect("a directory");
-        let part = Part {
-            range: RANGE,
-            pages: None,
-        };
-        writer.memory(vec![part], &Sevens, |_, _| {}).expect("memory");
-        let about = About {
-            vmm: "1".into(),
-            arch: "x".into(),
-            id: None,
-            base: None,
-        };
-        writer.finish(b"{}", &about, Payloads::default()).expect("a snapshot");
-        Snapshot::open(dir, "x").expect("a snapshot")
-    }
-
-    /// What the thread would own, in the hands of a test; `None` where the host does not let us.
-    fn work(snapshot: &Snapshot, memory: &GuestMemory) -> Option<Work> {
-        let userfault = match Userfault::new() {
-            Err(UserfaultError::Forbidden(error)) => {
-                eprintln!("not tried: {error}");
-                return None;
-            }
-            other => other.expect("userfaultfd"),
-        };
-        let mut work = Work {
-            userfault,
-            saved: snapshot.saved_memory().expect("a file"),
-            buffer: vec![0; CHUNK],
-            page: Userfault::page_size(),
-            places: Vec::new(),
-            removed: BTreeMap::new(),
-            faults: VecDeque::new(),
-            next: (0, 0),
-            sealed: true,
-            orders: channel().1,
-            wake: EventFd::new(EFD_NONBLOCK).expect("an event"),
-            shared: Arc::default(),
-            events: EventLog::new(),
-            report: Arc::new(|_| {}),
-        };
-        let range = snapshot.ranges()[0].clone();
-        let done = vec![false; 2];
-        let memory = memory.clone();
-        let place = Place {
-            memory,
-            start: 0,
-            range,
-            done,
-        };
-        work.add(place).expect("registered");
-        Some(work)
-    }
-
-    fn memory(shared: bool) -> (GuestMemoryHandle, RamOptions) {
-        let options = RamOptions {
-            shared,
-            ..RamOptions::default()
-        };
-        let memory = allocate(&[(GuestAddress(START), SIZE)], &options).expect("memory");
-        (GuestMemoryHandle::new(memory), options)
-    }
-
-    #[test]
-    fn what_is_given_back_before_it_came_is_zeroes() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let snapshot = saved(dir.path());
-        for shared in [false, true] {
-            let (memory, options) = memory(shared);
-            let Some(mut work) = work(&snapshot, &memory.memory()) else {
-                return;
-            };
-            let discarder = Discarder::new(memory.clone(), options).expect("a page size");
-            let discard = thread::spawn(move || {
-                let first = discarder.discard(GuestAddress(START + 8192), 8192);
-                (first.expect("discard"), discarder)
-            });
-            while work.removed.is_empty() {
-                work.look().expect("faults");
-            }
-            let (len, discarder) = discard.join().expect("discarded");
-            assert_eq!(len, 8192);
-            while let Some((place, chunk)) = work.pending() {
-                work.provide(place, chunk).expect("provided");
-            }
-            let map = memory.memory();
-            let byte = |at| map.read_obj::<u8>(GuestAddress(START + at)).expect("memory");
-            let found = [0, 8191, 8192, 16383, 16384, SIZE - 4097, SIZE - 4096].map(byte);
-            assert_eq!(found, [7, 7, 0, 0, 7, 7, 0], "shared {shared}");
-            // Afterwards nobody is asked.
-            discarder.discard(GuestAddress(START + MIB), 4096).expect("discard");
-            assert_eq!([MIB - 1, MIB, MIB + 4096].map(byte), [7, 0, 7]);
-            assert!(work.removed.is_empty() && work.userfault.faults().expect("faults").is_empty());
-        }
-    }
-
-    #[test]
-    fn whoever_waits_for_lost_memory_gets_none() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let snapshot = saved(dir.path());
-        let (memory, _) = memory(false);
-        let Some(mut work) = work(&snapshot, &memory.memory()) else {
-            return;
-        };
-        let file = std::fs::File::options()
-            .write(true)
-            .open(dir.path().join("memory-ranges"));
-        file.expect("a file").set_len(CHUNK as u64 + 5).expect("cut");
-        let waiting = thread::spawn(move || memory.memory().read_obj::<u8>(GuestAddress(START + SIZE - 1)));
-        while work.faults.is_empty() {
-            work.look().expect("faults");
-        }
-        let at = work.faults.pop_front().expect("a fault");
-        let lost = work.fault(at).expect_err("cut short");
-        assert!(triarch_api::chain(&lost).contains("memory-ranges"), "{lost}");
-        assert!(!waiting.is_finished(), "it read something");
-        // What is lost is lost when the process ends; here the kernel provides it.
-        drop(work);
-        waiting.join().expect("no panic").expect("memory");
     }
 }

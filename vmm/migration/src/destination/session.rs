@@ -6,20 +6,35 @@ use std::time::{Duration, Instant};
 use triarch_device_core::Sandbox;
 use triarch_state::Payloads;
 
+use super::post_copy::{Common, Line};
 use super::worker::Team;
 use super::{DestinationError, Sink, tell};
 use crate::commit::{Destination as Commit, DestinationDoes, DestinationEvent};
 use crate::connect::Deadlines;
 use crate::hand_over;
 use crate::handle::{Handle, Phase};
+use crate::memory::Layout;
+use crate::pages::Lacks;
 use crate::sentence;
 use crate::stream::{Interrupt, Stream, StreamError, unexpected};
-use crate::wire::{Message, Token};
+use crate::wire::{Message, Runs, Token};
 
 /// After so much silence where `Go` is due we look whether the source asks elsewhere.
 const LOOK_ELSEWHERE: Duration = Duration::from_secs(2);
 /// How long a source that was refused may take to hear it.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Notes that the pages of `runs` come when the guest runs.
+fn note(missing: &mut Option<Lacks>, layout: Option<&Layout>, runs: &Runs) -> Result<(), DestinationError> {
+    let Some(layout) = layout else { return Ok(()) };
+    let missing = missing.get_or_insert_with(|| Lacks::none(layout));
+    for (gpa, len) in runs.iter() {
+        if !layout.holds(gpa, len) || !missing.insert(gpa, len) {
+            return Err(DestinationError::Outside { gpa });
+        }
+    }
+    Ok(())
+}
 
 pub(super) struct Session<'a> {
     control: Stream,
@@ -36,6 +51,13 @@ pub(super) struct Session<'a> {
     said_ready: bool,
     confirmed: bool,
     why: Option<DestinationError>,
+    /// The streams for post-copy, in a session that may come to that.
+    aside: Option<(Stream, Stream)>,
+    layout: Option<Layout>,
+    /// What comes when the guest runs, as the source said.
+    missing: Option<Lacks>,
+    /// What fetches it.
+    line: Option<(Common, Option<Line>)>,
 }
 
 impl<'a> Session<'a> {
@@ -56,6 +78,10 @@ impl<'a> Session<'a> {
             said_ready: false,
             confirmed: false,
             why: None,
+            aside: None,
+            layout: None,
+            missing: None,
+            line: None,
         }
     }
 
@@ -92,6 +118,20 @@ impl<'a> Session<'a> {
         self.why.as_ref()
     }
 
+    pub(super) fn set_aside(&mut self, streams: Option<(Stream, Stream)>) {
+        self.aside = streams;
+    }
+
+    /// Whether memory comes when the guest runs.
+    pub(super) fn lacks(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// What fetches memory, for whoever sees to that from now on.
+    pub(super) fn take_line(&mut self) -> Option<(Common, Option<Line>)> {
+        self.line.take()
+    }
+
     pub(super) fn into_why(self) -> DestinationError {
         self.why.unwrap_or(DestinationError::Cancelled)
     }
@@ -103,8 +143,9 @@ impl<'a> Session<'a> {
         data: Vec<Stream>,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<(), DestinationError> {
+        let post_copy = self.aside.is_some();
         let offered = hand_over::offered(&mut self.control, self.deadlines.silence, "say what its guest is")?;
-        let (offer, handed) = match offered {
+        let (mut offer, handed) = match offered {
             (Message::Offer(offer), handed) => (offer, handed),
             (Message::Abort(reason), _) => return Err(DestinationError::Refused(reason.to_owned())),
             (other, _) => return Err(unexpected(&other, "an offer").into()),
@@ -113,6 +154,7 @@ impl<'a> Session<'a> {
             Some(_) => Phase::HandingOver,
             None => Phase::Copying,
         };
+        offer.post_copy = post_copy;
         self.handle.set_total(offer.layout.len());
         self.prepared = true;
         let what = "make a machine for the guest";
@@ -121,6 +163,7 @@ impl<'a> Session<'a> {
             .map_err(|source| DestinationError::Sink { what, source })?;
         let layout = offer.layout;
         let team = Team::start(data, &target, &layout, &self.interrupt, self.deadlines.silence, sandbox);
+        self.layout = Some(layout);
         self.team = Some(team.map_err(DestinationError::Thread)?);
         self.control.send(&Message::Accepted)?;
         self.handle.enter(phase);
@@ -142,6 +185,9 @@ impl<'a> Session<'a> {
                     counters.remaining.store(progress.remaining, relaxed);
                 }
                 Message::Switch => self.handle.enter(Phase::Switching),
+                Message::Missing(runs) if self.aside.is_some() => {
+                    note(&mut self.missing, self.layout.as_ref(), &runs)?;
+                }
                 Message::State { total, part } => {
                     let left = total - (self.saved.len() as u64).min(total);
                     if *expected.get_or_insert(total) != total || part.len() as u64 > left {
@@ -160,6 +206,35 @@ impl<'a> Session<'a> {
             self.bytes = team.finish(self.deadlines.message)?;
         }
         Ok(())
+    }
+
+    /// Has memory fault that comes when the guest runs, if the source said so, and fetches it from now on: restoring may touch it.
+    pub(super) fn begin_post_copy(
+        &mut self,
+        sink: &mut dyn Sink,
+        sandbox: &Arc<dyn Sandbox>,
+    ) -> Result<(), DestinationError> {
+        let aside = self.aside.take();
+        let (Some(missing), Some((demand, push)), Some(layout)) = (self.missing.take(), aside, &self.layout) else {
+            return Ok(());
+        };
+        let what = "let the guest run before all of its memory is there";
+        let lacking = sink
+            .lack(&missing.runs())
+            .map_err(|source| DestinationError::Sink { what, source })?;
+        let common = Common::new(lacking, layout, self.deadlines, sandbox);
+        // Before a thread is: what fails from here on is to be undone.
+        let (_, line) = self.line.insert((common.clone(), None));
+        *line = Some(Line::start(demand, push, &common).map_err(DestinationError::Thread)?);
+        Ok(())
+    }
+
+    /// Whether memory that it lacks could not be fetched, and the guest will not run here.
+    fn check_lacking(&self) -> Result<(), DestinationError> {
+        match self.line.as_ref().is_some_and(|(common, _)| common.is_abandoned()) {
+            true => Err(DestinationError::Lacking),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn restore(&mut self, sink: &mut dyn Sink) -> Result<(), DestinationError> {
@@ -202,6 +277,9 @@ impl<'a> Session<'a> {
         if !self.handle.commit() {
             return Err(DestinationError::Cancelled);
         }
+        if self.line.as_ref().is_some_and(|(common, _)| !common.commit()) {
+            return Err(DestinationError::Lacking);
+        }
         self.step(DestinationEvent::Go, sink)
     }
 
@@ -236,6 +314,7 @@ impl<'a> Session<'a> {
                 let what = "restore the guest";
                 sink.restore(state)
                     .map_err(|source| DestinationError::Sink { what, source })?;
+                self.check_lacking()?;
                 Ok(Some(DestinationEvent::Restored))
             }
             DestinationDoes::SendReady => {
@@ -255,6 +334,9 @@ impl<'a> Session<'a> {
                 }))
             }
             DestinationDoes::SendRunning => {
+                if self.line.is_some() {
+                    self.handle.enter(Phase::PostCopy);
+                }
                 // Whether it hears that or not, the guest runs; a source that does not, asks.
                 self.confirmed = tell(&mut self.control, Ok(()));
                 Ok(None)
@@ -263,6 +345,10 @@ impl<'a> Session<'a> {
                 // Nothing writes to memory any more.
                 self.interrupt.raise();
                 self.team = None;
+                if let Some((common, line)) = self.line.take() {
+                    common.lacking.abandon();
+                    drop(line);
+                }
                 if self.prepared {
                     sink.abort(&self.why.as_ref().map(sentence).unwrap_or_default());
                 }

@@ -44,6 +44,7 @@ impl Check {
             layout: self.layout,
             config,
             cpu,
+            post_copy: false,
         };
         if let Some(handed) = &self.handed {
             hand_over::send(&mut stream, handed)?;

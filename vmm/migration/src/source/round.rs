@@ -41,6 +41,17 @@ impl Round {
         }
     }
 
+    /// Ends it early: nobody takes anything any more. Returns what nobody took.
+    pub(super) fn stop(&self) -> Vec<Range<u64>> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = std::mem::replace(&mut left.current, 0..0);
+        let runs = std::mem::take(&mut left.runs);
+        std::iter::once(current)
+            .chain(runs)
+            .filter(|run| !run.is_empty())
+            .collect()
+    }
+
     /// The next pieces to send, each in one region; [`BATCH`] bytes at most. None: nothing is left.
     pub(super) fn take(&self, memory: &dyn Memory, counters: &Counters) -> io::Result<Vec<Range<u64>>> {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);

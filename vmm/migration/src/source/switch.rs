@@ -1,13 +1,17 @@
 //! The guest is paused, and given away.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Guest, NotMoved, Session, Source, SourceError, Whereabouts, answered, greet, round, say_no, union};
+use super::{
+    Guest, NotMoved, Session, Source, SourceError, Whereabouts, answered, greet, post_copy, round, say_no, union,
+};
 use crate::commit::{Source as Commit, SourceDoes, SourceEvent};
 use crate::converge::expected_downtime;
 use crate::handle::Phase;
+use crate::post_copy::messages;
 use crate::stream::{Answer, Interrupt, StreamError};
 use crate::wire::{Kind, MAX_STATE, MAX_STATE_PART, Message, Role};
 
@@ -21,6 +25,9 @@ pub(super) enum Outcome {
 
 /// How long a destination may take to hear what changes nothing any more.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// What an operator is told while nobody knows whether the guest runs at the destination, and lacks memory there.
+const UNKNOWN: &str = "the destination was given the guest, which may run there and lack memory that is here, and does not answer. Make the \
+                       network work, and it goes on; or end the destination's VMM, and then the migration here";
 /// How often a destination that cannot be reached is tried.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -74,7 +81,11 @@ impl Source {
             return switch.retreat();
         }
         switch.run();
-        switch.end(paused)
+        let outcome = switch.end(paused)?;
+        if let Some(line) = session.line.take() {
+            self.follow(session, guest, line)?;
+        }
+        Ok(outcome)
     }
 
     /// The same of a guest whose memory the destination has already: nothing is left to be sent, and no time is promised that copying
@@ -117,6 +128,7 @@ impl Switch<'_> {
         if self.state == Commit::StateSent {
             let restored = answered(self.receive(Kind::Ready, "restore the guest"));
             match restored {
+                Ok(()) if self.is_line_lost() => {}
                 // From here on a cancel is refused.
                 Ok(()) if self.source.handle.commit() => self.step(SourceEvent::Ready),
                 Ok(()) => self.cancelled(),
@@ -131,6 +143,18 @@ impl Switch<'_> {
                 Err(Answer::Stream(error)) => self.failed(error.into()),
             }
         }
+    }
+
+    /// Whether memory that the destination lacks cannot be sent any more: then it is not given the guest.
+    fn is_line_lost(&mut self) -> bool {
+        let why = self.session.line.as_mut().and_then(post_copy::Line::lost);
+        if let Some(why) = why {
+            self.failed(SourceError::Refused(format!(
+                "memory that it lacks cannot be sent: {why}"
+            )));
+            return true;
+        }
+        false
     }
 
     fn receive(&mut self, kind: Kind, what: &'static str) -> Result<(), Answer> {
@@ -231,8 +255,19 @@ impl Switch<'_> {
     fn send_state(&mut self) -> Result<(), SourceError> {
         self.session.control.send(&Message::Switch)?;
         let left = std::mem::take(&mut self.left);
+        // What nobody lacks needs no other way.
+        let (left, lacking) = match self.session.lazy {
+            true => (Vec::new(), left),
+            false => (left, Vec::new()),
+        };
+        for runs in messages(lacking.iter().cloned()) {
+            self.session.control.send(&Message::Missing(runs))?;
+        }
+        if !lacking.is_empty() {
+            self.source.serve(self.session)?;
+        }
         let round = self.source.next_round(self.session, left);
-        self.session.team.begin(round);
+        self.session.team.begin(&Arc::new(round));
         let saved = self.guest.save().map_err(|source| {
             let what = "save the guest's state";
             SourceError::Guest { what, source }
@@ -256,6 +291,9 @@ impl Switch<'_> {
     fn ask(&mut self) -> SourceEvent {
         let end = Instant::now() + self.source.options.deadlines.outcome;
         loop {
+            if self.source.handle.is_abandoned() {
+                return SourceEvent::NoAnswer;
+            }
             match self.ask_once() {
                 Ok(()) => return SourceEvent::Running,
                 Err(Answer::Abort(reason)) => {
@@ -264,7 +302,11 @@ impl Switch<'_> {
                 }
                 Err(Answer::Stream(error)) => {
                     tracing::warn!("the destination was given the guest and does not answer yet: {error}");
-                    if Instant::now() >= end {
+                    // A guest that runs there needs us: whoever knows better says so.
+                    if self.session.line.is_some() {
+                        self.source.handle.enter(Phase::PostCopyPaused);
+                        self.source.handle.set_trouble(Some(UNKNOWN.to_owned()));
+                    } else if Instant::now() >= end {
                         return SourceEvent::NoAnswer;
                     }
                     thread::sleep(RETRY);

@@ -84,20 +84,9 @@ impl Team {
             workers: Vec::new(),
             interrupt: interrupt.clone(),
         };
-        for (index, mut stream) in streams.into_iter().enumerate() {
-            stream.set_interrupt(interrupt);
+        for (index, stream) in streams.into_iter().enumerate() {
             let (order, orders) = channel();
-            let sender = SendsMemory {
-                packer: Packer::new(common.compress),
-                common: common.clone(),
-                interrupt: interrupt.clone(),
-                stream,
-                said: Instant::now(),
-                buffer: Vec::new(),
-                kept: 0,
-                data: Runs::default(),
-                zeroes: Runs::default(),
-            };
+            let sender = SendsMemory::new(stream, common, interrupt);
             let report = report.clone();
             let name = format!("migrate-{index}");
             let run = move |(): &mut (), _: &_| sender.run(&orders, &report);
@@ -108,8 +97,7 @@ impl Team {
         Ok(team)
     }
 
-    pub(super) fn begin(&self, round: Round) {
-        let round = Arc::new(round);
+    pub(super) fn begin(&self, round: &Arc<Round>) {
         for order in &self.orders {
             // Whoever is gone has said why.
             let _ = order.send(Order::Round(round.clone()));
@@ -154,11 +142,12 @@ impl Drop for Team {
     }
 }
 
-struct SendsMemory {
+/// Sends memory on one stream.
+pub(super) struct SendsMemory {
     common: Common,
     packer: Packer,
     interrupt: Interrupt,
-    stream: Stream,
+    pub(super) stream: Stream,
     /// When something was sent last.
     said: Instant,
     buffer: Vec<u8>,
@@ -169,6 +158,28 @@ struct SendsMemory {
 }
 
 impl SendsMemory {
+    /// Sends on `stream` until `interrupt` is raised.
+    pub(super) fn new(mut stream: Stream, common: &Common, interrupt: &Interrupt) -> Self {
+        stream.set_interrupt(interrupt);
+        Self {
+            packer: Packer::new(common.compress),
+            common: common.clone(),
+            interrupt: interrupt.clone(),
+            stream,
+            said: Instant::now(),
+            buffer: Vec::new(),
+            kept: 0,
+            data: Runs::default(),
+            zeroes: Runs::default(),
+        }
+    }
+
+    /// Sends what is on the pages of `pieces` now: zeroes, too. `urgent`: whatever else is sent.
+    pub(super) fn send_pages(&mut self, pieces: &[Range<u64>], urgent: bool) -> Result<(), Failed> {
+        self.fill(pieces, false)?;
+        self.send_batch(urgent)
+    }
+
     fn run(mut self, orders: &Receiver<Order>, report: &Sender<Result<Done, Failed>>) {
         loop {
             let result = match orders.recv_timeout(self.alive()) {
@@ -187,11 +198,11 @@ impl SendsMemory {
         }
     }
 
-    fn alive(&self) -> Duration {
+    pub(super) fn alive(&self) -> Duration {
         ALIVE.min(self.common.silence / 3)
     }
 
-    fn send(&mut self, message: &Message) -> Result<(), Failed> {
+    pub(super) fn send(&mut self, message: &Message) -> Result<(), Failed> {
         let sent = self.stream.send(message)?;
         self.count(sent);
         Ok(())
@@ -215,7 +226,7 @@ impl SendsMemory {
             let began = Instant::now();
             self.fill(&pieces, round.first)?;
             let (data, zeroes) = (self.data.len(), self.zeroes.len());
-            self.send_batch()?;
+            self.send_batch(false)?;
             done.data += data;
             done.all += super::round::bytes(&pieces);
             if data > 0 {
@@ -275,7 +286,7 @@ impl SendsMemory {
         Ok(())
     }
 
-    fn send_batch(&mut self) -> Result<(), Failed> {
+    fn send_batch(&mut self, urgent: bool) -> Result<(), Failed> {
         if !self.zeroes.is_empty() {
             let zeroes = Message::Zeroes(std::mem::take(&mut self.zeroes));
             self.send(&zeroes)?;
@@ -295,7 +306,9 @@ impl SendsMemory {
             bytes,
         });
         let began = Instant::now();
-        self.pace(bytes.len() as u64)?;
+        if !urgent {
+            self.pace(bytes.len() as u64)?;
+        }
         self.send(&message)?;
         let sent = bytes.len();
         packer.sent(sent, began.elapsed());

@@ -58,6 +58,7 @@ pub(super) fn offer() -> Offer<'static> {
         layout: Layout::new(regions()).expect("a layout"),
         config: b"config",
         cpu: b"cpu",
+        post_copy: false,
     }
 }
 

@@ -383,6 +383,7 @@ pub(super) fn source_options(address: &Address) -> SourceOptions {
         streams: 2,
         hand_over: false,
         compress: false,
+        post_copy: None,
         limits: Limits {
             // Machines that run tests may be slow: who wants it short says so.
             downtime: Duration::from_secs(30),

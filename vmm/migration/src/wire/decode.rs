@@ -1,8 +1,8 @@
 //! Bytes of the other side to messages.
 
 use super::{
-    HEAD, Hello, Kind, MAGIC, MAX_BATCH, MAX_CONFIG, MAX_CPU, MAX_RUNS, MAX_STATE, MAX_STREAMS, MAX_TEXT, Message,
-    Offer, Pages, Progress, Role, Runs, VERSION, WireError,
+    HEAD, Hello, Kind, MAGIC, MAX_BATCH, MAX_CONFIG, MAX_CPU, MAX_RUNS, MAX_STATE, MAX_STREAMS, MAX_TEXT, MAX_WANTED,
+    Message, Offer, Pages, Progress, Role, Runs, VERSION, WireError,
 };
 use crate::blocker::{Blocker, MAX_BLOCKERS, Part};
 use crate::hand_over::MAX_FILES;
@@ -59,6 +59,11 @@ pub(crate) fn body(kind: Kind, bytes: &[u8]) -> Result<Message<'_>, WireError> {
         Kind::End => Message::End,
         Kind::Blockers => Message::Blockers(blockers(&mut rest)?),
         Kind::Files => files(&mut rest)?,
+        Kind::Missing => Message::Missing(runs(&mut rest)?),
+        Kind::Lacks => Message::Lacks(runs(&mut rest)?),
+        Kind::Serve => Message::Serve,
+        Kind::Want => Message::Want(wanted(&mut rest)?),
+        Kind::Served => Message::Served,
     };
     match rest.0.is_empty() {
         true => Ok(message),
@@ -88,6 +93,9 @@ fn hello(rest: &mut Rest) -> Result<Hello, WireError> {
         (1, index) => Role::Data(index),
         (2, 0) => Role::Ask,
         (3, 0) => Role::Check,
+        (4, 0) => Role::PostCopy,
+        (5, 0) => Role::Demand,
+        (6, 0) => Role::Push,
         _ => return Err(WireError::Invalid("a stream that is for nothing known")),
     };
     let vmm = rest.text()?.to_owned();
@@ -114,6 +122,7 @@ fn offer<'a>(rest: &mut Rest<'a>) -> Result<Offer<'a>, WireError> {
         layout,
         config: rest.take(config)?,
         cpu: rest.take(cpu)?,
+        post_copy: false,
     })
 }
 
@@ -153,6 +162,14 @@ fn runs(rest: &mut Rest) -> Result<Runs, WireError> {
         return Err(WireError::Invalid("more runs of pages than a message may have"));
     }
     Runs::checked(rest.pairs(count)?.collect())
+}
+
+fn wanted(rest: &mut Rest) -> Result<Runs, WireError> {
+    let runs = runs(rest)?;
+    match runs.iter().count() <= MAX_WANTED && runs.iter().all(|(_, len)| len == PAGE) {
+        true => Ok(runs),
+        false => Err(WireError::Invalid("more pages at once than anybody waits for")),
+    }
 }
 
 fn pages<'a>(rest: &mut Rest<'a>) -> Result<Pages<'a>, WireError> {

@@ -30,7 +30,9 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
             put_runs(runs, out);
             return bytes;
         }
-        Message::Zeroes(runs) => put_runs(runs, out),
+        Message::Zeroes(runs) | Message::Missing(runs) | Message::Lacks(runs) | Message::Want(runs) => {
+            put_runs(runs, out);
+        }
         Message::RoundEnd(round) | Message::RoundDone(round) => put_u32(*round, out),
         Message::State { total, part } => {
             put_u64(*total, out);
@@ -57,7 +59,9 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
         | Message::Go
         | Message::Running
         | Message::Alive
-        | Message::End => {}
+        | Message::End
+        | Message::Serve
+        | Message::Served => {}
     }
     &[]
 }
@@ -90,6 +94,9 @@ fn put_hello(hello: &Hello, out: &mut Vec<u8>) {
         Role::Data(index) => (1, index),
         Role::Ask => (2, 0),
         Role::Check => (3, 0),
+        Role::PostCopy => (4, 0),
+        Role::Demand => (5, 0),
+        Role::Push => (6, 0),
     };
     for number in [role, index, hello.streams] {
         out.extend_from_slice(&u16::to_le_bytes(number));

@@ -51,11 +51,15 @@ fn samples() -> Vec<Message<'static>> {
         hello(Role::Data(3)),
         hello(Role::Ask),
         hello(Role::Check),
+        hello(Role::PostCopy),
+        hello(Role::Demand),
+        hello(Role::Push),
         Message::Welcome("0.1.0".into()),
         Message::Offer(Offer {
             layout: layout.expect("a layout"),
             config: b"{}",
             cpu: b"[1]",
+            post_copy: false,
         }),
         Message::Accepted,
         pages(false, &PAGES),
@@ -83,6 +87,11 @@ fn samples() -> Vec<Message<'static>> {
             count: 2,
             places: vec![(0, 0), (1, 1 << 40)],
         },
+        Message::Missing(runs(&[(1, 1), (9, 2)])),
+        Message::Lacks(runs(&[(1, 1), (9, 2)])),
+        Message::Serve,
+        Message::Want(runs(&[(1, 1), (9, 1)])),
+        Message::Served,
         Message::Blockers(Vec::new()),
         Message::Blockers(vec![Blocker {
             what: Part::Disk,
@@ -148,8 +157,9 @@ fn a_length_is_bounded_before_the_body() {
 fn unknown_kinds_are_told_by_their_number() {
     let head = |number: u16| decode::head([number.to_le_bytes()[0], number.to_le_bytes()[1], 0, 0, 0, 0, 0, 0]);
     assert_eq!(head(0), Err(WireError::Kind(0)));
+    assert_eq!(head(21), Err(WireError::Kind(21)));
     assert_eq!(head(63), Err(WireError::Kind(63)));
-    assert_eq!(head(64), Err(WireError::PostCopy));
+    assert_eq!(head(69), Err(WireError::Kind(69)));
     assert_eq!(decode::head([13, 0, 1, 0, 0, 0, 0, 0]), Err(WireError::Reserved));
 }
 

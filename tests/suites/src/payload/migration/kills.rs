@@ -147,7 +147,7 @@ fn cancels(context: &Context, way: &Way) -> Result<Outcome> {
 }
 
 /// Kills a process as a crash of its host would.
-fn kill(pid: u32) -> Result<()> {
+pub(super) fn kill(pid: u32) -> Result<()> {
     let status = std::process::Command::new("kill")
         .args(["-9", &pid.to_string()])
         .status()?;

@@ -7,6 +7,7 @@ mod interfaces;
 mod kills;
 mod limits;
 mod local;
+mod post_copy;
 mod refusals;
 pub(crate) mod tls;
 
@@ -46,6 +47,7 @@ pub fn tests() -> Vec<Test> {
         &kills::ALL,
         &limits::ALL,
         &local::ALL,
+        &post_copy::ALL,
         refusals::TESTS,
         tls::TESTS,
     ]
