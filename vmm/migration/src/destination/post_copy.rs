@@ -202,7 +202,10 @@ fn demands(stream: &mut Stream, common: &Common) -> Result<Option<()>, Destinati
         loop {
             match stream.receive(silence, "send the pages that are waited for")? {
                 Message::Served => break,
-                message => writer.take(&message)?,
+                message => match writer.take(&message) {
+                    Err(_) if common.is_over() => {}
+                    taken => taken?,
+                },
             }
         }
     }
