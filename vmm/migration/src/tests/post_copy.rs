@@ -31,6 +31,9 @@ fn until(what: &str, mut until: impl FnMut() -> bool) {
     }
 }
 
+/// What the destination says, and its memory.
+type Arrived = (Result<Taken, DestinationError>, Option<Arc<MockMemory>>);
+
 /// A migration under way.
 struct Under {
     _dir: tempfile::TempDir,
@@ -42,7 +45,7 @@ struct Under {
     seen: Arc<Seen>,
     turns: Arc<Mutex<Vec<String>>>,
     source: JoinHandle<Result<Moved, NotMoved>>,
-    destination: JoinHandle<(Result<Taken, DestinationError>, Option<Arc<MockMemory>>)>,
+    destination: JoinHandle<Arrived>,
     dirtier: Dirtier,
 }
 
