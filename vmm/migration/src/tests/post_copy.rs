@@ -179,7 +179,8 @@ struct Ends {
     logs: bool,
 }
 
-const FAST: u64 = 1 << 30;
+/// Half a second.
+const FAST: u64 = 16 << 20;
 /// Three seconds for all of it.
 const SLOW: u64 = 3 << 20;
 
@@ -290,7 +291,7 @@ fn wherever_the_connection_is_lost_every_page_arrives() {
         .map(|round| {
             thread::spawn(move || {
                 let under = begin(|_| {}, false, FAST);
-                under.wait("a round", |under| under.handle.progress().rounds > 1);
+                under.wait("pages", |under| under.handle.progress().pages > 200);
                 under.handle.set_cap(Some(8 << 20));
                 under.handle.switch_to_post_copy();
                 under.phase(Phase::PostCopy);
