@@ -61,7 +61,8 @@ impl Sandbox for NoSandbox {
     }
 }
 
-/// A thread that owns `T` while it runs and gives it back when stopped.
+/// A thread that owns `T` while it runs and gives it back when stopped. `T` is kept when the thread ends by itself, and with it what others
+/// have sent there: a channel whose senders wait for answers is to belong to the body, which is gone by then.
 pub struct Worker<T> {
     thread: JoinHandle<()>,
     state: Receiver<T>,
@@ -110,6 +111,8 @@ impl<T: Send + 'static> Worker<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::SyncSender;
+
     use super::*;
 
     #[test]
@@ -123,6 +126,22 @@ mod tests {
         })
         .expect("spawn");
         assert_eq!(worker.stop(), Some(2));
+    }
+
+    #[test]
+    fn whoever_waits_for_an_answer_waits_no_longer_than_the_body() {
+        let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+        let (ask, asked) = sync_channel::<SyncSender<()>>(2);
+        let worker = Worker::spawn("_test", ThreadClass::Device, &sandbox, 1, move |_, _| {
+            // The first gets no answer, and the second comes too late.
+            drop(asked.recv());
+        });
+        for _ in 0..2 {
+            let (reply, answer) = sync_channel(1);
+            let _ = ask.send(reply);
+            assert!(answer.recv().is_err());
+        }
+        assert_eq!(worker.expect("spawn").stop(), Some(1));
     }
 
     #[test]

@@ -230,9 +230,11 @@ impl VhostUser {
             notify,
         });
         let (commands, orders) = channel();
-        let engine = Engine::new(shared.clone(), orders).map_err(PeerError::Thread)?;
+        let engine = Engine::new(shared.clone()).map_err(PeerError::Thread)?;
         let name = format!("{id}_vu");
-        let worker = Worker::spawn(&name, ThreadClass::VhostUser, sandbox, engine, Engine::run);
+        let worker = Worker::spawn(&name, ThreadClass::VhostUser, sandbox, engine, move |engine, stop| {
+            engine.run(&orders, stop);
+        });
         Ok(Self {
             shared,
             features,

@@ -97,7 +97,6 @@ enum Way {
 /// The state of the thread.
 pub(crate) struct Engine {
     shared: Arc<Shared>,
-    commands: Receiver<Command>,
     epoll: Epoll,
     link: Link,
     /// A daemon that connected and was not asked yet.
@@ -121,12 +120,11 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(crate) fn new(shared: Arc<Shared>, commands: Receiver<Command>) -> io::Result<Self> {
+    pub(crate) fn new(shared: Arc<Shared>) -> io::Result<Self> {
         let queues = shared.peer.kind.queue_sizes().len();
         let now = Instant::now();
         Ok(Self {
             shared,
-            commands,
             epoll: Epoll::new()?,
             link: Link::Down { since: now, next: now },
             waiting: None,
@@ -145,7 +143,7 @@ impl Engine {
     }
 
     /// Works until `stop` becomes readable.
-    pub(crate) fn run(&mut self, stop: &EventFd) {
+    pub(crate) fn run(&mut self, commands: &Receiver<Command>, stop: &EventFd) {
         let shared = self.shared.clone();
         let watched = self.watch(shared.wake.event().as_raw_fd(), WAKE);
         if let Err(error) = watched.and_then(|()| self.watch(stop.as_raw_fd(), STOP)) {
@@ -158,7 +156,7 @@ impl Engine {
         }
         let mut events = [EpollEvent::default(); 32];
         loop {
-            let timeout = self.work();
+            let timeout = self.work(commands);
             let count = match self.epoll.wait(timeout, &mut events) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
                 Ok(count) => count,
@@ -181,15 +179,15 @@ impl Engine {
     }
 
     /// Does what there is to do; returns how long nothing will be, in milliseconds, as `epoll_wait` takes it.
-    fn work(&mut self) -> i32 {
+    fn work(&mut self, commands: &Receiver<Command>) -> i32 {
         loop {
-            while let Ok(command) = self.commands.try_recv() {
+            while let Ok(command) = commands.try_recv() {
                 self.obey(command);
             }
             self.catch_up();
             let timeout = self.tend();
             // Whoever waits for a daemon takes note of the ring that came with an order. So one may be there by now that rings no more.
-            match self.commands.try_recv() {
+            match commands.try_recv() {
                 Ok(command) => self.obey(command),
                 Err(_) => return timeout,
             }

@@ -108,18 +108,19 @@ impl Pager {
             faults: VecDeque::new(),
             next: (0, 0),
             sealed: false,
-            orders: inbox,
             wake: wake.try_clone().map_err(&failed)?,
             shared: shared.clone(),
             events: events.clone(),
             report: report.clone(),
         };
-        let worker = Worker::spawn("pager", ThreadClass::Pager, sandbox, work, Work::run).map_err(&failed)?;
+        let worker = Worker::spawn("pager", ThreadClass::Pager, sandbox, work, move |work, stop| {
+            work.run(inbox, stop);
+        });
         Ok(Self {
             orders,
             wake,
             shared,
-            worker: Some(worker),
+            worker: Some(worker.map_err(&failed)?),
         })
     }
 
@@ -138,11 +139,12 @@ impl Pager {
             lacks,
         };
         self.order(Order::Add(place, reply));
-        // It is lost when the thread has ended, which says why itself.
-        match answer.recv().unwrap_or(Ok(())) {
-            Err(Lost::Fault(error)) => Err(error.into()),
-            Err(error) => Err(MachineError::MemoryLost(triarch_api::chain(&error))),
-            Ok(()) => Ok(()),
+        match answer.recv() {
+            Ok(Err(Lost::Fault(error))) => Err(error.into()),
+            Ok(Err(error)) => Err(MachineError::MemoryLost(triarch_api::chain(&error))),
+            Ok(Ok(())) => Ok(()),
+            // The thread has ended.
+            Err(_) => self.complete(),
         }
     }
 
@@ -259,7 +261,6 @@ struct Work {
     /// Place and chunk that nobody asked for and that come next.
     next: (usize, usize),
     sealed: bool,
-    orders: Receiver<Order>,
     wake: EventFd,
     shared: Arc<Shared>,
     events: Arc<EventLog>,
@@ -267,18 +268,26 @@ struct Work {
 }
 
 impl Work {
-    fn run(&mut self, stop: &EventFd) {
-        match self.serve(stop) {
-            Ok(true) => {
-                tracing::info!("all memory is there; where it came from is not needed any more");
-                self.tell(|standing| standing.complete = true);
-                self.events.post(&kind::VM_MEMORY_THERE, &[]);
-            }
-            Ok(false) => {}
-            Err(error) => self.lose(&triarch_api::chain(&error), stop),
-        }
+    fn run(&mut self, orders: Receiver<Order>, stop: &EventFd) {
+        let served = self.serve(&orders, stop);
+        let lost = match &served {
+            Ok(true) => None,
+            Ok(false) => Some("what it lacks is not waited for any more".to_owned()),
+            Err(error) => Some(triarch_api::chain(error)),
+        };
+        self.tell(|standing| (standing.complete, standing.lost) = (lost.is_none(), lost.clone()));
+        // Whoever waits for an answer waits no more.
+        drop(orders);
         if let Supply::Coming(shared) = &self.supply {
             shared.close();
+        }
+        match (served, lost) {
+            (Ok(true), _) => {
+                tracing::info!("all memory is there; where it came from is not needed any more");
+                self.events.post(&kind::VM_MEMORY_THERE, &[]);
+            }
+            (Err(_), Some(reason)) => self.lose(&reason, stop),
+            _ => {}
         }
     }
 
@@ -288,7 +297,7 @@ impl Work {
     }
 
     /// Works until all is there, or until `stop` becomes readable; returns whether all is.
-    fn serve(&mut self, stop: &EventFd) -> Result<bool, Lost> {
+    fn serve(&mut self, orders: &Receiver<Order>, stop: &EventFd) -> Result<bool, Lost> {
         let epoll = Epoll::new()?;
         let watch = |fd: RawFd| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, fd as u64));
         let own = [
@@ -325,7 +334,7 @@ impl Work {
                 return Ok(false);
             }
             let _ = self.wake.read();
-            self.obey();
+            self.obey(orders);
             self.look()?;
             match (self.faults.pop_front(), pending) {
                 (Some(at), _) => self.fault(at)?,
@@ -335,8 +344,8 @@ impl Work {
         }
     }
 
-    fn obey(&mut self) {
-        while let Ok(order) = self.orders.try_recv() {
+    fn obey(&mut self, orders: &Receiver<Order>) {
+        while let Ok(order) = orders.try_recv() {
             match order {
                 Order::Sealed => self.sealed = true,
                 Order::Coming(order) => self.obey_coming(order),
@@ -510,7 +519,6 @@ impl Work {
         let error = MachineError::MemoryLost(reason.to_owned()).to_string();
         tracing::error!("{error}");
         self.events.post(&kind::VM_FAILED, &[("error", error.as_str().into())]);
-        self.tell(|standing| standing.lost = Some(reason.to_owned()));
         (self.report)(GuestEvent::MemoryLost(reason.to_owned()));
         let deadline = std::time::Instant::now() + LAST_WORDS;
         while std::time::Instant::now() < deadline {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::mpsc::{RecvTimeoutError, Sender, SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,9 +18,6 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Lost, Pager, Supply, What, Work};
 use crate::MachineError;
 use crate::build::Report;
-
-/// How often whoever waits for the thread looks whether it is still there.
-const TICK: Duration = Duration::from_millis(50);
 
 /// What the thread is told.
 pub(super) enum Order {
@@ -120,14 +117,7 @@ impl Coming {
         let sent = self.orders.send(super::Order::Coming(order(reply)));
         sent.map_err(|_| gone())?;
         self.wake.write(1)?;
-        // What is sent when the thread has ended is kept, and nobody answers it.
-        loop {
-            match answer.recv_timeout(TICK) {
-                Ok(done) => return Ok(done),
-                Err(RecvTimeoutError::Timeout) if !self.shared.state().closed => {}
-                Err(_) => return Err(gone()),
-            }
-        }
+        answer.recv().map_err(|_| gone())
     }
 }
 

@@ -63,7 +63,6 @@ fn work(snapshot: &Snapshot, memory: &GuestMemory) -> Option<Work> {
         faults: VecDeque::new(),
         next: (0, 0),
         sealed: true,
-        orders: channel().1,
         wake: EventFd::new(EFD_NONBLOCK).expect("an event"),
         shared: Arc::default(),
         events: EventLog::new(),
@@ -224,7 +223,14 @@ fn nobody_waits_for_what_is_given_up() {
     coming.abandon();
     assert_eq!(waits.join().expect("no panic").expect("memory"), 0);
     assert_eq!(coming.remaining(), None);
-    drop(pager);
+    // Nor for the thread, which has ended and is still owned.
     assert!(coming.provide(START + PAGE, &[7; PAGE as usize]).is_err());
+    assert!(coming.missing().is_err());
+    let added = pager.place(&memory.memory(), What::Region(START, SIZE), PageSet::none(SIZE / PAGE));
+    for ended in [added, pager.complete()] {
+        let error = ended.expect_err("it will never be whole").to_string();
+        assert!(error.contains("not waited for"), "{error}");
+    }
+    drop(pager);
     assert!(coming.missing().is_err());
 }
