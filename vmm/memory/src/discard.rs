@@ -17,7 +17,12 @@ use crate::{Backing, GuestMemory, GuestMemoryHandle, GuestRegion, RamOptions};
 /// The smallest page of any guest, and the step in which addresses outside of memory are passed over.
 const STEP: u64 = 4096;
 
-/// Why pages could not be given back. Those before stay given back, which a guest that gave them up cannot see.
+/// Bytes of the parts of a region, from its begin, within which nobody divides its mappings. Private memory is given back part by part: older
+/// kernels, such as 6.12, leave out what is behind a place where a mapping is divided while they wait for whoever serves page faults, and do
+/// not tell so (`madvise_dontneed_free` in mm/madvise.c).
+pub const PART: u64 = 4 << 20;
+
+/// Why pages could not be given back. All others are, which a guest that gave them up cannot see.
 #[derive(Debug, Error)]
 #[error("the host does not take {len} bytes at {at:#x} of the guest's memory back")]
 pub struct DiscardError {
@@ -85,22 +90,23 @@ impl Discarder {
             return Ok(0);
         }
         let memory = self.memory.memory();
-        let mut done = 0;
+        let mut all = Ok(0);
         for (region, offset, len) in pieces(&memory, at, len) {
             let base = region.start_addr().raw_value();
             let (options, page) = (self.backing.of(base), self.pages.at(base));
             let end = (offset + len) / page * page;
             let start = offset.next_multiple_of(page);
             if start < end {
-                punch(region, start, end - start, options).map_err(|source| DiscardError {
+                let given = punch(region, start, end - start, options).map_err(|source| DiscardError {
                     at: base + start,
                     len: end - start,
                     source,
-                })?;
-                done += end - start;
+                });
+                // Whatever comes of one, the others are given back.
+                all = all.and_then(|done| given.map(|()| done + end - start));
             }
         }
-        Ok(done)
+        all
     }
 
     /// Takes memory of the host for all of `[at, at + len)` now, if that is what could run short later: a pool of huge pages, where a
@@ -139,28 +145,45 @@ fn pieces(memory: &GuestMemory, at: GuestAddress, len: u64) -> impl Iterator<Ite
     })
 }
 
-/// Gives `len` bytes from `offset` of `region` back, which are whole pages of its own.
+/// Where the parts of `[offset, offset + len)` of a region begin, and their bytes.
+fn parts(offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + len;
+    (offset / PART..end.div_ceil(PART)).map(move |part| {
+        let start = offset.max(part * PART);
+        (start, end.min((part + 1) * PART) - start)
+    })
+}
+
+/// Gives `len` bytes from `offset` of `region` back, which are whole pages of its own. After an error those of other
+/// [`PART`]s are given back all the same.
 pub(crate) fn punch(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) -> io::Result<()> {
+    let given = give_back(region, offset, len, options);
+    // Whoever copies the guest must copy the zeroes.
+    region.bitmap().mark_dirty(offset as usize, len as usize);
+    given
+}
+
+fn give_back(region: &GuestRegion, offset: u64, len: u64, options: &RamOptions) -> io::Result<()> {
     let shared = region.flags() & libc::MAP_SHARED != 0;
     match region.file_offset().filter(|_| shared) {
         // Unmapping would leave the pages in the file. Not by the file's descriptor: who serves page faults would not be told.
-        Some(_) if options.huge_pages.is_none() => advise(region, offset, len, libc::MADV_REMOVE)?,
+        Some(_) if options.huge_pages.is_none() => advise(region, offset, len, libc::MADV_REMOVE),
         Some(file) => {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             let (start, len) = (file.start() + offset, len);
             // SAFETY: the call takes no pointers. What it frees belongs to this region alone: `offset + len` is within it.
-            let done = unsafe { libc::fallocate64(file.file().as_raw_fd(), mode, start as i64, len as i64) };
-            if done != 0 {
-                return Err(io::Error::last_os_error());
+            match unsafe { libc::fallocate64(file.file().as_raw_fd(), mode, start as i64, len as i64) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
             }
         }
         // The page of the file would come back.
-        None if options.copy_on_write => renew(region, offset, len, options)?,
-        None => advise(region, offset, len, libc::MADV_DONTNEED)?,
+        None if options.copy_on_write => renew(region, offset, len, options),
+        None if options.huge_pages.is_some() => advise(region, offset, len, libc::MADV_DONTNEED),
+        None => parts(offset, len)
+            .map(|(offset, len)| advise(region, offset, len, libc::MADV_DONTNEED))
+            .fold(Ok(()), Result::and),
     }
-    // Whoever copies the guest must copy the zeroes.
-    region.bitmap().mark_dirty(offset as usize, len as usize);
-    Ok(())
 }
 
 pub(crate) fn advise(region: &GuestRegion, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
@@ -274,6 +297,16 @@ mod tests {
         assert_eq!(discarder.discard(GuestAddress(end), STEP * 4).expect("the end"), 0);
         assert_eq!(held(&discarder), 3 * MIB - 2 * STEP);
         assert!(discarder.is_memory(GuestAddress(MIB - 1)) && !discarder.is_memory(GuestAddress(MIB)));
+    }
+
+    #[test]
+    fn no_part_is_of_two() {
+        let all = |offset, len| parts(offset, len).collect::<Vec<_>>();
+        assert_eq!(all(STEP, PART - STEP), [(STEP, PART - STEP)]);
+        assert_eq!(all(PART, PART), [(PART, PART)]);
+        let found = all(PART - STEP, PART + 2 * STEP);
+        assert_eq!(found, [(PART - STEP, STEP), (PART, PART), (2 * PART, STEP)]);
+        assert_eq!(all(PART, 0), []);
     }
 
     #[test]

@@ -20,7 +20,7 @@ mod userfault;
 pub use backing::{Backing, ZoneRam, adopt_zones, allocate_zones};
 pub use content::read_content;
 pub use cow::map_copy_on_write;
-pub use discard::{DiscardError, Discarder};
+pub use discard::{DiscardError, Discarder, PART};
 pub use handed::{HandedError, Identity, adopt, adopt_region, check_handed, file_of, shared_file};
 pub use ram::{HugePages, MemoryError, RamOptions, allocate};
 pub use regions::{allocate_region, gaps, insert, remove};

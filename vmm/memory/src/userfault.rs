@@ -9,6 +9,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 
 use crate::GuestRegion;
+use crate::discard::PART;
 
 /// Where the kernel hands out what the system call does, to whoever may open it.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -236,20 +237,25 @@ impl Userfault {
     }
 
     /// Faults in `len` bytes at address `at` are the kernel's from now on, which provides zeroes. Whoever waits for a page there goes on.
+    ///
+    /// # Errors
+    /// These are no whole [`PART`]s of a region, of which the last may be shorter; or the process has too many mappings (ENOMEM).
     pub fn release(&self, at: u64, len: u64) -> io::Result<()> {
-        self.inside(at, len)?;
+        let region = self.inside(at, len)?;
+        let is_whole = |address: u64| (address - region.start).is_multiple_of(PART) || address == region.end;
+        if !is_whole(at) || !is_whole(at + len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let mut argument = RangeArgument { start: at, len };
         control(&self.fd, UFFDIO_UNREGISTER, &mut argument)
     }
 
-    /// Nobody but guest memory is provided with anything.
-    fn inside(&self, at: u64, len: u64) -> io::Result<()> {
+    /// The region of these bytes: nobody but guest memory is provided with anything.
+    fn inside(&self, at: u64, len: u64) -> io::Result<&Range<u64>> {
         let end = at.checked_add(len);
-        let inside = |region: &Range<u64>| at >= region.start && end.is_some_and(|end| end <= region.end);
-        match self.regions.iter().any(inside) {
-            true => Ok(()),
-            false => Err(io::ErrorKind::InvalidInput.into()),
-        }
+        let inside = |region: &&Range<u64>| at >= region.start && end.is_some_and(|end| end <= region.end);
+        let found = self.regions.iter().find(inside);
+        found.ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 }
 
@@ -348,6 +354,43 @@ mod tests {
             assert_eq!(third.join().expect("read"), 0);
             assert_eq!(map.read_obj::<u8>(GuestAddress(4096)).expect("memory"), 7);
             assert!(userfault.zero(start, 4096).expect("nobody waits"));
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_while_registrations_end_is_all_given_back() {
+        let size = 2 * PART;
+        for shared in [false, true].repeat(8) {
+            let options = RamOptions {
+                shared,
+                ..RamOptions::default()
+            };
+            let memory = GuestMemoryHandle::new(allocate(&[(GuestAddress(0), size)], &options).expect("allocate"));
+            let map = memory.memory();
+            map.write_slice(&vec![7; size as usize], GuestAddress(0)).expect("fill");
+            let mut userfault = match Userfault::new() {
+                Err(UserfaultError::Forbidden(error)) => return eprintln!("not tried: {error}"),
+                other => other.expect("userfaultfd"),
+            };
+            let region = map.find_region(GuestAddress(0)).expect("a region");
+            userfault.register(region).expect("register");
+            let start = region.as_ptr() as u64;
+            assert!(userfault.release(start + 4096, size - 4096).is_err(), "half a part");
+            let len = size - 2 * 4096;
+            let discarder = Discarder::new(memory.clone(), options).expect("a page size");
+            let discard = thread::spawn(move || discarder.discard(GuestAddress(4096), len).expect("discard"));
+            wait(&mut userfault);
+            // Who gives it back waits for that, and may find two mappings then.
+            userfault.release(start, PART).expect("release");
+            while !discard.is_finished() {
+                userfault.faults().expect("faults");
+                thread::yield_now();
+            }
+            assert_eq!(discard.join().expect("discarded"), len);
+            userfault.release(start, size).expect("release");
+            let byte = |at| map.read_obj::<u8>(GuestAddress(at)).expect("memory");
+            let found = [4095, 4096, PART - 1, PART, size - 4097, size - 4096].map(byte);
+            assert_eq!(found, [7, 0, 0, 0, 0, 7], "shared {shared}");
         }
     }
 }

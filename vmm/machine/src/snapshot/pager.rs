@@ -38,6 +38,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::build::Report;
 use crate::{GuestEvent, MachineError};
 
+const _: () = assert!(CHUNK as u64 == triarch_memory::PART, "chunks are released one by one");
+
 /// How long the controller has to end the process in order when memory is lost. It may itself wait for a page.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
