@@ -82,7 +82,7 @@ pub struct SendMigration {
     pub tls: Option<MigrationTls>,
     /// Whether the memory's descriptors are handed over to the other VMM, on this host by `unix:`, instead of copying what is in it. The
     /// guest must have shared memory; nothing is sent, so that `connections`, `bandwidth`, `throttle`, `compress` and `downtime_ms` mean
-    /// nothing.
+    /// nothing. Not with `post_copy`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub local: bool,
 }
@@ -110,6 +110,10 @@ impl SendMigration {
     /// Whether all of it can be done.
     pub fn validate(&self) -> Result<(), ApiError> {
         let bad = |text: String| Err(ApiError::BadRequest(text));
+        one_way(
+            self.local,
+            self.post_copy || self.timeout_strategy == TimeoutStrategy::PostCopy,
+        )?;
         if !(1..=MAX_CONNECTIONS).contains(&self.connections) {
             return bad(format!(
                 "connections: {} is not between 1 and {MAX_CONNECTIONS}",
@@ -135,6 +139,17 @@ impl SendMigration {
             return bad("recover_s: it is for post_copy, which was not asked for".to_owned());
         }
         Ok(())
+    }
+}
+
+/// Refuses what excludes each other: memory that is handed over is there when the guest runs.
+fn one_way(local: bool, post_copy: bool) -> Result<(), ApiError> {
+    match local && post_copy {
+        true => Err(ApiError::BadRequest(
+            "local: memory that is handed over is all there when the guest runs; leave post_copy out, or local"
+                .to_owned(),
+        )),
+        false => Ok(()),
     }
 }
 
@@ -174,6 +189,16 @@ pub struct CheckMigration {
     /// Whether memory would be handed over within this host.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub local: bool,
+    /// Whether the guest might run there before all of its memory is there. Not with `local`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub post_copy: bool,
+}
+
+impl CheckMigration {
+    /// Whether it can be asked.
+    pub fn validate(&self) -> Result<(), ApiError> {
+        one_way(self.local, self.post_copy)
+    }
 }
 
 /// Answer of `vm.check-migration`.
@@ -450,5 +475,37 @@ mod tests {
         ] {
             assert_eq!(bad.validate().expect_err("refused").status(), status, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn memory_goes_one_way() {
+        let local = SendMigration {
+            local: true,
+            ..SendMigration::default()
+        };
+        assert_eq!(local.validate(), Ok(()));
+        let send = |change: fn(&mut SendMigration)| {
+            let mut both = local.clone();
+            change(&mut both);
+            both.validate()
+        };
+        let check = |local, post_copy| {
+            let question = CheckMigration {
+                local,
+                post_copy,
+                ..CheckMigration::default()
+            };
+            question.validate()
+        };
+        for both in [
+            send(|both| both.post_copy = true),
+            send(|both| both.timeout_strategy = TimeoutStrategy::PostCopy),
+            check(true, true),
+        ] {
+            let error = both.expect_err("refused");
+            assert_eq!(error.status(), 400);
+            assert!(error.to_string().contains("leave post_copy out, or local"), "{error}");
+        }
+        assert_eq!((check(true, false), check(false, true)), (Ok(()), Ok(())));
     }
 }

@@ -246,7 +246,7 @@ impl Destination {
             if let Some((stream, hello)) = self.greeted(stream) {
                 match hello.role {
                     Role::Control | Role::PostCopy => return Ok((stream, hello)),
-                    Role::Check => self.look(stream, sink),
+                    Role::Check | Role::CheckPostCopy => self.look(stream, hello.role, sink),
                     Role::Data(_) | Role::Ask | Role::Demand | Role::Push => {
                         tracing::warn!("a stream came that is of no migration here");
                     }
@@ -256,12 +256,13 @@ impl Destination {
     }
 
     /// Answers a source that only asks. What comes of that matters to nobody here.
-    fn look(&self, mut stream: Stream, sink: &mut dyn Sink) {
+    fn look(&self, mut stream: Stream, role: Role, sink: &mut dyn Sink) {
         // Others wait meanwhile.
         let wait = self.listener.deadlines.hello();
         stream.set_message_time(wait);
         let answered = self.welcome(&mut stream).and_then(|()| {
-            let (offer, handed) = match hand_over::offered(&mut stream, wait, "say what its guest is")? {
+            let post_copy = role == Role::CheckPostCopy;
+            let (offer, handed) = match hand_over::offered(&mut stream, wait, "say what its guest is", post_copy)? {
                 (Message::Offer(offer), handed) => (offer, handed),
                 (other, _) => return Err(unexpected(&other, "an offer")),
             };
@@ -346,7 +347,7 @@ impl Destination {
                     self.welcome(&mut stream)?;
                     *place = Some(stream);
                 }
-                _ if theirs.role != Role::Check => tracing::warn!("a stream came that is not of this migration"),
+                _ if !theirs.role.checks() => tracing::warn!("a stream came that is not of this migration"),
                 // Who only asks may know why there is no answer.
                 _ => {
                     let why = Message::Abort("another guest is being moved here");

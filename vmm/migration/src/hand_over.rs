@@ -48,19 +48,29 @@ pub(crate) fn send(stream: &mut Stream, handed: &Handed) -> Result<(), StreamErr
     Ok(())
 }
 
-/// The message that is to be the offer, and what came before it: `what` says what the other side should do.
+/// The message that is to be the offer, and what came before it: `what` says what the other side should do. `post_copy`: the stream is of a
+/// guest that may run before all of its memory is there, which [`Offer::post_copy`](crate::Offer::post_copy) tells, and nothing of it is
+/// handed over.
 pub(crate) fn offered<'a>(
     stream: &'a mut Stream,
     wait: Duration,
     what: &'static str,
+    post_copy: bool,
 ) -> Result<(Message<'a>, Option<Handed>), StreamError> {
     let mut came = stream.take(wait, what)?;
     let mut handed = None;
     if let Message::Files { count, places } = stream.message(came)? {
+        if post_copy {
+            let both = "memory that is handed over, of a guest that would run before it is there";
+            return Err(WireError::Invalid(both).into());
+        }
         handed = Some(receive(stream, count, places)?);
         came = stream.take(wait, what)?;
     }
-    let message = stream.message(came)?;
+    let mut message = stream.message(came)?;
+    if let Message::Offer(offer) = &mut message {
+        offer.post_copy = post_copy;
+    }
     match (&message, &handed) {
         (Message::Offer(offer), Some(handed)) if handed.places.len() != offer.layout.regions().len() => {
             Err(WireError::Invalid("files for another number of regions than the guest has").into())

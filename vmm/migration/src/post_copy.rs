@@ -28,7 +28,7 @@ use std::time::Duration;
 use crate::wire::{MAX_RUNS, Runs};
 
 /// How it is done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PostCopy {
     /// For how long a lost connection is tried again without being asked. `None`: until it is there, or somebody gives up.
     pub recover: Option<Duration>,

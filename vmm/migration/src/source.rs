@@ -71,7 +71,8 @@ pub struct SourceOptions {
     pub compress: bool,
     /// What to keep to.
     pub limits: Limits,
-    /// Whether, and how, the guest may run at the destination before all of its memory is there.
+    /// Whether, and how, the guest may run at the destination before all of its memory is there. No destination takes that with
+    /// [`hand_over`](Self::hand_over).
     pub post_copy: Option<PostCopy>,
     /// How long to wait for what.
     pub deadlines: Deadlines,

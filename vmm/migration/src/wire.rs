@@ -43,7 +43,8 @@ pub(crate) const MAX_TEXT: usize = 4096;
 /// What tells a session from others, and who belongs to it: random, and said to the destination only.
 pub(crate) type Token = [u8; 16];
 
-/// What a message is. Those from 64 on are of post-copy, and come only where that was agreed upon by [`Role::PostCopy`].
+/// What a message is. `Files` comes only where memory is handed over, before the offer. Those from 64 on are of post-copy, and come only in
+/// sessions that [`Role::PostCopy`] began, where nothing is handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Kind {
@@ -201,12 +202,19 @@ pub(crate) enum Role {
     Demand,
     /// The same, for those that nobody waits for.
     Push,
+    /// As [`Check`](Self::Check), of a guest that could run before all of its memory is there.
+    CheckPostCopy,
 }
 
 impl Role {
     /// Whether it begins a session.
     pub(crate) fn begins(self) -> bool {
         matches!(self, Self::Control | Self::PostCopy)
+    }
+
+    /// Whether it only asks.
+    pub(crate) fn checks(self) -> bool {
+        matches!(self, Self::Check | Self::CheckPostCopy)
     }
 }
 

@@ -179,8 +179,11 @@ pub(crate) enum Command {
         #[command(flatten)]
         tls: Tls,
         /// Ask for a move that hands memory over within this host
-        #[arg(long)]
+        #[arg(long, conflicts_with = "post_copy")]
         local: bool,
+        /// Ask for a move that lets the guest run there before all of its memory came
+        #[arg(long)]
+        post_copy: bool,
     },
     /// Change a migration that is under way
     SetMigration {
@@ -264,7 +267,7 @@ pub(crate) struct SendMigration {
     #[command(flatten)]
     pub(crate) tls: Tls,
     /// Hand the descriptors of shared memory over within this host, instead of copying it
-    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "throttle", "compress", "downtime"])]
+    #[arg(long, conflicts_with_all = ["connections", "bandwidth", "throttle", "compress", "downtime", "post_copy"])]
     pub(crate) local: bool,
     /// Milliseconds for which the guest may stand still
     #[arg(long, value_name = "MS", default_value_t = 300)]

@@ -112,12 +112,18 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             session.patient();
             session.put_json(Operation::ReceiveMigration, &body)
         }
-        Command::CheckMigration { to, tls, local } => {
+        Command::CheckMigration {
+            to,
+            tls,
+            local,
+            post_copy,
+        } => {
             let tls = tls.into_request()?;
             session.check_migration(&CheckMigration {
                 destination_url: to,
                 tls,
                 local,
+                post_copy,
             })
         }
         Command::SetMigration {

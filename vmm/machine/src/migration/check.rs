@@ -9,7 +9,9 @@ use triarch_api::{
     RestoreConfig, VmConfig,
 };
 use triarch_arch::CpuPlan;
-use triarch_migration::{Blocker, Check, Deadlines, Handed, Layout, Limits, MAX_BLOCKERS, Part, Region, SourceOptions};
+use triarch_migration::{
+    Blocker, Check, Deadlines, Handed, Layout, Limits, MAX_BLOCKERS, Part, PostCopy, Region, SourceOptions,
+};
 
 use super::call::Caller;
 use super::destination::{check_architecture, configured, moved, same_size};
@@ -17,7 +19,7 @@ use super::hand_over::{self, Given, Ran};
 use super::memory::{self, Prepared};
 use super::offer::{OfferedCpusV1, OfferedV1};
 use super::source::refusal;
-use super::{address, tls_files, unmovable};
+use super::{address, post_copy, tls_files, unmovable};
 use crate::backends::{End, HandedTaps, Opener};
 use crate::configured::DeviceConfig;
 use crate::control::Controller;
@@ -70,6 +72,7 @@ impl Controller {
     }
 
     fn question(&mut self, config: &CheckMigration) -> Result<Question, ApiError> {
+        config.validate()?;
         let options = SourceOptions {
             address: address("destination_url", &config.destination_url)?,
             tls: config.tls.as_ref().map(tls_files),
@@ -77,7 +80,8 @@ impl Controller {
             hand_over: config.local,
             compress: false,
             limits: Limits::default(),
-            post_copy: None,
+            // Nothing is moved, and no connection lost.
+            post_copy: config.post_copy.then(PostCopy::default),
             deadlines: Deadlines {
                 silence: SILENCE,
                 ..Deadlines::default()
@@ -101,6 +105,10 @@ impl Controller {
             false => None,
         };
         ours.extend(private);
+        if config.post_copy {
+            ours.extend(post_copy::served(machine.devices().served()));
+            ours.extend(post_copy::of_huge_pages(vm));
+        }
         let check = Check::new(options, regions, handed).map_err(refusal)?;
         Ok((check, offered, cpus, ours))
     }
@@ -112,13 +120,18 @@ impl Controller {
         cpus: &[u8],
         layout: &Layout,
         handed: Option<Handed>,
+        post_copy: bool,
     ) -> Result<Vec<Blocker>, MachineError> {
         let mut found = Found::default();
         let Some(offer) = found.of(Part::Host, "", OLDER, read_offer(offered)) else {
             return Ok(found.0);
         };
-        let given = handed.map(|handed| Given::new(handed, layout));
-        self.look_at_configuration(&offer, layout, given, &mut found)?;
+        let comes = match handed {
+            Some(handed) => Comes::Handed(Given::new(handed, layout)),
+            None if post_copy => Comes::Later,
+            None => Comes::Copied,
+        };
+        self.look_at_configuration(&offer, layout, comes, &mut found)?;
         self.look_at_features(cpus, &mut found);
         Ok(found.0)
     }
@@ -127,7 +140,7 @@ impl Controller {
         &mut self,
         offer: &OfferedV1,
         layout: &Layout,
-        given: Option<Given>,
+        comes: Comes,
         found: &mut Found,
     ) -> Result<(), MachineError> {
         const OVER: &str = "give what fits with config of vm.receive-migration";
@@ -152,7 +165,7 @@ impl Controller {
         }
         self.look_at_devices(&vm, &taps, offer, found);
         look_at_sockets(&vm, found);
-        look_at_memory(&vm, layout, given, found);
+        look_at_memory(&vm, layout, comes, found);
         Ok(())
     }
 
@@ -314,7 +327,15 @@ fn free(path: &Path, sockets: &str) -> Result<(), MachineError> {
     }
 }
 
-fn look_at_memory(vm: &VmConfig, layout: &Layout, given: Option<Given>, found: &mut Found) {
+/// How memory would come.
+enum Comes {
+    Copied,
+    Handed(Given),
+    /// Some of it when the guest runs.
+    Later,
+}
+
+fn look_at_memory(vm: &VmConfig, layout: &Layout, comes: Comes, found: &mut Found) {
     const MORE: &str = "choose a host with as much free, or move other guests away first";
     const SAME: &str = "leave memory as it is in config of vm.receive-migration";
     let mut vm = vm.clone();
@@ -323,12 +344,15 @@ fn look_at_memory(vm: &VmConfig, layout: &Layout, given: Option<Given>, found: &
     for zone in vm.memory.zones.iter_mut().flatten() {
         zone.prefault = false;
     }
-    let Some(mut given) = given else {
-        found.of(Part::Memory, "", MORE, Prepared::new(&vm, layout, None));
+    if let Comes::Handed(mut given) = comes {
+        let made = Prepared::new(&vm, layout, Some(&mut given));
+        found.of(Part::Memory, "", SAME, made.and_then(|_| given.end()));
         return;
-    };
-    let made = Prepared::new(&vm, layout, Some(&mut given));
-    found.of(Part::Memory, "", SAME, made.and_then(|_| given.end()));
+    }
+    let made = found.of(Part::Memory, "", MORE, Prepared::new(&vm, layout, None));
+    if let (Some((_, there)), Comes::Later) = (made, comes) {
+        found.of(Part::Memory, "", post_copy::WITHOUT, there.check_faults());
+    }
 }
 
 /// Why a destination cannot say.

@@ -69,9 +69,10 @@ impl Sink for Proxy {
 
     fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker> {
         let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
+        let post_copy = offer.post_copy;
         let found = self
             .caller
-            .call(move |controller| controller.in_the_way(&config, &cpu, &layout, handed));
+            .call(move |controller| controller.in_the_way(&config, &cpu, &layout, handed, post_copy));
         found.unwrap_or_else(|error| vec![ends(&*error)])
     }
 

@@ -12,7 +12,7 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::call::Caller;
 use super::memory::There;
-use super::{Role, Running, cap, refuse};
+use super::{Role, Running, cap};
 use crate::control::Controller;
 use crate::snapshot::{Coming, Pager};
 use crate::{GuestEvent, MachineError, Message};
@@ -114,21 +114,31 @@ pub(super) fn tell(caller: &Caller, turn: Turn<'_>) {
     caller.post(move |controller| controller.post_copy_turn(lost.as_deref(), again));
 }
 
-/// Refuses a guest with what cannot be provided page by page.
-pub(super) fn refuse_at_source(vm: &VmConfig, served: &[(String, VhostUserHandle)]) -> Result<(), ApiError> {
-    const WITHOUT: &str = "move the guest without post_copy";
-    let blocker = |what, name: &str, reason: String| Blocker {
+/// What else can be done with a guest that cannot be moved by post-copy.
+pub(super) const WITHOUT: &str = "move the guest without post_copy";
+
+fn blocker(what: Part, name: &str, reason: String) -> Blocker {
+    Blocker {
         what,
         name: name.to_owned(),
         reason,
         remedy: WITHOUT.to_owned(),
-    };
+    }
+}
+
+/// The devices of `served` that keep a guest from it.
+pub(super) fn served(served: &[(String, VhostUserHandle)]) -> Vec<Blocker> {
     let daemons = served.iter().map(|(id, _)| {
         let reason = format!(
             "device '{id}': its daemon would have to wait for memory that comes later (VHOST_USER_POSTCOPY_*), which is not done"
         );
         blocker(Part::Device, id, reason)
     });
+    daemons.collect()
+}
+
+/// What of the memory cannot be provided page by page.
+pub(super) fn of_huge_pages(vm: &VmConfig) -> Vec<Blocker> {
     let zones = vm.memory.zones.iter().flatten();
     let zones = zones.filter(|zone| zone.hugepages).map(|zone| {
         let reason = format!(
@@ -141,9 +151,7 @@ pub(super) fn refuse_at_source(vm: &VmConfig, served: &[(String, VhostUserHandle
         let reason = "memory is of huge pages, which cannot come one by one later".to_owned();
         blocker(Part::Memory, "", reason)
     });
-    refuse(daemons.collect(), ApiError::Unsupported)?;
-    // Another configuration of the VM mends that.
-    refuse(zones.chain(huge).collect(), ApiError::BadRequest)
+    zones.chain(huge).collect()
 }
 
 impl There {
@@ -191,12 +199,14 @@ mod tests {
     #[test]
     fn memory_that_cannot_come_later_is_refused_by_name() {
         let mut vm = VmConfig::default();
-        assert!(refuse_at_source(&vm, &[]).is_ok());
+        assert_eq!(of_huge_pages(&vm), []);
         vm.memory.hugepages = true;
-        let error = refuse_at_source(&vm, &[]).expect_err("refused").to_string();
+        let found = of_huge_pages(&vm);
+        assert_eq!(found.len(), 1);
+        let text = found[0].to_string();
         assert!(
-            error.contains("huge pages") && error.contains("without post_copy"),
-            "{error}"
+            text.contains("huge pages") && text.contains("without post_copy"),
+            "{text}"
         );
     }
 }

@@ -181,7 +181,9 @@ impl Controller {
             refuse(hand_over::private(vm), ApiError::BadRequest)?;
         }
         if config.post_copy {
-            post_copy::refuse_at_source(vm, served)?;
+            refuse(post_copy::served(served), ApiError::Unsupported)?;
+            // As above.
+            refuse(post_copy::of_huge_pages(vm), ApiError::BadRequest)?;
         }
         if let Some(pager) = &machine.pager {
             // What the guest has not touched yet is in its snapshot.

@@ -143,9 +143,8 @@ impl<'a> Session<'a> {
         data: Vec<Stream>,
         sandbox: &Arc<dyn Sandbox>,
     ) -> Result<(), DestinationError> {
-        let post_copy = self.aside.is_some();
-        let offered = hand_over::offered(&mut self.control, self.deadlines.silence, "say what its guest is")?;
-        let (mut offer, handed) = match offered {
+        let (wait, what) = (self.deadlines.silence, "say what its guest is");
+        let (offer, handed) = match hand_over::offered(&mut self.control, wait, what, self.aside.is_some())? {
             (Message::Offer(offer), handed) => (offer, handed),
             (Message::Abort(reason), _) => return Err(DestinationError::Refused(reason.to_owned())),
             (other, _) => return Err(unexpected(&other, "an offer").into()),
@@ -154,7 +153,6 @@ impl<'a> Session<'a> {
             Some(_) => Phase::HandingOver,
             None => Phase::Copying,
         };
-        offer.post_copy = post_copy;
         self.handle.set_total(offer.layout.len());
         self.prepared = true;
         let what = "make a machine for the guest";

@@ -39,12 +39,16 @@ impl Check {
     pub fn run(self, config: &[u8], cpu: &[u8]) -> Result<Vec<Blocker>, SourceError> {
         fits(config, cpu)?;
         let interrupt = Interrupt::default();
-        let mut stream = connect(&self.dialer, &self.options, &interrupt, random()?, Role::Check)?;
+        let role = match self.options.post_copy {
+            Some(_) => Role::CheckPostCopy,
+            None => Role::Check,
+        };
+        let mut stream = connect(&self.dialer, &self.options, &interrupt, random()?, role)?;
         let offer = Offer {
             layout: self.layout,
             config,
             cpu,
-            post_copy: false,
+            post_copy: self.options.post_copy.is_some(),
         };
         if let Some(handed) = &self.handed {
             hand_over::send(&mut stream, handed)?;

@@ -96,6 +96,7 @@ fn hello(rest: &mut Rest) -> Result<Hello, WireError> {
         (4, 0) => Role::PostCopy,
         (5, 0) => Role::Demand,
         (6, 0) => Role::Push,
+        (7, 0) => Role::CheckPostCopy,
         _ => return Err(WireError::Invalid("a stream that is for nothing known")),
     };
     let vmm = rest.text()?.to_owned();

@@ -97,6 +97,7 @@ fn put_hello(hello: &Hello, out: &mut Vec<u8>) {
         Role::PostCopy => (4, 0),
         Role::Demand => (5, 0),
         Role::Push => (6, 0),
+        Role::CheckPostCopy => (7, 0),
     };
     for number in [role, index, hello.streams] {
         out.extend_from_slice(&u16::to_le_bytes(number));

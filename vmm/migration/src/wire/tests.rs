@@ -54,6 +54,7 @@ fn samples() -> Vec<Message<'static>> {
         hello(Role::PostCopy),
         hello(Role::Demand),
         hello(Role::Push),
+        hello(Role::CheckPostCopy),
         Message::Welcome("0.1.0".into()),
         Message::Offer(Offer {
             layout: layout.expect("a layout"),

@@ -5,7 +5,7 @@ use super::super::dimms;
 use super::super::guest::{Guest, builder, number, test_ram};
 use super::super::payload_tests;
 use super::super::snapshot::same_machine;
-use super::{MIB, Waiting, begin, joined, moved, progress, send, to, with_disk};
+use super::{MIB, Waiting, begin, joined, lay, moved, progress, send, to, with_disk};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -238,6 +238,15 @@ fn what_cannot_be_handed_over_is_refused(context: &Context) -> Result<Outcome> {
     let api = guest.vm().api()?.clone();
     let words = ["the guest's memory is private", "shared=on"];
     api.refused("vm.send-migration", &to(&waiting.address, &local()), 400, &words)?;
+    for (route, more) in [
+        ("vm.send-migration", json!({ "post_copy": true })),
+        ("vm.send-migration", json!({ "timeout_strategy": "PostCopy" })),
+        ("vm.check-migration", json!({ "post_copy": true })),
+    ] {
+        let mut body = to(&waiting.address, &local());
+        lay(&mut body, &more);
+        api.refused(route, &body, 400, &["leave post_copy out, or local"])?;
+    }
     guest.ask("hello")?;
     guest.power_off()?;
     let mut guest = shared(context)?;

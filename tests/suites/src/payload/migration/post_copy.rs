@@ -2,7 +2,7 @@
 
 use super::super::guest::{Guest, SERIAL, builder, number, test_ram};
 use super::super::payload_tests;
-use super::{MIB, Waiting, begin, copying, events, joined, lay, progress};
+use super::{MIB, Waiting, begin, copying, events, joined, lay, progress, to};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
@@ -376,6 +376,12 @@ fn who_did_not_allow_it_is_refused(context: &Context) -> Result<Outcome> {
     guest.ask(&format!("mem fill {} {} 5", test_ram(), 16 * MIB))?;
     let here = guest.vm().api()?.clone();
     let waiting = Waiting::start(context, "unix", &json!({}))?;
+    let asked = to(&waiting.address, &json!({ "post_copy": true }));
+    let answer = here.put("vm.check-migration", Some(&asked.to_string()))?;
+    ensure!(
+        serde_json::from_str::<Value>(&answer)?["blockers"] == json!([]),
+        "{answer}"
+    );
     let without = json!({ "timeout_strategy": "PostCopy" });
     let error = joined(begin(&guest, &waiting.address, &without)?)
         .err()

@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use triarch_device_core::{NoSandbox, Sandbox};
 
-use super::super::mock::{Fails, MockSink, World, deadlines, destination_options, regions, socket};
+use super::super::mock::{
+    Fails, MockSink, World, blocker, deadlines, destination_options, regions, socket, source_options,
+};
 use super::lazy::{LazySink, MockLacking, Seen};
 use crate::connect::Dialer;
 use crate::stream::{Interrupt, Stream};
 use crate::wire::{Hello, Kind, MAX_WANTED, Message, Pages, Role, Runs, Token, encode};
-use crate::{Address, Destination, DestinationError, Handle, Lacking, Layout, Offer, PAGE, Taken};
+use crate::{
+    Address, Check, Destination, DestinationError, Handle, Lacking, Layout, Offer, PAGE, PostCopy, SourceOptions, Taken,
+};
 
 const WAIT: Duration = Duration::from_secs(20);
 const TOKEN: Token = [5; 16];
@@ -40,8 +44,15 @@ fn pages(gpa: u64, count: u64) -> Runs {
 
 type Ended = thread::JoinHandle<Result<Taken, DestinationError>>;
 
-/// A session that said `missing` and then all of the state. Control, what is wanted, what is pushed.
-fn session(missing: Runs) -> (tempfile::TempDir, Address, Ended, Arc<Seen>, [Stream; 3]) {
+/// A session that has all its streams. Control, memory, what is wanted, what is pushed.
+fn begun() -> (tempfile::TempDir, Address, Ended, Arc<Seen>, [Stream; 4]) {
+    let (dir, address, ended, seen) = waits(false);
+    let streams = [Role::PostCopy, Role::Data(0), Role::Demand, Role::Push].map(|role| connect(&address, role));
+    (dir, address, ended, seen, streams)
+}
+
+/// A destination.
+fn waits(no_faults: bool) -> (tempfile::TempDir, Address, Ended, Arc<Seen>) {
     let (dir, address) = socket();
     let destination = Destination::bind(destination_options(&address)).expect("listens");
     let (world, seen) = (Arc::<World>::default(), Arc::<Seen>::default());
@@ -51,13 +62,16 @@ fn session(missing: Runs) -> (tempfile::TempDir, Address, Ended, Arc<Seen>, [Str
         let mut sink = LazySink {
             sink: MockSink::new(&world, Fails::Nothing),
             seen: theirs,
-            no_faults: false,
+            no_faults,
         };
         destination.run(&mut sink, &Handle::new(None), &sandbox)
     });
-    let mut control = connect(&address, Role::PostCopy);
-    let mut data = connect(&address, Role::Data(0));
-    let (demand, push) = (connect(&address, Role::Demand), connect(&address, Role::Push));
+    (dir, address, ended, seen)
+}
+
+/// A session that said `missing` and then all of the state. Control, what is wanted, what is pushed.
+fn session(missing: Runs) -> (tempfile::TempDir, Address, Ended, Arc<Seen>, [Stream; 3]) {
+    let (dir, address, ended, seen, [mut control, mut data, demand, push]) = begun();
     let offer = Offer {
         layout: Layout::new(regions()).expect("a layout"),
         config: b"config",
@@ -79,6 +93,42 @@ fn session(missing: Runs) -> (tempfile::TempDir, Address, Ended, Arc<Seen>, [Str
     let _ = data.send(&Message::End);
     let _ = control.send(&Message::Complete);
     (dir, address, ended, seen, [control, demand, push])
+}
+
+#[test]
+fn memory_that_is_handed_over_does_not_come_later() {
+    let (_dir, _address, ended, _seen, [mut control, _data, _demand, _push]) = begun();
+    let files = Message::Files {
+        count: 1,
+        places: vec![(0, 0); regions().len()],
+    };
+    control.send(&files).expect("sent");
+    let told = control.receive(WAIT, "refuse it");
+    assert!(
+        matches!(told, Ok(Message::Abort(why)) if why.contains("handed over")),
+        "{told:?}"
+    );
+    let _ = control.send(&Message::End);
+    assert!(ended.join().expect("no panic").is_err());
+}
+
+#[test]
+fn who_asks_is_told_whether_memory_may_come_later() {
+    let (_dir, address, ended, _seen) = waits(true);
+    let ask = |post_copy: Option<PostCopy>| {
+        let options = SourceOptions {
+            post_copy,
+            ..source_options(&address)
+        };
+        let check = Check::new(options, regions(), None).expect("a question");
+        check.run(b"config", b"cpu").expect("an answer")
+    };
+    assert_eq!(ask(None), []);
+    assert_eq!(ask(Some(PostCopy::default())), [blocker(0)]);
+    let mut control = connect(&address, Role::PostCopy);
+    let _ = control.send(&Message::Abort("enough"));
+    drop(control);
+    assert!(ended.join().expect("no panic").is_err());
 }
 
 fn lacks(demand: &mut Stream) -> Vec<(u64, u64)> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use triarch_state::Payloads;
 
-use super::super::mock::{MockGuest, MockMemory, MockSink, P};
+use super::super::mock::{MockGuest, MockMemory, MockSink, P, blocker};
 use crate::{Blocker, Cause, Guest, Handed, Lacking, Offer, PAGE, Sink, Target, Turn};
 
 /// Memory of which some is missing, and threads that wait for it.
@@ -118,7 +118,10 @@ impl Sink for LazySink {
     }
 
     fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker> {
-        self.sink.check(offer, handed)
+        match offer.post_copy && self.no_faults {
+            true => vec![blocker(0)],
+            false => self.sink.check(offer, handed),
+        }
     }
 
     fn lack(&mut self, missing: &[Range<u64>]) -> Result<Arc<dyn Lacking>, Cause> {
