@@ -101,7 +101,7 @@ const NOT_ON_AMD: [&str; 16] = [
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 161] = [
+const NOT_ON_ARM: [&str; 168] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
     "migration::daemons::linux_6_1_goes_back_and_forth",
@@ -213,6 +213,13 @@ const NOT_ON_ARM: [&str; 161] = [
     "payload::migration::local::a_destination_that_fails_changes_nothing",
     "payload::migration::local::it_is_asked_for_before",
     "payload::migration::memory_that_was_given_back_is_empty",
+    "payload::migration::post_copy::what_does_not_converge_ends_in_post_copy",
+    "payload::migration::post_copy::memory_comes_when_it_is_touched",
+    "payload::migration::post_copy::memory_given_back_meanwhile_is_empty",
+    "payload::migration::post_copy::a_connection_that_is_cut_is_made_anew",
+    "payload::migration::post_copy::a_destination_that_dies_loses_the_guest",
+    "payload::migration::post_copy::a_vmm_whose_guest_waits_for_memory_ends_when_told",
+    "payload::migration::post_copy::who_did_not_allow_it_is_refused",
     "payload::migration::refusals::a_destination_without_the_disk_refuses",
     "payload::migration::refusals::garbage_is_no_guest",
     "payload::migration::refusals::what_does_not_fit_is_refused",
