@@ -216,7 +216,7 @@ pub const ROUTES: &[Route] = &[
     put(
         "vm.set-migration",
         Operation::SetMigration,
-        "changes the bandwidth of a migration that is under way",
+        "changes the bandwidth of a migration that is under way, [switches it to post-copy](migration.md#post-copy), or has a connection tried again that was lost in post-copy",
     ),
     put(
         "vm.cancel-migration",
