@@ -236,9 +236,9 @@ impl Handle {
         self.0.wish.abandon.load(Ordering::Acquire)
     }
 
-    /// Why it stands; `None`: it does not.
-    pub(crate) fn set_trouble(&self, trouble: Option<String>) {
-        self.with(|seen| seen.trouble = trouble);
+    /// It stands in [`PostCopyPaused`](Phase::PostCopyPaused) until it [enters](Self::enter) another phase, and why.
+    pub(crate) fn stand(&self, why: String) {
+        self.with(|seen| (seen.phase, seen.trouble) = (Phase::PostCopyPaused, Some(why)));
     }
 
     fn with<T>(&self, look: impl FnOnce(&mut Seen) -> T) -> T {
@@ -257,7 +257,7 @@ impl Handle {
 
     pub(crate) fn enter(&self, phase: Phase) {
         self.with(|seen| {
-            seen.phase = phase;
+            (seen.phase, seen.trouble) = (phase, None);
             if phase == Phase::Over {
                 seen.ended = Some(Instant::now());
             }

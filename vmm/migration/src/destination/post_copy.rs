@@ -258,7 +258,7 @@ impl Destination {
             if common.is_over() && over.is_none() {
                 over = Some(Instant::now() + self.listener.deadlines.outcome);
                 // The guest lacks nothing: whether the source knows is no matter of its.
-                handle.set_trouble(None);
+                handle.enter(Phase::PostCopy);
             }
             match line.as_ref().and_then(Line::end) {
                 None => {}
@@ -267,8 +267,7 @@ impl Destination {
                     line = None;
                     tracing::warn!("the connection was lost while the guest lacks memory: {why}");
                     if over.is_none() {
-                        handle.enter(Phase::PostCopyPaused);
-                        handle.set_trouble(Some(paused(&why)));
+                        handle.stand(paused(&why));
                         sink.post_copy(Turn::Lost(&why));
                     }
                 }
@@ -301,7 +300,6 @@ impl Destination {
                     Err(error) => tracing::warn!("cannot take the source's connection: {error}"),
                 }
                 if line.is_some() && over.is_none() {
-                    handle.set_trouble(None);
                     handle.enter(Phase::PostCopy);
                     sink.post_copy(Turn::Recovered);
                 }

@@ -267,7 +267,6 @@ impl Source {
     /// # Errors
     /// Somebody gave it up.
     pub(super) fn follow(&self, session: &mut Session, guest: &mut dyn Guest, mut line: Line) -> Result<(), NotMoved> {
-        self.handle.set_trouble(None);
         self.handle.enter(Phase::PostCopy);
         guest.post_copy(Turn::Begun);
         loop {
@@ -279,11 +278,9 @@ impl Source {
             };
             drop(line);
             tracing::warn!("the connection was lost while the guest lacks memory: {why}");
-            self.handle.enter(Phase::PostCopyPaused);
-            self.handle.set_trouble(Some(paused(&why)));
+            self.handle.stand(paused(&why));
             guest.post_copy(Turn::Lost(&why));
             line = self.again(session)?;
-            self.handle.set_trouble(None);
             self.handle.enter(Phase::PostCopy);
             guest.post_copy(Turn::Recovered);
         }
@@ -303,7 +300,7 @@ impl Source {
                 match self.reconnect(session) {
                     Ok(line) => return Ok(line),
                     Err(error) => {
-                        self.handle.set_trouble(Some(paused(&sentence(&error))));
+                        self.handle.stand(paused(&sentence(&error)));
                         tried = Some(Instant::now());
                     }
                 }

@@ -304,8 +304,7 @@ impl Switch<'_> {
                     tracing::warn!("the destination was given the guest and does not answer yet: {error}");
                     // A guest that runs there needs us: whoever knows better says so.
                     if self.session.line.is_some() {
-                        self.source.handle.enter(Phase::PostCopyPaused);
-                        self.source.handle.set_trouble(Some(UNKNOWN.to_owned()));
+                        self.source.handle.stand(UNKNOWN.to_owned());
                     } else if Instant::now() >= end {
                         return SourceEvent::NoAnswer;
                     }

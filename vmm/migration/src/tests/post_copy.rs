@@ -316,8 +316,9 @@ fn wherever_the_connection_is_lost_every_page_arrives() {
                     under.network.fuse.store(fuse, Ordering::SeqCst);
                     let end = Instant::now() + Duration::from_millis(400);
                     while Instant::now() < end && !under.source.is_finished() {
-                        if under.handle.progress().phase == Phase::PostCopyPaused {
-                            assert!(under.handle.progress().trouble.is_some());
+                        let now = under.handle.progress();
+                        if now.phase == Phase::PostCopyPaused {
+                            assert!(now.trouble.is_some());
                             cuts += 1;
                             break;
                         }
