@@ -12,6 +12,9 @@ use triarch_harness::vm::Vm;
 const GUEST_KIB: u64 = 16 << 10;
 /// What a VMM may need more after a while: its logs of events and jobs fill up, and pages of its heap come into use.
 const SLACK_KIB: u64 = 1024;
+/// The C library keeps stacks of threads that have ended for others. How many it makes depends on how many once ran at the same time, and
+/// that on whether one had just ended when another began.
+const SPARE_STACKS: usize = 4;
 /// What threads are called that the kernel makes and ends as it likes as long as an io_uring is open, which is a descriptor.
 const KERNELS: &str = "iou-";
 /// A client's connection, for one, is closed a moment after its answer.
@@ -91,9 +94,17 @@ struct Process {
     descriptors: BTreeMap<String, usize>,
     /// Threads of each name.
     threads: BTreeMap<String, usize>,
-    /// Mappings; memory of the guest is one of them for each of its regions.
+    memory: Memory,
+}
+
+/// What a process has mapped.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Memory {
+    /// Mappings but for stacks of threads; memory of the guest is one of them for each of its regions.
     mappings: usize,
-    /// Its own memory, beside the guest's.
+    /// Stacks of threads, also of those that have ended.
+    stacks: usize,
+    /// What the process wrote to outside of the guest's memory.
     private_kib: u64,
 }
 
@@ -116,12 +127,11 @@ impl Process {
             }
         }
         let smaps = fs::read_to_string(at("smaps")).with_context(|| at("smaps"))?;
-        let (mappings, private_kib) = memory(&smaps);
+        let memory = Memory::of(&smaps);
         Ok(Self {
             descriptors,
             threads,
-            mappings,
-            private_kib,
+            memory,
         })
     }
 
@@ -132,8 +142,7 @@ impl Process {
 
     /// Whether `now` is as much.
     fn is_like(&self, now: &Self) -> bool {
-        let grown = now.private_kib > self.private_kib + SLACK_KIB;
-        self.has_as_many(now) && self.mappings == now.mappings && !grown
+        self.has_as_many(now) && self.memory.is_like(&now.memory)
     }
 }
 
@@ -141,7 +150,7 @@ impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |of: &BTreeMap<String, usize>| of.values().sum::<usize>();
         let (descriptors, threads) = (count(&self.descriptors), count(&self.threads));
-        let (mappings, kib) = (self.mappings, self.private_kib);
+        let (mappings, kib) = (self.memory.mappings, self.memory.private_kib);
         write!(
             f,
             "{descriptors} descriptors, {threads} threads, {mappings} mappings, {kib} KiB of its own"
@@ -162,19 +171,44 @@ fn kind(target: &str) -> String {
     kind.to_owned()
 }
 
-/// Mappings, and KiB that the process wrote to outside of the guest's memory.
-fn memory(smaps: &str) -> (usize, u64) {
-    let (mut mappings, mut private, mut size) = (0, 0, 0);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (name, kib) = (words.next(), words.next().and_then(|kib| kib.parse::<u64>().ok()));
-        match (name, kib) {
-            (Some("Size:"), Some(kib)) => (mappings, size) = (mappings + 1, kib),
-            (Some("Private_Dirty:"), Some(kib)) if size < GUEST_KIB => private += kib,
-            _ => {}
+impl Memory {
+    /// Reads `/proc/PID/smaps` (proc_pid_smaps(5)).
+    fn of(smaps: &str) -> Self {
+        let mut all = Self::default();
+        // Of the mapping that is being read, and whether the one before it, which ends where it begins, is a stack's guard page.
+        let (mut header, mut guarded, mut size) = (["", "", ""], false, 0);
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            let (name, value) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            if !name.ends_with(':') {
+                let (begin, end) = name.split_once('-').unwrap_or_default();
+                guarded = header[1] == "---p" && size == 4 && header[0] == begin;
+                header = [end, value, words.nth(3).unwrap_or_default()];
+                continue;
+            }
+            let kib: u64 = value.parse().unwrap_or_default();
+            match name {
+                "Size:" => {
+                    size = kib;
+                    all.mappings += 1;
+                    if guarded && header[1..] == ["rw-p", ""] {
+                        all.stacks += 1;
+                        all.mappings -= 2;
+                    }
+                }
+                "Private_Dirty:" if size < GUEST_KIB => all.private_kib += kib,
+                _ => {}
+            }
         }
+        all
     }
-    (mappings, private)
+
+    /// Whether `now` is as much.
+    fn is_like(&self, now: &Self) -> bool {
+        self.mappings == now.mappings
+            && now.stacks <= self.stacks + SPARE_STACKS
+            && now.private_kib <= self.private_kib + SLACK_KIB
+    }
 }
 
 #[cfg(test)]
@@ -183,10 +217,19 @@ mod tests {
 
     #[test]
     fn only_what_does_not_belong_to_the_guest_counts() {
-        let smaps = "7f00-7f10 rw-p 0\nSize: 64 kB\nPrivate_Dirty: 8 kB\n\
-            7f20-9f20 rw-s 0\nSize: 524288 kB\nPrivate_Dirty: 1000 kB\n\
-            a000-a010 rw-p 0\nSize: 64 kB\nPrivate_Dirty: 4 kB\n";
-        assert_eq!(memory(smaps), (3, 12));
+        let smaps = "7f00-7f10 rw-p 0 00:00 0\nSize: 64 kB\nPrivate_Dirty: 8 kB\n\
+            7f20-9f20 rw-s 0 00:01 7 /memfd:ram\nSize: 524288 kB\nPrivate_Dirty: 1000 kB\n\
+            a000-a010 rw-p 0 00:00 0\nSize: 64 kB\nPrivate_Dirty: 4 kB\n\
+            b000-b001 ---p 0 00:00 0\nSize: 4 kB\nPrivate_Dirty: 0 kB\n\
+            b001-b201 rw-p 0 00:00 0\nSize: 2048 kB\nPrivate_Dirty: 1 kB\n\
+            c000-c001 ---p 0 00:00 0\nSize: 4 kB\n\
+            d001-d201 rw-p 0 00:00 0\nSize: 2048 kB\n";
+        let memory = Memory {
+            mappings: 5,
+            stacks: 1,
+            private_kib: 13,
+        };
+        assert_eq!(Memory::of(smaps), memory);
         assert_eq!(
             ["socket:[7]", "anon_inode:[eventfd]", "/dev/kvm", "/proc/7/task/8/stat"].map(kind),
             ["socket", "anon_inode:[eventfd]", "/dev/kvm", "/proc: stat"]
@@ -208,8 +251,10 @@ mod tests {
             with(|now| *now.threads.entry("vcpu9".into()).or_default() += 1),
             (false, false)
         );
-        assert_eq!(with(|now| now.mappings += 1), (true, false));
-        assert_eq!(with(|now| now.private_kib += SLACK_KIB), (true, true));
-        assert_eq!(with(|now| now.private_kib += SLACK_KIB + 1), (true, false));
+        assert_eq!(with(|now| now.memory.mappings += 1), (true, false));
+        assert_eq!(with(|now| now.memory.stacks += SPARE_STACKS), (true, true));
+        assert_eq!(with(|now| now.memory.stacks += SPARE_STACKS + 1), (true, false));
+        assert_eq!(with(|now| now.memory.private_kib += SLACK_KIB), (true, true));
+        assert_eq!(with(|now| now.memory.private_kib += SLACK_KIB + 1), (true, false));
     }
 }
