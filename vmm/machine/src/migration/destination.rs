@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use triarch_api::events::kind;
 use triarch_api::{
@@ -249,7 +250,8 @@ impl Controller {
         let awaited = self.awaited()?;
         let (restored, ran) = (awaited.restored.take(), awaited.ran.take());
         let (how, wanted) = restored.ok_or_else(|| moved("it was not restored".to_owned()))?;
-        self.take_back_locks()?;
+        // One that has to wait for a daemon goes on at the source.
+        self.take_locks(Duration::ZERO)?;
         let failed = MachineError::host("note that the guest runs here");
         ran.as_ref().map_or(Ok(()), |ran| ran.set(true)).map_err(failed)?;
         if !how.paused

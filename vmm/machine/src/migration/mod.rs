@@ -25,7 +25,7 @@ use triarch_api::{Answer, ApiError, Handler, MigrationPhase, MigrationProgress, 
 use triarch_legacy::PowerEvent;
 use triarch_migration as engine;
 use triarch_vcpu::VcpuEvent;
-use triarch_vhost_user::VhostUserHandle;
+use triarch_vhost_user::{LinkError, VhostUserHandle};
 
 pub use call::Call;
 pub(crate) use memory::{Prepared, marks, push_runs};
@@ -37,6 +37,10 @@ use crate::{GuestEvent, MachineError, Message};
 
 /// How long the end of the VMM waits for a migration to end in order.
 const LAST_WORDS: Duration = Duration::from_secs(3);
+
+/// How long a daemon that has just ended has to be back for a guest that cannot go on without it, and how often that is looked for.
+const COMES_BACK: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The migrations of a VMM: one at a time.
 #[derive(Default)]
@@ -54,6 +58,19 @@ pub(crate) struct Migrations {
     asked: BTreeMap<u64, Answer>,
     /// How many there were.
     questions: u64,
+}
+
+/// Has the daemon of a disk take its lock. One that has just ended has so much time to be there again.
+fn take(device: &VhostUserHandle, patience: Duration) -> Result<(), LinkError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match device.take() {
+            // Somebody else has it.
+            done @ (Ok(()) | Err(LinkError::Failed(_))) => return done,
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => thread::sleep(LOOK),
+        }
+    }
 }
 
 /// A migration that is under way.
@@ -209,8 +226,14 @@ impl Controller {
         None
     }
 
-    /// Takes the locks of the guest's disks if a migration left them to others: those of our own, and those of daemons.
+    /// Takes the locks of the guest's disks back if a migration left them to others. A guest that nobody else has can wait for a daemon.
     pub(crate) fn take_back_locks(&mut self) -> Result<(), MachineError> {
+        self.take_locks(COMES_BACK)
+    }
+
+    /// Takes the locks of the guest's disks if others may have them: those of our own, and those of daemons, which have so much time to be
+    /// there.
+    fn take_locks(&mut self, patience: Duration) -> Result<(), MachineError> {
         if self.migrations.unlocked {
             if let Some(backends) = &self.backends {
                 backends.lock()?;
@@ -223,7 +246,7 @@ impl Controller {
                 .as_ref()
                 .map_or(&[][..], |machine| machine.devices().served());
             for (at, (id, device)) in served.iter().enumerate() {
-                if let Err(error) = device.take() {
+                if let Err(error) = take(device, patience) {
                     // Whoever has it needs the others as well.
                     served[..at].iter().for_each(|(_, device)| drop(device.let_go()));
                     let _ = self.backends.as_ref().map(Backends::unlock);
