@@ -169,7 +169,7 @@ pub(super) fn tcp_both_ways(
     let target = format!("{} {}", addresses.1, listener.local_addr()?.port());
     let command = |script: &str| Exec::shell(&format!("nc {target} {script}")).timeout(TRANSFER);
     // The network namespace is this thread's, and passes to those that it starts.
-    thread::scope(|scope| -> Result<()> {
+    let talked = thread::scope(|scope| -> Result<()> {
         let serving = scope.spawn(|| serve(&listener, &content, between));
         guest.agent().check(&command("> /tmp/down < /dev/null"))?;
         ensure!(
@@ -180,7 +180,8 @@ pub(super) fn tcp_both_ways(
         let received = serving.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
         ensure!(received == content, "the host got something else");
         Ok(())
-    })
+    });
+    talked.with_context(|| format!("the VMM's last words:{}", guest.vm().last_words()))
 }
 
 /// Sends `content` to a first client, with `between` in the midst of it, and gives what a second one sends.
