@@ -9,6 +9,7 @@ use triarch_api::{
     RestoreConfig, VmConfig,
 };
 use triarch_arch::CpuPlan;
+use triarch_cpu_model::Verdict;
 use triarch_migration::{
     Blocker, Check, Deadlines, Handed, Layout, Limits, MAX_BLOCKERS, Part, PostCopy, Region, SourceOptions,
 };
@@ -216,17 +217,17 @@ impl Controller {
         let Some(OfferedCpusV1 { plan, processor }) = found.of(Part::Cpu, "", OLDER, cpus) else {
             return;
         };
-        found.of(
-            Part::Cpu,
-            "",
-            "",
-            CpuPlan::restore(&self.kvm, &plan).map_err(MachineError::from),
-        );
-        let Some(guest) = processor else { return };
-        let verdict = cpu_features::compared(&self.kvm, &guest);
+        let verdict = processor.map_or(Ok(Verdict::default()), |guest| {
+            cpu_features::compared(&self.kvm, &guest)
+        });
         let Some(verdict) = found.of(Part::Cpu, "", "", verdict) else {
             return;
         };
+        if verdict.is_accepted() {
+            // It would say again, for one of them, what the verdict says of all.
+            let plan = CpuPlan::restore(&self.kvm, &plan).map_err(MachineError::from);
+            found.of(Part::Cpu, "", "", plan);
+        }
         let more = verdict.blockers.len().saturating_sub(MAX_FEATURES) + verdict.omitted as usize;
         for feature in verdict.blockers.into_iter().take(MAX_FEATURES) {
             let place = match feature.place.is_empty() || feature.place == feature.name {

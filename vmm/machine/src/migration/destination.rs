@@ -227,9 +227,12 @@ impl Controller {
     fn check_processors(&self, cpus: &[u8]) -> Result<(), MachineError> {
         let OfferedCpusV1 { plan, processor } =
             serde_json::from_slice(cpus).map_err(|error| moved(format!("its processors cannot be read: {error}")))?;
+        // Names all that is missing, where the plan stops at the first.
+        if let Some(guest) = processor {
+            crate::cpu_features::check(&self.kvm, &guest)?;
+        }
         CpuPlan::restore(&self.kvm, &plan)?;
-        let Some(guest) = processor else { return Ok(()) };
-        crate::cpu_features::check(&self.kvm, &guest)
+        Ok(())
     }
 
     /// Makes the guest that was saved, which does not run yet and has no lock.

@@ -343,7 +343,8 @@ fn what_came_while_it_ran_is_there(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn memory_that_was_given_back_is_empty(context: &Context) -> Result<Outcome> {
+/// A guest whose virtio-mem device at `room` has 16 MiB with a pattern.
+fn with_room(context: &Context) -> Result<(Guest, u64)> {
     let vm = builder(context)?.set("--memory", "size=64M,hotplug_method=virtio-mem,hotplug_size=256M");
     let mut guest = Guest::start(vm.api())?;
     let room = number(&guest.ask("vmem 0 info")?, "addr")?;
@@ -352,22 +353,38 @@ fn memory_that_was_given_back_is_empty(context: &Context) -> Result<Outcome> {
     guest.ask(&format!("vmem 0 wait {} 2000", 16 * MIB))?;
     guest.ask(&format!("vmem 0 reach {}", 16 * MIB))?;
     guest.ask(&format!("mem fill {room} {} 3", 16 * MIB))?;
+    Ok((guest, room))
+}
+
+/// It gives back all of them but 2 MiB, and takes as many new ones.
+fn changes_its_room(guest: &mut Guest) -> Result<()> {
+    guest.ask(&format!("vmem 0 reach {}", 2 * MIB))?;
+    guest.ask(&format!("vmem 0 reach {}", 16 * MIB)).map(drop)
+}
+
+/// What it kept is there, and what it gave back is empty.
+fn room_was_changed(guest: &mut Guest, room: u64) -> Result<()> {
+    guest.ask(&format!("mem verify {room} {} 3", 2 * MIB))?;
+    let sum = guest.ask(&format!("mem checksum {} {}", room + 2 * MIB, 14 * MIB))?;
+    let zeroes = crc32(&vec![0; 14 * MIB as usize]);
+    ensure!(number(&sum, "crc32")? == u64::from(zeroes), "{sum}, not {zeroes:#x}");
+    Ok(())
+}
+
+fn memory_that_was_given_back_is_empty(context: &Context) -> Result<Outcome> {
+    let (mut guest, room) = with_room(context)?;
     let waiting = Waiting::start(context, "unix", &json!({}))?;
     // So slowly that all of this is in the log.
     let sending = begin(&guest, &waiting.address, &json!({ "bandwidth": 8 * MIB }))?;
     copying(guest.vm().api()?)?;
-    guest.ask(&format!("vmem 0 reach {}", 2 * MIB))?;
-    guest.ask(&format!("vmem 0 reach {}", 16 * MIB))?;
+    changes_its_room(&mut guest)?;
     guest
         .vm()
         .api()?
         .put("vm.set-migration", Some(&json!({ "bandwidth": 0 }).to_string()))?;
     joined(sending)?;
     let mut guest = waiting.guest(guest)?;
-    guest.ask(&format!("mem verify {room} {} 3", 2 * MIB))?;
-    let sum = guest.ask(&format!("mem checksum {} {}", room + 2 * MIB, 14 * MIB))?;
-    let zeroes = crc32(&vec![0; 14 * MIB as usize]);
-    ensure!(number(&sum, "crc32")? == u64::from(zeroes), "{sum}, not {zeroes:#x}");
+    room_was_changed(&mut guest, room)?;
     guest.power_off()?;
     Ok(Outcome::Passed)
 }
