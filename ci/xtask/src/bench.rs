@@ -267,7 +267,7 @@ fn cpu_time(pid: u32) -> Result<Duration> {
 
 fn memory(pid: u32) -> Result<Usage> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    Ok(smaps::usage(&smaps, GUEST_KIB))
+    smaps::usage(&smaps, GUEST_KIB)
 }
 
 fn report(vmms: &[Vmm], samples: &[Vec<Sample>]) -> String {

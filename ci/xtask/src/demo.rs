@@ -157,7 +157,7 @@ fn watch(host: &Host) -> Result<Report> {
     }
     let smaps = sample.context("triarch ended well, but the guest never reached user space")?;
     let smaps = smaps.map_err(|_| anyhow!("measuring the memory panicked"))??;
-    report.memory = smaps::usage(&smaps, GUEST_MIB * 1024 / 2);
+    report.memory = smaps::usage(&smaps, GUEST_MIB * 1024 / 2)?;
     console.finish(&mut report)?;
     Ok(report)
 }

@@ -1,4 +1,7 @@
-//! The memory of a process, from /proc/PID/smaps (Linux, Documentation/filesystems/proc.rst).
+//! The memory of a process, from `/proc/PID/smaps`.
+
+use anyhow::Result;
+use triarch_harness::smaps::{self, MMPermissions};
 
 /// Memory in KiB, of all but guest RAM.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -13,42 +16,27 @@ pub struct Usage {
     pub guest_rss: u64,
 }
 
-/// Adds up the mappings in `smaps`. Those of `guest_kib` and more are taken for guest RAM.
+/// Adds up the mappings in such a file. Those of `guest_kib` and more are taken for guest RAM.
 ///
 /// A program that was just copied, or lies on a tmpfs, is itself dirty in the page cache, which smaps counts as
 /// Private_Dirty of whoever maps it. So of private file mappings only the pages copied on write count (Anonymous).
-pub fn usage(smaps: &str, guest_kib: u64) -> Usage {
+///
+/// # Errors
+/// It is no such file.
+pub fn usage(text: &str, guest_kib: u64) -> Result<Usage> {
     let mut total = Usage::default();
-    let (mut is_guest, mut is_file) = (false, false);
-    for line in smaps.lines() {
-        let Some((key, kib)) = field(line) else {
-            // A mapping's first line: addresses, permissions, offset, device, inode, path.
-            let words: Vec<&str> = line.split_whitespace().collect();
-            let private = words.get(1).is_some_and(|w| w.len() == 4 && w.ends_with('p'));
-            if words.first().is_some_and(|w| w.contains('-')) {
-                is_file = private && words.get(5).is_some_and(|w| w.starts_with('/'));
-            }
+    for mapping in smaps::read(text)? {
+        let kib = |name| smaps::kib(&mapping, name);
+        if kib("Size") >= guest_kib {
+            total.guest_rss += kib("Rss");
             continue;
-        };
-        match key {
-            "Size" => is_guest = kib >= guest_kib,
-            "Rss" if is_guest => total.guest_rss += kib,
-            _ if is_guest => {}
-            "Rss" => total.rss += kib,
-            "Pss" => total.pss += kib,
-            "Anonymous" if is_file => total.private_dirty += kib,
-            "Private_Dirty" if !is_file => total.private_dirty += kib,
-            _ => {}
         }
+        let file = smaps::file(&mapping).is_some() && mapping.perms.contains(MMPermissions::PRIVATE);
+        total.rss += kib("Rss");
+        total.pss += kib("Pss");
+        total.private_dirty += kib(if file { "Anonymous" } else { "Private_Dirty" });
     }
-    total
-}
-
-/// A line such as `Rss:   12 kB`.
-fn field(line: &str) -> Option<(&str, u64)> {
-    let (key, rest) = line.split_once(':')?;
-    let kib = rest.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some((key, kib))
+    Ok(total)
 }
 
 #[cfg(test)]
@@ -93,7 +81,7 @@ Anonymous:            36 kB
             rss: 704,
             guest_rss: 90_000,
         };
-        assert_eq!(usage(SMAPS, 131_072), expected);
-        assert_eq!(usage(SMAPS, 1_000_000).guest_rss, 0);
+        assert_eq!(usage(SMAPS, 131_072).unwrap(), expected);
+        assert_eq!(usage(SMAPS, 1_000_000).unwrap().guest_rss, 0);
     }
 }

@@ -23,6 +23,7 @@ pub mod nvme;
 pub mod pci;
 pub mod process;
 pub mod signals;
+pub mod smaps;
 pub mod suite;
 pub mod terminal;
 pub mod vm;

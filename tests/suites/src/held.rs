@@ -6,10 +6,13 @@ use std::fmt;
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
+use triarch_harness::smaps::{self, MMPermissions, MMapPath, MemoryMap};
 use triarch_harness::vm::Vm;
 
-/// Mappings of this many KiB and more are memory of the guest.
-const GUEST_KIB: u64 = 16 << 10;
+/// Mappings of this many bytes and more are memory of the guest.
+const GUEST: u64 = 16 << 20;
+/// Bytes of the page before a thread's stack.
+const PAGE: u64 = 4096;
 /// What a VMM may need more after a while: its logs of events and jobs fill up, and pages of its heap come into use.
 const SLACK_KIB: u64 = 1024;
 /// The C library keeps stacks of threads that have ended for others. How many it makes depends on how many once ran at the same time, and
@@ -126,8 +129,7 @@ impl Process {
                 _ => {}
             }
         }
-        let smaps = fs::read_to_string(at("smaps")).with_context(|| at("smaps"))?;
-        let memory = Memory::of(&smaps);
+        let memory = Memory::of(&smaps::of(pid)?);
         Ok(Self {
             descriptors,
             threads,
@@ -172,32 +174,23 @@ fn kind(target: &str) -> String {
 }
 
 impl Memory {
-    /// Reads `/proc/PID/smaps` (proc_pid_smaps(5)).
-    fn of(smaps: &str) -> Self {
+    fn of(mappings: &[MemoryMap]) -> Self {
         let mut all = Self::default();
-        // Of the mapping that is being read, and whether the one before it, which ends where it begins, is a stack's guard page.
-        let (mut header, mut guarded, mut size) = (["", "", ""], false, 0);
-        for line in smaps.lines() {
-            let mut words = line.split_whitespace();
-            let (name, value) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-            if !name.ends_with(':') {
-                let (begin, end) = name.split_once('-').unwrap_or_default();
-                guarded = header[1] == "---p" && size == 4 && header[0] == begin;
-                header = [end, value, words.nth(3).unwrap_or_default()];
-                continue;
+        // The mapping before it.
+        let mut last: Option<&MemoryMap> = None;
+        for mapping in mappings {
+            // A thread's stack has a page before it that nobody may touch.
+            let guard = last.replace(mapping).filter(|last| {
+                last.perms == MMPermissions::PRIVATE && smaps::size(last) == PAGE && last.address.1 == mapping.address.0
+            });
+            all.mappings += 1;
+            let own = MMPermissions::READ | MMPermissions::WRITE | MMPermissions::PRIVATE;
+            if guard.is_some() && mapping.perms == own && mapping.pathname == MMapPath::Anonymous {
+                all.stacks += 1;
+                all.mappings -= 2;
             }
-            let kib: u64 = value.parse().unwrap_or_default();
-            match name {
-                "Size:" => {
-                    size = kib;
-                    all.mappings += 1;
-                    if guarded && header[1..] == ["rw-p", ""] {
-                        all.stacks += 1;
-                        all.mappings -= 2;
-                    }
-                }
-                "Private_Dirty:" if size < GUEST_KIB => all.private_kib += kib,
-                _ => {}
+            if smaps::size(mapping) < GUEST {
+                all.private_kib += smaps::kib(mapping, "Private_Dirty");
             }
         }
         all
@@ -217,19 +210,19 @@ mod tests {
 
     #[test]
     fn only_what_does_not_belong_to_the_guest_counts() {
-        let smaps = "7f00-7f10 rw-p 0 00:00 0\nSize: 64 kB\nPrivate_Dirty: 8 kB\n\
-            7f20-9f20 rw-s 0 00:01 7 /memfd:ram\nSize: 524288 kB\nPrivate_Dirty: 1000 kB\n\
-            a000-a010 rw-p 0 00:00 0\nSize: 64 kB\nPrivate_Dirty: 4 kB\n\
-            b000-b001 ---p 0 00:00 0\nSize: 4 kB\nPrivate_Dirty: 0 kB\n\
-            b001-b201 rw-p 0 00:00 0\nSize: 2048 kB\nPrivate_Dirty: 1 kB\n\
-            c000-c001 ---p 0 00:00 0\nSize: 4 kB\n\
-            d001-d201 rw-p 0 00:00 0\nSize: 2048 kB\n";
+        let text = "7f0000-7f8000 rw-p 0 00:00 0 \nPrivate_Dirty: 8 kB\n\
+            10000000-30000000 rw-s 0 00:01 7 /memfd:ram\nPrivate_Dirty: 1000 kB\n\
+            a0000000-a0010000 rw-p 0 00:00 0 \nPrivate_Dirty: 4 kB\n\
+            b0000000-b0001000 ---p 0 00:00 0 \nPrivate_Dirty: 0 kB\n\
+            b0001000-b0201000 rw-p 0 00:00 0 \nPrivate_Dirty: 1 kB\n\
+            c0000000-c0001000 ---p 0 00:00 0 \n\
+            d0001000-d0201000 rw-p 0 00:00 0 \n";
         let memory = Memory {
             mappings: 5,
             stacks: 1,
             private_kib: 13,
         };
-        assert_eq!(Memory::of(smaps), memory);
+        assert_eq!(Memory::of(&smaps::read(text).unwrap()), memory);
         assert_eq!(
             ["socket:[7]", "anon_inode:[eventfd]", "/dev/kvm", "/proc/7/task/8/stat"].map(kind),
             ["socket", "anon_inode:[eventfd]", "/dev/kvm", "/proc: stat"]

@@ -4,6 +4,7 @@ use super::guest::{Guest, builder, test_ram};
 use super::payload_tests;
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
+use triarch_harness::smaps::{self, MemoryMap, VmFlags};
 use triarch_harness::suite::{Context, Outcome};
 use triarch_harness::vm::Vm;
 
@@ -19,65 +20,39 @@ payload_tests!("backing":
 /// Bytes of RAM of these guests.
 const SIZE: u64 = 64 << 20;
 
-/// The lines of `/proc/PID/smaps` (proc_pid_smaps(5)) of the mapping that is the guest's RAM.
-struct Mapping(String);
+/// The mapping that is the guest's RAM.
+fn ram(vm: &Vm) -> Result<MemoryMap> {
+    let mut all = smaps::of(vm.pid())?.into_iter();
+    all.find(|mapping| smaps::size(mapping) == SIZE)
+        .with_context(|| format!("no mapping of {SIZE} bytes"))
+}
 
-impl Mapping {
-    fn of(vm: &Vm) -> Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{}/smaps", vm.pid()))?;
-        let mut mappings: Vec<String> = Vec::new();
-        for line in text.lines() {
-            // A mapping begins with its addresses, in small letters; its properties with names.
-            if line.starts_with(|c: char| c.is_ascii_digit() || c.is_ascii_lowercase()) {
-                mappings.push(String::new());
-            }
-            if let Some(mapping) = mappings.last_mut() {
-                mapping.push_str(line);
-                mapping.push('\n');
-            }
-        }
-        let mut all = mappings.into_iter().map(Self);
-        let found = all.find(|m| m.kib("Size").is_ok_and(|kib| kib << 10 == SIZE));
-        found.with_context(|| format!("no mapping of {SIZE} bytes in {text}"))
-    }
-
-    fn kib(&self, name: &str) -> Result<u64> {
-        let line = self
-            .0
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        let number = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
-        Ok(number.with_context(|| format!("no {name} in {}", self.0))?.parse()?)
-    }
-
-    fn has_flag(&self, flag: &str) -> bool {
-        let flags = self.0.lines().find_map(|line| line.strip_prefix("VmFlags:"));
-        flags.is_some_and(|flags| flags.split_whitespace().any(|f| f == flag))
-    }
+fn has_flag(mapping: &MemoryMap, flag: VmFlags) -> bool {
+    mapping.extension.vm_flags.contains(flag)
 }
 
 /// Starts a guest with these options of `--memory`, lets it use all of its memory, and gives what `look` sees before and after.
-fn start<T>(context: &Context, options: &str, look: impl Fn(&Mapping) -> Result<T>) -> Result<[T; 2]> {
+fn start<T>(context: &Context, options: &str, look: impl Fn(&MemoryMap) -> Result<T>) -> Result<[T; 2]> {
     let memory = format!("size=64M{options}");
     let mut guest = Guest::start(builder(context)?.set("--memory", memory))?;
-    let before = look(&Mapping::of(guest.vm())?)?;
+    let before = look(&ram(guest.vm())?)?;
     for what in ["fill", "verify"] {
         guest.ask(&format!("mem {what} {:#x} 0x2000000 1", test_ram()))?;
     }
-    let after = look(&Mapping::of(guest.vm())?)?;
+    let after = look(&ram(guest.vm())?)?;
     // A reset has to find the same.
     guest.send("pm reset")?;
     guest.wait_ready()?;
-    look(&Mapping::of(guest.vm())?)?;
+    look(&ram(guest.vm())?)?;
     guest.power_off()?;
     Ok([before, after])
 }
 
 fn private_by_default(context: &Context) -> Result<Outcome> {
     let [before, after] = start(context, "", |ram| {
-        ensure!(!ram.has_flag("sh"), "shared: {}", ram.0);
-        ensure!(ram.has_flag("dd"), "would be in a core dump: {}", ram.0);
-        ram.kib("Rss")
+        ensure!(!has_flag(ram, VmFlags::SH), "shared: {ram:?}");
+        ensure!(has_flag(ram, VmFlags::DD), "would be in a core dump: {ram:?}");
+        Ok(smaps::kib(ram, "Rss"))
     })?;
     ensure!(before < 24 << 10, "{before} KiB are there before the guest uses them");
     ensure!(after >= 32 << 10, "{after} KiB for a guest that uses 32 MiB");
@@ -87,9 +62,8 @@ fn private_by_default(context: &Context) -> Result<Outcome> {
 fn shared(context: &Context) -> Result<Outcome> {
     start(context, ",shared=on", |ram| {
         ensure!(
-            ram.has_flag("sh") && ram.0.contains("memfd:guest-ram"),
-            "not shared: {}",
-            ram.0
+            has_flag(ram, VmFlags::SH) && smaps::file(ram).is_some_and(|file| file.starts_with("/memfd:guest-ram")),
+            "not shared: {ram:?}"
         );
         Ok(())
     })?;
@@ -97,7 +71,7 @@ fn shared(context: &Context) -> Result<Outcome> {
 }
 
 fn prefaulted(context: &Context) -> Result<Outcome> {
-    let [before, _] = start(context, ",prefault=on", |ram| ram.kib("Rss"))?;
+    let [before, _] = start(context, ",prefault=on", |ram| Ok(smaps::kib(ram, "Rss")))?;
     ensure!(before << 10 == SIZE, "only {before} KiB are there at the start");
     Ok(Outcome::Passed)
 }
@@ -106,7 +80,13 @@ fn without_transparent_huge_pages(context: &Context) -> Result<Outcome> {
     if !fs::exists("/sys/kernel/mm/transparent_hugepage")? {
         return Ok(Outcome::Skipped("this kernel has no transparent huge pages".into()));
     }
-    let flags = |ram: &Mapping| Ok((ram.has_flag("hg"), ram.has_flag("nh"), ram.kib("AnonHugePages")?));
+    let flags = |ram: &MemoryMap| {
+        Ok((
+            has_flag(ram, VmFlags::HG),
+            has_flag(ram, VmFlags::NH),
+            smaps::kib(ram, "AnonHugePages"),
+        ))
+    };
     let [_, (wanted, refused, _)] = start(context, "", flags)?;
     ensure!(wanted && !refused, "not asked for by default");
     let [_, (wanted, refused, kib)] = start(context, ",thp=off", flags)?;
@@ -118,8 +98,8 @@ fn mergeable(context: &Context) -> Result<Outcome> {
     if !fs::exists("/sys/kernel/mm/ksm")? {
         return Ok(Outcome::Skipped("this kernel merges no pages (CONFIG_KSM)".into()));
     }
-    let [_, by_default] = start(context, "", |ram| Ok(ram.has_flag("mg")))?;
-    let [_, asked_for] = start(context, ",mergeable=on", |ram| Ok(ram.has_flag("mg")))?;
+    let [_, by_default] = start(context, "", |ram| Ok(has_flag(ram, VmFlags::MG)))?;
+    let [_, asked_for] = start(context, ",mergeable=on", |ram| Ok(has_flag(ram, VmFlags::MG)))?;
     ensure!(
         asked_for && !by_default,
         "asked for {asked_for}, by default {by_default}"
@@ -174,9 +154,8 @@ fn huge_pages(context: &Context) -> Result<Outcome> {
         let options = format!(",hugepages=on{options}");
         start(context, &options, |ram| {
             ensure!(
-                ram.has_flag("ht") && ram.kib("KernelPageSize")? == 2048,
-                "small pages: {}",
-                ram.0
+                has_flag(ram, VmFlags::HT) && smaps::kib(ram, "KernelPageSize") == 2048,
+                "small pages: {ram:?}"
             );
             Ok(())
         })

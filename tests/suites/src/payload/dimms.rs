@@ -5,11 +5,11 @@ use super::payload_tests;
 use crate::held::Held;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use std::fs;
 use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
 use triarch_harness::jobs::wait;
+use triarch_harness::smaps::{self, VmFlags};
 use triarch_harness::suite::{Context, Outcome, Test, is_patient, patient};
 
 payload_tests!("dimms":
@@ -466,38 +466,34 @@ fn it_comes_during_a_pause(context: &Context) -> Result<Outcome> {
 /// Memory that comes is of the kind that the guest started with: the kernel tells.
 fn all_kinds_of_memory_come(context: &Context) -> Result<Outcome> {
     for (memory, flag, there) in [
-        ("", "hg", true),
-        (",thp=off", "nh", true),
-        (",mergeable=on", "mg", true),
-        (",shared=on", "sh", true),
-        (",prefault=on", "sh", false),
+        ("", VmFlags::HG, true),
+        (",thp=off", VmFlags::NH, true),
+        (",mergeable=on", VmFlags::MG, true),
+        (",shared=on", VmFlags::SH, true),
+        (",prefault=on", VmFlags::SH, false),
     ] {
         let (mut guest, api) = start(context, memory)?;
         resize(&api, 1)?;
         guest.ask("dimm serve 1 5000")?;
         done(&api, "the guest took 128 MiB")?;
-        let smaps = fs::read_to_string(format!("/proc/{}/smaps", guest.vm().pid()))?;
-        let mut mappings = smaps.split("VmFlags:");
-        let whole = format!("{} kB", BLOCK >> 10);
-        let mapping = mappings
-            .clone()
-            .position(|text| text.contains("Size:") && text.contains(&whole));
-        let at = mapping.with_context(|| format!("no mapping of {whole} with '{memory}'"))?;
-        let flags = mappings
-            .nth(at + 1)
-            .and_then(|text| text.lines().next())
-            .unwrap_or_default();
-        let found = flags.split_whitespace().any(|word| word == flag);
+        let mut mappings = smaps::of(guest.vm().pid())?.into_iter();
+        let mapping = mappings.find(|mapping| smaps::size(mapping) == BLOCK);
+        let mapping = mapping.with_context(|| format!("no mapping of {BLOCK} bytes with '{memory}'"))?;
+        let flags = mapping.extension.vm_flags;
         // A kernel without the feature has no flag for it.
-        ensure!(found == there || flag != "sh", "'{memory}': {flags}");
-        ensure!(flags.contains("dd"), "it would be in a dump of the VMM: {flags}");
-        if memory == ",prefault=on" {
-            let resident = smaps.split("VmFlags:").nth(at).unwrap_or_default();
-            let all = resident
-                .lines()
-                .any(|line| line.starts_with("Rss:") && line.contains(&whole));
-            ensure!(all, "not all of it is there:\n{resident}");
-        }
+        ensure!(
+            flags.contains(flag) == there || flag != VmFlags::SH,
+            "'{memory}': {flags:?}"
+        );
+        ensure!(
+            flags.contains(VmFlags::DD),
+            "it would be in a dump of the VMM: {flags:?}"
+        );
+        let resident = smaps::kib(&mapping, "Rss") << 10;
+        ensure!(
+            memory != ",prefault=on" || resident == BLOCK,
+            "only {resident} bytes of it are there"
+        );
         guest.power_off()?;
     }
     Ok(Outcome::Passed)

@@ -6,10 +6,10 @@ use super::payload_tests;
 use crate::soak::Soak;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use std::fs;
 use std::time::Duration;
 use triarch_harness::api::Api;
 use triarch_harness::disk::DiskImage;
+use triarch_harness::smaps::{self, MemoryMap};
 use triarch_harness::suite::{Context, Outcome, Test, figure, is_patient, patient, rounds};
 use triarch_harness::vm::VmBuilder;
 
@@ -447,21 +447,12 @@ fn room_costs_nothing(context: &Context) -> Result<Outcome> {
 
 /// What of memory only this process has, beside its program: how much of that is its own depends on who else runs it.
 fn private_kib(guest: &Guest) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{}/smaps", guest.vm().pid()))?;
-    let (mut sum, mut program) = (0, false);
-    for line in text.lines() {
-        let mut words = line.split_whitespace();
-        let name = words.next().unwrap_or_default();
-        if name.starts_with("Private_") && !program {
-            let kib = words.next().and_then(|kib| kib.parse::<u64>().ok());
-            sum += kib.with_context(|| format!("no number in {line}"))?;
-        } else if !name.ends_with(':') {
-            // A mapping begins, with its file at the end.
-            let file = words.nth(4).unwrap_or_default();
-            program = file.starts_with('/') && !file.starts_with("/memfd:");
-        }
-    }
-    ensure!(sum > 0, "no private memory in {text}");
+    let program = |mapping: &MemoryMap| smaps::file(mapping).is_some_and(|file| !file.starts_with("/memfd:"));
+    let mut mappings = smaps::of(guest.vm().pid())?;
+    mappings.retain(|mapping| !program(mapping));
+    let own = |mapping| smaps::kib(mapping, "Private_Dirty") + smaps::kib(mapping, "Private_Clean");
+    let sum = mappings.iter().map(own).sum();
+    ensure!(sum > 0, "no private memory");
     Ok(sum)
 }
 

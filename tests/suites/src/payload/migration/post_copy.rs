@@ -154,7 +154,7 @@ fn memory_comes_when_it_is_touched(context: &Context) -> Result<Outcome> {
 }
 
 fn memory_given_back_meanwhile_is_empty(context: &Context) -> Result<Outcome> {
-    let (mut guest, room) = with_room(context)?;
+    let (guest, room) = with_room(context)?;
     let waiting = Waiting::start(context, "unix", &json!({}))?;
     let here = guest.vm().api()?.clone();
     let sending = begin(&guest, &waiting.address, &allowed(&json!({ "bandwidth": MIB })))?;
