@@ -49,6 +49,8 @@ enum Level {
     Unit,
     /// Any /dev/kvm: our own bare-metal guest
     Payload,
+    /// Any /dev/kvm: some tests of that guest, with the programs as they are shipped
+    Shipped,
     /// Hardware KVM, or an emulated host: Linux guests
     Nested,
     /// Two emulated hosts: Linux guests that move from one to the other. Only when it is named
@@ -90,7 +92,8 @@ pub fn run(args: &Args) -> ExitCode {
         tally.guard("unit", |tally| unit::run(&args.name, tally));
     }
     let has_pairs = args.level.contains(&Level::Pair);
-    if args.wants(Level::Payload) || args.wants(Level::Nested) || has_pairs {
+    let has_suites = [Level::Payload, Level::Shipped, Level::Nested].map(|level| args.wants(level));
+    if has_suites.contains(&true) || has_pairs {
         tally.guard("suites", |tally| run_suites(args, tally));
     }
     tally.finish(start.elapsed())
@@ -116,6 +119,9 @@ fn run_suites(args: &Args, tally: &mut Tally) -> Result<()> {
     let programs = Programs::build()?;
     if args.wants(Level::Payload) {
         tally.guard("payload", |tally| programs.payload(&args.name, tally));
+    }
+    if args.wants(Level::Shipped) {
+        tally.guard("shipped", |tally| programs.shipped(&args.name, tally));
     }
     if args.wants(Level::Nested) {
         front_end::run(&args.name, &programs, tally);

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
+use rustix::fs::{AtFlags, StatxFlags, statx};
+
 use crate::job::{Action, Vecs};
 
 // linux/fs.h; libc has no names for these.
@@ -77,19 +79,10 @@ pub(crate) enum DirectAlignment {
 
 /// Asks the kernel which alignment direct I/O needs (statx(2), `STATX_DIOALIGN`).
 pub(crate) fn direct_alignment(fd: BorrowedFd<'_>) -> DirectAlignment {
-    // SAFETY: all-zero is a valid statx structure.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is an empty C string, the buffer is valid for one statx structure.
-    let result = unsafe {
-        libc::statx(
-            fd.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &raw mut stat,
-        )
+    let Ok(stat) = statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) else {
+        return DirectAlignment::Unknown;
     };
-    if result < 0 || stat.stx_mask & libc::STATX_DIOALIGN == 0 {
+    if stat.stx_mask & StatxFlags::DIOALIGN.bits() == 0 {
         DirectAlignment::Unknown
     } else if stat.stx_dio_offset_align == 0 || stat.stx_dio_mem_align == 0 {
         DirectAlignment::Unsupported

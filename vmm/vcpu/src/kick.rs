@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::io;
 use std::thread::JoinHandle;
 
+use rustix::thread::{Pid, gettid};
 use triarch_hypervisor::{ImmediateExit, Vcpu};
 use vmm_sys_util::signal::{Killable, register_signal_handler};
 
@@ -40,20 +41,21 @@ pub(crate) fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
 
 /// A thread that runs a vCPU, for others that do not own it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ThreadId(libc::pid_t);
+pub(crate) struct ThreadId(Pid);
 
 impl ThreadId {
     /// The calling thread.
     pub(crate) fn current() -> Self {
-        // SAFETY: the call takes nothing and cannot fail.
-        Self(unsafe { libc::gettid() })
+        // Not libc's: the standard library has a weak reference to it, and the optimizer makes one weak reference of both, for which the
+        // linker fetches nothing from a static libc.
+        Self(gettid())
     }
 
     /// Interrupts the guest on it. One that has ended has nothing to leave.
     pub(crate) fn kick(self) {
         // SAFETY: a signal of ours, to a thread of this process by its number. Whatever thread has the number now, the handler of the
         // signal does nothing where no vCPU runs.
-        let _ = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, kick_signal()) };
+        let _ = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0.as_raw_nonzero(), kick_signal()) };
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use triarch_harness::agent::{Exec, Stream};
 use triarch_harness::suite::{self, Report};
 
@@ -36,6 +36,19 @@ const CLIENT: &str = "triarch-client";
 /// The client's program, which tests find beside the VMM.
 const TRICTL: &str = "trictl";
 const PAYLOAD: &str = "triarch-payload";
+/// Tests of the payload level that look at the programs as they are shipped: what the compiler makes of all crates at once may lack what the
+/// others have. All kinds of threads run in them, and all programs.
+const SHIPPED: [&str; 9] = [
+    "boot::says_hello",
+    "smp::starts_sixteen",
+    "hotplug::processors_come_and_go",
+    "virtio_mem::grows_and_shrinks",
+    "blk::runs_several_queues",
+    "snapshot::on_demand::it_comes_when_it_is_touched",
+    "migration::goes_on_by_every_connection",
+    "migration::limits::a_guest_that_writes_too_fast_is_slowed_down",
+    "vhost::blkd::blk_reads_and_writes",
+];
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
 /// How much longer than on this machine tests with the payload guest may take on an emulated host.
@@ -74,9 +87,32 @@ impl Programs {
     /// # Errors
     /// The program with the tests does not run.
     pub fn payload(&self, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let pending = Pending::new("payload", "payload", self.list("payload", filters)?);
+        self.here(pending, &self.dir, tally)
+    }
+
+    /// Builds the programs as they are shipped, and runs some tests of the payload level with them.
+    ///
+    /// # Errors
+    /// They do not compile, there is no such test, or the program with the tests does not run.
+    pub fn shipped(&self, filters: &[String], tally: &mut Tally) -> Result<()> {
+        let all = self.list("payload", &[])?;
+        let mut names = SHIPPED.map(str::to_owned).to_vec();
+        for name in &names {
+            ensure!(all.contains(name), "there is no test {name}");
+        }
+        names.retain(|name| super::selected(filters, &format!("shipped::{name}")));
+        if names.is_empty() {
+            return Ok(());
+        }
+        let dir = build::programs(Arch::native(), Profile::Release, &[VMM, BLKD, NETD])?;
+        self.here(Pending::new("shipped", "payload", names), &dir, tally)
+    }
+
+    /// Runs tests with the payload guest on this machine, and the programs in `dir`.
+    fn here(&self, mut pending: Pending, dir: &Path, tally: &mut Tally) -> Result<()> {
         let images = tempfile::tempdir()?;
         fs::copy(&self.payload, images.path().join(PAYLOAD)).context("cannot copy the payload guest")?;
-        let mut pending = Pending::new("payload", "payload", self.list("payload", filters)?);
         if pending.names.is_empty() {
             return Ok(());
         }
@@ -95,7 +131,7 @@ impl Programs {
         }
         let mut child = command
             .args(pending.arguments())
-            .env("TRIARCH_BIN", self.dir.join(VMM))
+            .env("TRIARCH_BIN", dir.join(VMM))
             .env("TRIARCH_IMAGES", images.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -1,13 +1,13 @@
 //! Where random bytes come from.
 
-#![allow(unsafe_code)] // getrandom
-
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use thiserror::Error;
 
 /// Gives random bytes.
@@ -80,16 +80,9 @@ impl AsRawFd for EntropySource {
 
 fn kernel_random(buf: &mut [u8]) -> io::Result<usize> {
     loop {
-        // SAFETY: the kernel writes at most `buf.len()` bytes into `buf`.
-        let n = unsafe { libc::getrandom(buf.as_mut_ptr().cast(), buf.len(), 0) };
-        match usize::try_from(n) {
-            Ok(n) => return Ok(n),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
+        match getrandom(&mut *buf, GetRandomFlags::empty()) {
+            Err(Errno::INTR) => {}
+            done => return Ok(done?),
         }
     }
 }
