@@ -51,6 +51,8 @@ const SHIPPED: [&str; 9] = [
 ];
 /// All tests on one host; each has a limit of its own.
 const LIMIT: Duration = Duration::from_secs(3600);
+/// The same when somebody asked for more rounds than a run has.
+const SOAK_LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// How much longer than on this machine tests with the payload guest may take on an emulated host.
 pub const PATIENCE: &str = "12";
 /// The framework's own tests, which say nothing about a host.
@@ -304,17 +306,19 @@ pub fn run_on(host: &Host, pending: &mut Pending, environment: &[(&str, &str)], 
     }
     let argv = [host.path(SUITES)].into_iter().chain(pending.arguments());
     let figures = host.path("figures.txt");
+    let soak: Vec<_> = [suite::KILLS, suite::ROUNDS, suite::MOVES, suite::SECONDS]
+        .into_iter()
+        .filter_map(|variable| Some((variable, env::var(variable).ok()?)))
+        .collect();
     let mut exec = Exec::new(argv)
         .cwd(&host.path(""))
-        .timeout(LIMIT)
+        .timeout(if soak.is_empty() { LIMIT } else { SOAK_LIMIT })
         .env(suite::PATIENCE, PATIENCE);
     for (name, value) in environment {
         exec = exec.env(name, value);
     }
-    for variable in [suite::KILLS, suite::ROUNDS, suite::MOVES, suite::SECONDS] {
-        if let Ok(value) = env::var(variable) {
-            exec = exec.env(variable, &value);
-        }
+    for (variable, value) in &soak {
+        exec = exec.env(variable, value);
     }
     let wanted = env::var_os(suite::FIGURES);
     if wanted.is_some() {
