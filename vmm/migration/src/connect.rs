@@ -62,7 +62,8 @@ pub struct Deadlines {
     pub connect: Duration,
     /// One message, from its first byte to its last.
     pub message: Duration,
-    /// Silence of the other side where it should say something, also while it prepares or restores a machine.
+    /// Silence of the other side where it should say something, also while it restores a machine. To prepare one it may take longer, by how
+    /// much memory it has.
     pub silence: Duration,
     /// What may pass after a session until nobody asks for its outcome, or answers, any more.
     pub outcome: Duration,
@@ -83,6 +84,18 @@ impl Deadlines {
     /// How long somebody whom we do not know yet may keep others waiting.
     pub(crate) fn hello(&self) -> Duration {
         self.connect / 4
+    }
+
+    /// How long a destination may take to make a machine with so many bytes of memory, all of which it may have to have before it answers
+    /// (prefault). The guest runs meanwhile.
+    pub(crate) fn prepare(&self, memory: u64) -> Duration {
+        const A_SECOND: u64 = 256 << 20;
+        self.silence + Duration::from_secs(memory / A_SECOND)
+    }
+
+    /// After how much silence a source that has given its guest away asks what became of it: well before nobody answers any more.
+    pub(crate) fn ask(&self) -> Duration {
+        self.silence.min(self.outcome / 2)
     }
 }
 

@@ -130,12 +130,24 @@ fn is_worth_another(measured: &Measured) -> bool {
 pub(crate) struct Rate {
     bytes: f64,
     seconds: f64,
+    /// How many bytes a second might be sent in the last round.
+    cap: Option<u64>,
 }
 
 impl Rate {
-    pub(crate) fn add(&mut self, bytes: u64, time: Duration) {
+    pub(crate) fn add(&mut self, bytes: u64, time: Duration, cap: Option<u64>) {
         self.bytes = self.bytes / 2.0 + bytes as f64;
         self.seconds = self.seconds / 2.0 + time.as_secs_f64();
+        self.cap = cap;
+    }
+
+    /// What becomes of `rate` when no more than `cap` may be sent from now on. What goes as a few bytes of its own goes so then, too.
+    pub(crate) fn under(&self, rate: f64, cap: Option<u64>) -> f64 {
+        match (self.cap, cap) {
+            (Some(before), Some(now)) if now < before => rate * (now as f64 / before as f64),
+            (None, Some(now)) => rate.min(now as f64),
+            _ => rate,
+        }
     }
 
     pub(crate) fn get(&self) -> f64 {
@@ -245,14 +257,31 @@ mod tests {
     fn the_last_rounds_count_most() {
         let mut rate = Rate::default();
         assert_eq!(rate.get(), 0.0);
-        rate.add(1000, Duration::from_secs(1));
+        rate.add(1000, Duration::from_secs(1), None);
         assert_eq!(rate.get(), 1000.0);
         for _ in 0..10 {
-            rate.add(100, Duration::from_secs(1));
+            rate.add(100, Duration::from_secs(1), None);
         }
         assert!((100.0..103.0).contains(&rate.get()), "{}", rate.get());
         // Rounds without anything change nothing.
-        rate.add(0, Duration::ZERO);
+        rate.add(0, Duration::ZERO, None);
         assert!((100.0..103.0).contains(&rate.get()), "{}", rate.get());
+    }
+
+    #[test]
+    fn a_bandwidth_that_was_lowered_counts_at_once() {
+        let mut rate = Rate::default();
+        rate.add(4000, Duration::from_secs(1), None);
+        assert_eq!(
+            [None, Some(9000), Some(100)].map(|cap| rate.under(rate.get(), cap)),
+            [4000.0, 4000.0, 100.0]
+        );
+        // Pages are packed to a quarter.
+        let mut rate = Rate::default();
+        rate.add(4000, Duration::from_secs(1), Some(1000));
+        assert_eq!(
+            [None, Some(2000), Some(1000), Some(10)].map(|cap| rate.under(rate.get(), cap)),
+            [4000.0, 4000.0, 4000.0, 40.0]
+        );
     }
 }

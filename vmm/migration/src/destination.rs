@@ -282,13 +282,20 @@ impl Destination {
 
     /// What a connection is, if it says so as it should. Others are told why not, and dropped.
     fn greeted(&self, mut stream: Stream) -> Option<(Stream, Hello)> {
-        let found = match stream.receive(self.listener.deadlines.hello(), "say who it is") {
+        let Deadlines { message, .. } = self.listener.deadlines;
+        let wait = self.listener.deadlines.hello();
+        // Others wait meanwhile, and perhaps a guest that stands still: for the whole of it, not for its first byte only.
+        stream.set_message_time(wait);
+        let found = match stream.receive(wait, "say who it is") {
             Ok(Message::Hello(hello)) => Ok(hello),
             Ok(other) => Err(unexpected(&other, "a hello")),
             Err(error) => Err(error),
         };
         match found {
-            Ok(hello) => Some((stream, hello)),
+            Ok(hello) => {
+                stream.set_message_time(message);
+                Some((stream, hello))
+            }
             Err(error) => {
                 let why = sentence(&error);
                 tracing::warn!("a connection for a migration was refused: {why}");

@@ -330,7 +330,7 @@ impl Source {
         let aside =
             || -> Result<_, SourceError> { Ok((self.connect(token, Role::Demand)?, self.connect(token, Role::Push)?)) };
         let data = data.and_then(|data| Ok((data, self.options.post_copy.map(|_| aside()).transpose()?)));
-        let silence = self.options.deadlines.silence;
+        let wait = self.options.deadlines.prepare(layout.len());
         let accepted = data.and_then(|data| {
             let offer = Offer {
                 layout: layout.clone(),
@@ -343,7 +343,7 @@ impl Source {
                 hand_over::send(&mut control, &handed)?;
             }
             control.send(&Message::Offer(offer))?;
-            answered(control.expect(Kind::Accepted, silence, "prepare a machine"))?;
+            answered(control.expect(Kind::Accepted, wait, "prepare a machine"))?;
             Ok(data)
         });
         let interrupt = self.handle.interrupt().child();
@@ -447,7 +447,7 @@ impl Source {
             Ok(done)
         });
         let done = done.map_err(|failed| self.reason(session, failed))?;
-        session.learn(&done, began.elapsed());
+        session.learn(&done, began.elapsed(), self.handle.cap());
         let written = self.memory.fetch_log().map_err(SourceError::Memory)?;
         let written = session.layout.clip(&written);
         match cut {
@@ -467,7 +467,7 @@ impl Source {
     }
 
     fn measure(&self, session: &Session, remaining: u64, before: Option<u64>, round: Duration) -> Measured {
-        let rate = session.rate();
+        let rate = session.rate(self.handle.cap());
         let expected = expected_downtime(remaining, rate, self.options.limits.state_time);
         let dirty_rate = remaining as f64 / round.as_secs_f64().max(1e-6);
         self.handle.set_rates(rate as u64, dirty_rate as u64, expected);
@@ -514,20 +514,21 @@ impl Session {
         }
     }
 
-    fn learn(&mut self, done: &Done, time: Duration) {
-        self.rate.add(done.data, done.data_time);
+    fn learn(&mut self, done: &Done, time: Duration, cap: Option<u64>) {
+        self.rate.add(done.data, done.data_time, cap);
         if done.all > 0 {
             self.guess = done.all as f64 / time.as_secs_f64().max(1e-6);
         }
     }
 
-    /// Bytes that go a second.
-    fn rate(&self) -> f64 {
-        match self.rate.get() {
+    /// Bytes that go a second, of which no more than `cap` may be sent.
+    fn rate(&self, cap: Option<u64>) -> f64 {
+        let rate = match self.rate.get() {
             measured if measured > 0.0 => measured,
             // Nothing but zeroes so far.
             _ => self.guess,
-        }
+        };
+        self.rate.under(rate, cap)
     }
 }
 

@@ -9,3 +9,4 @@ mod model;
 mod post_copy;
 mod proxy;
 mod security;
+mod slow;

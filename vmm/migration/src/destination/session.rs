@@ -24,6 +24,9 @@ const LOOK_ELSEWHERE: Duration = Duration::from_secs(2);
 /// How long a source that was refused may take to hear it.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// What a source should do whose guest is on its way.
+const AWAITED: &str = "send memory or state";
+
 /// Notes that the pages of `runs` come when the guest runs.
 fn note(missing: &mut Option<Lacks>, layout: Option<&Layout>, runs: &Runs) -> Result<(), DestinationError> {
     let Some(layout) = layout else { return Ok(()) };
@@ -172,9 +175,15 @@ impl<'a> Session<'a> {
     pub(super) fn receive_all(&mut self) -> Result<(), DestinationError> {
         let mut expected = None;
         loop {
-            let message = self.control.receive(self.deadlines.silence, "send memory or state");
+            let came = self.control.take(self.deadlines.silence, AWAITED);
             // Whoever takes memory has interrupted us.
             self.team.as_ref().map_or(Ok(()), Team::check)?;
+            let came = match came {
+                // Other streams tell that it lives. Here it says nothing while it writes disks out or sends the last of a large memory.
+                Err(StreamError::Late(AWAITED)) if self.team.as_ref().is_some_and(Team::is_open) => continue,
+                other => other,
+            };
+            let message = came.and_then(|came| self.control.message(came));
             match message? {
                 Message::Progress(progress) => {
                     let counters = self.handle.counters();

@@ -1,6 +1,7 @@
 //! A thread that takes memory from one stream.
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,6 +21,8 @@ pub(super) struct Team {
     /// Why the first of them failed.
     failed: Arc<Mutex<Option<DestinationError>>>,
     interrupt: Interrupt,
+    /// Streams that did not end yet.
+    open: Arc<AtomicUsize>,
     /// All threads are past their streams.
     finished: bool,
 }
@@ -40,6 +43,7 @@ impl Team {
             results,
             failed: Arc::default(),
             interrupt: interrupt.clone(),
+            open: Arc::new(AtomicUsize::new(streams.len())),
             finished: false,
         };
         for (index, mut stream) in streams.into_iter().enumerate() {
@@ -49,16 +53,21 @@ impl Team {
                 silence,
             };
             let (report, failed, interrupt) = (report.clone(), team.failed.clone(), interrupt.clone());
-            let run = move |(): &mut (), _: &_| match taker.run(&mut stream) {
-                Ok(()) => {
-                    let _ = report.send(taker.writer.bytes);
-                }
-                Err(error) => {
-                    failed
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .get_or_insert(error);
-                    interrupt.raise();
+            let open = team.open.clone();
+            let run = move |(): &mut (), _: &_| {
+                let end = taker.run(&mut stream);
+                open.fetch_sub(1, Ordering::Release);
+                match end {
+                    Ok(()) => {
+                        let _ = report.send(taker.writer.bytes);
+                    }
+                    Err(error) => {
+                        failed
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .get_or_insert(error);
+                        interrupt.raise();
+                    }
                 }
             };
             let name = format!("migrate-{index}");
@@ -66,6 +75,11 @@ impl Team {
                 .push(Worker::spawn(&name, ThreadClass::Migration, sandbox, (), run)?);
         }
         Ok(team)
+    }
+
+    /// Whether memory may still come. Whoever is silent on one of these streams fails by that.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire) > 0
     }
 
     /// Why one of them failed, if one did.

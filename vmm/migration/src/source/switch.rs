@@ -101,7 +101,11 @@ impl Source {
 impl Switch<'_> {
     fn can_keep_promise(&self, paused: Instant) -> bool {
         let limits = &self.source.options.limits;
-        let expected = expected_downtime(round::bytes(&self.left), self.session.rate(), limits.state_time);
+        let expected = expected_downtime(
+            round::bytes(&self.left),
+            self.session.rate(self.source.handle.cap()),
+            limits.state_time,
+        );
         expected.is_some_and(|expected| paused.elapsed() + expected <= limits.downtime)
     }
 
@@ -126,7 +130,8 @@ impl Switch<'_> {
     fn run(&mut self) {
         self.step(SourceEvent::Paused);
         if self.state == Commit::StateSent {
-            let restored = answered(self.receive(Kind::Ready, "restore the guest"));
+            let wait = self.source.options.deadlines.silence;
+            let restored = answered(self.session.control.expect(Kind::Ready, wait, "restore the guest"));
             match restored {
                 Ok(()) if self.is_line_lost() => {}
                 // From here on a cancel is refused.
@@ -137,7 +142,12 @@ impl Switch<'_> {
             }
         }
         if self.state == Commit::Committed {
-            match self.receive(Kind::Running, "say that the guest runs") {
+            let wait = self.source.options.deadlines.ask();
+            match self
+                .session
+                .control
+                .expect(Kind::Running, wait, "say that the guest runs")
+            {
                 Ok(()) => self.step(SourceEvent::Running),
                 Err(Answer::Abort(reason)) => self.refused(reason),
                 Err(Answer::Stream(error)) => self.failed(error.into()),
@@ -155,11 +165,6 @@ impl Switch<'_> {
             return true;
         }
         false
-    }
-
-    fn receive(&mut self, kind: Kind, what: &'static str) -> Result<(), Answer> {
-        let silence = self.source.options.deadlines.silence;
-        self.session.control.expect(kind, silence, what)
     }
 
     fn failed(&mut self, why: SourceError) {

@@ -197,6 +197,28 @@ fn strangers_do_not_disturb_a_migration() {
 }
 
 #[test]
+fn who_says_who_he_is_byte_by_byte_is_not_waited_for() {
+    let (_dir, address) = socket();
+    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let Address::Unix(path) = &address else {
+        panic!("a path")
+    };
+    let mut slow = UnixStream::connect(path).expect("connected");
+    slow.write_all(&[1]).expect("sent");
+    let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
+    let end = migrate(
+        destination,
+        Fails::Nothing,
+        source_options(&address),
+        &MockMemory::new(&regions()),
+        &mut guest,
+        &Handle::new(None),
+    );
+    assert!(end.source.is_ok(), "{:?}", end.source);
+    drop(slow);
+}
+
+#[test]
 fn a_stream_without_the_token_is_not_of_the_session() {
     let (_dir, address) = socket();
     let taken = destination(&address, &Arc::default());

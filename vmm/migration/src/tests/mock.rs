@@ -183,6 +183,10 @@ pub(super) struct MockGuest {
     /// Whoever writes holds it for reading and looks whether the guest runs.
     pub(super) runs: Arc<RwLock<bool>>,
     pub(super) fails: Fails,
+    /// How long it takes to write its disks out before it is paused.
+    pub(super) writes_out: Duration,
+    /// How long it takes to pause.
+    pub(super) stops: Duration,
 }
 
 impl MockGuest {
@@ -193,13 +197,20 @@ impl MockGuest {
             world: world.clone(),
             runs: Arc::new(RwLock::new(true)),
             fails,
+            writes_out: Duration::ZERO,
+            stops: Duration::ZERO,
         }
     }
 }
 
 impl Guest for MockGuest {
+    fn before_pause(&mut self) {
+        thread::sleep(self.writes_out);
+    }
+
     fn pause(&mut self) -> Result<(), Cause> {
         *self.runs.write().unwrap() = false;
+        thread::sleep(self.stops);
         assert!(self.world.source_runs.swap(false, Ordering::SeqCst), "paused twice");
         self.world.pauses.fetch_add(1, Ordering::SeqCst);
         Ok(())

@@ -31,6 +31,8 @@ struct Cut {
     arrives: bool,
     /// Whether the source reaches the destination later; if not, one of them may as well be dead.
     heals: bool,
+    /// Nobody hears of it: nothing more arrives.
+    silent: bool,
 }
 
 fn frame(from: &mut UnixStream) -> io::Result<Vec<u8>> {
@@ -52,7 +54,7 @@ fn role(hello: &[u8]) -> Role {
 }
 
 /// Passes messages on until the one at which the connection is lost.
-fn pass(mut from: UnixStream, mut to: UnixStream, first: usize, lost_at: Option<(usize, bool)>) {
+fn pass(mut from: UnixStream, mut to: UnixStream, first: usize, lost_at: Option<(usize, bool)>, silent: bool) {
     for number in first.. {
         let Ok(bytes) = frame(&mut from) else { break };
         let lost = lost_at.filter(|(at, _)| *at == number);
@@ -60,6 +62,8 @@ fn pass(mut from: UnixStream, mut to: UnixStream, first: usize, lost_at: Option<
             break;
         }
         if lost.is_some() {
+            // As long as somebody has the other end open.
+            while silent && frame(&mut from).is_ok() {}
             // A message that was passed on is read before the end of the stream is.
             break;
         }
@@ -88,8 +92,8 @@ fn serve(mut source: UnixStream, to: &Path, cut: Cut) {
         source.try_clone().expect("a copy"),
         destination.try_clone().expect("a copy"),
     );
-    let back = thread::spawn(move || pass(pairs.1, pairs.0, 0, at(Side::Destination)));
-    pass(source, destination, 1, at(Side::Source));
+    let back = thread::spawn(move || pass(pairs.1, pairs.0, 0, at(Side::Destination), cut.silent));
+    pass(source, destination, 1, at(Side::Source), cut.silent);
     back.join().expect("no panic");
 }
 
@@ -109,17 +113,19 @@ fn proxy(listener: UnixListener, to: PathBuf, cut: Cut, stop: Arc<AtomicBool>) {
 
 /// What came of it: whether the source says that it moved, or where the guest is.
 fn migrate_through(cut: Cut) -> (Result<(), Whereabouts>, (bool, bool)) {
+    let outcome = if cut.heals { 5 } else { 1 };
+    migrate_with(cut, Duration::from_secs(8), Duration::from_secs(outcome))
+}
+
+/// The same, with these deadlines for silence and the outcome.
+fn migrate_with(cut: Cut, silence: Duration, outcome: Duration) -> (Result<(), Whereabouts>, (bool, bool)) {
     let dir = tempfile::tempdir().expect("a directory");
     let (front, back) = (dir.path().join("front"), dir.path().join("back"));
     let deadlines = Deadlines {
         connect: Duration::from_secs(8),
         message: Duration::from_secs(8),
-        silence: Duration::from_secs(8),
-        outcome: if cut.heals {
-            Duration::from_secs(5)
-        } else {
-            Duration::from_secs(1)
-        },
+        silence,
+        outcome,
     };
     let options = DestinationOptions {
         deadlines,
@@ -175,6 +181,7 @@ fn wherever_the_connection_is_lost_one_guest_runs() {
                     message,
                     arrives,
                     heals,
+                    silent: false,
                 });
             }
         }
@@ -206,4 +213,19 @@ fn wherever_the_connection_is_lost_one_guest_runs() {
     ] {
         assert!(seen.contains(&end), "{end:?} was not seen");
     }
+}
+
+#[test]
+fn who_heard_nothing_after_the_guest_was_given_away_asks_while_somebody_answers() {
+    // That it runs is said, and lost on the way; the connection stands on both sides.
+    let cut = Cut {
+        from: Side::Destination,
+        message: 3,
+        arrives: false,
+        heals: true,
+        silent: true,
+    };
+    // The destination answers for 5 and 6 s after that.
+    let end = migrate_with(cut, Duration::from_secs(15), Duration::from_secs(6));
+    assert_eq!(end, (Ok(()), (false, true)));
 }

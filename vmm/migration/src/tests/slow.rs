@@ -1,0 +1,135 @@
+//! What takes long for a good reason.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_state::Payloads;
+
+use super::mock::{
+    Fails, MockGuest, MockMemory, World, deadlines, destination_options, migrate, regions, socket, source_options,
+};
+use crate::{
+    Blocker, Cause, Deadlines, Destination, DestinationOptions, Handed, Handle, Memory, Offer, Region, Sink, Source,
+    SourceOptions, Target,
+};
+
+const SILENCE: Duration = Duration::from_secs(4);
+const LONGER: Duration = Duration::from_secs(7);
+
+fn patience() -> Deadlines {
+    Deadlines {
+        silence: SILENCE,
+        ..deadlines()
+    }
+}
+
+#[test]
+fn a_source_that_writes_its_disks_out_is_waited_for() {
+    let (_dir, address) = socket();
+    let options = DestinationOptions {
+        deadlines: patience(),
+        ..destination_options(&address)
+    };
+    let destination = Destination::bind(options).expect("listens");
+    let memory = MockMemory::new(&regions());
+    memory.fill(20);
+    let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
+    guest.writes_out = LONGER;
+    let options = SourceOptions {
+        deadlines: patience(),
+        ..source_options(&address)
+    };
+    let end = migrate(
+        destination,
+        Fails::Nothing,
+        options,
+        &memory,
+        &mut guest,
+        &Handle::new(None),
+    );
+    assert!(end.source.is_ok(), "{:?}", end.source);
+    assert_eq!(end.world.running(), (false, true));
+}
+
+/// 4 GiB in which nothing is, and which nobody has.
+struct Empty;
+
+impl Memory for Empty {
+    fn regions(&self) -> Vec<Region> {
+        vec![Region { gpa: 0, len: 4 << 30 }]
+    }
+
+    fn read(&self, _gpa: u64, _buffer: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn data(&self, _range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(None)
+    }
+
+    fn start_log(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn fetch_log(&self) -> io::Result<Vec<Range<u64>>> {
+        Ok(Vec::new())
+    }
+
+    fn stop_log(&self) {}
+}
+
+impl Target for Empty {
+    fn write(&self, _gpa: u64, _bytes: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn zero(&self, _gpa: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A destination that takes all memory of its host before it answers.
+struct Prefaults;
+
+impl Sink for Prefaults {
+    fn prepare(&mut self, _offer: &Offer<'_>, _handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
+        thread::sleep(LONGER);
+        Ok(Arc::new(Empty))
+    }
+
+    fn check(&mut self, _offer: &Offer<'_>, _handed: Option<Handed>) -> Vec<Blocker> {
+        Vec::new()
+    }
+
+    fn restore(&mut self, _state: Payloads) -> Result<(), Cause> {
+        Ok(())
+    }
+
+    fn take_locks_and_run(&mut self) -> Result<(), Cause> {
+        Ok(())
+    }
+
+    fn abort(&mut self, _why: &str) {}
+}
+
+#[test]
+fn a_destination_may_take_the_longer_the_more_memory_it_makes() {
+    let (_dir, address) = socket();
+    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+    let theirs = sandbox.clone();
+    let takes = thread::spawn(move || destination.run(&mut Prefaults, &Handle::new(None), &theirs));
+    let mut guest = MockGuest::new(&Arc::<World>::default(), Fails::Nothing);
+    let options = SourceOptions {
+        deadlines: patience(),
+        ..source_options(&address)
+    };
+    let source = Source::new(options, Arc::new(Empty), &Handle::new(None), &sandbox).expect("a source");
+    let moved = source.run(&mut guest, b"config", b"cpu");
+    assert!(moved.is_ok(), "{moved:?}");
+    assert!(takes.join().expect("no panic").is_ok());
+}
