@@ -197,8 +197,11 @@ impl Handle {
 
     /// Has the guest switched now, although not all of its memory is there, if the migration is one that may. `false`: it is too late.
     pub fn switch_to_post_copy(&self) -> bool {
-        self.0.wish.switch.store(true, Ordering::Release);
-        self.with(|seen| matches!(seen.phase, Phase::Connecting | Phase::Copying))
+        let open = self.with(|seen| matches!(seen.phase, Phase::Connecting | Phase::Copying));
+        if open {
+            self.0.wish.switch.store(true, Ordering::Release);
+        }
+        open
     }
 
     /// Has the source try to connect again, now. `false`: no connection is lost.
@@ -307,5 +310,16 @@ mod tests {
         let handle = Handle::new(None);
         assert!(handle.commit() && handle.commit());
         assert!(!handle.cancel() && !handle.is_cancelled() && !handle.interrupt().is_raised());
+    }
+
+    #[test]
+    fn what_was_refused_is_not_done_later() {
+        let handle = Handle::new(None);
+        handle.enter(Phase::Switching);
+        assert!(!handle.switch_to_post_copy());
+        // The guest runs on, and is copied again.
+        handle.enter(Phase::Copying);
+        assert!(!handle.wants_switch());
+        assert!(handle.switch_to_post_copy() && handle.wants_switch());
     }
 }
