@@ -53,6 +53,10 @@ pub(crate) struct Measured {
     pub(crate) rate: f64,
     /// By how many percent vCPUs are slowed down.
     pub(crate) throttle: u8,
+    /// What of a pause goes to anything but that, as was seen in one that came to nothing.
+    pub(crate) pause: Duration,
+    /// The guest was paused when the time was over, and runs on since the promise would not have been kept.
+    pub(crate) retreated: bool,
 }
 
 /// What to do after a round.
@@ -90,9 +94,12 @@ pub(crate) fn expected_downtime(remaining: u64, rate: f64, state_time: Duration)
 }
 
 pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
-    let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time);
+    let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time + measured.pause);
     let late = limits.time.is_some_and(|time| measured.elapsed >= time);
-    let kept = expected.is_some_and(|expected| expected <= limits.downtime) || measured.remaining == 0;
+    let nothing = measured.remaining == 0 && measured.pause.is_zero();
+    let kept = expected.is_some_and(|expected| expected <= limits.downtime) || nothing;
+    // What turned out to be wrong when the time was over is not tried again.
+    let kept = kept && !(late && measured.retreated);
     if kept && (late || !is_worth_another(measured)) {
         return Decision::Switch;
     }
@@ -112,7 +119,9 @@ pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
         percent => percent.saturating_add(NEXT_THROTTLE),
     };
     let more = more.min(limits.max_throttle).min(99);
-    match !shrinks && more > measured.throttle {
+    // Slower vCPUs do not make what else a pause takes any shorter.
+    let helps = measured.pause.is_zero() || limits.state_time + measured.pause <= limits.downtime;
+    match !shrinks && helps && more > measured.throttle {
         true => Decision::Throttle(more),
         false => Decision::Again,
     }
@@ -171,6 +180,8 @@ mod tests {
             before: before.map(|bytes| bytes * MIB),
             rate: (1000 * MIB) as f64,
             throttle,
+            pause: Duration::ZERO,
+            retreated: false,
         }
     }
 
@@ -251,6 +262,48 @@ mod tests {
         // Who could switch at that moment does.
         let late = Measured { remaining: MIB, ..late };
         assert_eq!(decide(&late, &limits()), Decision::Switch);
+    }
+
+    #[test]
+    fn a_pause_that_is_too_long_by_itself_is_not_tried_for_ever() {
+        let slow = Measured {
+            pause: Duration::from_millis(110),
+            ..after(0, Some(0), 0)
+        };
+        assert_eq!(decide(&slow, &limits()), Decision::Again);
+        let writes = Measured {
+            remaining: MIB,
+            before: Some(MIB),
+            ..slow
+        };
+        assert_eq!(
+            decide(&writes, &limits()),
+            Decision::Again,
+            "it is not slowed down for that"
+        );
+        let fast = Measured {
+            pause: Duration::from_millis(90),
+            ..slow
+        };
+        assert_eq!(decide(&fast, &limits()), Decision::Switch);
+        let switch = Limits {
+            on_time_out: OnTimeOut::Switch,
+            ..limits()
+        };
+        for measured in [
+            slow,
+            Measured {
+                retreated: true,
+                ..fast
+            },
+        ] {
+            let late = Measured {
+                elapsed: Duration::from_secs(60),
+                ..measured
+            };
+            assert_eq!(decide(&late, &limits()), Decision::TimedOut);
+            assert_eq!(decide(&late, &switch), Decision::SwitchAnyway);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The side that has the guest.
 
 mod check;
+mod measure;
 mod pack;
 mod post_copy;
 mod round;
@@ -11,6 +12,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -20,7 +22,7 @@ use triarch_state::{PayloadError, Payloads};
 use crate::Cause;
 use crate::address::Address;
 use crate::connect::{ConnectError, Deadlines, Dialer};
-use crate::converge::{Decision, Limits, Measured, Rate, decide, expected_downtime};
+use crate::converge::{Decision, Limits, Rate, decide};
 use crate::hand_over;
 use crate::handle::{Handle, Phase, Progress};
 use crate::memory::{Layout, Memory};
@@ -29,8 +31,9 @@ use crate::stream::{Answer, Interrupt, Stream, StreamError};
 use crate::tls::TlsFiles;
 use crate::wire::{self, Hello, Kind, MAX_CONFIG, MAX_CPU, MAX_STREAMS, Message, Offer, Role, Token, WireError};
 pub use check::Check;
+use measure::Tried;
 use round::{Round, union};
-use worker::{Done, Failed, Team};
+use worker::{Failed, Team};
 
 /// The guest at the source. Called on the thread that runs the migration.
 pub trait Guest {
@@ -103,7 +106,8 @@ pub enum SourceError {
     Cancelled,
     /// It took too long.
     #[error(
-        "the guest writes memory faster than it can be sent: after {} s it would still be paused for {expected_ms} ms, and {limit_ms} ms are allowed",
+        "the guest writes memory faster than it can be sent, or is slow to pause: after {} s it would still be paused for {expected_ms} ms, and \
+         {limit_ms} ms are allowed",
         .elapsed.as_secs()
     )]
     TimedOut {
@@ -220,6 +224,7 @@ struct Session {
     guess: f64,
     rounds: u32,
     throttle: u8,
+    tried: Tried,
     began: Instant,
     /// When the destination heard last how far this is. Many rounds may pass in the time in which it gives up a source that is silent.
     said: Instant,
@@ -364,6 +369,7 @@ impl Source {
                 guess: 0.0,
                 rounds: 0,
                 throttle: 0,
+                tried: Tried::default(),
                 began: Instant::now(),
                 said: Instant::now(),
             }),
@@ -382,9 +388,12 @@ impl Source {
     fn copy_until_switched(&self, session: &mut Session, guest: &mut dyn Guest) -> Result<Duration, NotMoved> {
         let all = session.layout.regions().iter();
         let mut next: Vec<Range<u64>> = all.map(|region| region.gpa..region.gpa + region.len).collect();
-        let mut before = None;
+        let (mut before, mut lull) = (None, false);
         loop {
             let began = Instant::now();
+            if std::mem::take(&mut lull) {
+                thread::sleep(measure::LULL);
+            }
             let written = match self.copy(session, next) {
                 Ok(written) => written,
                 Err(why) => return Err(session.keep(why)),
@@ -397,7 +406,11 @@ impl Source {
                 false => decide(&measured, &self.options.limits),
             };
             match decision {
-                Decision::Again => next = written,
+                Decision::Again => {
+                    // It may wait for nothing but a time to pause the guest again.
+                    lull = !measured.pause.is_zero();
+                    next = written;
+                }
                 Decision::Throttle(percent) => {
                     if let Err(source) = guest.throttle(percent) {
                         let what = "slow the guest's vCPUs down";
@@ -466,30 +479,6 @@ impl Source {
         Round::new(number, number == 0, runs)
     }
 
-    fn measure(&self, session: &Session, remaining: u64, before: Option<u64>, round: Duration) -> Measured {
-        let rate = session.rate(self.handle.cap());
-        let expected = expected_downtime(remaining, rate, self.options.limits.state_time);
-        let dirty_rate = remaining as f64 / round.as_secs_f64().max(1e-6);
-        self.handle.set_rates(rate as u64, dirty_rate as u64, expected);
-        Measured {
-            elapsed: session.began.elapsed(),
-            remaining,
-            before,
-            rate,
-            throttle: session.throttle,
-        }
-    }
-
-    fn timed_out(&self, measured: &Measured) -> SourceError {
-        let limits = &self.options.limits;
-        let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time);
-        SourceError::TimedOut {
-            elapsed: measured.elapsed,
-            expected_ms: expected.unwrap_or(Duration::MAX).as_millis(),
-            limit_ms: limits.downtime.as_millis(),
-        }
-    }
-
     /// Why memory could not be sent: the destination says more than a connection that it closed.
     fn reason(&self, session: &mut Session, failed: Failed) -> SourceError {
         const WAIT: Duration = Duration::from_secs(2);
@@ -512,23 +501,6 @@ impl Session {
             why,
             guest: Whereabouts::RunsHere,
         }
-    }
-
-    fn learn(&mut self, done: &Done, time: Duration, cap: Option<u64>) {
-        self.rate.add(done.data, done.data_time, cap);
-        if done.all > 0 {
-            self.guess = done.all as f64 / time.as_secs_f64().max(1e-6);
-        }
-    }
-
-    /// Bytes that go a second, of which no more than `cap` may be sent.
-    fn rate(&self, cap: Option<u64>) -> f64 {
-        let rate = match self.rate.get() {
-            measured if measured > 0.0 => measured,
-            // Nothing but zeroes so far.
-            _ => self.guess,
-        };
-        self.rate.under(rate, cap)
     }
 }
 

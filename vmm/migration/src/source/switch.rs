@@ -78,7 +78,7 @@ impl Source {
             }
         }
         if promised && !switch.can_keep_promise(paused) {
-            return switch.retreat();
+            return switch.retreat(paused.elapsed());
         }
         switch.run();
         let outcome = switch.end(paused)?;
@@ -109,9 +109,10 @@ impl Switch<'_> {
         expected.is_some_and(|expected| paused.elapsed() + expected <= limits.downtime)
     }
 
-    fn retreat(self) -> Result<Outcome, NotMoved> {
+    fn retreat(self, pause: Duration) -> Result<Outcome, NotMoved> {
         match self.guest.retreat() {
             Ok(()) => {
+                self.source.learn_retreat(self.session, pause);
                 self.source.handle.count_retreat();
                 self.source.handle.enter(Phase::Copying);
                 Ok(Outcome::Retreat(self.left))

@@ -3,6 +3,8 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -13,8 +15,8 @@ use super::mock::{
     Fails, MockGuest, MockMemory, World, deadlines, destination_options, migrate, regions, socket, source_options,
 };
 use crate::{
-    Blocker, Cause, Deadlines, Destination, DestinationOptions, Handed, Handle, Memory, Offer, Region, Sink, Source,
-    SourceOptions, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationOptions, Handed, Handle, Limits, Memory, Offer, OnTimeOut,
+    Region, Sink, Source, SourceError, SourceOptions, Target,
 };
 
 const SILENCE: Duration = Duration::from_secs(4);
@@ -53,6 +55,51 @@ fn a_source_that_writes_its_disks_out_is_waited_for() {
     );
     assert!(end.source.is_ok(), "{:?}", end.source);
     assert_eq!(end.world.running(), (false, true));
+}
+
+/// What comes of a guest that takes longer to pause than it may stand still.
+fn slow_to_pause(on_time_out: OnTimeOut) -> (Result<(), SourceError>, u64) {
+    let (_dir, address) = socket();
+    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let memory = MockMemory::new(&regions());
+    memory.fill(20);
+    let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
+    guest.stops = Duration::from_millis(400);
+    let options = SourceOptions {
+        limits: Limits {
+            downtime: Duration::from_millis(300),
+            time: Some(Duration::from_secs(4)),
+            on_time_out,
+            ..Limits::default()
+        },
+        ..source_options(&address)
+    };
+    let handle = Handle::new(None);
+    let theirs = handle.clone();
+    let (done, ended) = channel::<()>();
+    let watches = thread::spawn(move || {
+        if ended.recv_timeout(Duration::from_secs(30)) == Err(RecvTimeoutError::Timeout) {
+            theirs.cancel();
+        }
+    });
+    let end = migrate(destination, Fails::Nothing, options, &memory, &mut guest, &handle);
+    drop(done);
+    watches.join().expect("no panic");
+    let moved = end.source.map(drop).map_err(|error| error.why);
+    (moved, end.world.pauses.load(Ordering::SeqCst))
+}
+
+#[test]
+fn a_guest_that_is_slow_to_pause_is_not_paused_again_and_again() {
+    let (moved, pauses) = slow_to_pause(OnTimeOut::Fail);
+    assert!(
+        matches!(moved, Err(SourceError::TimedOut { expected_ms: 400.., .. })),
+        "{moved:?}"
+    );
+    assert!((1..=2).contains(&pauses), "{pauses} times");
+    let (moved, pauses) = slow_to_pause(OnTimeOut::Switch);
+    assert!(moved.is_ok(), "{moved:?}");
+    assert!((2..=3).contains(&pauses), "{pauses} times");
 }
 
 /// 4 GiB in which nothing is, and which nobody has.
