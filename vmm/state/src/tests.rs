@@ -1,7 +1,8 @@
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -9,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::{
     About, CONFIG, Kind, MEMORY, PAGE, Part, Payloads, STATE, Snapshot, SnapshotError, SnapshotWriter, Source,
+    UNFINISHED_STATE,
 };
 
 mod chain;
@@ -23,6 +25,23 @@ fn about() -> About {
         arch: "x86_64".into(),
         id: None,
         base: None,
+    }
+}
+
+thread_local! {
+    /// Which directory that is made durable is not: counted from one, and from then on.
+    static SYNC_FAILS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// What becomes of a directory that is made durable.
+pub(crate) fn sync_fails() -> io::Result<()> {
+    match SYNC_FAILS.get() {
+        0 => Ok(()),
+        1 => Err(io::Error::other("the disk does not answer")),
+        more => {
+            SYNC_FAILS.set(more - 1);
+            Ok(())
+        }
     }
 }
 
@@ -387,4 +406,62 @@ proptest! {
     fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         crate::fuzzing::state(&bytes);
     }
+}
+
+#[test]
+fn what_may_not_outlive_a_loss_of_power_is_none() {
+    // Before it has its name, with it, and when its directory has.
+    for fails in 1..=3 {
+        let top = tempfile::tempdir().expect("a directory");
+        let dir = top.path().join("snapshot");
+        let mut writer = SnapshotWriter::create(&dir).expect("create");
+        Memory::sample().save(&mut writer).expect("memory");
+        SYNC_FAILS.set(fails);
+        let finished = writer.finish(b"{}", &about(), payloads());
+        SYNC_FAILS.set(0);
+        assert!(finished.is_err());
+        assert!(!dir.exists(), "{:?}", names(&dir));
+    }
+}
+
+#[test]
+fn whoever_left_files_reads_nothing_of_the_guest() {
+    let top = tempfile::tempdir().expect("a directory");
+    let dir = top.path().join("snapshot");
+    fs::create_dir(&dir).expect("a directory");
+    let victim = top.path().join("victim");
+    fs::write(&victim, "mine").expect("a file");
+    for name in [CONFIG, UNFINISHED_STATE] {
+        std::os::unix::fs::symlink(&victim, dir.join(name)).expect("a link");
+    }
+    fs::write(dir.join(MEMORY), "left").expect("a file");
+    fs::set_permissions(dir.join(MEMORY), fs::Permissions::from_mode(0o666)).expect("a mode");
+    let theirs = fs::File::open(dir.join(MEMORY)).expect("a file");
+    let mut writer = SnapshotWriter::create(&dir).expect("create");
+    assert!(matches!(SnapshotWriter::create(&dir), Err(SnapshotError::InUse(_))));
+    Memory::sample().save(&mut writer).expect("memory");
+    writer.finish(b"{}", &about(), payloads()).expect("finish");
+    assert_eq!(fs::read_to_string(&victim).expect("a file"), "mine");
+    assert_eq!(io::read_to_string(theirs).expect("a file"), "left");
+    for name in names(&dir) {
+        let found = fs::symlink_metadata(dir.join(&name)).expect("a file");
+        assert!(
+            found.is_file() && found.mode() & 0o077 == 0,
+            "{name}: {:o}",
+            found.mode()
+        );
+    }
+    open(&dir).expect("a snapshot");
+}
+
+#[test]
+fn memory_is_not_written_to_where_a_link_leads() {
+    let top = tempfile::tempdir().expect("a directory");
+    let dir = top.path().join("snapshot");
+    fs::create_dir(&dir).expect("a directory");
+    let victim = top.path().join("victim");
+    fs::write(&victim, "mine").expect("a file");
+    std::os::unix::fs::symlink(&victim, dir.join(MEMORY)).expect("a link");
+    assert!(SnapshotWriter::create(&dir).is_err());
+    assert_eq!(fs::read_to_string(&victim).expect("a file"), "mine");
 }

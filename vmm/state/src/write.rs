@@ -3,10 +3,10 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, flock, mkdirat, renameat, unlinkat};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, mkdirat, renameat, unlinkat};
 use rustix::io::Errno;
 
 use crate::document::{self, MemoryTable};
@@ -80,30 +80,33 @@ impl SnapshotWriter {
             return Err(SnapshotError::Exists(dir.to_owned()));
         }
         let path = dir.join(MEMORY);
-        let failed = SnapshotError::host("create", &path);
-        // Read as well: whoever maps what was written does.
-        let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let memory = options.open(&path).map_err(failed)?;
-        match flock(&memory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(SnapshotError::InUse(dir.to_owned())),
-            Err(error) => return Err(SnapshotError::host("lock", &path)(error)),
-        }
+        let left = lock_left(&path, dir)?;
         // Whoever had the lock may have finished meanwhile.
         if there()? {
             return Err(SnapshotError::Exists(dir.to_owned()));
         }
+        if left.is_some() {
+            // Whoever made it, or has it open, would read the guest's memory.
+            unlinkat(CWD, &path, AtFlags::empty()).map_err(SnapshotError::host("remove", &path))?;
+        }
+        // Read as well: whoever maps what was written does.
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let memory = match options.open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(SnapshotError::InUse(dir.to_owned()));
+            }
+            made => made.map_err(SnapshotError::host("create", &path))?,
+        };
+        lock(&memory, &path, dir)?;
         // From here on all of it is ours, to be removed if anything fails.
-        let writer = Self {
+        Ok(Self {
             dir: dir.to_owned(),
             made,
             memory,
             ranges: Vec::new(),
             finished: false,
-        };
-        writer.memory.set_len(0).map_err(SnapshotError::host("empty", &path))?;
-        Ok(writer)
+        })
     }
 
     /// Writes all memory: the regions `parts`, in order, of `source`. `progress` is told how many bytes of all are done. Returns how many
@@ -184,8 +187,6 @@ impl SnapshotWriter {
         sync_dir(&self.dir)?;
         let state = self.dir.join(STATE);
         renameat(CWD, &unfinished, CWD, &state).map_err(SnapshotError::host("write", &state))?;
-        // From here on it is one.
-        self.finished = true;
         sync_dir(&self.dir)?;
         if let Some(parent) = self
             .dir
@@ -194,6 +195,8 @@ impl SnapshotWriter {
         {
             sync_dir(parent)?;
         }
+        // From here on it is one, whatever happens to the host.
+        self.finished = true;
         Ok(about.id.clone().map(|id| Base {
             directory: self.dir.clone(),
             id,
@@ -269,7 +272,8 @@ impl Drop for SnapshotWriter {
         if self.finished {
             return;
         }
-        for name in [UNFINISHED_STATE, CONFIG, MEMORY] {
+        // What makes it one goes first: it may have its name already, and not outlive a loss of power.
+        for name in [STATE, UNFINISHED_STATE, CONFIG, MEMORY] {
             let _ = unlinkat(CWD, self.dir.join(name), AtFlags::empty());
         }
         if self.made {
@@ -278,15 +282,50 @@ impl Drop for SnapshotWriter {
     }
 }
 
-fn write_new(path: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
+/// The memory that one left who did not finish, if there is any; nobody else writes there as long as this is open.
+fn lock_left(path: &Path, dir: &Path) -> Result<Option<File>, SnapshotError> {
     let mut options = File::options();
-    options.write(true).create(true).truncate(true).mode(0o600);
+    // Not what a link leads to, nor a pipe that would make us wait.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    options.read(true).write(true).custom_flags(flags.bits() as i32);
+    let left = match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(SnapshotError::host("open", path))?,
+    };
+    lock(&left, path, dir)?;
+    let failed = SnapshotError::host("look at", path);
+    let ours = left.metadata().map_err(&failed)?;
+    match path.symlink_metadata() {
+        Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => Ok(Some(left)),
+        // Somebody has just begun with another one.
+        _ => Err(SnapshotError::InUse(dir.to_owned())),
+    }
+}
+
+fn lock(file: &File, path: &Path, dir: &Path) -> Result<(), SnapshotError> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(Errno::WOULDBLOCK) => Err(SnapshotError::InUse(dir.to_owned())),
+        Err(error) => Err(SnapshotError::host("lock", path)(error)),
+    }
+}
+
+/// Writes a file that others cannot read, in the place of whatever has its name.
+fn write_new(path: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
+    match unlinkat(CWD, path, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(SnapshotError::host("remove", path)(error)),
+    }
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(path).map_err(SnapshotError::host("create", path))?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     written.map_err(SnapshotError::host("write", path))
 }
 
 fn sync_dir(path: &Path) -> Result<(), SnapshotError> {
+    #[cfg(test)]
+    crate::tests::sync_fails().map_err(SnapshotError::host("write", path))?;
     let opened = File::open(path).and_then(|dir| dir.sync_all());
     opened.map_err(SnapshotError::host("write", path))
 }
