@@ -40,6 +40,10 @@ use crate::{GuestEvent, MachineError};
 
 const _: () = assert!(CHUNK as u64 == triarch_memory::PART, "chunks are released one by one");
 
+/// Most runs of memory that the kernel has of all that is provided, before all is. Each divides a mapping of the process, which has 65530 of
+/// them (vm.max_map_count) and cannot do much without more: take memory, or start a thread. What is there beside these stays with us.
+const MAX_RUNS: usize = if cfg!(test) { 16 } else { 8192 };
+
 /// How long the controller has to end the process in order when memory is lost. It may itself wait for a page.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
@@ -109,6 +113,7 @@ impl Pager {
             places: Vec::new(),
             faults: VecDeque::new(),
             next: (0, 0),
+            runs: 0,
             sealed: false,
             wake: wake.try_clone().map_err(&failed)?,
             shared: shared.clone(),
@@ -137,6 +142,7 @@ impl Pager {
         let place = Place {
             memory: memory.clone(),
             start: 0,
+            released: PageSet::none(range.size().div_ceil(CHUNK as u64)),
             range,
             lacks,
         };
@@ -219,6 +225,8 @@ struct Place {
     range: What,
     /// Pages of the host that are not there.
     lacks: PageSet,
+    /// Chunks whose faults are the kernel's.
+    released: PageSet,
 }
 
 impl Place {
@@ -262,6 +270,8 @@ struct Work {
     faults: VecDeque<u64>,
     /// Place and chunk that nobody asked for and that come next.
     next: (usize, usize),
+    /// Runs of chunks whose faults are the kernel's.
+    runs: usize,
     sealed: bool,
     wake: EventFd,
     shared: Arc<Shared>,
@@ -473,11 +483,24 @@ impl Work {
             }
         }
         self.there(place, at, len);
-        self.release(self.places[place].start + at, len)
+        let chunk = chunk as u64;
+        self.release(place, chunk..chunk + 1)
     }
 
-    /// Faults of these addresses are the kernel's from now on.
-    fn release(&mut self, start: u64, len: u64) -> Result<(), Lost> {
+    /// Faults of these chunks of a place, of which nothing is missing, are the kernel's from now on, unless it has too many runs of them. Whoever
+    /// waits for a page there goes on.
+    fn release(&mut self, place: usize, chunks: Range<u64>) -> Result<(), Lost> {
+        let known = &self.places[place];
+        let (start, released) = (known.start + chunks.start * CHUNK as u64, &known.released);
+        let len = (chunks.end * CHUNK as u64).min(known.range.size()) - chunks.start * CHUNK as u64;
+        let beside = |chunk: Option<u64>| usize::from(chunk.is_some_and(|chunk| released.contains(chunk)));
+        let joined = beside(chunks.start.checked_sub(1)) + beside(Some(chunks.end));
+        if joined == 0 && self.runs >= MAX_RUNS {
+            // Whoever waits asks again, for what is there or zeroes.
+            return Ok(self.userfault.wake(start, len)?);
+        }
+        self.runs = (self.runs + 1).saturating_sub(joined);
+        self.places[place].released.insert(chunks);
         match self.userfault.release(start, len) {
             // The process has too many mappings: what is missing of it is provided piece by piece.
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {

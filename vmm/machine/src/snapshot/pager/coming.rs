@@ -278,14 +278,11 @@ impl Work {
         let whole = |chunk: &u64| known.lacks.first(chunk * each..(chunk + 1) * each).is_none();
         let mut runs: Vec<Range<u64>> = Vec::new();
         for chunk in chunks.filter(whole) {
-            let (at, len) = known.chunk(chunk as usize);
             match runs.last_mut() {
-                Some(last) if last.end == at => last.end = at + len,
-                _ => runs.push(at..at + len),
+                Some(last) if last.end == chunk => last.end = chunk + 1,
+                _ => runs.push(chunk..chunk + 1),
             }
         }
-        let start = known.start;
-        runs.into_iter()
-            .try_for_each(|run| self.release(start + run.start, run.end - run.start))
+        runs.into_iter().try_for_each(|run| self.release(place, run))
     }
 }

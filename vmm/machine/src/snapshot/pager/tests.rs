@@ -1,5 +1,7 @@
 //! The pager with a snapshot, and with somebody who fetches memory.
 
+use procfs_core::FromBufRead as _;
+use procfs_core::process::MemoryMaps;
 use triarch_memory::{Discarder, GuestMemoryHandle, RamOptions, allocate};
 use triarch_migration::Lacking as _;
 use triarch_state::{About, Part, Payloads, Snapshot, SnapshotWriter, Source};
@@ -62,6 +64,7 @@ fn work(snapshot: &Snapshot, memory: &GuestMemory) -> Option<Work> {
         places: Vec::new(),
         faults: VecDeque::new(),
         next: (0, 0),
+        runs: 0,
         sealed: true,
         wake: EventFd::new(EFD_NONBLOCK).expect("an event"),
         shared: Arc::default(),
@@ -74,6 +77,7 @@ fn work(snapshot: &Snapshot, memory: &GuestMemory) -> Option<Work> {
     let place = Place {
         memory,
         start: 0,
+        released: PageSet::none(range.size.div_ceil(CHUNK as u64)),
         range: What::Saved(range),
         lacks,
     };
@@ -233,4 +237,42 @@ fn nobody_waits_for_what_is_given_up() {
     }
     drop(pager);
     assert!(coming.missing().is_err());
+}
+
+/// Mappings of the process within these addresses.
+fn mappings(addresses: &Range<u64>) -> usize {
+    let maps = std::fs::File::open("/proc/self/maps").expect("maps");
+    let maps = MemoryMaps::from_buf_read(io::BufReader::new(maps)).expect("maps");
+    maps.0.iter().filter(|map| addresses.contains(&map.address.0)).count()
+}
+
+#[test]
+fn what_is_there_here_and_there_does_not_take_all_mappings_of_the_process() {
+    const CHUNKS: u64 = 8 * MAX_RUNS as u64;
+    let len = CHUNKS * CHUNK as u64;
+    let memory = allocate(&[(GuestAddress(START), len)], &RamOptions::default()).expect("memory");
+    let memory = GuestMemoryHandle::new(memory);
+    if let Err(UserfaultError::Forbidden(error)) = Userfault::new() {
+        return eprintln!("not tried: {error}");
+    }
+    let sandbox: Arc<dyn Sandbox> = Arc::new(triarch_device_core::NoSandbox);
+    // A page of every second chunk is missing, and comes in an order that leaves gaps.
+    let odd = |n: u64| START + (2 * n + 1) * CHUNK as u64;
+    let missing: Vec<_> = (0..CHUNKS / 2).map(|n| odd(n)..odd(n) + PAGE).collect();
+    let report: Report = Arc::new(|_| {});
+    let map = memory.memory();
+    let (pager, coming) = Pager::coming(&map, &missing, &sandbox, &EventLog::new(), &report).expect("a pager");
+    let first = map.find_region(GuestAddress(START)).expect("a region").as_ptr() as u64;
+    let most = || assert!(mappings(&(first..first + len)) <= 2 * MAX_RUNS + 1);
+    most();
+    let byte = |gpa: u64| map.read_obj::<u8>(GuestAddress(gpa)).expect("memory");
+    // Never written, whoever provides it.
+    assert!((0..CHUNKS / 2).all(|n| byte(odd(n) - 1) == 0 && byte(odd(n) + PAGE) == 0));
+    for n in (0..CHUNKS / 2).step_by(2).chain((1..CHUNKS / 2).step_by(2)) {
+        coming.provide(odd(n), &[7; PAGE as usize]).expect("provided");
+        most();
+    }
+    pager.complete().expect("complete");
+    assert!((0..CHUNKS / 2).all(|n| byte(odd(n)) == 7 && byte(odd(n) - 1) == 0));
+    most();
 }
