@@ -500,6 +500,10 @@ impl Work {
             return Ok(self.userfault.wake(start, len)?);
         }
         self.runs = (self.runs + 1).saturating_sub(joined);
+        // Runs join in the kernel only if their mapping had its anon_vma before it was divided, which a page that is put there gives it.
+        if self.places[place].released.count() == 0 {
+            self.zero(start)?;
+        }
         self.places[place].released.insert(chunks);
         match self.userfault.release(start, len) {
             // The process has too many mappings: what is missing of it is provided piece by piece.

@@ -379,7 +379,8 @@ impl<'a> Session<'a> {
         let end = Instant::now() + LAST_WORDS;
         while Instant::now() < end {
             match self.control.receive(Duration::from_millis(200), "end") {
-                Ok(Message::End) => {
+                // Whoever says no itself has not given anything away, and will not: it did not hear that we were ready.
+                Ok(Message::End | Message::Abort(_)) => {
                     self.confirmed = true;
                     return;
                 }

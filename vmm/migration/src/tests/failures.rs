@@ -1,8 +1,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::mock::{End, Fails, MockGuest, MockMemory, destination_options, migrate, regions, socket, source_options};
-use crate::{Destination, Handle, Whereabouts, sentence};
+use triarch_device_core::{NoSandbox, Sandbox};
+use triarch_state::Payloads;
+
+use super::mock::{
+    End, Fails, MockGuest, MockMemory, MockSink, destination_options, migrate, regions, socket, source_options,
+};
+use crate::{
+    Blocker, Cause, Destination, DestinationError, Handed, Handle, Offer, Sink, Source, Target, Whereabouts, sentence,
+};
 
 fn fails(what: Fails) -> (End, String) {
     let (_dir, address) = socket();
@@ -62,4 +71,63 @@ fn a_guest_whose_locks_are_lost_stays_paused_and_that_is_told() {
     );
     assert_eq!(end.source.map_err(|error| error.guest), Err(Whereabouts::PausedHere));
     assert_eq!(end.world.running(), (false, false));
+}
+
+/// Somebody cancels it just when the guest was restored.
+struct CancelledLate<'a>(MockSink, &'a Handle);
+
+impl Sink for CancelledLate<'_> {
+    fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
+        self.0.prepare(offer, handed)
+    }
+
+    fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker> {
+        self.0.check(offer, handed)
+    }
+
+    fn restore(&mut self, state: Payloads) -> Result<(), Cause> {
+        self.0.restore(state)?;
+        assert!(self.1.cancel());
+        Ok(())
+    }
+
+    fn take_locks_and_run(&mut self) -> Result<(), Cause> {
+        self.0.take_locks_and_run()
+    }
+
+    fn abort(&mut self, why: &str) {
+        self.0.abort(why);
+    }
+}
+
+#[test]
+fn a_source_that_was_told_no_in_time_will_not_ask() {
+    let (_dir, address) = socket();
+    let destination = Destination::bind(destination_options(&address)).expect("listens");
+    let memory = MockMemory::new(&regions());
+    let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
+    let world = guest.world.clone();
+    let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+    let cancelled = Handle::new(None);
+    let handle = Handle::new(None);
+    let source = Source::new(source_options(&address), memory, &handle, &sandbox).expect("a source");
+    let (kept, (ended, waited)) = thread::scope(|scope| {
+        let takes = scope.spawn(|| {
+            let mut sink = CancelledLate(MockSink::new(&world, Fails::Nothing), &cancelled);
+            let ended = destination.run(&mut sink, &cancelled, &sandbox);
+            (ended, Instant::now())
+        });
+        let kept = source.run(&mut guest, b"config", b"cpu");
+        let at = Instant::now();
+        let (ended, end) = takes.join().expect("no panic");
+        (kept, (ended, end.saturating_duration_since(at)))
+    });
+    assert_eq!(kept.map_err(|error| error.guest), Err(Whereabouts::RunsHere));
+    assert!(matches!(ended, Err(DestinationError::Cancelled)), "{ended:?}");
+    assert_eq!(world.running(), (true, false));
+    // Not for as long as somebody might ask.
+    assert!(
+        waited < super::mock::deadlines().outcome - Duration::from_secs(8),
+        "{waited:?}"
+    );
 }
