@@ -28,6 +28,7 @@ mod refusals;
 mod rng;
 mod snapshot;
 mod vfio;
+mod vfio_host;
 mod vfio_plug;
 mod vfio_refusals;
 mod vfio_speed;
@@ -52,6 +53,7 @@ pub fn tests() -> Vec<Test> {
         blk::TESTS,
         vfio_refusals::TESTS,
         vfio::TESTS,
+        vfio_host::TESTS,
         vfio_plug::TESTS,
         vfio_speed::TESTS,
         vhost::TESTS,
