@@ -122,6 +122,19 @@ fn what_the_iommu_does_not_reach_is_told() {
 }
 
 #[test]
+fn memory_of_arm_guests_is_beside_what_an_smmu_keeps_for_interrupts() {
+    let fake = Fake::new(&nvme(), [0x4000, 0, 0, 0, 0, 0]);
+    let (device, map) = (host(&fake), DmaMap::default());
+    // As an SMMUv3 tells on Linux 6.1: without 1 MiB at 0x0800_0000.
+    lock(&fake.world).reachable = vec![(0, 0x7ff_ffff), (0x810_0000, (1 << 48) - 1)];
+    map.insert(0x4000_0000, 64 * MIB, 0x7000_0000).expect("memory");
+    map.attach(device.container()).expect("memory");
+    let error = map.insert(0x7f0_0000, 2 * MIB, 0x9000_0000).expect_err("refused");
+    assert!(error.to_string().contains("at 0x7f00000 to 0x80fffff"), "{error}");
+    assert_eq!(maps(&fake), [(0x4000_0000, 64 * MIB, 0x7000_0000)]);
+}
+
+#[test]
 fn what_the_kernel_refuses_is_undone() {
     let (fake, device, map) = setup();
     map.attach(device.container()).expect("memory");
