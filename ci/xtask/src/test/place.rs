@@ -77,11 +77,10 @@ const NOT_ON_HYGON: [&str; 37] = [
 ];
 
 /// And on AMD. Two guests and their switch share one emulated processor there; testpmd never sleeps, so that this takes its time.
-const NOT_ON_AMD: [&str; 18] = [
+const NOT_ON_AMD: [&str; 17] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
-    "migration::daemons::linux_6_1_goes_back_and_forth",
     "migration::daemons::linux_6_12_goes_back_and_forth",
     // With the other kernel.
     "plug::vhost_fs::all_kinds_come_and_go_under_linux_6_1",
