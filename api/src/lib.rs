@@ -29,6 +29,7 @@ mod request;
 mod served;
 pub mod server;
 mod size;
+mod slot;
 mod snapshot;
 mod strict;
 mod validate;
@@ -58,6 +59,7 @@ pub use request::{
 };
 pub use served::{FsConfig, GenericVhostUserConfig, OnDisconnect, VhostMode};
 pub use size::{SizeError, parse_size};
+pub use slot::SlotAddress;
 pub use snapshot::{RestoreClock, RestoreConfig, RestoreMode, RestoredNet, SnapshotConfig};
 pub use validate::ConfigError;
 pub use zones::{MemoryZoneConfig, ResizeZone, ZoneCounts};

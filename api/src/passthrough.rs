@@ -1,11 +1,12 @@
 //! Devices of the host that are passed through to the guest.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::flags::{FlagError, KeyValues};
-use crate::{ConfigError, VmConfig};
+use crate::{ConfigError, SlotAddress, VmConfig};
 
 /// A PCI device of the host that the guest has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,17 +24,20 @@ pub struct DeviceConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(range(max = 15)))]
     pub x_nv_gpudirect_clique: Option<u8>,
+    /// Where the guest has it; the next slot that is free when absent. Devices can be functions of one slot, and function 0 of it must be there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addr: Option<SlotAddress>,
 }
 
 /// The last clique there can be.
 const LAST_CLIQUE: u8 = 15;
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,x_nv_gpudirect_clique=N]`
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     let kv = KeyValues::parse(
         "--device",
         text,
-        &["path", "id", "x_nv_gpudirect_clique"],
+        &["path", "id", "x_nv_gpudirect_clique", "addr"],
         &["iommu", "pci_segment", "pci_device_id"],
     )?;
     let Some(path) = kv.text("path") else {
@@ -44,6 +48,7 @@ pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
         path: path.into(),
         id: kv.text("id").map(str::to_owned),
         x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
+        addr: kv.get("addr")?,
     })
 }
 
@@ -70,7 +75,36 @@ impl VmConfig {
             }
             before.push(&device.path);
         }
+        self.validate_addresses()
+    }
+
+    /// Checks that no two devices have the same place.
+    fn validate_addresses(&self) -> Result<(), ConfigError> {
+        let mut before = BTreeMap::new();
+        for (i, device) in self.devices.iter().flatten().enumerate() {
+            let Some(address) = device.addr else { continue };
+            if let Some(other) = before.insert(address, i) {
+                return Err(ConfigError::Conflict(format!(
+                    "devices[{i}].addr is {address}, where devices[{other}] is; give each its own function, or leave addr out"
+                )));
+            }
+        }
         Ok(())
+    }
+
+    /// Checks that slots with several devices have function 0, which a guest that starts looks at first: where it is not, there is nothing.
+    /// While devices come one by one it may come last.
+    pub fn check_functions(&self) -> Result<(), ConfigError> {
+        let addresses = || self.devices.iter().flatten().filter_map(|device| device.addr);
+        let has_first = |slot: u8| addresses().any(|address| (address.slot(), address.function()) == (slot, 0));
+        match addresses().find(|address| !has_first(address.slot())) {
+            Some(address) => Err(ConfigError::Missing(format!(
+                "a device has addr {address}, and none has {:02x}.0, without which guests see nothing of that slot; give one of its devices \
+                 function 0",
+                address.slot()
+            ))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -96,6 +130,7 @@ mod tests {
             path: path.into(),
             id: None,
             x_nv_gpudirect_clique: None,
+            addr: None,
         };
         let refusal = |devices| {
             let config = VmConfig {
@@ -113,5 +148,35 @@ mod tests {
         assert_eq!(refusal(vec![clique(15)]), Ok(()));
         assert!(refusal(vec![clique(16)]).is_err_and(|text| text.contains("it is at most 15")));
         assert!(refusal(vec![path("")]).is_err_and(|text| text.contains("devices[0].path is empty")));
+    }
+
+    #[test]
+    fn devices_share_a_slot_that_has_function_0() {
+        let at = |path: &str, addr: &str| DeviceConfig {
+            path: path.into(),
+            id: None,
+            x_nv_gpudirect_clique: None,
+            addr: addr.parse().ok(),
+        };
+        let config = |devices| VmConfig {
+            devices: Some(devices),
+            ..VmConfig::default()
+        };
+        let whole = config(vec![at("/audio", "06.1"), at("/gpu", "06.0"), at("/nvme", "")]);
+        assert_eq!((whole.validate_devices(), whole.check_functions()), (Ok(()), Ok(())));
+        let twice = config(vec![at("/a", "06"), at("/b", "06.0")]);
+        let text = twice.validate_devices().expect_err("refused").to_string();
+        assert!(
+            text.starts_with("devices[1].addr is 06.0, where devices[0] is"),
+            "{text}"
+        );
+        let headless = config(vec![at("/a", "05.0"), at("/b", "06.1")]);
+        assert_eq!(headless.validate_devices(), Ok(()), "function 0 may come later");
+        let text = headless.check_functions().expect_err("refused").to_string();
+        assert!(text.contains("addr 06.1") && text.contains("none has 06.0"), "{text}");
+        let given = device("path=/p,addr=1f.3").expect("a device").addr.expect("a place");
+        assert_eq!((given.slot(), given.function()), (0x1f, 3));
+        let text = device("path=/p,addr=0").expect_err("refused").to_string();
+        assert!(text.contains("addr") && text.contains("from 01 to 1f"), "{text}");
     }
 }

@@ -1,7 +1,7 @@
 //! The root: which function sits where, and what of it the guest's address spaces show.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use thiserror::Error;
@@ -64,6 +64,8 @@ pub struct PciRoot {
     io: Weak<Bus>,
     windows: BarAllocator,
     slots: Mutex<BTreeMap<u8, Slot>>,
+    /// Bit n: only who wants device n gets it.
+    reserved: AtomicU32,
     log: RateLimit,
 }
 
@@ -105,6 +107,7 @@ impl PciRoot {
             io: Arc::downgrade(&io),
             windows,
             slots: Mutex::new(BTreeMap::from([(0, bridge)])),
+            reserved: AtomicU32::new(0),
             log: RateLimit::default(),
         }
     }
@@ -117,6 +120,11 @@ impl PciRoot {
     /// The windows BARs are decoded in: what ACPI's `_CRS` of the root must list.
     pub fn windows(&self) -> &BarAllocator {
         &self.windows
+    }
+
+    /// Keeps devices free for who wants them by [`add`](Self::add): bit n is device n.
+    pub fn reserve(&self, devices: u32) {
+        self.reserved.store(devices, Ordering::Relaxed);
     }
 
     /// Puts a function at `wanted`, or as function 0 into the first free slot, and places those of its BARs that have no address.
@@ -240,6 +248,7 @@ impl PciRoot {
             Some(address) if slots.contains_key(&address.devfn()) => Err(AddError::Taken(address)),
             Some(address) => Ok(address),
             None => (0..32u8)
+                .filter(|device| self.reserved.load(Ordering::Relaxed) >> device & 1 == 0)
                 .map(|device| device << 3)
                 .find(|devfn| slots.range(devfn..=&(devfn | 7)).next().is_none())
                 .map(|devfn| PciAddress::from_devfn(self.segment, 0, devfn))

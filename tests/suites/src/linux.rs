@@ -31,6 +31,7 @@ mod vfio;
 mod vfio_host;
 mod vfio_plug;
 mod vfio_refusals;
+mod vfio_slots;
 mod vfio_speed;
 mod vhost;
 mod vhost_fs;
@@ -55,6 +56,7 @@ pub fn tests() -> Vec<Test> {
         vfio::TESTS,
         vfio_host::TESTS,
         vfio_plug::TESTS,
+        vfio_slots::TESTS,
         vfio_speed::TESTS,
         vhost::TESTS,
         vhost_fs::TESTS,

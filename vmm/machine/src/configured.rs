@@ -3,6 +3,7 @@
 use triarch_api::{
     DeviceConfig as HostDeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig,
 };
+use triarch_pci::PciAddress;
 
 /// One of them.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,16 @@ impl<'a> DeviceConfig<'a> {
             Self::Vsock(vsock) => &vsock.id,
         };
         id.as_deref().unwrap_or_default()
+    }
+
+    /// Where it has to be on the guest's bus, if anywhere.
+    pub(crate) fn place(self) -> Option<PciAddress> {
+        match self {
+            Self::Host(device) => device
+                .addr
+                .and_then(|at| PciAddress::new(0, 0, at.slot(), at.function())),
+            Self::Disk(_) | Self::Net(_) | Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => None,
+        }
     }
 }
 

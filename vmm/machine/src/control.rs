@@ -192,6 +192,7 @@ impl Controller {
     /// Takes a configuration (`vm.create`). In any phase but `Absent` use [`Inbox::request`], which checks it.
     pub fn create(&mut self, mut config: VmConfig) -> Result<(), MachineError> {
         config.validate()?;
+        config.check_functions()?;
         crate::identity::complete(&mut config)?;
         let consoles = Consoles::open(&config)?;
         consoles.show_paths(&mut config);
@@ -205,6 +206,9 @@ impl Controller {
 
     /// Builds the guest and lets it run (`vm.boot`). On error there is no guest, and the phase is what it was.
     pub fn boot(&mut self) -> Result<(), MachineError> {
+        if let Some(config) = &self.config {
+            config.check_functions()?;
+        }
         self.job(Operation::Boot, |this, progress| {
             this.start(progress, Cause::Client, None, &[])
         })

@@ -4,6 +4,7 @@
 
 mod host;
 mod make;
+mod slots;
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -150,6 +151,7 @@ impl Devices {
         if let Some(saved) = &devices.saved {
             devices.places = saved.places()?;
         }
+        devices.reserve(config);
         let mut rooms = rooms.into_iter();
         if let Some(saved) = saved {
             // Others may have their queues there.
@@ -308,12 +310,6 @@ impl Devices {
         Some((placed.address, placed.removable))
     }
 
-    /// The device in `slot` that can be taken, by its id.
-    pub(crate) fn removable_in(&self, slot: u8) -> Option<&str> {
-        let in_slot = |placed: &&Placed| placed.address.device() == slot && placed.removable;
-        self.functions.iter().find(in_slot).map(|placed| placed.id.as_str())
-    }
-
     /// Whether the guest may have looked at the device at `address`.
     pub(crate) fn touched(&self, address: PciAddress) -> bool {
         self.host.root.touched(address)
@@ -323,18 +319,6 @@ impl Devices {
     pub(crate) fn places(&self) -> BTreeMap<String, PciAddress> {
         let place = |placed: &Placed| (placed.id.clone(), placed.address);
         self.functions.iter().map(place).collect()
-    }
-
-    /// Bit n: slot n has a device; and: it stays.
-    pub(crate) fn slots(&self) -> (u32, u32) {
-        // The host bridge.
-        let (mut present, mut fixed) = (1, 1);
-        for placed in &self.functions {
-            let bit = 1u32.checked_shl(placed.address.device().into()).unwrap_or(0);
-            present |= bit;
-            fixed |= if placed.removable { 0 } else { bit };
-        }
-        (present, fixed)
     }
 
     /// How the guest's memory is made.

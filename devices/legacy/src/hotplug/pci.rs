@@ -236,6 +236,14 @@ impl PciHotplug {
         }
     }
 
+    /// Of several devices in `slot` one was taken without the guest's consent: it is told to look which are there.
+    pub fn shrank(&self, slot: u8) {
+        if let Some(slot) = self.lock().get_mut(usize::from(slot)).filter(|slot| slot.present) {
+            slot.talk.notice.get_or_insert(Notice::Vanished);
+        }
+        self.line.notify();
+    }
+
     /// Interrupts the guest once more if there is something it has not heard: before its driver is there, an interrupt is lost.
     /// Returns whether there is.
     pub fn remind(&self) -> bool {
@@ -446,6 +454,22 @@ mod tests {
         assert_eq!([b.read(4), b.read(4)], [2 << 8, 0]);
         b.slots.came(2);
         assert!(!b.slots.slots()[2].vanished);
+    }
+
+    #[test]
+    fn the_guest_hears_that_one_of_several_devices_vanished() {
+        let bus = bus();
+        bus.slots.shrank(2);
+        assert_eq!((bus.read(4), bus.status(2)), (2 << 8, 0xf), "look at the whole bus");
+        bus.slots.ask_back(2);
+        bus.slots.shrank(2);
+        assert_eq!(
+            bus.read(4),
+            2 << 8 | 3,
+            "that it should give back the others is not forgotten"
+        );
+        bus.slots.shrank(3);
+        assert_eq!(bus.read(4), 0, "nothing is there");
     }
 
     #[test]

@@ -154,6 +154,26 @@ fn the_last_slot_is_like_the_others_and_the_guests_first_look_is_noted() {
 }
 
 #[test]
+fn reserved_slots_go_to_who_wants_them_and_functions_share_one() {
+    let guest = Guest::new();
+    guest.root.reserve(1 << 1 | 1 << 3);
+    assert_eq!((guest.add(1).0.device(), guest.add(2).0.device()), (2, 4));
+    let place = |function| PciAddress::new(0, 0, 3, function).expect("address");
+    // In whatever order they come.
+    assert_eq!(guest.root.add(Fake::new(4), Some(place(1))), Ok(place(1)));
+    assert_eq!(guest.config(place(1), 0x0c) & 0x80_0000, 0);
+    assert_eq!(guest.root.add(Fake::new(3), Some(place(0))), Ok(place(0)));
+    assert_eq!(
+        guest.config(place(0), 0x0c) & 0x80_0000,
+        0x80_0000,
+        "it says that it has more"
+    );
+    assert_eq!(guest.config(place(1), 0) >> 16, 4);
+    guest.root.remove(place(1)).expect("present");
+    assert_eq!(guest.config(place(0), 0x0c) & 0x80_0000, 0);
+}
+
+#[test]
 fn slots_are_given_and_taken() {
     let guest = Guest::new();
     let wanted = PciAddress::new(0, 0, 5, 0).expect("address");

@@ -94,11 +94,15 @@ impl Controller {
             );
             self.inbox.events().post(&kind::PCI_WANTED, &[("id", id.into())]);
         }
-        match step(times, self.asked_for().iter().any(|asked| asked == id)) {
+        // The guest gives back slots, not functions.
+        let devices = self.machine.as_ref().map(|machine| machine.devices());
+        let first = devices.and_then(|devices| devices.first_of(devices.find(id)?.0));
+        let first = first.unwrap_or(id).to_owned();
+        match step(times, self.asked_for().iter().any(|asked| *asked == first)) {
             Step::Wait => {}
             // One that cannot hear of it is not asked.
             Step::Ask => {
-                if !self.demand(id, false) {
+                if !self.demand(&first, false) {
                     self.demand(id, true);
                 }
             }

@@ -68,9 +68,9 @@ impl Controller {
         let mut news: Vec<(String, PciSlot)> = Vec::new();
         for (number, slot) in (0u8..).zip(slots.slots()) {
             if (slot.ejected || slot.refusal.is_some())
-                && let Some(id) = machine.devices().removable_in(number)
+                && let Some((_, id)) = machine.devices().removable_in(number).last()
             {
-                news.push((id.to_owned(), slot));
+                news.push(((*id).to_owned(), slot));
             }
         }
         for (id, slot) in news {
@@ -162,6 +162,7 @@ impl Controller {
             self.plugs.asked.push(Asked {
                 id: id.clone(),
                 slot: address.device(),
+                with: vec![id.clone()],
                 since: Instant::now(),
                 job,
             });
@@ -184,6 +185,11 @@ impl Plugs {
 
     /// Whether the host is not done with a device that the guest has no more.
     fn is_leaving(&self, id: &str) -> bool {
-        self.leaving.iter().any(|leaving| leaving.id == id)
+        self.leaving.iter().any(|leaving| leaving.has(id))
+    }
+
+    /// Whether the host is not done with something that was in `slot`.
+    fn is_clearing(&self, slot: u8) -> bool {
+        self.leaving.iter().any(|leaving| leaving.slot == slot)
     }
 }

@@ -19,6 +19,8 @@ use crate::{GuestEvent, Message, configured};
 pub(super) struct Asked {
     pub(super) id: String,
     pub(super) slot: u8,
+    /// All that go with it, it among them.
+    pub(super) with: Vec<String>,
     /// Since when the guest has had the time to give it back.
     pub(super) since: Instant,
     pub(super) job: JobHandle,
@@ -45,15 +47,22 @@ impl Manner {
     }
 }
 
-/// A device that is taken.
+/// Devices of a slot that are taken together.
 pub(super) struct Leaving {
-    pub(super) id: String,
-    slot: u8,
+    /// The one that was wanted is the last.
+    ids: Vec<String>,
+    pub(super) slot: u8,
     manner: Manner,
     job: Option<JobHandle>,
     thread: Option<JoinHandle<()>>,
-    /// What came of it.
-    result: Receiver<Result<(), String>>,
+    /// What came of it, for each.
+    result: Receiver<Vec<Result<(), String>>>,
+}
+
+impl Leaving {
+    pub(super) fn has(&self, id: &str) -> bool {
+        self.ids.iter().any(|leaving| leaving == id)
+    }
 }
 
 /// Finishes what is in flight and closes everything.
@@ -74,29 +83,38 @@ fn run(work: &Mutex<Option<impl FnOnce()>>) {
 }
 
 impl Controller {
-    /// Takes device `id` from the guest. What that needs to wait for a thread waits for.
+    /// Takes device `id` from the guest, and what goes with it. What that needs to wait for a thread waits for.
     pub(super) fn take(&mut self, id: &str, manner: Manner) {
         let job = self.plugs.take_asked(id).map(|asked| asked.job);
         self.take_for(id, manner, job);
     }
 
     pub(super) fn take_for(&mut self, id: &str, manner: Manner, job: Option<JobHandle>) {
-        let Some(taken) = self.machine.as_mut().and_then(|machine| machine.devices_mut().take(id)) else {
+        let Some(devices) = self.machine.as_mut().map(|machine| machine.devices_mut()) else {
+            return;
+        };
+        let ids = devices.going_with(id);
+        let taken: Vec<_> = ids.iter().filter_map(|id| devices.take(id)).collect();
+        let Some(slot) = taken.last().map(Taken::slot) else {
             return;
         };
         if let Some(job) = &job {
             job.note("the host lets go of it");
         }
-        let slot = taken.slot();
-        let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
-        let tap = self.taps.remove(id);
+        let mut parts = Vec::new();
+        for (id, taken) in ids.iter().zip(taken) {
+            let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
+            parts.push((id.clone(), taken, end, self.taps.remove(id)));
+        }
         // Nobody counts any more what it does.
         self.show_meters();
         let (sender, result) = sync_channel(1);
         let (name, inbox, generation) = (id.to_owned(), self.inbox.clone(), self.generation);
         let work = Mutex::new(Some(move || {
-            let done = close(&name, Some(taken), end);
-            drop(tap);
+            let closed = parts
+                .into_iter()
+                .map(|(id, taken, end, _tap)| close(&id, Some(taken), end));
+            let done: Vec<_> = closed.collect();
             // Somebody who does not want it any more has ended.
             let _ = sender.send(done);
             inbox.post(Message::Guest(generation, GuestEvent::Unplugged(name)));
@@ -114,7 +132,7 @@ impl Controller {
             }
         };
         self.plugs.leaving.push(Leaving {
-            id: id.to_owned(),
+            ids,
             slot,
             manner,
             job,
@@ -126,7 +144,7 @@ impl Controller {
 
     /// The host is done with device `id`.
     pub(crate) fn unplugged(&mut self, id: &str) {
-        let Some(at) = self.plugs.leaving.iter().position(|leaving| leaving.id == id) else {
+        let Some(at) = self.plugs.leaving.iter().position(|leaving| leaving.has(id)) else {
             return;
         };
         let leaving = self.plugs.leaving.remove(at);
@@ -135,31 +153,48 @@ impl Controller {
 
     fn end_leaving(&mut self, leaving: Leaving) {
         let Leaving {
-            id,
+            ids,
             slot,
             manner,
-            job,
+            mut job,
             thread,
             result,
         } = leaving;
-        // A thread that panicked has sent nothing.
-        let result = result.recv();
-        let result =
-            result.unwrap_or_else(|_| Err(format!("the device '{id}' is gone, but not all of it could be closed")));
+        let results = result.recv().unwrap_or_default();
         let _ = thread.map(JoinHandle::join);
-        if let Some(slots) = self.machine.as_ref().and_then(|machine| machine.slots()) {
-            slots.gone(slot, manner == Manner::Forced);
+        self.clear_slot(slot, manner);
+        let mut results = results.into_iter();
+        for (at, id) in (1..).zip(&ids) {
+            // A thread that panicked has sent nothing.
+            let lost = || Err(format!("the device '{id}' is gone, but not all of it could be closed"));
+            let result = results.next().unwrap_or_else(lost);
+            let outcome = match (&result, manner) {
+                (Err(_), _) => Outcome::Failed,
+                (Ok(()), Manner::Forced) => Outcome::Forced,
+                (Ok(()), Manner::Given | Manner::Unseen) => Outcome::Done,
+            };
+            let job = if at == ids.len() { job.take() } else { None };
+            self.forget_device(id, outcome, &manner.phase(id), job, result);
         }
-        if manner == Manner::Forced {
+    }
+
+    /// Devices of `slot` are gone.
+    fn clear_slot(&mut self, slot: u8, manner: Manner) {
+        let forced = manner == Manner::Forced;
+        if let Some(machine) = &self.machine
+            && let Some(slots) = machine.slots()
+        {
+            let empty = machine.devices().removable_in(slot).is_empty() && !self.plugs.is_clearing(slot);
+            match (empty, forced) {
+                (true, _) => slots.gone(slot, forced),
+                (false, true) => slots.shrank(slot),
+                (false, false) => {}
+            }
+        }
+        if forced {
             self.plugs.announced = Some(Instant::now());
             self.watch_slots();
         }
-        let outcome = match (&result, manner) {
-            (Err(_), _) => Outcome::Failed,
-            (Ok(()), Manner::Forced) => Outcome::Forced,
-            (Ok(()), Manner::Given | Manner::Unseen) => Outcome::Done,
-        };
-        self.forget_device(&id, outcome, &manner.phase(&id), job, result);
     }
 
     /// Device `id` is gone, in this way.
@@ -199,16 +234,20 @@ impl Controller {
 
     /// The guest is gone and with it its devices: those it was asked for do not come back.
     pub(crate) fn end_removals(&mut self) {
-        for Asked { id, job, .. } in std::mem::take(&mut self.plugs.asked) {
-            let end = self.backends.as_mut().and_then(|backends| backends.remove(&id));
-            let result = close(&id, None, end);
-            self.taps.remove(&id);
-            let outcome = match &result {
-                Ok(()) => Outcome::Reset,
-                Err(_) => Outcome::Failed,
-            };
-            let phase = format!("the guest ended, and '{id}' was taken");
-            self.forget_device(&id, outcome, &phase, Some(job), result);
+        for Asked { with, job, .. } in std::mem::take(&mut self.plugs.asked) {
+            let mut job = Some(job);
+            for (at, id) in (1..).zip(&with) {
+                let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
+                let result = close(id, None, end);
+                self.taps.remove(id);
+                let outcome = match &result {
+                    Ok(()) => Outcome::Reset,
+                    Err(_) => Outcome::Failed,
+                };
+                let phase = format!("the guest ended, and '{id}' was taken");
+                let job = if at == with.len() { job.take() } else { None };
+                self.forget_device(id, outcome, &phase, job, result);
+            }
         }
         self.watch_slots();
     }

@@ -77,10 +77,21 @@ impl Controller {
                  memory-restored"
             )));
         }
-        let place = free_slot(&slots.peek()).ok_or(MachineError::Slot {
-            id: id.to_owned(),
-            source: AddError::Full(0),
-        })?;
+        let address = match device.place() {
+            Some(address) if self.plugs.is_clearing(address.device()) => {
+                return Err(ApiError::Busy(format!(
+                    "Too Many Requests: the host is taking away what was in slot {:02x}; the job tells when that is done",
+                    address.device()
+                )));
+            }
+            Some(address) => check_place(id, address, machine.devices().first_of(address))?,
+            None => free_slot(&slots.peek(), machine.devices().taken_slots())
+                .map(|slot| PciAddress::from_devfn(0, 0, slot << 3))
+                .ok_or(MachineError::Slot {
+                    id: id.to_owned(),
+                    source: AddError::Full(0),
+                })?,
+        };
         let handed: HandedTaps = tap.map(|tap| (id.to_owned(), tap.clone())).into_iter().collect();
         let opener = Opener {
             handed: &handed,
@@ -90,13 +101,15 @@ impl Controller {
             moved: None,
         };
         let end = End::open(device, opener)?;
-        let address = PciAddress::from_devfn(0, 0, place << 3);
         machine.devices_mut().plug(device, &end, address)?;
         backends.insert(id, end, address);
         if machine.devices().served().iter().any(|(served, _)| served == id) {
             machine.forget_log("what the daemon of a new device writes is not seen");
         }
-        slots.came(place);
+        // The guest finds the others by function 0.
+        if address.function() == 0 {
+            slots.came(address.device());
+        }
         Ok(address)
     }
 
@@ -127,6 +140,13 @@ impl Controller {
                 "Too Many Requests: the guest was asked for '{id}' already and has not given it back; force takes it"
             )));
         }
+        let devices = self.machine.as_ref().map(|machine| machine.devices());
+        let first = devices.and_then(|devices| devices.first_of(address));
+        if let Some(first) = first.filter(|first| *first != id && !force) {
+            return Err(ApiError::BadRequest(shares_slot(id, address, first)));
+        }
+        let hidden = first.is_none();
+        let with = devices.map(|devices| devices.going_with(id)).unwrap_or_default();
         let slots = self.machine.as_ref().and_then(|machine| machine.slots().cloned());
         if slots.is_none() && !force {
             return Err(ApiError::Unsupported(format!("{NO_ACPI}, or take it with force")));
@@ -134,13 +154,14 @@ impl Controller {
         let job = self.inbox.jobs().begin(Operation::RemoveDevice.name());
         let slot = address.device();
         let unheard = |slot: Option<&PciSlot>| slot.is_some_and(|slot| slot.unheard);
-        let unseen = slots
+        let unheard = slots
             .as_ref()
-            .is_some_and(|slots| unheard(slots.peek().get(usize::from(slot))))
-            && !self
-                .machine
-                .as_ref()
-                .is_some_and(|machine| machine.devices().touched(address));
+            .is_some_and(|slots| unheard(slots.peek().get(usize::from(slot))));
+        let touched = self
+            .machine
+            .as_ref()
+            .is_some_and(|machine| machine.devices().touched(address));
+        let unseen = hidden || unheard && !touched;
         match slots {
             Some(slots) if !force && !unseen => {
                 job.note(&format!("the guest has to give back '{id}'"));
@@ -148,6 +169,7 @@ impl Controller {
                 self.plugs.asked.push(Asked {
                     id: id.to_owned(),
                     slot,
+                    with,
                     since: Instant::now(),
                     job,
                 });
@@ -167,10 +189,31 @@ impl Controller {
     }
 }
 
-/// The slot for a device that comes: the first that is free; one whose device was taken by force, so that its driver may still be there,
-/// only when there is no other.
-fn free_slot(slots: &[PciSlot]) -> Option<u8> {
-    let number = |wanted: fn(&PciSlot) -> bool| (0u8..).zip(slots).find(|(_, slot)| wanted(slot)).map(|(n, _)| n);
+/// Whether the device `id` can come to `address`, while `first` is function 0 there.
+fn check_place(id: &str, address: PciAddress, first: Option<&str>) -> Result<PciAddress, ApiError> {
+    match first {
+        Some(first) => Err(ApiError::BadRequest(format!(
+            "'{id}' cannot come to {address}: '{first}' is function 0 there, and guests look at a slot once, when they find that; remove \
+             '{first}', add '{id}', and then '{first}' again"
+        ))),
+        None => Ok(address),
+    }
+}
+
+/// Why device `id` at `address` cannot be asked for, while `first` is function 0 there.
+fn shares_slot(id: &str, address: PciAddress, first: &str) -> String {
+    format!(
+        "'{id}' is function {} of a slot that the guest gives back as a whole; remove '{first}', which is its function 0, and all of them \
+         go, or take this one with force",
+        address.function()
+    )
+}
+
+/// The slot for a device that comes: the first that is free and not in `taken` (bit n: slot n); one whose device was taken by force, so
+/// that its driver may still be there, only when there is no other.
+fn free_slot(slots: &[PciSlot], taken: u32) -> Option<u8> {
+    let free = || (0u8..).zip(slots).filter(|(n, _)| taken >> n & 1 == 0);
+    let number = |wanted: fn(&PciSlot) -> bool| free().find(|(_, slot)| wanted(slot)).map(|(n, _)| n);
     number(|slot| !slot.present && !slot.vanished).or_else(|| number(|slot| !slot.present))
 }
 
@@ -188,8 +231,22 @@ mod tests {
             refusal: None,
         };
         let (taken, forced, free) = (slot(true, false), slot(false, true), slot(false, false));
-        assert_eq!(free_slot(&[taken, forced, free, free]), Some(2));
-        assert_eq!(free_slot(&[taken, forced, taken]), Some(1));
-        assert_eq!(free_slot(&[taken; 32]), None);
+        assert_eq!(free_slot(&[taken, forced, free, free], 1), Some(2));
+        assert_eq!(
+            free_slot(&[taken, forced, free, free], 1 << 2),
+            Some(3),
+            "its function 0 is to come"
+        );
+        assert_eq!(free_slot(&[taken, forced, taken], 1), Some(1));
+        assert_eq!(free_slot(&[taken; 32], u32::MAX), None);
+    }
+
+    #[test]
+    fn functions_come_before_the_one_that_guests_find_them_by() {
+        let at = PciAddress::new(0, 0, 6, 1).expect("an address");
+        assert_eq!(check_place("audio", at, None), Ok(at));
+        let refused = check_place("audio", at, Some("gpu")).expect_err("refused");
+        assert!(matches!(refused, ApiError::BadRequest(text) if text.contains("'gpu' is function 0 there")));
+        assert!(shares_slot("audio", at, "gpu").starts_with("'audio' is function 1 of a slot"));
     }
 }
