@@ -18,11 +18,16 @@ const LEGACY_SIZE: usize = 0x100;
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
+const STATUS_INTERRUPT: u8 = 1 << 3;
+/// Bits of the control registers of MSI and MSI-X: the function sends messages.
+const MSI_ENABLE: u16 = 1;
+const MSIX_ENABLE: u16 = 1 << 15;
 const CACHE_LINE: usize = 0x0c;
 const BAR0: usize = 0x10;
 const ROM: usize = 0x30;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+const INTERRUPT_PIN: usize = 0x3d;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// Capabilities a guest may see (PCI Code and ID Assignment, 2).
@@ -450,6 +455,21 @@ impl Config {
     /// Where MSI is, if the device has it.
     pub(crate) fn msi(&self) -> Option<MsiPlace> {
         self.msi
+    }
+
+    /// Shows that the device interrupts by pin `number` (1: INTA).
+    pub(crate) fn show_pin(&mut self, number: u8) {
+        self.bytes[INTERRUPT_PIN] = number;
+        self.live[STATUS] |= STATUS_INTERRUPT;
+    }
+
+    /// Whether the guest may be interrupted by the pin: the function was switched on, sends no messages, and the pin is not switched off.
+    pub(crate) fn uses_pin(&self) -> bool {
+        let command = self.command();
+        let enabled = |at: u16, bit: u16| self.u16_at(at + 2) & bit != 0;
+        let msi = self.msi.is_some_and(|place| enabled(place.at, MSI_ENABLE));
+        let msix = self.msix.is_some_and(|place| enabled(place.at, MSIX_ENABLE));
+        command & (command::IO | command::MEMORY) != 0 && command & command::INTX_DISABLE == 0 && !msi && !msix
     }
 
     /// Shows a ROM of `size` bytes, a power of two.

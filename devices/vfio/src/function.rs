@@ -9,17 +9,20 @@ use std::sync::{Arc, Mutex};
 use thiserror::Error;
 use triarch_device_core::{AccessError, MsiRouter, RateLimit};
 use triarch_pci::{Bar, Bars, PciAddress, PciFunction, ROM_BAR, command};
-use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Config, SIZE};
 use crate::dma::Peer;
 use crate::handle::{Admission, Handle};
 use crate::interrupts::Interrupts;
+use crate::intx::Pin;
 use crate::kernel::Region;
 use crate::rom::Rom;
 use crate::{CliqueError, Counters, DmaMap, HostDevice, Mapping, areas, lock};
 
 const COMMAND: u64 = 0x04;
+const INTERRUPT_PIN: usize = 0x3d;
 
 /// What a device needs of the VM.
 pub trait Vm: Send + Sync {
@@ -31,6 +34,11 @@ pub trait Vm: Send + Sync {
     fn admit(&self, file: BorrowedFd<'_>) -> io::Result<()>;
     /// Undoes that.
     fn dismiss(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+    /// Has `raised`, when it is rung, raise the wire of pin `pin` (1: INTA) of the device in `slot`, until the guest's end of interrupt lowers it,
+    /// which rings `lowered`.
+    fn wire(&self, slot: u8, pin: u8, raised: &EventFd, lowered: &EventFd) -> io::Result<()>;
+    /// Undoes that.
+    fn unwire(&self, slot: u8, pin: u8, raised: &EventFd) -> io::Result<()>;
 }
 
 /// How the guest has a device.
@@ -38,6 +46,8 @@ pub trait Vm: Send + Sync {
 pub struct Options {
     /// The bus has I/O ports.
     pub ports: bool,
+    /// It has wires for interrupt pins.
+    pub wires: bool,
     /// NVIDIA's driver is told that the device reaches others of this clique directly, 0 to 15.
     pub clique: Option<u8>,
     /// Where the device reaches the registers of others, and they its own. They must be of the same map.
@@ -159,6 +169,10 @@ impl VfioPci {
         if let Some(rom) = &rom {
             config.show_rom(rom.size());
         }
+        let pin = pin(&handle, &vm, bytes[INTERRUPT_PIN], options.wires).map_err(failed("connect the pin"))?;
+        if pin.is_some() {
+            config.show_pin(bytes[INTERRUPT_PIN]);
+        }
         let vectors = file.irq_count(VFIO_PCI_MSIX_IRQ_INDEX).unwrap_or(0);
         config.limit_msix(u16::try_from(vectors).unwrap_or(u16::MAX));
         let mut bars: [BarParts; 6] = Default::default();
@@ -176,7 +190,7 @@ impl VfioPci {
         let counters = Arc::new(Counters::default());
         counters.reset();
         let function = Self {
-            interrupts: Interrupts::new(name, &handle, router, &config, &counters),
+            interrupts: Interrupts::new(name, &handle, router, &config, pin, &counters),
             host: host.clone(),
             handle,
             vm,
@@ -282,6 +296,15 @@ impl VfioPci {
     }
 }
 
+/// The pin of a device whose register for it says `number`, if it has one, the host has it, and there are `wires`.
+fn pin(handle: &Arc<Handle>, vm: &Arc<dyn Vm>, number: u8, wires: bool) -> io::Result<Option<Pin>> {
+    let known = wires && (1..=4).contains(&number);
+    if !known || handle.file.irq_count(VFIO_PCI_INTX_IRQ_INDEX).unwrap_or(0) == 0 {
+        return Ok(None);
+    }
+    Pin::new(handle, vm, number).map(Some)
+}
+
 /// Maps of `region` what the guest may reach by itself.
 fn map(handle: &Handle, region: &Region, trapped: &[Range<u64>], page: u64) -> io::Result<Vec<Area>> {
     let parts = areas::mappable(region, trapped, page);
@@ -318,7 +341,7 @@ impl PciFunction for VfioPci {
         if effects.command {
             self.set_command(config.command());
         }
-        if effects.messages {
+        if effects.messages || effects.command {
             self.interrupts.changed(&config);
         }
         if effects.reset {

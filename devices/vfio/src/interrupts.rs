@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Config, MsiPlace, MsiXPlace};
 use crate::handle::Handle;
+use crate::intx::Pin;
 use crate::kernel::IrqError;
 use crate::{Counters, lock};
 
@@ -24,6 +25,7 @@ pub(crate) struct Interrupts {
     router: Arc<dyn MsiRouter>,
     msix: Option<(MsiXPlace, MsiX)>,
     msi: Option<MsiPlace>,
+    pin: Option<Pin>,
     wires: Mutex<Wires>,
     counters: Arc<Counters>,
     log: RateLimit,
@@ -33,6 +35,8 @@ pub(crate) struct Interrupts {
 #[derive(Default)]
 struct Wires {
     requester: Option<u16>,
+    /// The pin is connected, as that of a device in this slot.
+    pin: Option<u8>,
     /// MSI-X is on.
     msix: bool,
     /// Vectors of MSI-X that ring the guest.
@@ -47,6 +51,7 @@ impl Interrupts {
         handle: &Arc<Handle>,
         router: &Arc<dyn MsiRouter>,
         config: &Config,
+        pin: Option<Pin>,
         counters: &Arc<Counters>,
     ) -> Self {
         let msix = config
@@ -58,6 +63,7 @@ impl Interrupts {
             router: router.clone(),
             msix,
             msi: config.msi(),
+            pin,
             wires: Mutex::default(),
             counters: counters.clone(),
             log: RateLimit::default(),
@@ -71,8 +77,13 @@ impl Interrupts {
         }
     }
 
-    /// The guest changed registers of MSI or MSI-X in `config`.
+    /// The guest changed COMMAND, or registers of MSI or MSI-X, in `config`.
     pub(crate) fn changed(&self, config: &Config) {
+        // The kernel has one kind at a time.
+        let by_pin = config.uses_pin();
+        if !by_pin {
+            self.end_pin(&mut lock(&self.wires));
+        }
         if let Some((place, msix)) = &self.msix {
             msix.set_control(config.u16_at(place.at + MsiX::CONTROL));
             self.connect(msix);
@@ -82,12 +93,38 @@ impl Interrupts {
         {
             self.warn(&error);
         }
-        self.count(&lock(&self.wires));
+        let mut wires = lock(&self.wires);
+        if by_pin {
+            self.begin_pin(&mut wires);
+        }
+        self.count(&wires);
+    }
+
+    /// Has the pin interrupt the guest.
+    fn begin_pin(&self, wires: &mut Wires) {
+        let (Some(pin), Some(requester), None) = (&self.pin, wires.requester, wires.pin) else {
+            return;
+        };
+        let slot = (requester >> 3) as u8 & 0x1f;
+        match pin.connect(slot) {
+            Ok(()) => wires.pin = Some(slot),
+            Err(error) => self.warn(&error),
+        }
+    }
+
+    fn end_pin(&self, wires: &mut Wires) {
+        if let (Some(pin), Some(slot)) = (&self.pin, wires.pin.take())
+            && let Err(error) = pin.disconnect(slot)
+        {
+            self.warn(&error);
+        }
     }
 
     /// As many ring the guest now.
     fn count(&self, wires: &Wires) {
-        self.counters.set_vectors(wires.connected.len() + wires.msi.len());
+        let pins = usize::from(wires.pin.is_some());
+        self.counters
+            .set_vectors(wires.connected.len() + wires.msi.len() + pins);
     }
 
     /// Reads `data` at `offset` of BAR `bar`, if the table or the pending bits are there.
@@ -117,6 +154,7 @@ impl Interrupts {
     /// The guest hears nothing of the device any more.
     pub(crate) fn silence(&self) {
         let mut wires = lock(&self.wires);
+        self.end_pin(&mut wires);
         if wires.msix {
             self.disable(VFIO_PCI_MSIX_IRQ_INDEX);
         }
@@ -233,7 +271,7 @@ impl Interrupts {
     }
 }
 
-fn failure(error: IrqError) -> io::Error {
+pub(crate) fn failure(error: IrqError) -> io::Error {
     match error {
         IrqError::Only(count) => io::Error::other(format!("the host has only {count} for it")),
         IrqError::Failed(error) => error,

@@ -115,6 +115,8 @@ pub trait DeviceFile: Send + Sync {
     /// Has interrupts of the kind `index` from number `start` on ring these events, or nothing. The first time it makes them all
     /// ready: then the error is the number that could be had, if some could.
     fn set_irqs(&self, index: u32, start: u32, events: &[Option<&EventFd>]) -> Result<(), IrqError>;
+    /// Has `event`, when it is rung, unmask the only interrupt of the kind `index`, which is masked since it was told last.
+    fn unmask_by(&self, index: u32, event: &EventFd) -> io::Result<()>;
     /// Undoes that for all interrupts of the kind.
     fn disable_irqs(&self, index: u32) -> io::Result<()>;
     /// VFIO_DEVICE_RESET.

@@ -16,6 +16,7 @@ mod function;
 mod handle;
 mod host;
 mod interrupts;
+mod intx;
 pub mod kernel;
 mod limit;
 mod meters;

@@ -322,6 +322,11 @@ impl DeviceFile for DeviceFd {
         }
     }
 
+    fn unmask_by(&self, index: u32, event: &EventFd) -> io::Result<()> {
+        let flags = v::VFIO_IRQ_SET_DATA_EVENTFD | v::VFIO_IRQ_SET_ACTION_UNMASK;
+        self.irqs(flags, index, 0, vec![event.as_raw_fd()]).map(drop)
+    }
+
     fn disable_irqs(&self, index: u32) -> io::Result<()> {
         let flags = v::VFIO_IRQ_SET_DATA_NONE | v::VFIO_IRQ_SET_ACTION_TRIGGER;
         self.irqs(flags, index, 0, Vec::new()).map(drop)

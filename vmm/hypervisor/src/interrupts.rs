@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry};
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 use triarch_device_core::{InterruptLine, MsiMessage, MsiRouter, MsiVector};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -56,6 +56,22 @@ impl Interrupts {
         let fd = EventFd::new(EFD_NONBLOCK)?;
         self.vm.register_irqfd(&fd, pin)?;
         Ok(Arc::new(Line { fd }))
+    }
+
+    /// Whether [`wire`](Self::wire) works on this host.
+    pub fn has_wires(&self) -> bool {
+        self.vm.check_extension(Cap::IrqfdResample)
+    }
+
+    /// Has `raised`, when it is rung, raise the level of pin `pin` of the wired controller, until the guest's end of interrupt lowers it, which
+    /// rings `lowered`. Several can share a pin.
+    pub fn wire(&self, pin: u32, raised: &EventFd, lowered: &EventFd) -> io::Result<()> {
+        Ok(self.vm.register_irqfd_with_resample(raised, lowered, pin)?)
+    }
+
+    /// Undoes that. The pin is low if nobody else has it.
+    pub fn unwire(&self, pin: u32, raised: &EventFd) -> io::Result<()> {
+        Ok(self.vm.unregister_irqfd(raised, pin)?)
     }
 
     /// Hands out message-signalled interrupts.

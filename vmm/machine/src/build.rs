@@ -178,7 +178,8 @@ impl Machine {
             slots: vm.memory_slots().clone(),
             reach: regions.reach().map().clone(),
             peers: config.platform.as_ref().and_then(|p| p.vfio_p2p_dma).unwrap_or(true),
-            vm: passthrough::Host::of(&vm),
+            wires: platform.interrupts.has_wires(),
+            vm: passthrough::Host::of(&vm, &platform.interrupts),
         };
         let devices = Devices::build(config, consoles, backends, host, origin.saved_mut(), progress)?;
         if let Some(slots) = board.slots() {

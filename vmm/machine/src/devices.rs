@@ -57,6 +57,8 @@ pub(crate) struct Host {
     pub(crate) reach: DmaMap,
     /// They reach each other's registers.
     pub(crate) peers: bool,
+    /// There are wires for interrupt pins.
+    pub(crate) wires: bool,
     /// The VM as those see it.
     pub(crate) vm: Arc<dyn triarch_vfio::Vm>,
 }

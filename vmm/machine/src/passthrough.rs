@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use triarch_hypervisor::{HypervisorError, MemorySlots, VfioGroups, Vm};
+use triarch_arch::pci_wire;
+use triarch_hypervisor::{HypervisorError, Interrupts, MemorySlots, VfioGroups, Vm};
 use triarch_memory::GuestRegion;
 use triarch_vfio::{DmaError, DmaMap, Mapping};
 use vm_memory::{Address, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 /// The memory that devices of the host reach: nothing any more when this goes.
 #[derive(Default)]
@@ -41,13 +43,15 @@ impl Drop for Reach {
 pub(crate) struct Host {
     slots: MemorySlots,
     groups: VfioGroups,
+    interrupts: Arc<Interrupts>,
 }
 
 impl Host {
-    pub(crate) fn of(vm: &Vm) -> Arc<dyn triarch_vfio::Vm> {
+    pub(crate) fn of(vm: &Vm, interrupts: &Arc<Interrupts>) -> Arc<dyn triarch_vfio::Vm> {
         Arc::new(Self {
             slots: vm.memory_slots().clone(),
             groups: vm.vfio_groups(),
+            interrupts: interrupts.clone(),
         })
     }
 }
@@ -72,5 +76,13 @@ impl triarch_vfio::Vm for Host {
 
     fn dismiss(&self, group: BorrowedFd<'_>) -> io::Result<()> {
         self.groups.remove(group).map_err(failed)
+    }
+
+    fn wire(&self, slot: u8, pin: u8, raised: &EventFd, lowered: &EventFd) -> io::Result<()> {
+        self.interrupts.wire(pci_wire(slot, pin), raised, lowered)
+    }
+
+    fn unwire(&self, slot: u8, pin: u8, raised: &EventFd) -> io::Result<()> {
+        self.interrupts.unwire(pci_wire(slot, pin), raised)
     }
 }

@@ -45,6 +45,10 @@ pub(crate) struct World {
     pub(crate) vectors: u32,
     /// The events that vectors ring, by kind and number.
     pub(crate) wires: BTreeMap<(u32, u32), EventFd>,
+    /// What unmasks interrupts, by their kind.
+    pub(crate) unmasks: BTreeMap<u32, EventFd>,
+    /// Both ends of the wires that the VM has for pins, by slot and pin.
+    pub(crate) pins: BTreeMap<(u8, u8), [EventFd; 2]>,
     pub(crate) sparse: Option<Vec<(u64, u64)>>,
     /// What the guest has mapped: length by GPA.
     pub(crate) mapped: BTreeMap<u64, u64>,
@@ -249,7 +253,8 @@ impl DeviceFile for Opened {
     fn irq_count(&self, index: u32) -> io::Result<u32> {
         let deaf = lock(&self.fake.world).deaf;
         match index {
-            0..=2 => Ok(2048),
+            0 => Ok(1),
+            1 | 2 => Ok(2048),
             3 | 4 if !deaf => Ok(1),
             _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
@@ -272,8 +277,15 @@ impl DeviceFile for Opened {
         }
         Ok(())
     }
+    fn unmask_by(&self, index: u32, event: &EventFd) -> io::Result<()> {
+        self.fake.call("unmask by")?;
+        let event = event.try_clone().expect("an event");
+        lock(&self.fake.world).unmasks.insert(index, event);
+        Ok(())
+    }
     fn disable_irqs(&self, index: u32) -> io::Result<()> {
         self.fake.call("disable irqs")?;
+        lock(&self.fake.world).unmasks.remove(&index);
         lock(&self.fake.world).wires.retain(|(kind, _), _| *kind != index);
         Ok(())
     }
@@ -311,6 +323,17 @@ impl Vm for Fake {
     }
     fn dismiss(&self, _group: BorrowedFd<'_>) -> io::Result<()> {
         lock(&self.world).admitted -= 1;
+        Ok(())
+    }
+    fn wire(&self, slot: u8, pin: u8, raised: &EventFd, lowered: &EventFd) -> io::Result<()> {
+        self.call("wire")?;
+        let ends = [raised, lowered].map(|event| event.try_clone().expect("an event"));
+        lock(&self.world).pins.insert((slot, pin), ends);
+        Ok(())
+    }
+    fn unwire(&self, slot: u8, pin: u8, _raised: &EventFd) -> io::Result<()> {
+        let mut world = lock(&self.world);
+        world.pins.remove(&(slot, pin)).ok_or(io::ErrorKind::NotFound)?;
         Ok(())
     }
 }
@@ -381,6 +404,7 @@ pub(crate) fn host(fake: &Fake) -> Arc<HostDevice> {
 pub(crate) fn options(peers: Option<DmaMap>) -> Options {
     Options {
         ports: true,
+        wires: true,
         peers,
         ..Options::default()
     }

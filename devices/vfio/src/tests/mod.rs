@@ -5,5 +5,6 @@ mod dma;
 mod fake;
 mod function;
 mod gpu;
+mod intx;
 mod open;
 mod space;

@@ -10,7 +10,10 @@ use triarch_harness::linux::LinuxVm;
 use triarch_harness::pci::Function;
 use triarch_harness::suite::{Context, Outcome, Test};
 
-pub const TESTS: &[Test] = &[Test::nested("vfio::two_functions_share_a_slot", two_functions).within(LONG)];
+pub const TESTS: &[Test] = &[
+    Test::nested("vfio::two_functions_share_a_slot", two_functions).within(LONG),
+    Test::nested("vfio::disks_interrupt_by_their_pins", pins).within(LONG),
+];
 
 /// The slot they share.
 const SLOT: &str = "0000:00:06";
@@ -29,6 +32,46 @@ fn are_gone(guest: &LinuxVm) -> Result<()> {
         "for i in $(seq 300); do ls -d /sys/bus/pci/devices/{SLOT}.? >/dev/null 2>&1 || exit 0; usleep 100000; done; exit 1"
     );
     guest.shell(&script).map(drop)
+}
+
+/// Drivers that get no messages use the pins of their devices, which both are wired to one interrupt.
+fn pins(context: &Context) -> Result<Outcome> {
+    with(context, &ONE_GROUP, |places| {
+        let [first, second] = places else {
+            return Ok(());
+        };
+        let flag = |function: &Function, addr: &str| format!("path={},addr={addr}", function.path().display());
+        let guest = guest_with(context, Kernel::V6_12, &[])?
+            .vm(|vm| {
+                let vm = vm.flag("--device", flag(first, "06.0"));
+                vm.flag("--device", flag(second, "06.1"))
+            })
+            .boot()?;
+        both_work(&guest)?;
+        guest.shell(&format!(
+            "cd /sys/bus/pci/drivers/nvme; for d in {SLOT}.0 {SLOT}.1; do echo $d >unbind; echo 0 >/sys/bus/pci/devices/$d/msi_bus; done
+             for d in {SLOT}.0 {SLOT}.1; do echo $d >bind; done"
+        ))?;
+        both_work(&guest)?;
+        let lines = guest.shell("grep nvme /proc/interrupts")?;
+        ensure!(
+            lines.lines().count() == 1 && lines.contains("fasteoi") && lines.contains("nvme0q0, nvme1q0")
+                || lines.contains("nvme1q0, nvme0q0"),
+            "one level for both, not {lines}"
+        );
+        let complaints = guest.shell("dmesg | grep -iE 'nvme.*timeout|nobody cared' || true")?;
+        ensure!(complaints.is_empty(), "{complaints}");
+        // And messages again.
+        guest.shell(&format!(
+            "cd /sys/bus/pci/drivers/nvme; for d in {SLOT}.0 {SLOT}.1; do echo $d >unbind; echo 1 >/sys/bus/pci/devices/$d/msi_bus; done
+             for d in {SLOT}.0 {SLOT}.1; do echo $d >bind; done"
+        ))?;
+        both_work(&guest)?;
+        let lines = guest.shell("grep nvme /proc/interrupts")?;
+        ensure!(!lines.contains("fasteoi"), "{lines}");
+        guest.power_off()?;
+        Ok(())
+    })
 }
 
 /// Both disks are read, and written where it does no harm.

@@ -97,6 +97,7 @@ pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
             last_bus: u32::from(LAST_BUS),
             mmio32: window(&config.windows.mmio32),
             mmio64: window(&config.windows.mmio64),
+            wires: layout::PCI_WIRES,
         },
     }
 }

@@ -67,6 +67,11 @@ pub const MEMORY_HOTPLUG: u64 = 0x0906_0000;
 /// Registers of PCI devices that come and go.
 pub const PCI_HOTPLUG: u64 = 0x0907_0000;
 
+/// Interrupt numbers of the PCI bus' wires: pin A of device 0 is the first.
+pub const PCI_WIRES: [u32; 4] = [48, 49, 50, 51];
+/// The interrupt that KVM counts as GSI 0.
+pub const FIRST_WIRE: u32 = interrupt::FIRST_SHARED;
+
 /// Interrupt numbers of the GIC.
 pub mod interrupt {
     /// The first that is shared by all vCPUs.

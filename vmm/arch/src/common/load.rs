@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 use thiserror::Error;
 use triarch_boot::{InitramfsError, KernelError, LayoutError, OpenError};
 use triarch_memory::GuestMemory;
-use triarch_tables::acpi::{AcpiError, IoWindow, MemorySlots, MmioWindow, PciSegment, PciSlots};
+use triarch_tables::acpi::{AcpiError, IoWindow, MemorySlots, MmioWindow, PciSegment, PciSlots, rotating_prt};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
 use super::LoadConfig;
-use crate::BootError;
+use crate::{BootError, layout};
 
 /// Why a guest could not be loaded.
 #[derive(Debug, Error)]
@@ -117,7 +117,7 @@ pub fn pci_segment(config: &LoadConfig<'_>, ecam_base: u64, buses: RangeInclusiv
                 prefetchable,
             })
             .collect(),
-        prt: Vec::new(),
+        prt: rotating_prt(&layout::PCI_WIRES),
         node: 0,
         slots: config.board.slots().map(|board| PciSlots {
             registers: slots,

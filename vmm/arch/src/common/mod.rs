@@ -18,7 +18,7 @@ use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
 use triarch_tables::acpi::NumaNode;
 
-use crate::{Board, BoardStateV1, CpuError, CpuPlan};
+use crate::{Board, BoardStateV1, CpuError, CpuPlan, layout};
 
 /// How many processors a guest has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -284,6 +284,14 @@ impl BoardConfig<'_> {
     }
 }
 
+/// The pin of the wired interrupt controller that pin `pin` (1: INTA) of PCI device `device` is wired to: as `_PRT` and the device tree tell
+/// the guest, with the usual rotation.
+pub fn pci_wire(device: u8, pin: u8) -> u32 {
+    let at = usize::from(device) + usize::from(pin.saturating_sub(1));
+    let wires = layout::PCI_WIRES;
+    wires[at % wires.len()] - layout::FIRST_WIRE
+}
+
 /// NUMA nodes of a guest, which ACPI tells of.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Numa {
@@ -326,4 +334,19 @@ pub struct LoadConfig<'a> {
     pub uuid: Option<String>,
     /// OEM strings for SMBIOS.
     pub oem_strings: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use triarch_tables::acpi::rotating_prt;
+
+    use super::*;
+
+    #[test]
+    fn pins_are_wired_as_guests_are_told() {
+        for route in rotating_prt(&layout::PCI_WIRES) {
+            assert_eq!(pci_wire(route.device, route.pin + 1) + layout::FIRST_WIRE, route.gsi);
+        }
+        assert_ne!(pci_wire(1, 1), pci_wire(2, 1));
+    }
 }

@@ -44,6 +44,10 @@ pub const CPU_HOTPLUG: u64 = 0xfe00_0000;
 pub const MEMORY_HOTPLUG: u64 = 0xfe01_0000;
 /// Registers of PCI devices that come and go.
 pub const PCI_HOTPLUG: u64 = 0xfe02_0000;
+/// GSIs of the PCI bus' wires: pin A of device 0 is the first.
+pub const PCI_WIRES: [u32; 4] = [20, 21, 22, 23];
+/// GSI 0, as KVM counts them: the first pin of the I/O APIC.
+pub const FIRST_WIRE: u32 = 0;
 /// I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.

@@ -135,6 +135,8 @@ pub struct Pci {
     pub mmio32: (u64, u64),
     /// 64-bit BARs; none when empty.
     pub mmio64: (u64, u64),
+    /// Interrupt numbers of its wires: pin A of device 0 is the first, and each device's pins begin one further.
+    pub wires: [u32; 4],
 }
 
 /// A tree that tells nothing but where the kernel's boot data and the EFI tables are.
@@ -357,6 +359,16 @@ fn write_pci(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), FdtError> {
         }
     }
     fdt.property_array_u32("ranges", &ranges)?;
+    // Of a device and a pin to the GIC: what rotates over four wires is the same for every fourth device.
+    let mut wires = Vec::new();
+    for (device, pin) in (0..4).flat_map(|device| (0..4).map(move |pin| (device, pin))) {
+        let wire = pci.wires[(device + pin) % pci.wires.len()].saturating_sub(FIRST_SPI);
+        let (device, pin) = (device as u32, pin as u32);
+        wires.extend([device << 11, 0, 0, pin + 1, GIC_HANDLE, 0, 0, SPI, wire, LEVEL_HIGH]);
+    }
+    fdt.property_u32("#interrupt-cells", 1)?;
+    fdt.property_array_u32("interrupt-map-mask", &[0x1800, 0, 0, 7])?;
+    fdt.property_array_u32("interrupt-map", &wires)?;
     // Requester id and device id are the same.
     fdt.property_array_u32("msi-map", &[0, ITS_HANDLE, 0, 0x1_0000])?;
     Ok(fdt.end_node(node)?)

@@ -195,6 +195,7 @@ fn machine(cpus: u64) -> DeviceTree {
             last_bus: 0,
             mmio32: (0x1000_0000, 0x2000_0000),
             mmio64: (1 << 32, 1 << 32),
+            wires: [48, 49, 50, 51],
         },
     }
 }
@@ -243,6 +244,19 @@ fn trees_have_what_a_kernel_looks_for() {
         stub_device_tree(&chosen("a\0b"), &efi),
         Err(FdtError::Cmdline(_))
     ));
+}
+
+#[test]
+fn pins_of_pci_devices_are_wired_in_turn() {
+    let full = device_tree(&chosen("quiet"), &machine(1)).unwrap();
+    // Device, two more cells of its address, pin; the GIC, its two cells; shared, number, level high.
+    let has = |device: u32, pin: u32, number: u32| {
+        let cells = [device << 11, 0, 0, pin, 1, 0, 0, 0, number, 4];
+        let bytes: Vec<u8> = cells.iter().flat_map(|cell| cell.to_be_bytes()).collect();
+        full.windows(bytes.len()).any(|part| part == bytes)
+    };
+    assert!(has(0, 1, 16) && has(0, 4, 19) && has(1, 1, 17) && has(3, 2, 16));
+    assert!(!has(4, 1, 16) && !has(1, 1, 16));
 }
 
 proptest! {

@@ -57,6 +57,7 @@ impl Devices {
         host.reach.attach(device.container())?;
         let options = Options {
             ports: !host.root.windows().io.is_empty(),
+            wires: host.wires,
             clique: config.x_nv_gpudirect_clique,
             peers: host.peers.then(|| host.reach.clone()),
         };
