@@ -142,7 +142,7 @@ impl VfioPci {
             }
         };
         let (handle, admission) = host.enter(&vm)?;
-        handle.reset().map_err(|source| FunctionError::Reset {
+        host.reset(&handle).map_err(|source| FunctionError::Reset {
             name: name.to_owned(),
             source,
         })?;
@@ -204,6 +204,7 @@ impl VfioPci {
             counters,
             log: RateLimit::default(),
         };
+        host.set_live(true);
         function.set_command(0);
         Ok(function)
     }
@@ -227,7 +228,8 @@ impl VfioPci {
         self.interrupts.silence();
         // Without being the bus's master it reaches nothing, also if it cannot be reset.
         let _ = self.handle.file.write_at(self.registers + COMMAND, &[0, 0]);
-        if let Err(error) = self.handle.reset() {
+        self.host.set_live(false);
+        if let Err(error) = self.host.reset(&self.handle) {
             tracing::warn!("{} cannot be reset: {error}", self.host.name());
         }
         for parts in lock(&self.bars).iter_mut() {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use vmm_sys_util::epoll::Epoll;
@@ -91,6 +92,10 @@ pub struct HostDevice {
     /// Its file. That of a mediated device is opened when a guest gets it, and closed with that guest.
     kept: Option<Arc<Handle>>,
     open: Mutex<Weak<Handle>>,
+    /// The guest's others.
+    family: Weak<Mutex<Open>>,
+    /// A guest has it.
+    live: AtomicBool,
 }
 
 #[derive(Default)]
@@ -167,6 +172,8 @@ impl Iommu {
             alarms: self.alarms.clone(),
             kept: None,
             open: Mutex::default(),
+            family: Arc::downgrade(&self.open),
+            live: AtomicBool::new(false),
         };
         if !found.mediated {
             let handle = device.open(None).map_err(|refusal| refused(refusal, &found))?;
@@ -298,6 +305,53 @@ impl HostDevice {
     /// What it reaches memory by.
     pub fn container(&self) -> &Arc<Container> {
         self.way.container()
+    }
+
+    /// A guest has it from now on, or has it no more.
+    pub(crate) fn set_live(&self, live: bool) {
+        self.live.store(live, Ordering::Release);
+    }
+
+    /// Stops whatever it does, and forgets what it was told, as far as it can be reset: by itself, or else with all of its bus, if no guest has
+    /// another of those and nobody else does.
+    pub(crate) fn reset(&self, handle: &Handle) -> io::Result<()> {
+        if handle.info.resets {
+            return handle.reset();
+        }
+        let name = &self.name;
+        match self.reset_bus(handle) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(
+                "{name} cannot be reset by itself, and its bus not as long as others there are in use; it stays as it is"
+            ),
+            Err(error) => {
+                tracing::warn!("{name} cannot be reset by itself, and its bus neither: {error}; it stays as it is")
+            }
+        }
+        Ok(())
+    }
+
+    fn reset_bus(&self, handle: &Handle) -> io::Result<bool> {
+        let members = handle.file.bus_members()?;
+        let Some(family) = self.family.upgrade() else {
+            return Ok(false);
+        };
+        let family = lock(&family);
+        let mut others = family.devices.iter().filter_map(Weak::upgrade);
+        let in_use = |other: &HostDevice| {
+            other.name != self.name && other.live.load(Ordering::Acquire) && members.names.contains(&other.name)
+        };
+        if others.any(|other| in_use(&other)) || members.owned == Some(false) {
+            return Ok(false);
+        }
+        let group = |number| family.groups.get(number)?.upgrade();
+        let groups: Option<Vec<_>> = members.groups.iter().map(group).collect();
+        let Some(groups) = groups else {
+            return Ok(false);
+        };
+        let files: Vec<_> = groups.iter().map(|group| group.file.fd()).collect();
+        handle.file.reset_bus(&files)?;
+        Ok(true)
     }
 
     pub(crate) fn page_size(&self) -> u64 {

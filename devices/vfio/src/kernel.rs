@@ -1,5 +1,6 @@
 //! What the kernel does for VFIO, as the rest of this crate asks for it. [`Linux`](crate::Linux) asks the kernel.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -121,12 +122,27 @@ pub trait DeviceFile: Send + Sync {
     fn disable_irqs(&self, index: u32) -> io::Result<()>;
     /// VFIO_DEVICE_RESET.
     fn reset(&self) -> io::Result<()>;
+    /// Whom a reset of its bus resets (VFIO_DEVICE_GET_PCI_HOT_RESET_INFO).
+    fn bus_members(&self) -> io::Result<BusMembers>;
+    /// VFIO_DEVICE_PCI_HOT_RESET, with the groups of all members, or none for what came by iommufd.
+    fn reset_bus(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()>;
     /// Reads at `offset` of the descriptor.
     fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()>;
     /// Writes there.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Maps `len` bytes from `offset` of the descriptor, both whole pages.
     fn map(&self, offset: u64, len: u64) -> io::Result<Mapping>;
+}
+
+/// Who is on a bus, or a part of it, that can only be reset as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BusMembers {
+    /// The names of all devices, the one that was asked among them.
+    pub names: Vec<String>,
+    /// The numbers of their groups.
+    pub groups: BTreeSet<u32>,
+    /// For what came by iommufd, which does not tell of groups: all of them are this process' or nobody's.
+    pub owned: Option<bool>,
 }
 
 /// Why interrupts cannot be had.

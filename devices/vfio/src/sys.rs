@@ -1,5 +1,6 @@
 //! The ioctls of linux/vfio.h, in safe clothes.
 
+mod bus;
 mod iommufd;
 
 use std::fs::File;
@@ -13,7 +14,8 @@ use vfio_bindings::bindings::vfio as v;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kernel::{
-    AddressSpace, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError, Kernel, Region,
+    AddressSpace, BusMembers, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError,
+    Kernel, Region,
 };
 use crate::limit;
 
@@ -334,6 +336,14 @@ impl DeviceFile for DeviceFd {
 
     fn reset(&self) -> io::Result<()> {
         by_value(self.0.as_fd(), DEVICE_RESET, 0).map(drop)
+    }
+
+    fn bus_members(&self) -> io::Result<BusMembers> {
+        self.members()
+    }
+
+    fn reset_bus(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.reset_all(groups)
     }
 
     fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {

@@ -14,7 +14,8 @@ use triarch_device_core::{MsiRouter, MsiVector};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kernel::{
-    AddressSpace, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError, Kernel, Region,
+    AddressSpace, BusMembers, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError,
+    Kernel, Region,
 };
 use crate::{DmaMap, HostDevice, Iommu, Mapping, Options, VfioPci, Vm, lock};
 
@@ -49,6 +50,12 @@ pub(crate) struct World {
     pub(crate) unmasks: BTreeMap<u32, EventFd>,
     /// Both ends of the wires that the VM has for pins, by slot and pin.
     pub(crate) pins: BTreeMap<(u8, u8), [EventFd; 2]>,
+    /// Devices cannot be reset by themselves.
+    pub(crate) needs_bus: bool,
+    /// Who is on their bus.
+    pub(crate) bus: BusMembers,
+    /// With how many groups the bus was reset, each time.
+    pub(crate) bus_resets: Vec<usize>,
     pub(crate) sparse: Option<Vec<(u64, u64)>>,
     /// What the guest has mapped: length by GPA.
     pub(crate) mapped: BTreeMap<u64, u64>,
@@ -232,7 +239,7 @@ impl DeviceFile for Opened {
     fn info(&self) -> io::Result<DeviceInfo> {
         Ok(DeviceInfo {
             pci: !lock(&self.fake.world).fails.contains_key("pci"),
-            resets: true,
+            resets: !lock(&self.fake.world).needs_bus,
             regions: 9,
             irqs: 5,
         })
@@ -291,6 +298,15 @@ impl DeviceFile for Opened {
     }
     fn reset(&self) -> io::Result<()> {
         self.fake.call("reset")
+    }
+    fn bus_members(&self) -> io::Result<BusMembers> {
+        self.fake.call("bus members")?;
+        Ok(lock(&self.fake.world).bus.clone())
+    }
+    fn reset_bus(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.fake.call("reset bus")?;
+        lock(&self.fake.world).bus_resets.push(groups.len());
+        Ok(())
     }
     fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.fake.call("read")?;

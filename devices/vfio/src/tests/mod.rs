@@ -1,6 +1,7 @@
 //! Tests against a kernel that is not there.
 
 mod alarms;
+mod bus;
 mod dma;
 mod fake;
 mod function;
