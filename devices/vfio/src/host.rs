@@ -325,7 +325,7 @@ impl HostDevice {
                 "{name} cannot be reset by itself, and its bus not as long as others there are in use; it stays as it is"
             ),
             Err(error) => {
-                tracing::warn!("{name} cannot be reset by itself, and its bus neither: {error}; it stays as it is")
+                tracing::warn!("{name} cannot be reset by itself, and its bus neither: {error}; it stays as it is");
             }
         }
         Ok(())
