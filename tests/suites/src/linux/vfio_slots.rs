@@ -55,8 +55,9 @@ fn pins(context: &Context) -> Result<Outcome> {
         both_work(&guest)?;
         let lines = guest.shell("grep nvme /proc/interrupts")?;
         ensure!(
-            lines.lines().count() == 1 && lines.contains("fasteoi") && lines.contains("nvme0q0, nvme1q0")
-                || lines.contains("nvme1q0, nvme0q0"),
+            lines.lines().count() == 1
+                && lines.contains("fasteoi")
+                && (lines.contains("nvme0q0, nvme1q0") || lines.contains("nvme1q0, nvme0q0")),
             "one level for both, not {lines}"
         );
         let complaints = guest.shell("dmesg | grep -iE 'nvme.*timeout|nobody cared' || true")?;
