@@ -98,7 +98,7 @@ impl Controller {
         let devices = self.machine.as_ref().map(|machine| machine.devices());
         let first = devices.and_then(|devices| devices.first_of(devices.find(id)?.0));
         let first = first.unwrap_or(id).to_owned();
-        match step(times, self.asked_for().iter().any(|asked| *asked == first)) {
+        match step(times, self.asked_for().contains(&first)) {
             Step::Wait => {}
             // One that cannot hear of it is not asked.
             Step::Ask => {
