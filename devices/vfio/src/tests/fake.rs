@@ -237,9 +237,10 @@ impl DeviceFile for Opened {
         self.file.as_fd()
     }
     fn info(&self) -> io::Result<DeviceInfo> {
+        let world = lock(&self.fake.world);
         Ok(DeviceInfo {
-            pci: !lock(&self.fake.world).fails.contains_key("pci"),
-            resets: !lock(&self.fake.world).needs_bus,
+            pci: !world.fails.contains_key("pci"),
+            resets: !world.needs_bus,
             regions: 9,
             irqs: 5,
         })
