@@ -55,9 +55,7 @@ fn pins(context: &Context) -> Result<Outcome> {
         both_work(&guest)?;
         let lines = guest.shell("grep nvme /proc/interrupts")?;
         ensure!(
-            lines.lines().count() == 1
-                && lines.contains("fasteoi")
-                && (lines.contains("nvme0q0, nvme1q0") || lines.contains("nvme1q0, nvme0q0")),
+            lines.lines().count() == 1 && is_wire(&lines) && lines.contains("nvme0q0") && lines.contains("nvme1q0"),
             "one level for both, not {lines}"
         );
         let complaints = guest.shell("dmesg | grep -iE 'nvme.*timeout|nobody cared' || true")?;
@@ -69,10 +67,15 @@ fn pins(context: &Context) -> Result<Outcome> {
         ))?;
         both_work(&guest)?;
         let lines = guest.shell("grep nvme /proc/interrupts")?;
-        ensure!(!lines.contains("fasteoi"), "{lines}");
+        ensure!(!is_wire(&lines), "{lines}");
         guest.power_off()?;
         Ok(())
     })
+}
+
+/// Whether a line of /proc/interrupts is of a wire: so they are told on x86, and on ARM.
+fn is_wire(lines: &str) -> bool {
+    lines.contains("fasteoi") || lines.contains("Level")
 }
 
 /// Both disks are read, and written where it does no harm.
@@ -99,7 +102,7 @@ fn add(api: &Api, body: &Value) -> Result<()> {
 /// Asks for `id` and waits until the guest has given it back.
 fn remove(api: &Api, id: &str) -> Result<()> {
     api.put("vm.remove-device", Some(&json!({ "id": id }).to_string()))?;
-    api.is_done("vm.remove-device", LIMIT, "the guest gave back")
+    api.is_done("vm.remove-device", LIMIT, &format!("the guest gave back '{id}'"))
 }
 
 fn two_functions(context: &Context) -> Result<Outcome> {
