@@ -373,9 +373,8 @@ impl<'a> Session<'a> {
         let why = self.why.as_ref().map(sentence).unwrap_or_default();
         // What interrupted the session does not interrupt this.
         self.control.set_interrupt(&Interrupt::default());
-        if self.control.send_within(&Message::Abort(&why), LAST_WORDS).is_err() {
-            return;
-        }
+        // Also of one that hears nothing any more, we want to know what it said before it went.
+        let _ = self.control.send_within(&Message::Abort(&why), LAST_WORDS);
         let end = Instant::now() + LAST_WORDS;
         while Instant::now() < end {
             match self.control.receive(Duration::from_millis(200), "end") {

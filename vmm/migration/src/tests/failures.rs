@@ -73,7 +73,7 @@ fn a_guest_whose_locks_are_lost_stays_paused_and_that_is_told() {
     assert_eq!(end.world.running(), (false, false));
 }
 
-/// Somebody cancels it just when the guest was restored.
+/// Somebody cancels one side just when the guest was restored, which has the time to tell the other.
 struct CancelledLate<'a>(MockSink, &'a Handle);
 
 impl Sink for CancelledLate<'_> {
@@ -88,6 +88,7 @@ impl Sink for CancelledLate<'_> {
     fn restore(&mut self, state: Payloads) -> Result<(), Cause> {
         self.0.restore(state)?;
         assert!(self.1.cancel());
+        thread::sleep(Duration::from_millis(500));
         Ok(())
     }
 
@@ -101,33 +102,38 @@ impl Sink for CancelledLate<'_> {
 }
 
 #[test]
-fn a_source_that_was_told_no_in_time_will_not_ask() {
-    let (_dir, address) = socket();
-    let destination = Destination::bind(destination_options(&address)).expect("listens");
-    let memory = MockMemory::new(&regions());
-    let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
-    let world = guest.world.clone();
-    let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
-    let cancelled = Handle::new(None);
-    let handle = Handle::new(None);
-    let source = Source::new(source_options(&address), memory, &handle, &sandbox).expect("a source");
-    let (kept, (ended, waited)) = thread::scope(|scope| {
-        let takes = scope.spawn(|| {
-            let mut sink = CancelledLate(MockSink::new(&world, Fails::Nothing), &cancelled);
-            let ended = destination.run(&mut sink, &cancelled, &sandbox);
-            (ended, Instant::now())
+fn a_source_that_knows_in_time_that_it_is_over_will_not_ask() {
+    for by_source in [false, true] {
+        let (_dir, address) = socket();
+        let destination = Destination::bind(destination_options(&address)).expect("listens");
+        let memory = MockMemory::new(&regions());
+        let mut guest = MockGuest::new(&Arc::default(), Fails::Nothing);
+        let world = guest.world.clone();
+        let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
+        let (here, there) = (Handle::new(None), Handle::new(None));
+        let cancelled = if by_source { &here } else { &there };
+        let source = Source::new(source_options(&address), memory, &here, &sandbox).expect("a source");
+        let (kept, ended, waited) = thread::scope(|scope| {
+            let takes = scope.spawn(|| {
+                let mut sink = CancelledLate(MockSink::new(&world, Fails::Nothing), cancelled);
+                let ended = destination.run(&mut sink, &there, &sandbox);
+                (ended, Instant::now())
+            });
+            let kept = source.run(&mut guest, b"config", b"cpu");
+            let at = Instant::now();
+            let (ended, end) = takes.join().expect("no panic");
+            (kept, ended, end.saturating_duration_since(at))
         });
-        let kept = source.run(&mut guest, b"config", b"cpu");
-        let at = Instant::now();
-        let (ended, end) = takes.join().expect("no panic");
-        (kept, (ended, end.saturating_duration_since(at)))
-    });
-    assert_eq!(kept.map_err(|error| error.guest), Err(Whereabouts::RunsHere));
-    assert!(matches!(ended, Err(DestinationError::Cancelled)), "{ended:?}");
-    assert_eq!(world.running(), (true, false));
-    // Not for as long as somebody might ask.
-    assert!(
-        waited < super::mock::deadlines().outcome - Duration::from_secs(8),
-        "{waited:?}"
-    );
+        assert_eq!(kept.map_err(|error| error.guest), Err(Whereabouts::RunsHere));
+        assert_eq!(
+            matches!(ended, Err(DestinationError::Cancelled)),
+            !by_source,
+            "{ended:?}"
+        );
+        assert!(ended.is_err());
+        assert_eq!(world.running(), (true, false));
+        // Not for as long as somebody might ask.
+        let long = super::mock::deadlines().outcome - Duration::from_secs(8);
+        assert!(waited < long, "{by_source}: {waited:?}");
+    }
 }

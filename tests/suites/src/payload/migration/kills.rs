@@ -230,10 +230,10 @@ fn after_the_source_died(waiting: Waiting, said: Vec<u8>) -> Result<(&'static st
         return Ok(("the guest died with the source", None));
     }
     ensure!(state(&api)?.as_deref() == Some("Running"), "it does not run");
+    // Nobody can ask any more when it is answered. Until then the guest cannot go on to another place.
+    waiting.answered()?;
     let serial = waiting.vm.dir().join(super::SERIAL);
-    let Waiting { vm, received, .. } = waiting;
-    // It is answered when nobody can ask any more.
-    drop(received);
+    let Waiting { vm, .. } = waiting;
     let guest = Guest::attach_moved(vm, &serial, said)?;
     Ok(("the destination runs it", Some(guest)))
 }

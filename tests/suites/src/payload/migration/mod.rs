@@ -121,11 +121,16 @@ impl Waiting {
         })
     }
 
-    /// Why none came, and the VMM, which has no VM.
-    fn failed(self) -> Result<(Vm, String)> {
+    /// Waits for the answer, also of one that waits for a source which may ask what became of the guest.
+    fn answered(&self) -> Result<()> {
         wait("the request is not answered", patient(2 * MOVE), || {
             Ok(self.received.is_finished().then_some(()))
-        })?;
+        })
+    }
+
+    /// Why none came, and the VMM, which has no VM.
+    fn failed(self) -> Result<(Vm, String)> {
+        self.answered()?;
         let error = joined(self.received).err().context("a guest came")?;
         let info = self.vm.api()?.request("GET", "vm.info", None)?;
         ensure!(info.status == 404, "there is a VM: {}", info.body);

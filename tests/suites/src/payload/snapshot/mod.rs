@@ -2,7 +2,7 @@
 
 use super::data::crc32;
 use super::dimms;
-use super::guest::{Guest, IMAGE, SERIAL, builder, number};
+use super::guest::{Guest, SERIAL, builder, number};
 use super::payload_tests;
 use super::snapshot_cpu::for_emulated_cpus;
 use anyhow::{Context as _, Result, ensure};
@@ -48,7 +48,7 @@ payload_tests!("snapshot":
     only_a_paused_guest_is_saved,
     what_is_damaged_is_refused,
     what_does_not_fit_is_refused,
-    a_failure_leaves_nothing,
+    a_link_is_not_followed,
 );
 
 const MIB: u64 = 1 << 20;
@@ -488,25 +488,23 @@ fn what_does_not_fit_is_refused(context: &Context) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn a_failure_leaves_nothing(context: &Context) -> Result<Outcome> {
+fn a_link_is_not_followed(context: &Context) -> Result<Outcome> {
     let kept = tempfile::tempdir_in(&context.dir)?;
-    let image = context.images.path(IMAGE)?;
-    let full = Path::new("/dev/full");
-    ensure!(full.exists() && image.exists(), "no /dev/full");
     let guest = Guest::start(builder(context)?.api())?;
     guest.vm().pause()?;
     let api = guest.vm().api()?;
-    // Its memory file is a device on which nothing fits.
-    let directory = kept.path().join("snapshot");
+    // Somebody wants the guest's memory elsewhere.
+    let (directory, elsewhere) = (kept.path().join("snapshot"), kept.path().join("elsewhere"));
+    fs::write(&elsewhere, "mine")?;
     fs::create_dir(&directory)?;
-    std::os::unix::fs::symlink(full, directory.join("memory-ranges"))?;
-    let answer = api.request(
-        "PUT",
-        "vm.snapshot",
-        Some(&url("destination_url", &directory).to_string()),
-    )?;
-    ensure!(answer.status >= 400, "{}", answer.status);
-    ensure!(fs::read_dir(&directory)?.next().is_none(), "something was left");
+    let link = directory.join("memory-ranges");
+    std::os::unix::fs::symlink(&elsewhere, &link)?;
+    let target = url("destination_url", &directory);
+    api.refused("vm.snapshot", &target, 500, &["memory-ranges", "symbolic link"])?;
+    let left: Vec<_> = fs::read_dir(&directory)?.collect::<Result<_, _>>()?;
+    ensure!(left.len() == 1 && left[0].path() == link, "{left:?}");
+    ensure!(fs::read_to_string(&elsewhere)? == "mine", "it was written to");
+    fs::remove_file(&link)?;
     api.ended("vm.snapshot", Duration::from_secs(1))?;
     snapshot(api, &directory)?;
     guest.vm().resume()?;
