@@ -500,7 +500,7 @@ fn a_link_is_not_followed(context: &Context) -> Result<Outcome> {
     let link = directory.join("memory-ranges");
     std::os::unix::fs::symlink(&elsewhere, &link)?;
     let target = url("destination_url", &directory);
-    api.refused("vm.snapshot", &target, 500, &["memory-ranges", "symbolic link"])?;
+    api.refused("vm.snapshot", &target, 400, &["memory-ranges", "symbolic links"])?;
     let left: Vec<_> = fs::read_dir(&directory)?.collect::<Result<_, _>>()?;
     ensure!(left.len() == 1 && left[0].path() == link, "{left:?}");
     ensure!(fs::read_to_string(&elsewhere)? == "mine", "it was written to");
