@@ -130,7 +130,7 @@ fn cancels(context: &Context, way: &Way) -> Result<Outcome> {
                     "it does not run"
                 );
                 if answer.status == 204 {
-                    waiting.failed()?;
+                    waiting.given_up()?;
                 } else {
                     // Asked before the source's request came; the destination still waits.
                     bail!("nobody cancelled it: {error:#}");

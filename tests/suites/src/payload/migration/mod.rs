@@ -128,6 +128,22 @@ impl Waiting {
         })
     }
 
+    /// As [`Waiting::failed`], also where the source gave up before it was here: then somebody has to say that none will come.
+    fn given_up(self) -> Result<()> {
+        wait("the request is not answered", patient(2 * MOVE), || {
+            let api = self.api()?;
+            if self.received.is_finished() {
+                return Ok(Some(()));
+            }
+            let found = api.request("GET", "vm.migration-progress", None)?;
+            if found.is_success() && found.body.contains("\"connecting\"") {
+                api.request("PUT", "vm.cancel-migration", None)?;
+            }
+            Ok(None)
+        })?;
+        self.failed().map(drop)
+    }
+
     /// Why none came, and the VMM, which has no VM.
     fn failed(self) -> Result<(Vm, String)> {
         self.answered()?;
