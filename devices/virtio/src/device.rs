@@ -44,6 +44,8 @@ pub enum DeviceId {
     Balloon,
     /// Socket device.
     Vsock,
+    /// IOMMU.
+    Iommu,
     /// Memory device.
     Mem,
     /// File system device.
@@ -62,6 +64,7 @@ impl DeviceId {
             4 => Self::Rng,
             5 => Self::Balloon,
             19 => Self::Vsock,
+            23 => Self::Iommu,
             24 => Self::Mem,
             26 => Self::Fs,
             other => Self::Other(other),
@@ -77,6 +80,7 @@ impl DeviceId {
             Self::Rng => 4,
             Self::Balloon => 5,
             Self::Vsock => 19,
+            Self::Iommu => 23,
             Self::Mem => 24,
             Self::Fs => 26,
             Self::Other(number) => number,

@@ -10,6 +10,8 @@ mod chain;
 mod config_listener;
 mod console;
 mod device;
+mod dma;
+pub mod iommu;
 pub mod mem;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
@@ -27,6 +29,7 @@ pub use block::{
 pub use chain::{Chain, ChainReader, ChainWriter, Segment, iovecs, mark_written};
 pub use console::{ConsoleResizer, VirtioConsole};
 pub use device::{ActivateError, DeviceContext, DeviceId, VirtioDevice, VirtioInterrupt, feature, read_config_bytes};
+pub use dma::DeviceMemory;
 pub use names::feature_names;
 pub use queue::{InflightQueue, QueueLayout, QueueStateV1, RingFault, VirtQueue};
 pub use rng::{EntropySource, SourceError, VirtioRng};

@@ -10,7 +10,8 @@ use triarch_memory::{GuestMemory, GuestMemoryHandle, RamOptions, allocate};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::{DeviceContext, QueueLayout, VirtQueue, VirtioInterrupt, feature};
+use crate::iommu::Endpoint;
+use crate::{DeviceContext, DeviceMemory, QueueLayout, RingFault, VirtQueue, VirtioInterrupt, feature};
 
 const F_NEXT: u16 = 1;
 const F_WRITE: u16 = 2;
@@ -205,6 +206,18 @@ impl FakeDriver {
             self.interrupt.clone(),
         )
         .expect("layout")
+    }
+
+    /// The same of a device behind an IOMMU, to which the driver tells addresses that are `offset` higher than where things are.
+    pub fn queue_behind(&self, endpoint: Arc<Endpoint>, offset: u64) -> Result<VirtQueue, RingFault> {
+        let layout = QueueLayout {
+            descriptors: self.layout.descriptors + offset,
+            driver: self.layout.driver + offset,
+            device: self.layout.device + offset,
+            ..self.layout
+        };
+        let memory = DeviceMemory::behind(self.memory.clone(), endpoint);
+        VirtQueue::new(&layout, memory, self.kick.clone(), self.interrupt.clone())
     }
 
     /// What the transport would activate the device with, with `features` and the common ones acknowledged.

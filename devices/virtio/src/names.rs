@@ -73,6 +73,16 @@ const NET: Table = &[
     (63, "SPEED_DUPLEX"),
 ];
 
+const IOMMU: Table = &[
+    (0, "INPUT_RANGE"),
+    (1, "DOMAIN_RANGE"),
+    (2, "MAP_UNMAP"),
+    (3, "BYPASS"),
+    (4, "PROBE"),
+    (5, "MMIO"),
+    (6, "BYPASS_CONFIG"),
+];
+
 const FS: Table = &[(0, "NOTIFICATION")];
 
 /// The names of `features` of a device, in the order of their bits, with commas; a bit without a name is `bit 42`.
@@ -82,6 +92,7 @@ pub fn feature_names(device: DeviceId, features: u64) -> String {
         DeviceId::Block => ("BLK_", BLOCK),
         DeviceId::Net => ("NET_", NET),
         DeviceId::Fs => ("FS_", FS),
+        DeviceId::Iommu => ("IOMMU_", IOMMU),
         _ => ("", &[]),
     };
     let find = |table: Table, bit| table.iter().find(|(of, _)| *of == bit).map(|(_, name)| *name);
@@ -115,7 +126,7 @@ mod tests {
 
     #[test]
     fn tables_are_in_order() {
-        for table in [ANY, BLOCK, NET, FS] {
+        for table in [ANY, BLOCK, NET, FS, IOMMU] {
             assert!(table.is_sorted_by(|a, b| a.0 < b.0));
         }
     }

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use triarch_device_core::RateLimit;
-use triarch_memory::{GuestMemory, GuestMemoryHandle};
+use triarch_memory::GuestMemory;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::inflight::InflightQueue;
 use self::walk::{MAX_SEGMENTS, Table, walk};
-use crate::{Chain, VirtioInterrupt};
+use crate::{Chain, DeviceMemory, VirtioInterrupt};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT (virtio 1.2, 2.7.6).
 const NO_INTERRUPT: u16 = 1;
@@ -53,6 +53,16 @@ pub enum RingFault {
         addr: u64,
         /// Its length in bytes.
         len: u32,
+    },
+    /// An IOMMU does not let the device do that.
+    #[error("the IOMMU does not let the device {} the buffer {addr:#x}+{len:#x}", if *.write { "write" } else { "read" })]
+    Blocked {
+        /// Address of the buffer, as the driver gave it.
+        addr: u64,
+        /// Its length in bytes.
+        len: u32,
+        /// It is for the device to write.
+        write: bool,
     },
     /// A readable buffer follows a writable one.
     #[error("a readable buffer follows a writable one")]
@@ -102,7 +112,7 @@ pub struct QueueStateV1 {
 pub struct VirtQueue {
     index: u16,
     ring: Queue,
-    memory: GuestMemoryHandle,
+    memory: DeviceMemory,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn VirtioInterrupt>,
     /// The used index when [`signal`](Self::signal) last looked.
@@ -125,10 +135,11 @@ impl VirtQueue {
     /// Takes over a queue the driver enabled. `kick` becomes readable when the driver notifies.
     pub fn new(
         layout: &QueueLayout,
-        memory: GuestMemoryHandle,
+        memory: impl Into<DeviceMemory>,
         kick: Arc<EventFd>,
         interrupt: Arc<dyn VirtioInterrupt>,
     ) -> Result<Self, RingFault> {
+        let memory = memory.into();
         let mut ring = Queue::new(layout.max_size).map_err(|_| RingFault::Layout)?;
         let at = GuestAddress;
         ring.try_set_size(layout.size).map_err(|_| RingFault::Layout)?;
@@ -140,7 +151,7 @@ impl VirtQueue {
             .map_err(|_| RingFault::Layout)?;
         ring.set_event_idx(layout.event_idx);
         ring.set_ready(true);
-        if !ring.is_valid(&*memory.memory()) {
+        if !ring.is_valid(&memory.view()) {
             return Err(RingFault::Layout);
         }
         Ok(Self {
@@ -184,8 +195,8 @@ impl VirtQueue {
     /// # Errors
     /// The used ring cannot be read.
     pub fn used_index(&self) -> Result<u16, RingFault> {
-        let memory = self.memory.memory();
-        let index = self.ring.used_idx(&*memory, Ordering::Acquire);
+        let memory = self.memory.view();
+        let index = self.ring.used_idx(&memory, Ordering::Acquire);
         index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
     }
 
@@ -215,7 +226,7 @@ impl VirtQueue {
         self.ring.size()
     }
 
-    /// GPA of the descriptor table, for who reads chains in another process.
+    /// Address of the descriptor table, for who reads chains in another process.
     pub fn descriptors(&self) -> u64 {
         self.ring.desc_table()
     }
@@ -235,7 +246,7 @@ impl VirtQueue {
     /// # Errors
     /// The ring is no longer in guest memory.
     pub fn offered(&self) -> Result<u16, RingFault> {
-        let index = self.ring.avail_idx(&*self.memory.memory(), Ordering::Acquire);
+        let index = self.ring.avail_idx(&self.memory.view(), Ordering::Acquire);
         index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
     }
 
@@ -254,7 +265,7 @@ impl VirtQueue {
     /// # Errors
     /// The ring is no longer in guest memory.
     pub fn completed(&self) -> Result<u16, RingFault> {
-        let index = self.ring.used_idx(&*self.memory.memory(), Ordering::Acquire);
+        let index = self.ring.used_idx(&self.memory.view(), Ordering::Acquire);
         index.map(|index| index.0).map_err(|_| RingFault::Inaccessible)
     }
 
@@ -277,7 +288,7 @@ impl VirtQueue {
 
     /// Guest memory as it is now.
     pub fn memory(&self) -> GuestMemoryLoadGuard<GuestMemory> {
-        self.memory.memory()
+        self.memory.ram().memory()
     }
 
     /// The next chain the driver offers. A chain that breaks the rules never gets here: the device is then marked as needing a
@@ -322,7 +333,7 @@ impl VirtQueue {
         if self.faulted {
             return;
         }
-        let memory = self.memory.memory();
+        let memory = self.memory.view();
         if let Some(tracking) = &self.tracking {
             chains.iter().for_each(|(head, _)| tracking.region.ending(*head));
         }
@@ -339,7 +350,7 @@ impl VirtQueue {
         }
         // The last one publishes the index, and with it the ones before.
         self.ring.set_next_used(next);
-        if self.ring.add_used(&*memory, last, written).is_err() {
+        if self.ring.add_used(&memory, last, written).is_err() {
             return self.fault(&RingFault::Inaccessible);
         }
         if let Some(tracking) = &self.tracking {
@@ -366,8 +377,8 @@ impl VirtQueue {
         if self.faulted {
             return false;
         }
-        let memory = self.memory.memory();
-        match self.ring.enable_notification(&*memory) {
+        let memory = self.memory.view();
+        match self.ring.enable_notification(&memory) {
             Ok(more) => more,
             Err(_) => {
                 self.fault(&RingFault::Inaccessible);
@@ -381,8 +392,8 @@ impl VirtQueue {
         if self.faulted {
             return;
         }
-        let memory = self.memory.memory();
-        if self.ring.disable_notification(&*memory).is_err() {
+        let memory = self.memory.view();
+        if self.ring.disable_notification(&memory).is_err() {
             self.fault(&RingFault::Inaccessible);
         }
     }
@@ -417,7 +428,7 @@ impl VirtQueue {
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, RingFault> {
-        let memory = self.memory.memory();
+        let memory = self.memory.view();
         // Orders the used index before what is read here: the driver sets these and then looks at the index once more.
         std::sync::atomic::fence(Ordering::SeqCst);
         let load = |at| {
@@ -442,7 +453,7 @@ impl VirtQueue {
             at: GuestAddress(self.ring.desc_table()),
             len: self.ring.size(),
         };
-        walk(&self.memory.memory(), table, head)
+        walk(&self.memory.view(), table, head)
     }
 
     fn try_pop(&mut self) -> Result<Option<Chain>, RingFault> {
@@ -464,15 +475,15 @@ impl VirtQueue {
     }
 
     fn next_offered(&mut self) -> Result<Option<Chain>, RingFault> {
-        let memory = self.memory.memory();
+        let memory = self.memory.view();
         let avail = self
             .ring
-            .avail_idx(&*memory, Ordering::Acquire)
+            .avail_idx(&memory, Ordering::Acquire)
             .map_err(|_| RingFault::Inaccessible)?;
         if avail.0 == self.ring.next_avail() {
             return Ok(None);
         }
-        let mut offered = self.ring.iter(&*memory).map_err(|error| match error {
+        let mut offered = self.ring.iter(&memory).map_err(|error| match error {
             virtio_queue::Error::InvalidAvailRingIndex => RingFault::AvailIndex,
             _ => RingFault::Inaccessible,
         })?;

@@ -1,13 +1,13 @@
 //! Following descriptor chains of a split ring (virtio 1.2, 2.7.5), believing nothing.
 
 use smallvec::SmallVec;
-use triarch_memory::GuestMemory;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::RingFault;
+use crate::Chain;
 use crate::chain::in_memory;
-use crate::{Chain, Segment};
+use crate::dma::DeviceView;
 
 /// More buffers than this in one chain are refused: it is what the host can take in one vectored call (IOV_MAX).
 pub(super) const MAX_SEGMENTS: usize = 1024;
@@ -33,7 +33,7 @@ impl Table {
         })
     }
 
-    fn read(&self, memory: &GuestMemory, index: u16) -> Result<Descriptor, RingFault> {
+    fn read(&self, memory: &DeviceView<'_>, index: u16) -> Result<Descriptor, RingFault> {
         if index >= self.len {
             return Err(RingFault::Broken);
         }
@@ -44,7 +44,7 @@ impl Table {
 }
 
 /// Follows a chain from `head` and checks all of it.
-pub(super) fn walk(memory: &GuestMemory, ring: Table, head: u16) -> Result<Chain, RingFault> {
+pub(super) fn walk(memory: &DeviceView<'_>, ring: Table, head: u16) -> Result<Chain, RingFault> {
     let mut chain = Chain {
         head,
         segments: SmallVec::new(),
@@ -67,18 +67,15 @@ pub(super) fn walk(memory: &GuestMemory, ring: Table, head: u16) -> Result<Chain
             continue;
         }
         let (addr, len) = (descriptor.addr(), descriptor.len());
-        check_buffer(memory, addr, len)?;
+        let write = descriptor.is_write_only();
         bytes = bytes.checked_add(len).ok_or(RingFault::TooLong)?;
-        if !descriptor.is_write_only() {
-            if chain.readable != chain.segments.len() {
-                return Err(RingFault::Order);
-            }
-            chain.readable += 1;
+        if !write && chain.readable != chain.segments.len() {
+            return Err(RingFault::Order);
         }
-        if chain.segments.len() == MAX_SEGMENTS {
-            return Err(RingFault::TooLong);
+        add_buffer(memory, &mut chain, addr, len, write)?;
+        if !write {
+            chain.readable = chain.segments.len();
         }
-        chain.segments.push(Segment { addr, len });
         if !descriptor.has_next() {
             return Ok(chain);
         }
@@ -86,12 +83,32 @@ pub(super) fn walk(memory: &GuestMemory, ring: Table, head: u16) -> Result<Chain
     }
 }
 
-fn check_buffer(memory: &GuestMemory, addr: GuestAddress, len: u32) -> Result<(), RingFault> {
+/// Adds the memory behind a buffer to the chain.
+fn add_buffer(
+    memory: &DeviceView<'_>,
+    chain: &mut Chain,
+    addr: GuestAddress,
+    len: u32,
+    write: bool,
+) -> Result<(), RingFault> {
     if len == 0 {
         return Err(RingFault::Empty);
     }
-    if !in_memory(memory, addr, len) {
-        return Err(RingFault::OutOfMemory { addr: addr.0, len });
+    let room = MAX_SEGMENTS - chain.segments.len();
+    let blocked = RingFault::Blocked {
+        addr: addr.0,
+        len,
+        write,
+    };
+    let pieces = memory.translate(addr, len, write, room + 1).ok_or(blocked)?;
+    if pieces.len() > room {
+        return Err(RingFault::TooLong);
+    }
+    for piece in pieces {
+        if !in_memory(memory.ram(), piece.addr, piece.len) {
+            return Err(RingFault::OutOfMemory { addr: addr.0, len });
+        }
+        chain.segments.push(piece);
     }
     Ok(())
 }

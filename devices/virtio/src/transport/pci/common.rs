@@ -60,7 +60,7 @@ fn render(core: &Core) -> [u8; COMMON_LEN as usize] {
     let mut r = [0; COMMON_LEN as usize];
     let mut put = |at: u64, bytes: &[u8]| r[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
     let interrupts = &core.interrupts;
-    let offered = half(core.device.features(), core.device_feature_select);
+    let offered = half(core.offered(), core.device_feature_select);
     let acknowledged = half(core.driver_features, core.driver_feature_select);
     put(DEVICE_FEATURE_SELECT, &core.device_feature_select.to_le_bytes());
     put(DEVICE_FEATURE, &offered.to_le_bytes());

@@ -5,16 +5,17 @@ use std::io;
 use std::sync::Arc;
 
 use triarch_device_core::{IoAddress, IoEvents, RateLimit, Sandbox};
-use triarch_memory::GuestMemoryHandle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::{Interrupts, NO_VECTOR};
 use super::{DeviceEvent, layout, status};
-use crate::{DeviceContext, QueueLayout, QueueStateV1, VirtQueue, VirtioDevice, VirtioInterrupt, feature};
+use crate::{
+    DeviceContext, DeviceMemory, QueueLayout, QueueStateV1, VirtQueue, VirtioDevice, VirtioInterrupt, feature,
+};
 
 /// What a device is attached to.
 pub(super) struct Surroundings {
-    pub(super) memory: GuestMemoryHandle,
+    pub(super) memory: DeviceMemory,
     pub(super) io_events: Arc<dyn IoEvents>,
     pub(super) sandbox: Arc<dyn Sandbox>,
 }
@@ -105,6 +106,20 @@ impl Core {
         }
     }
 
+    /// The features that the driver can choose from. One that does not take ACCESS_PLATFORM is translated all the same: what keeps devices
+    /// apart is not for a driver to choose.
+    pub(super) fn offered(&self) -> u64 {
+        let behind = self.surroundings.memory.endpoint().is_some();
+        self.device.features() | if behind { feature::ACCESS_PLATFORM } else { 0 }
+    }
+
+    /// The device is at the PCI requester id `requester` from now on.
+    pub(super) fn place(&self, requester: u32) {
+        if let Some(endpoint) = self.surroundings.memory.endpoint() {
+            endpoint.place(requester);
+        }
+    }
+
     /// Queues that the device works on, or would if it were not paused.
     pub(super) fn started(&self) -> Vec<u16> {
         let started = |(index, queue): (u16, &QueueSlot)| queue.started.then_some(index);
@@ -161,7 +176,7 @@ impl Core {
         let greeted = status::ACKNOWLEDGE | status::DRIVER;
         self.interrupts.status() & greeted == greeted
             && !self.foreign_features
-            && self.driver_features & !self.device.features() == 0
+            && self.driver_features & !self.offered() == 0
             && self.driver_features & feature::VERSION_1 != 0
     }
 
@@ -169,7 +184,7 @@ impl Core {
     pub(super) fn activate(&mut self) {
         let context = DeviceContext {
             features: self.driver_features,
-            memory: self.surroundings.memory.clone(),
+            memory: self.surroundings.memory.ram().clone(),
             interrupt: self.interrupts.clone(),
             sandbox: self.surroundings.sandbox.clone(),
         };
@@ -308,6 +323,9 @@ impl Core {
     pub(super) fn remove(&mut self) {
         self.removed = true;
         self.reset();
+        if let Some(endpoint) = self.surroundings.memory.endpoint() {
+            endpoint.remove();
+        }
     }
 
     /// Lets the device finish what it has in flight; its queues are kept here.

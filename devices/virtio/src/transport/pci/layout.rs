@@ -72,6 +72,7 @@ fn class(id: DeviceId) -> u32 {
         DeviceId::Block => 0x01_00_00,
         DeviceId::Fs => 0x01_80_00,
         DeviceId::Console | DeviceId::Vsock => 0x07_80_00,
+        DeviceId::Iommu => 0x08_06_00,
         DeviceId::Rng | DeviceId::Balloon | DeviceId::Mem | DeviceId::Other(_) => 0xff_00_00,
     }
 }

@@ -16,14 +16,13 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use triarch_device_core::{AccessError, IoEvents, MsiRouter, Sandbox};
-use triarch_memory::GuestMemoryHandle;
 use triarch_pci::{Bars, ConfigSpace, MsiX, PciAddress, PciFunction};
 
 use self::core::{Core, Surroundings};
 use self::interrupt::Interrupts;
 use self::layout::{Capabilities, access};
 pub use self::state::{RestoreError, SaveError, VirtioPciQueueV1, VirtioPciStateV1};
-use crate::{VirtioDevice, VirtioInterrupt};
+use crate::{DeviceMemory, VirtioDevice, VirtioInterrupt, feature};
 
 /// Bits of device_status (virtio 1.2, 2.1).
 mod status {
@@ -69,13 +68,13 @@ impl VirtioPci {
     /// Fails when the device has more queues than the BAR has doorbells and vectors for.
     pub fn new(
         device: Box<dyn VirtioDevice>,
-        memory: GuestMemoryHandle,
+        memory: impl Into<DeviceMemory>,
         router: Arc<dyn MsiRouter>,
         io_events: Arc<dyn IoEvents>,
         sandbox: Arc<dyn Sandbox>,
     ) -> io::Result<Self> {
         let surroundings = Surroundings {
-            memory,
+            memory: memory.into(),
             io_events,
             sandbox,
         };
@@ -86,14 +85,14 @@ impl VirtioPci {
     /// until [`resume`](Self::resume). `device` is new, with its own state restored as far as it has any.
     pub fn restore(
         device: Box<dyn VirtioDevice>,
-        memory: GuestMemoryHandle,
+        memory: impl Into<DeviceMemory>,
         router: Arc<dyn MsiRouter>,
         io_events: Arc<dyn IoEvents>,
         sandbox: Arc<dyn Sandbox>,
         state: &VirtioPciStateV1,
     ) -> Result<Self, RestoreError> {
         let surroundings = Surroundings {
-            memory,
+            memory: memory.into(),
             io_events,
             sandbox,
         };
@@ -168,6 +167,11 @@ impl VirtioPci {
     pub fn save(&self) -> Result<VirtioPciStateV1, SaveError> {
         let config = self.config().save();
         self.core().save(config)
+    }
+
+    /// Whether an IOMMU says what the device reaches.
+    pub fn is_behind_iommu(&self) -> bool {
+        self.core().offered() & feature::ACCESS_PLATFORM != 0
     }
 
     /// The device_status register.
@@ -304,6 +308,7 @@ impl PciFunction for VirtioPci {
 
     fn attach(&self, address: PciAddress) {
         self.interrupts.msix.attach(address.requester());
+        self.core().place(address.requester().into());
     }
 
     fn detach(&self) {

@@ -122,7 +122,7 @@ impl Core {
 
     /// Continues from saved registers and queues; leaves the device paused.
     pub(super) fn restore(&mut self, state: &VirtioPciStateV1) -> Result<(), RestoreError> {
-        let foreign = state.driver_features & !self.device.features();
+        let foreign = state.driver_features & !self.offered();
         if state.status & (status::FEATURES_OK | status::DRIVER_OK) != 0 && foreign != 0 {
             let names = feature_names(self.device.id(), foreign);
             return Err(RestoreError::Features(names));
