@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     BalloonConfig, DataPath, DeviceConfig, DiskBackend, FsConfig, GenericVhostUserConfig, HotplugMethod,
-    MemoryZoneConfig, NetBackend, NumaConfig, OnDisconnect, VhostMode,
+    MemoryZoneConfig, NetBackend, NumaConfig, OnDisconnect, PlatformConfig, VhostMode,
 };
 
 /// A whole VM.
@@ -292,6 +292,9 @@ pub struct DiskConfig {
     /// Who works on the guest's rings.
     #[serde(skip_serializing_if = "DataPath::is_auto")]
     pub datapath: DataPath,
+    /// It is behind the guest's IOMMU.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub iommu: bool,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -315,6 +318,7 @@ impl Default for DiskConfig {
             vhost_mode: VhostMode::Client,
             on_disconnect: OnDisconnect::Stall,
             datapath: DataPath::Auto,
+            iommu: false,
             id: None,
         }
     }
@@ -436,6 +440,9 @@ pub struct NetConfig {
     pub offload_ufo: bool,
     /// Offer checksum offload to the guest.
     pub offload_csum: bool,
+    /// It is behind the guest's IOMMU.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub iommu: bool,
     /// Name in the API; `_net1` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -463,6 +470,7 @@ impl Default for NetConfig {
             offload_tso: true,
             offload_ufo: true,
             offload_csum: true,
+            iommu: false,
             id: None,
         }
     }
@@ -476,12 +484,16 @@ pub struct RngConfig {
     /// File the bytes come from; `/dev/urandom` stands for the kernel's generator.
     #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub src: PathBuf,
+    /// It is behind the guest's IOMMU.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub iommu: bool,
 }
 
 impl Default for RngConfig {
     fn default() -> Self {
         Self {
             src: "/dev/urandom".into(),
+            iommu: false,
         }
     }
 }
@@ -551,33 +563,11 @@ pub struct VsockConfig {
     /// Unix socket on the host: programs connect to it and send `CONNECT PORT`; guests reach `SOCKET_PORT`.
     #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
     pub socket: PathBuf,
+    /// It is behind the guest's IOMMU.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub iommu: bool,
     /// Name in the API; `_vsock3` and so on when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
-}
-
-/// Identity of the machine.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
-#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
-pub struct PlatformConfig {
-    /// Serial number in SMBIOS.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub serial_number: Option<String>,
-    /// UUID in SMBIOS.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub uuid: Option<String>,
-    /// OEM strings in SMBIOS; cloud-init and systemd read credentials from them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub oem_strings: Option<Vec<String>>,
-    /// ARM: describe the machine by a device tree instead of ACPI.
-    pub dtb: bool,
-    /// Devices of the host come by iommufd and device files, or, if it is off, by IOMMU groups; when absent by groups where the host has
-    /// those.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub iommufd: Option<bool>,
-    /// Devices of the host reach each other's registers; on when absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vfio_p2p_dma: Option<bool>,
 }

@@ -24,6 +24,7 @@ mod numa;
 pub mod openapi;
 mod operation;
 mod passthrough;
+mod platform;
 mod reader;
 mod request;
 mod served;
@@ -40,7 +41,7 @@ pub use backend::{DiskBackend, NetBackend};
 pub use balloon::BalloonConfig;
 pub use config::{
     ConsoleConfig, ConsoleMode, CpuTopology, CpusConfig, DebugConsoleConfig, DiskConfig, HugePageSize, ImageType,
-    MacAddress, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig, RngConfig, VmConfig, VsockConfig,
+    MacAddress, MemoryConfig, NetConfig, PayloadConfig, RngConfig, VmConfig, VsockConfig,
 };
 pub use cpu_features::{CpuDescription, CpuFeatures, CpuSignature};
 pub use datapath::DataPath;
@@ -52,6 +53,7 @@ pub use migration::{
 pub use numa::{NumaConfig, NumaDistance};
 pub use operation::{Operation, Phase};
 pub use passthrough::DeviceConfig;
+pub use platform::PlatformConfig;
 pub use reader::{ReadError, read_object};
 pub use request::{
     AddedDevice, ApiError, DeviceLink, DeviceNode, DeviceTree, LinkPath, LinkState, RemoveDevice, Reply, Request,

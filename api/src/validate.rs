@@ -39,7 +39,7 @@ pub(crate) const NET_QUEUE_SIZES: RangeInclusive<u16> = 2..=32768;
 pub(crate) const DISK_QUEUE_SIZES: RangeInclusive<u16> = 4..=1024;
 
 /// Ids of devices that every VM has.
-const RESERVED_IDS: [&str; 2] = ["_rng", "_console"];
+const RESERVED_IDS: [&str; 3] = ["_rng", "_console", "_iommu"];
 
 pub(crate) fn range(field: impl Into<String>, value: impl ToString, allowed: impl Into<String>) -> ConfigError {
     ConfigError::Range {
@@ -88,6 +88,7 @@ impl VmConfig {
         }
         self.validate_served()?;
         self.validate_devices()?;
+        self.validate_iommu()?;
         self.validate_consoles()?;
         if let Some(vsock) = &self.vsock {
             if !(3..u64::from(u32::MAX)).contains(&vsock.cid) {
@@ -207,7 +208,7 @@ impl VmConfig {
         let mut ids: Vec<&str> = self.ids().collect();
         let bad = |id: &&&str| id.is_empty() || id.starts_with("__") || RESERVED_IDS.contains(id);
         if let Some(id) = ids.iter().find(bad) {
-            let allowed = "not empty, not _rng or _console and without a leading '__': those names are our own";
+            let allowed = "not empty, not _rng, _console or _iommu and without a leading '__': those names are our own";
             return Err(range("id", format!("'{id}'"), allowed));
         }
         ids.sort_unstable();
@@ -439,6 +440,7 @@ mod tests {
             refusal(|c| c.vsock = Some(VsockConfig {
                 cid: 2,
                 socket: "s".into(),
+                iommu: false,
                 id: None
             }))
             .contains("cid is 2")

@@ -139,9 +139,10 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "vhost_mode",
         "on_disconnect",
         "datapath",
+        "iommu",
         "id",
     ];
-    let elsewhere = ["iommu", "pci_segment", "sparse", "lock_granularity", "backing_files"];
+    let elsewhere = ["pci_segment", "sparse", "lock_granularity", "backing_files"];
     let kv = KeyValues::parse("--disk", text, &known, &elsewhere)?;
     config.path = kv.text("path").map(PathBuf::from);
     set(&mut config.readonly, kv.switch("readonly")?);
@@ -156,6 +157,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     config.vhost_mode = served::mode(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     set(&mut config.datapath, kv.get("datapath")?);
+    set(&mut config.iommu, kv.switch("iommu")?);
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
@@ -191,9 +193,10 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
         "vhost_mode",
         "on_disconnect",
         "datapath",
+        "iommu",
         "id",
     ];
-    let kv = KeyValues::parse("--net", text, &known, &["iommu", "pci_segment"])?;
+    let kv = KeyValues::parse("--net", text, &known, &["pci_segment"])?;
     config.tap = kv.text("tap").map(str::to_owned);
     config.ip = kv.get("ip")?;
     config.mask = kv.get("mask")?;
@@ -222,22 +225,26 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     config.vhost_mode = served::mode(&kv)?;
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     set(&mut config.datapath, kv.get("datapath")?);
+    set(&mut config.iommu, kv.switch("iommu")?);
     config.id = kv.text("id").map(str::to_owned);
     Ok(config)
 }
 
-/// `--rng src=FILE`
+/// `--rng src=FILE[,iommu=on]`
 pub fn rng(text: &str) -> Result<RngConfig, FlagError> {
-    let kv = KeyValues::parse("--rng", text, &["src"], &["iommu"])?;
+    let kv = KeyValues::parse("--rng", text, &["src", "iommu"], &[])?;
     let Some(src) = kv.text("src") else {
         return kv.refuse("it needs a source; write src=/dev/urandom".to_owned());
     };
-    Ok(RngConfig { src: src.into() })
+    Ok(RngConfig {
+        src: src.into(),
+        iommu: kv.switch("iommu")?.unwrap_or(false),
+    })
 }
 
 /// `--vsock cid=3,socket=PATH`
 pub fn vsock(text: &str) -> Result<VsockConfig, FlagError> {
-    let kv = KeyValues::parse("--vsock", text, &["cid", "socket", "id"], &["iommu", "pci_segment"])?;
+    let kv = KeyValues::parse("--vsock", text, &["cid", "socket", "iommu", "id"], &["pci_segment"])?;
     let Some(cid) = kv.number("cid")? else {
         return kv.refuse("it needs the guest's context id; write cid=3".to_owned());
     };
@@ -247,6 +254,7 @@ pub fn vsock(text: &str) -> Result<VsockConfig, FlagError> {
     Ok(VsockConfig {
         cid,
         socket: socket.into(),
+        iommu: kv.switch("iommu")?.unwrap_or(false),
         id: kv.text("id").map(str::to_owned),
     })
 }
@@ -302,18 +310,27 @@ pub fn debug_console(text: &str) -> Result<DebugConsoleConfig, FlagError> {
     Ok(DebugConsoleConfig { mode, file })
 }
 
-/// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on,iommufd=on`
+/// `--platform uuid=...,serial_number=...,oem_strings=[...],dtb=on,iommufd=on,iommu_segments=[0]`
 pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
-    let known = ["serial_number", "uuid", "oem_strings", "dtb", "iommufd", "vfio_p2p_dma"];
-    let elsewhere = [
-        "num_pci_segments",
+    let known = [
+        "serial_number",
+        "uuid",
+        "oem_strings",
+        "dtb",
+        "iommufd",
+        "vfio_p2p_dma",
+        "iommu",
         "iommu_segments",
-        "iommu_address_width",
-        "tdx",
-        "sev_snp",
     ];
+    let elsewhere = ["num_pci_segments", "iommu_address_width", "tdx", "sev_snp"];
     let kv = KeyValues::parse("--platform", text, &known, &elsewhere)?;
     let strings = kv.list("oem_strings")?;
+    let segments = kv.list("iommu_segments")?;
+    let segments: Option<Option<Vec<u16>>> =
+        segments.map(|list| list.into_iter().map(|segment| segment.parse().ok()).collect());
+    if segments == Some(None) {
+        return kv.refuse("iommu_segments are numbers of PCI segments; write iommu_segments=[0]".to_owned());
+    }
     Ok(PlatformConfig {
         serial_number: kv.text("serial_number").map(str::to_owned),
         uuid: kv.text("uuid").map(str::to_owned),
@@ -321,6 +338,8 @@ pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
         dtb: kv.switch("dtb")?.unwrap_or(false),
         iommufd: kv.switch("iommufd")?,
         vfio_p2p_dma: kv.switch("vfio_p2p_dma")?,
+        iommu: kv.switch("iommu")?.unwrap_or(false),
+        iommu_segments: segments.flatten(),
     })
 }
 
@@ -355,6 +374,10 @@ mod tests {
             (64 << 20, true, false)
         );
         assert!(disk("path=x,io_uring=off").expect("disk").disable_io_uring);
+        assert!(disk("path=x,iommu=on").expect("disk").iommu && net("iommu=on").expect("net").iommu);
+        assert!(vsock("cid=3,socket=s,iommu=on").expect("vsock").iommu && rng("src=/r,iommu=on").expect("rng").iommu);
+        let all = platform("iommu_segments=[0]").expect("platform");
+        assert_eq!(all.iommu_segments, Some(vec![0]));
         assert_eq!(console("--serial", "file=/x").expect("file").mode, ConsoleMode::File);
     }
 
@@ -367,6 +390,7 @@ mod tests {
         assert!(text(net("fd=[3,x]").expect_err("refused")).contains("fd=[3,x] are no descriptor numbers"));
         assert!(text(console("--serial", "ttyS0").expect_err("refused")).contains("file=PATH"));
         assert!(text(vsock("cid=3").expect_err("refused")).contains("socket=PATH"));
+        assert!(text(platform("iommu_segments=[x]").expect_err("refused")).contains("iommu_segments=[0]"));
         assert!(text(net("mac=1").expect_err("refused")).contains("six hexadecimal bytes"));
         let direct = disk("vhost_user=on,vhost_socket=s,datapath=direct").expect("disk");
         assert_eq!(direct.datapath, crate::DataPath::Direct);

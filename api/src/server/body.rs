@@ -96,8 +96,8 @@ mod tests {
                 r#"{"vsock": {"cid": 3, "socket": "s", "vhost_user": true}}"#,
                 "vsock.vhost_user",
             ),
-            (r#"{"net": [{"iommu": true}]}"#, "net.iommu"),
-            (r#"{"platform": {"iommu_segments": [1]}}"#, "platform.iommu_segments"),
+            (r#"{"console": {"mode": "Pty", "iommu": true}}"#, "console.iommu"),
+            (r#"{"devices": [{"path": "/d", "iommu": true}]}"#, "devices.iommu"),
         ] {
             let (status, text) = error(body);
             assert_eq!(status, 501, "{text}");

@@ -117,6 +117,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "rng" => cmd::small::rng(guest, &mut args),
         "console" => cmd::small::console(guest, &mut args),
         "fs" => cmd::small::fs(guest, &mut args),
+        "iommu" => cmd::iommu::run(guest, &mut args),
         "vsock" => cmd::vsock::run(guest, &mut args),
         other => arch::commands::run(other, &mut args).unwrap_or_else(|| Err(format!("unknown command {other}"))),
     }

@@ -16,7 +16,7 @@ mod x86_64;
 pub use common::load::LoadError;
 pub use common::state::{Elapsed, HexBytes, StateError, check_processor};
 pub use common::{AddressLimit, BoardConfig, BoardError, CpuCount, LoadConfig, NmiError, Numa, Vcpus, pci_wire};
-pub use triarch_tables::acpi::{MemoryAffinity, NumaNode};
+pub use triarch_tables::acpi::{MemoryAffinity, NumaNode, PciIommu};
 
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::*;

@@ -497,6 +497,7 @@ fn boot(
         cmdline: payload.cmdline.unwrap_or_default(),
         device_tree: has_device_tree(config),
         numa,
+        iommu: devices.iommu(),
         serial_number: platform.serial_number,
         uuid: platform.uuid,
         oem_strings: platform.oem_strings.unwrap_or_default(),

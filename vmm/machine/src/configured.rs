@@ -55,11 +55,25 @@ impl<'a> DeviceConfig<'a> {
             Self::Disk(_) | Self::Net(_) | Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => None,
         }
     }
+
+    /// Whether it asks for the guest's IOMMU itself.
+    pub(crate) fn is_behind_iommu(self) -> bool {
+        match self {
+            Self::Disk(disk) => disk.iommu,
+            Self::Net(net) => net.iommu,
+            Self::Vsock(vsock) => vsock.iommu,
+            Self::Fs(_) | Self::Generic(_) | Self::Host(_) => false,
+        }
+    }
 }
 
-/// Takes the device called `id` out of `config`. Returns whether there was one.
+/// Takes the device called `id` out of `config`. Returns whether there was one. The guest keeps its IOMMU.
 pub(crate) fn take(config: &mut VmConfig, id: &str) -> bool {
-    let there = DeviceConfig::find(config, id).is_some();
+    let found = DeviceConfig::find(config, id);
+    let (there, behind) = (found.is_some(), found.is_some_and(DeviceConfig::is_behind_iommu));
+    if behind {
+        config.platform.get_or_insert_default().iommu = true;
+    }
     let other = |name: &Option<String>| name.as_deref() != Some(id);
     if let Some(disks) = &mut config.disks {
         disks.retain(|disk| other(&disk.id));
@@ -105,6 +119,7 @@ mod tests {
             vsock: Some(VsockConfig {
                 cid: 3,
                 socket: "s".into(),
+                iommu: false,
                 id: id("v"),
             }),
             ..VmConfig::default()
@@ -118,5 +133,8 @@ mod tests {
         assert!(matches!(DeviceConfig::find(&config, "n"), Some(DeviceConfig::Net(_))));
         assert!(take(&mut config, "a") && !take(&mut config, "a") && take(&mut config, "v"));
         assert_eq!(ids(&config), ["b", "n"]);
+        assert!(!config.has_iommu());
+        config.net.iter_mut().flatten().for_each(|net| net.iommu = true);
+        assert!(take(&mut config, "n") && config.has_iommu());
     }
 }

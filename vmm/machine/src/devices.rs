@@ -3,7 +3,9 @@
 //! A new kind of device is one more call of [`Devices::add`].
 
 mod host;
+mod iommu;
 mod make;
+mod put;
 mod slots;
 
 use std::collections::BTreeMap;
@@ -18,7 +20,7 @@ use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
 use triarch_state::Payloads;
 use triarch_vfio::DmaMap;
-use triarch_vhost_user::{Peer, VhostUserHandle};
+use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::balloon::BalloonHandle;
 use triarch_virtio::net::NetCounters;
 use triarch_virtio::vsock::VsockHandle;
@@ -26,8 +28,9 @@ use triarch_virtio::{Block, BlockHandle, ConsoleResizer, VirtioConsole, VirtioDe
 use vm_memory::GuestAddressSpace;
 
 use host::Function;
+use iommu::Iommu;
 pub(crate) use make::offloads;
-use make::{balloon, network, observer, rng, vsock};
+use make::{balloon, network, rng, vsock};
 
 use crate::announce::Port;
 use crate::backends::{Backends, End, Serves};
@@ -79,6 +82,8 @@ pub(crate) struct Devices {
     vsocks: Vec<(String, VsockHandle)>,
     balloon: Option<(String, BalloonHandle)>,
     memories: Vec<virtio_mem::Named>,
+    /// What keeps devices from memory, if the guest has one.
+    iommu: Option<Iommu>,
     /// Where memory comes and goes, as daemons know it.
     rooms: Vec<Arc<GuestRegion>>,
     resizer: Option<ConsoleResizer>,
@@ -143,6 +148,7 @@ impl Devices {
             vsocks: Vec::new(),
             balloon: None,
             memories: Vec::new(),
+            iommu: None,
             rooms: Vec::new(),
             resizer: None,
         };
@@ -168,16 +174,21 @@ impl Devices {
                 progress,
             )?;
         }
+        if config.has_iommu() {
+            devices.add_iommu(progress, total, config.iommu_for_all())?;
+        }
         let vsock = |device: &DeviceConfig<'_>| matches!(device, DeviceConfig::Vsock(_));
         let (last, first): (Vec<_>, Vec<_>) = DeviceConfig::all(config).partition(vsock);
         let with_end = |device: DeviceConfig<'_>| backends.end(device.id());
         for (device, end) in first.iter().filter_map(|device| Some((*device, with_end(*device)?))) {
             devices.add_configured(progress, total, device, end)?;
         }
-        devices.add(progress, total, &Some("_rng".into()), |id| rng(id, &config.rng))?;
+        let behind = devices.endpoint(config.rng.iommu);
+        devices.add_behind(progress, total, &Some("_rng".into()), behind, |id| rng(id, &config.rng))?;
         if let Some(console) = &consoles.console {
             let mut resizer = None;
-            devices.add(progress, total, &Some("_console".into()), |id| {
+            let behind = devices.endpoint(false);
+            devices.add_behind(progress, total, &Some("_console".into()), behind, |id| {
                 let device = VirtioConsole::new(id, console.clone());
                 resizer = Some(device.resizer());
                 Ok(Box::new(device))
@@ -231,10 +242,11 @@ impl Devices {
     ) -> Result<(), MachineError> {
         let name = Some(device.id().to_owned());
         let own = || device.id().to_owned();
+        let behind = self.endpoint(device.is_behind_iommu());
         match (&end.serves, device) {
             (Serves::File(disk), DeviceConfig::Disk(config)) => {
                 let mut handle = None;
-                self.add(progress, total, &name, |id| {
+                self.add_behind(progress, total, &name, behind, |id| {
                     let device = Block::new(id, disk.clone(), config.num_queues, config.queue_size)?;
                     handle = Some((id.to_owned(), device.handle()));
                     Ok(Box::new(device))
@@ -243,7 +255,7 @@ impl Devices {
             }
             (Serves::Tap(tap, counters), DeviceConfig::Net(config)) => {
                 let mut port = None;
-                self.add(progress, total, &name, |id| {
+                self.add_behind(progress, total, &name, behind, |id| {
                     let device = network(id, config, tap, counters)?;
                     port = Some(Port {
                         id: id.to_owned(),
@@ -264,7 +276,7 @@ impl Devices {
             }
             (_, DeviceConfig::Vsock(config)) => {
                 let mut handle = None;
-                self.add(progress, total, &name, |id| {
+                self.add_behind(progress, total, &name, behind, |id| {
                     let device = vsock(id, config)?;
                     handle = Some((id.to_owned(), device.handle()));
                     Ok(Box::new(device))
@@ -362,83 +374,6 @@ impl Devices {
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.functions.len()
-    }
-
-    /// Adds the device that the daemon `peer` serves.
-    fn add_served(
-        &mut self,
-        progress: Progress<'_>,
-        total: usize,
-        id: &Option<String>,
-        peer: &Arc<Peer>,
-    ) -> Result<(), MachineError> {
-        let host = &self.host;
-        let (sandbox, report, events) = (host.sandbox.clone(), host.report.clone(), host.events.clone());
-        let (mut handle, rooms) = (None, self.rooms.clone());
-        self.add(progress, total, id, |id| {
-            let device = vhost::device(id, peer, &sandbox, &report, &events)?;
-            device.show_rooms(rooms);
-            handle = Some((id.to_owned(), device.handle()));
-            Ok(Box::new(device))
-        })?;
-        self.daemons.extend(handle);
-        Ok(())
-    }
-
-    /// Makes a device, one of `total`, and puts it into its slot: where it was before, or the next that is free.
-    fn add(
-        &mut self,
-        progress: Progress<'_>,
-        total: usize,
-        id: &Option<String>,
-        make: impl FnOnce(&str) -> Made<Box<dyn VirtioDevice>>,
-    ) -> Result<(), MachineError> {
-        let name = id.as_deref().unwrap_or_default();
-        let failed = |source| MachineError::Device {
-            id: name.to_owned(),
-            source,
-        };
-        let host = &self.host;
-        let device = make(name).map_err(failed)?;
-        let function = match &mut self.saved {
-            Some(saved) => saved.function(name, device, host)?,
-            None => {
-                let (router, io_events) = (host.router.clone(), host.io_events.clone());
-                VirtioPci::new(device, host.memory.clone(), router, io_events, host.sandbox.clone())
-                    .map_err(|e| failed(e.into()))?
-            }
-        };
-        let function = Arc::new(function);
-        function.observe(observer(&host.events, name));
-        if self.paused {
-            function.pause();
-        }
-        self.put(progress, total, id, Function::Virtio(function))
-    }
-
-    /// Puts a device into its slot.
-    fn put(
-        &mut self,
-        progress: Progress<'_>,
-        total: usize,
-        id: &Option<String>,
-        function: Function,
-    ) -> Result<(), MachineError> {
-        let name = id.as_deref().unwrap_or_default();
-        let slot = self.host.root.add(function.on_bus(), self.places.get(name).copied());
-        let address = slot.map_err(|source| MachineError::Slot {
-            id: name.to_owned(),
-            source,
-        })?;
-        tracing::debug!(id = name, %address, "device added");
-        self.functions.push(Placed {
-            id: name.to_owned(),
-            address,
-            function,
-            removable: false,
-        });
-        progress.count(self.functions.len(), total, "devices");
-        Ok(())
     }
 
     /// Where the guest's devices may have their BARs.
@@ -570,5 +505,6 @@ fn count(config: &VmConfig, consoles: &Consoles) -> usize {
         config.balloon.is_some(),
     ];
     let host = config.devices.iter().flatten().count();
-    own + served + host + 1 + single.into_iter().filter(|there| *there).count()
+    let iommu = usize::from(config.has_iommu());
+    own + served + host + iommu + 1 + single.into_iter().filter(|there| *there).count()
 }

@@ -3,6 +3,7 @@
 pub mod blk;
 pub mod dimm;
 pub mod hotplug;
+pub mod iommu;
 pub mod memory;
 pub mod net;
 mod notices;

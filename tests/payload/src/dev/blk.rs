@@ -77,8 +77,12 @@ impl Driver for Blk {
             1
         };
         let mut queues = Vec::new();
+        let options = Options {
+            offset: setup.offset,
+            ..Options::of(features)
+        };
         for index in 0..setup.queues.min(available) {
-            queues.push(transport.queue(index, setup.size, Options::of(features))?);
+            queues.push(transport.queue(index, setup.size, options)?);
         }
         transport.run();
         Ok(Self {

@@ -5,6 +5,7 @@ pub mod blk;
 pub mod console;
 pub mod flood;
 pub mod fs;
+pub mod iommu;
 pub mod load;
 pub mod net;
 pub mod rng;
@@ -25,19 +26,21 @@ use balloon::Balloon;
 use blk::Blk;
 use console::Console;
 use fs::Fs;
+use iommu::Iommu;
 use net::Net;
 use rng::Rng;
 use vmem::Vmem;
 use vsock::Vsock;
 
 /// Virtio device types that have a driver here.
-pub const KINDS: [(&str, u16); 8] = [
+pub const KINDS: [(&str, u16); 9] = [
     ("net", 1),
     ("blk", 2),
     ("console", 3),
     ("rng", 4),
     ("balloon", 5),
     ("vsock", 19),
+    ("iommu", 23),
     ("vmem", 24),
     ("fs", 26),
 ];
@@ -60,10 +63,12 @@ pub struct Setup {
     pub offload: bool,
     /// Receive buffers of each queue pair (NIC).
     pub buffers: usize,
+    /// How much higher the device has memory than it is (disk).
+    pub offset: u64,
 }
 
 impl Setup {
-    /// From `event_idx= indirect= size= queues= offload= buffers=`.
+    /// From `event_idx= indirect= size= queues= offload= buffers= offset=`.
     pub fn of(args: &Args) -> Self {
         let flag = |key| args.option(key, 1) != 0;
         Self {
@@ -73,13 +78,15 @@ impl Setup {
             queues: args.option("queues", 1).clamp(1, 64) as u16,
             offload: args.option("offload", 0) != 0,
             buffers: args.option("buffers", BUFFERS).clamp(1, 1024) as usize,
+            offset: args.option("offset", 0),
         }
     }
 
     /// The transport's features to ask for.
     pub fn features(&self) -> u64 {
         let bit = |wanted, bit| if wanted { bit } else { 0 };
-        bit(self.event_idx, feature::EVENT_IDX) | bit(self.indirect, feature::INDIRECT_DESC)
+        let own = bit(self.event_idx, feature::EVENT_IDX) | bit(self.indirect, feature::INDIRECT_DESC);
+        own | feature::ACCESS_PLATFORM
     }
 }
 
@@ -92,6 +99,7 @@ impl Default for Setup {
             queues: 1,
             offload: false,
             buffers: BUFFERS as usize,
+            offset: 0,
         }
     }
 }
@@ -125,6 +133,7 @@ pub struct Devices {
     balloon: BTreeMap<usize, Box<Balloon>>,
     vmem: BTreeMap<usize, Box<Vmem>>,
     fs: BTreeMap<usize, Box<Fs>>,
+    iommu: BTreeMap<usize, Box<Iommu>>,
 }
 
 fn function(functions: &[Function], name: &str, index: usize) -> Result<Function, String> {
@@ -204,7 +213,7 @@ macro_rules! accessors {
     };
 }
 
-accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem, fs: Fs);
+accessors!(blk: Blk, net: Net, console: Console, rng: Rng, vsock: Vsock, balloon: Balloon, vmem: Vmem, fs: Fs, iommu: Iommu);
 
 impl Guest {
     /// Name of the type of the function at `place` of all, and its position among those of that type.

@@ -35,6 +35,8 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     /// Virtio 1.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Addresses are those of the platform's IOMMU.
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
 }
 
 /// Offsets in the common configuration (virtio 1.2 §4.1.4.3).

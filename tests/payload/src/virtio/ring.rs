@@ -105,6 +105,8 @@ pub struct Options {
     pub event_idx: bool,
     /// Put chains into indirect tables.
     pub indirect: bool,
+    /// What the device knows memory by is so much higher than its address: an IOMMU maps it.
+    pub offset: u64,
 }
 
 impl Options {
@@ -113,6 +115,7 @@ impl Options {
         Self {
             event_idx: features & feature::EVENT_IDX != 0,
             indirect: features & feature::INDIRECT_DESC != 0,
+            offset: 0,
         }
     }
 }
@@ -186,9 +189,9 @@ impl Queue {
         (Self::avail_offset(size) + 6 + 2 * usize::from(size)).next_multiple_of(4)
     }
 
-    /// Addresses of descriptor table, available ring, used ring.
+    /// Addresses of descriptor table, available ring, used ring, as the device knows them.
     pub fn addresses(&self) -> (u64, u64, u64) {
-        let base = self.rings.address();
+        let base = self.rings.address().wrapping_add(self.options.offset);
         (
             base,
             base + Self::avail_offset(self.size) as u64,
@@ -242,7 +245,8 @@ impl Queue {
         for (n, segment) in segments.iter().enumerate() {
             let next = taken.get(n + 1).copied();
             let flags = if next.is_some() { NEXT } else { 0 } | if segment.write { WRITE } else { 0 };
-            self.set_descriptor(taken[n], segment.address, segment.len, flags, next.unwrap_or(0));
+            let address = segment.address.wrapping_add(self.options.offset);
+            self.set_descriptor(taken[n], address, segment.len, flags, next.unwrap_or(0));
         }
         let head = taken[0];
         self.chains[usize::from(head)] = taken;
@@ -259,12 +263,13 @@ impl Queue {
             let flags = if more { NEXT } else { 0 } | if segment.write { WRITE } else { 0 };
             write_descriptor(
                 table + 16 * n as u64,
-                segment.address,
+                segment.address.wrapping_add(self.options.offset),
                 segment.len,
                 flags,
                 if more { n as u16 + 1 } else { 0 },
             );
         }
+        let table = table.wrapping_add(self.options.offset);
         self.set_descriptor(head, table, segments.len() as u32 * 16, INDIRECT, 0);
         self.chains[usize::from(head)] = alloc::vec![head];
         self.publish(head);

@@ -141,9 +141,9 @@ fn what_cannot_be_changed_stays(context: &Context) -> Result<Outcome> {
         ),
         (
             "vm.add-disk",
-            json!({ "path": "/a", "iommu": true }),
+            json!({ "path": "/a", "pci_segment": 1 }),
             501,
-            vec!["iommu"],
+            vec!["pci_segment"],
         ),
         (
             "vm.add-disk",

@@ -23,6 +23,7 @@ mod hand_over;
 mod hotplug;
 mod hotplug_random;
 mod hotplug_soak;
+mod iommu;
 mod launch;
 mod log;
 mod memory;
@@ -83,6 +84,7 @@ pub fn tests() -> Vec<Test> {
         cpu_state::TESTS,
         cpu_state::NESTED,
         vsock::TESTS,
+        iommu::TESTS,
         vhost::TESTS,
         vhost_generic::TESTS,
         vhost_fs::TESTS,

@@ -15,6 +15,7 @@ payload_tests!("rings":
     rng_survives,
     console_survives,
     vsock_survives,
+    iommu_survives,
 );
 
 /// Cases after which every device has to ask for a reset: they break the queue itself.
@@ -63,6 +64,10 @@ fn disk_survives(context: &Context) -> Result<Outcome> {
     let vm = builder(context)?;
     let disk = DiskImage::empty(vm.dir().join("disk"), 1 << 20)?;
     survives(vm.disk(disk.path(), ""), "blk0")
+}
+
+fn iommu_survives(context: &Context) -> Result<Outcome> {
+    survives(builder(context)?.flag("--platform", "iommu=on"), "iommu0")
 }
 
 fn nic_survives(context: &Context) -> Result<Outcome> {

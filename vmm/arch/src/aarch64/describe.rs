@@ -98,6 +98,7 @@ pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
             mmio32: window(&config.windows.mmio32),
             mmio64: window(&config.windows.mmio64),
             wires: layout::PCI_WIRES,
+            iommu: config.iommu.clone().map(|iommu| (iommu.requester, iommu.behind)),
         },
     }
 }

@@ -15,7 +15,7 @@
 //! ...          64-bit BARs, from a multiple of 1 GiB to the end of what a guest can address
 //! ```
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use triarch_boot::MemRange;
 use triarch_tables::efi::RUNTIME_ALIGN;
@@ -41,6 +41,8 @@ pub const PCI_IO: Range<u16> = 0..0;
 pub const GIC_ITS: u64 = 0x0600_0000;
 /// Its bytes.
 pub const GIC_ITS_SIZE: u64 = 0x2_0000;
+/// Where devices write their messages.
+pub const MESSAGES: RangeInclusive<u64> = GIC_ITS..=GIC_ITS + GIC_ITS_SIZE - 1;
 /// GIC: redistributor of the first vCPU; the others follow.
 pub const GIC_REDISTRIBUTORS: u64 = 0x0700_0000;
 /// Bytes of one.

@@ -123,5 +123,6 @@ pub fn pci_segment(config: &LoadConfig<'_>, ecam_base: u64, buses: RangeInclusiv
             registers: slots,
             fixed: board.fixed(),
         }),
+        iommu: config.iommu.clone(),
     }
 }

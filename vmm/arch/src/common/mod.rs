@@ -16,7 +16,7 @@ use triarch_legacy::console::Console;
 use triarch_legacy::{CpuHotplug, CpuHotplugConfig, Ged, MemoryHotplug, MemoryPlace, PciHotplug, PowerSink};
 use triarch_memory::GuestMemory;
 use triarch_pci::{BarAllocator, PciRoot};
-use triarch_tables::acpi::NumaNode;
+use triarch_tables::acpi::{NumaNode, PciIommu};
 
 use crate::{Board, BoardStateV1, CpuError, CpuPlan, layout};
 
@@ -328,6 +328,8 @@ pub struct LoadConfig<'a> {
     pub device_tree: bool,
     /// Its NUMA nodes.
     pub numa: Numa,
+    /// Its IOMMU, if it has one.
+    pub iommu: Option<PciIommu>,
     /// Serial number for SMBIOS.
     pub serial_number: Option<String>,
     /// UUID for SMBIOS.

@@ -16,7 +16,7 @@
 //!                multiple of 1 GiB up to the CPU's last address
 //! ```
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use triarch_boot::MemRange;
 use vm_memory::GuestAddress;
@@ -52,6 +52,8 @@ pub const FIRST_WIRE: u32 = 0;
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.
 pub const LOCAL_APIC: u64 = 0xfee0_0000;
+/// Where devices write their messages.
+pub const MESSAGES: RangeInclusive<u64> = LOCAL_APIC..=0xfeef_ffff;
 /// Three pages KVM needs on Intel CPUs to run real mode code.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One page KVM needs on Intel CPUs that cannot run without paging.

@@ -11,6 +11,7 @@ const GIC_HANDLE: u32 = 1;
 const ITS_HANDLE: u32 = 2;
 const CLOCK_HANDLE: u32 = 3;
 const GPIO_HANDLE: u32 = 4;
+const IOMMU_HANDLE: u32 = 5;
 /// Cells of an interrupt: kind, number, trigger.
 const SPI: u32 = 0;
 const PPI: u32 = 1;
@@ -125,7 +126,7 @@ pub struct Timer {
 }
 
 /// A PCI root; each part is first address and length in bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Pci {
     /// Configuration space.
     pub ecam: (u64, u64),
@@ -137,6 +138,8 @@ pub struct Pci {
     pub mmio64: (u64, u64),
     /// Interrupt numbers of its wires: pin A of device 0 is the first, and each device's pins begin one further.
     pub wires: [u32; 4],
+    /// The virtio-iommu, if it has one: its requester id, and first and last requester id of each range of functions behind it.
+    pub iommu: Option<(u16, Vec<(u16, u16)>)>,
 }
 
 /// A tree that tells nothing but where the kernel's boot data and the EFI tables are.
@@ -371,5 +374,22 @@ fn write_pci(fdt: &mut FdtWriter, pci: &Pci) -> Result<(), FdtError> {
     fdt.property_array_u32("interrupt-map", &wires)?;
     // Requester id and device id are the same.
     fdt.property_array_u32("msi-map", &[0, ITS_HANDLE, 0, 0x1_0000])?;
+    if let Some((requester, behind)) = &pci.iommu {
+        // Requester id and endpoint are the same.
+        let range = |(first, last): &(u16, u16)| {
+            let (first, last) = (u32::from(*first), u32::from(*last));
+            [first, IOMMU_HANDLE, first, (last + 1).saturating_sub(first)]
+        };
+        let map: Vec<u32> = behind.iter().flat_map(range).collect();
+        fdt.property_array_u32("iommu-map", &map)?;
+        let (slot, function) = (requester >> 3 & 0x1f, requester & 7);
+        let iommu = fdt.begin_node(&format!("iommu@{slot:x},{function:x}"))?;
+        let compatible = ["virtio,pci-iommu", "pci1af4,1057"].map(str::to_owned).to_vec();
+        fdt.property_string_list("compatible", compatible)?;
+        fdt.property_array_u32("reg", &[u32::from(*requester) << 8, 0, 0, 0, 0])?;
+        fdt.property_u32("#iommu-cells", 1)?;
+        fdt.property_phandle(IOMMU_HANDLE)?;
+        fdt.end_node(iommu)?;
+    }
     Ok(fdt.end_node(node)?)
 }

@@ -196,6 +196,7 @@ fn machine(cpus: u64) -> DeviceTree {
             mmio32: (0x1000_0000, 0x2000_0000),
             mmio64: (1 << 32, 1 << 32),
             wires: [48, 49, 50, 51],
+            iommu: Some((0x08, vec![(0x10, 0x17)])),
         },
     }
 }
@@ -222,6 +223,9 @@ fn trees_have_what_a_kernel_looks_for() {
         "arm,pl031",
         "pl061@9040000",
         "gpio-keys",
+        "iommu@1,0",
+        "virtio,pci-iommu",
+        "iommu-map",
     ] {
         assert!(has(&full, text), "{text}");
     }

@@ -77,6 +77,12 @@ impl Controller {
                  memory-restored"
             )));
         }
+        if device.is_behind_iommu() && !machine.devices().all_behind_iommu() {
+            return Err(ApiError::BadRequest(format!(
+                "'{id}' is to be behind the guest's IOMMU, and a guest is told at its start what is; start it with \
+                 platform.iommu_segments [0], which puts all devices there"
+            )));
+        }
         let address = match device.place() {
             Some(address) if self.plugs.is_clearing(address.device()) => {
                 return Err(ApiError::Busy(format!(

@@ -10,10 +10,11 @@ use triarch_pci::{PciAddress, PciRoot};
 use triarch_state::{Kind, PayloadError, Payloads};
 use triarch_vhost_user::{LinkState, StateError, StateLimits, VhostUser};
 use triarch_virtio::balloon::Balloon;
+use triarch_virtio::iommu::VirtioIommu;
 use triarch_virtio::mem::Mem;
 use triarch_virtio::net::Net;
 use triarch_virtio::vsock::Vsock;
-use triarch_virtio::{Block, DeviceId, VirtioDevice, VirtioPci, VirtioPciStateV1};
+use triarch_virtio::{Block, DeviceId, DeviceMemory, VirtioDevice, VirtioPci, VirtioPciStateV1};
 
 use crate::MachineError;
 use crate::devices::Host;
@@ -24,6 +25,7 @@ const BLOCK: Kind = Kind::new("block", 1);
 const NET: Kind = Kind::new("net", 1);
 const BALLOON: Kind = Kind::new("balloon", 1);
 const MEM: Kind = Kind::new("virtio-mem", 1);
+const IOMMU: Kind = Kind::new("virtio-iommu", 1);
 /// What a daemon knows of a device.
 const DAEMON: Kind = Kind::new("daemon", 1);
 
@@ -115,6 +117,8 @@ fn save_device(
         payloads.put(BALLOON, id, &balloon.handle().state())?;
     } else if let Some(mem) = device.downcast_ref::<Mem>() {
         payloads.put(MEM, id, &mem.handle().state())?;
+    } else if let Some(iommu) = device.downcast_ref::<VirtioIommu>() {
+        payloads.put(IOMMU, id, &iommu.state())?;
     } else if let Some(served) = device.downcast_mut::<VhostUser>() {
         if let Some(port) = served.port() {
             payloads.put(NET, id, &port)?;
@@ -190,6 +194,7 @@ impl SavedDevices {
         &mut self,
         id: &str,
         mut device: Box<dyn VirtioDevice>,
+        memory: DeviceMemory,
         host: &Host,
     ) -> Result<VirtioPci, MachineError> {
         let state: VirtioPciStateV1 = self.payloads.take(FUNCTION, id)?;
@@ -197,7 +202,7 @@ impl SavedDevices {
         restore_before(id, &mut *device, &mut self.payloads).map_err(failed)?;
         let function = VirtioPci::restore(
             device,
-            host.memory.clone(),
+            memory,
             host.router.clone(),
             host.io_events.clone(),
             host.sandbox.clone(),
@@ -253,6 +258,8 @@ fn restore_before(id: &str, device: &mut (dyn VirtioDevice + 'static), payloads:
         balloon.restore(&payloads.take(BALLOON, id)?);
     } else if let Some(mem) = device.downcast_mut::<Mem>() {
         mem.restore(&payloads.take(MEM, id)?)?;
+    } else if let Some(iommu) = device.downcast_mut::<VirtioIommu>() {
+        iommu.restore(&payloads.take(IOMMU, id)?)?;
     } else if let Some(served) = device.downcast_ref::<VhostUser>() {
         // Snapshots of former versions have none.
         if let Some(port) = payloads.take_if_there(NET, id)? {

@@ -175,6 +175,17 @@ pub struct PciSegment {
     pub node: u32,
     /// How devices of the first bus come and go; without, those that are there stay.
     pub slots: Option<PciSlots>,
+    /// The virtio-iommu that some of its functions are behind; at most one segment has one.
+    pub iommu: Option<PciIommu>,
+}
+
+/// An IOMMU that is a PCI function itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PciIommu {
+    /// Its requester id.
+    pub requester: u16,
+    /// The functions behind it: first and last requester id of each range.
+    pub behind: Vec<(u16, u16)>,
 }
 
 /// Slots whose devices come and go.

@@ -6,6 +6,7 @@
 //! | FADT | hardware-reduced; sleep, reset and PM timer ports; no legacy hardware |
 //! | MADT | local APICs, I/O APIC, overrides, NMI |
 //! | MCFG | ECAM of every PCI segment |
+//! | VIOT | which PCI functions are behind a virtio-iommu, when there is one |
 //! | SRAT, SLIT | NUMA, when there are nodes |
 //! | DSDT | PCI roots, processors, event device, power button, serial ports, RTC |
 //!
@@ -36,10 +37,11 @@ mod slots;
 mod table;
 #[cfg(test)]
 mod tests;
+mod viot;
 
 pub use config::{
     AcpiConfig, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, IoWindow, IrqOverride, IrqPolarity,
-    IrqTrigger, MemoryAffinity, MmioWindow, NumaNode, PciSegment, PciSlots, PmConfig, PrtEntry, Register,
+    IrqTrigger, MemoryAffinity, MmioWindow, NumaNode, PciIommu, PciSegment, PciSlots, PmConfig, PrtEntry, Register,
     ResetRegister, Rtc, SerialPort,
 };
 pub use events::EventBits;
@@ -172,6 +174,7 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
     if !config.pci.is_empty() {
         pointers.push(block.add(pci::mcfg(&config.pci)));
     }
+    pointers.extend(viot::viot(&config.pci).map(|table| block.add(table)));
     if !config.numa.is_empty() {
         let cpus = config.cpus.iter().map(|cpu| numa::apic(cpu.apic_id, cpu.node));
         pointers.push(block.add(numa::srat(cpus, &config.numa)));

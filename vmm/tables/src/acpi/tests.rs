@@ -70,6 +70,7 @@ fn machine(count: u32) -> AcpiConfig {
             prt: rotating_prt(&[16, 17, 18, 19]),
             node: 0,
             slots: None,
+            iommu: None,
         }],
         events: Some(EventDevice {
             gsi: 5,
@@ -377,6 +378,27 @@ fn slots_of_devices_that_can_go_have_methods() {
 }
 
 #[test]
+fn an_iommu_and_who_is_behind_it_are_told() {
+    assert!(!walk(&build(&machine(1)).unwrap()).contains_key("VIOT"));
+    let mut config = machine(1);
+    config.pci[0].iommu = Some(PciIommu {
+        requester: 0x08,
+        behind: vec![(0x10, 0x17), (0x28, 0x28)],
+    });
+    let tables = build(&config).unwrap();
+    let viot = &walk(&tables)["VIOT"];
+    assert_eq!(viot.len(), 48 + 16 + 2 * 24);
+    assert_eq!(viot[36..40], [3, 0, 48, 0], "nodes, and where they begin");
+    assert_eq!(viot[48..56], [3, 0, 16, 0, 0, 0, 0x08, 0]);
+    let first = [1, 0, 24, 0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 0x17, 0, 48, 0];
+    assert_eq!(viot[64..82], first);
+    assert_eq!(
+        (u32_at(viot, 92), viot[100..106].to_vec()),
+        (0x28, vec![0x28, 0, 0x28, 0, 48, 0])
+    );
+}
+
+#[test]
 fn routes_rotate() {
     let prt = rotating_prt(&[16, 17, 18, 19]);
     assert_eq!(prt.len(), 128);
@@ -415,6 +437,10 @@ fn variants() -> Vec<AcpiConfig> {
         count: 32,
     });
     growing.pci[0].slots = Some(slots(0b1011));
+    growing.pci[0].iommu = Some(PciIommu {
+        requester: 0x08,
+        behind: vec![(0x10, 0xff)],
+    });
     let mut far = machine(2);
     far.pci[0].slots = Some(slots(u32::MAX));
     far.cpu_hotplug = Some(0x12_3400_0000);

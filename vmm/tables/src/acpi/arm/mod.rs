@@ -9,6 +9,7 @@
 //! | SPCR | the PL011, as the console |
 //! | PPTT | which processors share a core, a die, a package |
 //! | MCFG | ECAM of every PCI segment |
+//! | VIOT | which PCI functions are behind a virtio-iommu, when there is one |
 //! | SRAT, SLIT | NUMA nodes of processors and memory, distances between them |
 //! | DSDT | PCI roots, processors, event device, power button, serial port |
 
@@ -24,7 +25,7 @@ mod tests;
 
 pub use config::{ArmAcpiConfig, ArmCpu, Gic, Timer, Topology, Uart};
 
-use super::{AcpiError, AcpiTables, Block, fadt, numa, pci};
+use super::{AcpiError, AcpiTables, Block, fadt, numa, pci, viot};
 
 /// Makes the tables for `config`.
 pub fn build(config: &ArmAcpiConfig) -> Result<AcpiTables, AcpiError> {
@@ -41,6 +42,7 @@ pub fn build(config: &ArmAcpiConfig) -> Result<AcpiTables, AcpiError> {
         tables.push(pci::mcfg(&config.pci));
         tables.push(iort::iort(&config.pci));
     }
+    tables.extend(viot::viot(&config.pci));
     if let Some(uart) = &config.uart {
         tables.push(spcr::spcr(uart));
     }

@@ -1,6 +1,6 @@
 use std::process::Command;
 
-use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciSegment, PciSlots, Register};
+use super::super::config::{AcpiPlacement, EventDevice, MmioWindow, PciIommu, PciSegment, PciSlots, Register};
 use super::super::tests::acpica_accepts;
 use super::super::{AcpiError, AcpiTables, MemoryAffinity, MemorySlots, NumaNode, checksum};
 use super::*;
@@ -59,6 +59,10 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             slots: (enabled < cpus).then_some(PciSlots {
                 registers: 0x0907_0000,
                 fixed: 2,
+            }),
+            iommu: (enabled < cpus).then(|| PciIommu {
+                requester: 8,
+                behind: vec![(0x10, 0x17), (0x28, 0x28)],
             }),
         }],
         events: Some(EventDevice {
@@ -136,7 +140,7 @@ fn nodes_have_processors_by_their_uid_and_memory() {
 fn all_tables_are_there_and_sum_to_zero() {
     let built = build(&config(4, 2)).unwrap();
     let tables = found(&built);
-    for signature in ["FACP", "APIC", "GTDT", "PPTT", "MCFG", "IORT", "SPCR", "DSDT"] {
+    for signature in ["FACP", "APIC", "GTDT", "PPTT", "MCFG", "IORT", "SPCR", "DSDT", "VIOT"] {
         assert_eq!(checksum(named(&tables, signature.as_bytes())), 0, "{signature}");
     }
     let sizes = ["GTDT", "SPCR"].map(|s| named(&tables, s.as_bytes()).len());

@@ -1,0 +1,86 @@
+//! The guest's IOMMU among the devices.
+
+use std::sync::Arc;
+
+use triarch_arch::{PciIommu, layout};
+use triarch_pci::PciAddress;
+use triarch_virtio::VirtioPci;
+use triarch_virtio::iommu::{Endpoint, IommuHandle, ReservedRegion, VirtioIommu};
+
+use super::{Devices, Placed};
+use crate::MachineError;
+use crate::progress::Progress;
+
+/// Its name.
+const ID: &str = "_iommu";
+/// Slots of a bus.
+const SLOTS: u8 = 32;
+
+/// The guest's IOMMU.
+pub(super) struct Iommu {
+    handle: IommuHandle,
+    /// Every device that can be is behind it, whatever else is said of it.
+    all: bool,
+}
+
+impl Devices {
+    /// Adds the IOMMU, before any device that could be behind it. With `all`, every such device is.
+    pub(super) fn add_iommu(&mut self, progress: Progress<'_>, total: usize, all: bool) -> Result<(), MachineError> {
+        let mut handle = None;
+        self.add(progress, total, &Some(ID.into()), |id| {
+            // Messages are no memory, and pass as they are.
+            let device = VirtioIommu::new(id, vec![ReservedRegion::Messages(layout::MESSAGES)])?;
+            handle = Some(device.handle());
+            Ok(Box::new(device))
+        })?;
+        self.iommu = handle.map(|handle| Iommu { handle, all });
+        Ok(())
+    }
+
+    /// What a device is to the IOMMU that is behind it: one that is `wanted` there.
+    pub(super) fn endpoint(&self, wanted: bool) -> Option<Arc<Endpoint>> {
+        let iommu = self.iommu.as_ref()?;
+        (wanted || iommu.all).then(|| iommu.handle.endpoint())
+    }
+
+    /// Whether every device that comes is behind the IOMMU.
+    pub(crate) fn all_behind_iommu(&self) -> bool {
+        self.iommu.as_ref().is_some_and(|iommu| iommu.all)
+    }
+
+    /// What the guest's tables say of its IOMMU. Where all devices are behind it, slots are, too, that are free yet; those whose devices
+    /// cannot be are left out.
+    pub(crate) fn iommu(&self) -> Option<PciIommu> {
+        let iommu = self.iommu.as_ref()?;
+        let own = self.functions.iter().find(|placed| placed.id == ID)?;
+        let behind = match iommu.all {
+            true => {
+                let slots = (1..SLOTS).filter(|slot| !self.outside(*slot));
+                let first = |slot| PciAddress::from_devfn(0, 0, slot << 3).requester();
+                slots.map(|slot| (first(slot), first(slot) | 7)).collect()
+            }
+            false => {
+                let behind = self.functions.iter().filter(|placed| is_behind(placed));
+                behind.map(requester).map(|at| (at, at)).collect()
+            }
+        };
+        Some(PciIommu {
+            requester: requester(own),
+            behind,
+        })
+    }
+
+    /// Whether the device in `slot` is not behind the IOMMU.
+    fn outside(&self, slot: u8) -> bool {
+        let mut there = self.functions.iter().filter(|placed| placed.address.device() == slot);
+        there.any(|placed| !is_behind(placed))
+    }
+}
+
+fn is_behind(placed: &Placed) -> bool {
+    placed.function.virtio().is_some_and(VirtioPci::is_behind_iommu)
+}
+
+fn requester(placed: &Placed) -> u16 {
+    placed.address.requester()
+}
