@@ -24,7 +24,7 @@ use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::balloon::BalloonHandle;
 use triarch_virtio::net::NetCounters;
 use triarch_virtio::vsock::VsockHandle;
-use triarch_virtio::{Block, BlockHandle, ConsoleResizer, VirtioConsole, VirtioDevice, VirtioPci};
+use triarch_virtio::{Block, BlockHandle, ConsoleResizer, VirtioConsole, VirtioPci};
 use vm_memory::GuestAddressSpace;
 
 use host::Function;

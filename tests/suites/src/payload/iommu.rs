@@ -92,6 +92,7 @@ fn maps_what_a_disk_reaches(context: &Context) -> Result<Outcome> {
         guest.ask(&format!("blk 0 init offset={OFFSET} {options}"))?;
         guest.ask("blk 0 verify 0 2000 1 segs=5")?;
     }
+    guest.ask(&format!("blk 0 init offset={OFFSET} queues=2"))?;
     guest.ask("blk 0 stress 500 8 7")?;
     guest.ask("blk 0 write 3 40 9")?;
     guest.ask("blk 0 flush")?;
@@ -129,7 +130,7 @@ fn tells_of_what_is_refused(context: &Context) -> Result<Outcome> {
     )?;
     ask(&mut guest, &format!("map 1 {first} {last} {arena} 1"), 0)?;
     guest.ask(&format!("blk 0 init offset={OFFSET}"))?;
-    guest.ask(&format!("blk 0 dma out 0 1 {hole}"))?;
+    guest.ask(&format!("blk 0 dma out 8000 1 {hole}"))?;
     guest.refused(&format!("blk 0 dma in 0 1 {hole} ms=300"))?;
     fault(&mut guest, 2, 0x102, first)?;
     // The same with leave to write.
