@@ -122,7 +122,7 @@ mod tests {
     fn a_guest_has_one_if_a_device_is_behind_it() {
         assert!(!config(&[], |_| ()).has_iommu());
         let plain = config(&[], |c| {
-            c.platform.iter_mut().for_each(|platform| platform.iommu = true)
+            c.platform.iter_mut().for_each(|platform| platform.iommu = true);
         });
         assert!(plain.has_iommu() && !plain.iommu_for_all());
         assert!(config(&[0], |_| ()).has_iommu() && config(&[0], |_| ()).iommu_for_all());
@@ -149,6 +149,7 @@ mod tests {
         let host = DeviceConfig {
             path: "/d".into(),
             id: None,
+            addr: None,
             x_nv_gpudirect_clique: None,
         };
         assert!(refusal(&[0], |c| c.devices = Some(vec![host.clone()])).contains("devices[0]"));

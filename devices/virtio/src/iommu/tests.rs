@@ -192,7 +192,10 @@ fn what_was_saved_goes_on() {
     refused(|all| all[1].endpoints.clear());
     refused(|all| all[0].endpoints.push(1 << 16));
     refused(|all| all[1].mappings = all[0].mappings.clone());
-    refused(|all| all[0].mappings.push(all[0].mappings[0]));
+    refused(|all| {
+        let twice = all[0].mappings[0];
+        all[0].mappings.push(twice);
+    });
 }
 
 #[derive(Debug, Clone)]
