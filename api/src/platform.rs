@@ -32,6 +32,7 @@ pub struct PlatformConfig {
     pub iommu: bool,
     /// PCI segments whose devices are all behind the guest's IOMMU, those that come later among them: none or 0.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(inner(range(max = 0))))]
     pub iommu_segments: Option<Vec<u16>>,
 }
 

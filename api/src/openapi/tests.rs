@@ -228,10 +228,22 @@ fn in_zones() -> Value {
     config
 }
 
+/// The same with the devices that can be behind an IOMMU, and all of them there.
+fn behind_iommu() -> Value {
+    let mut config = everything();
+    config["platform"]["iommu_segments"] = json!([0]);
+    let fields = config.as_object_mut().expect("an object");
+    fields.retain(|name, _| !["fs", "generic_vhost_user", "devices"].contains(&&**name));
+    config
+}
+
 /// `everything` with a number at `pointer`.
 fn with(pointer: &str, number: &Value) -> Value {
-    let zoned = pointer.starts_with("/numa") || pointer.starts_with("/memory/zones");
-    let mut config = if zoned { in_zones() } else { everything() };
+    let mut config = match pointer {
+        _ if pointer.starts_with("/numa") || pointer.starts_with("/memory/zones") => in_zones(),
+        _ if pointer.starts_with("/platform/iommu_segments") => behind_iommu(),
+        _ => everything(),
+    };
     let (parent, name) = pointer.rsplit_once('/').expect("a field");
     match config.pointer_mut(parent) {
         Some(Value::Array(items)) => items[0] = number.clone(),
