@@ -20,6 +20,9 @@ pub struct DeviceConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
     pub id: Option<String>,
+    /// It reaches only what the guest's own IOMMU lets it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub iommu: bool,
     /// GPUs of NVIDIA's: its driver is told that those of the same clique, 0 to 15, reach each other directly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(range(max = 15)))]
@@ -32,13 +35,13 @@ pub struct DeviceConfig {
 /// The last clique there can be.
 const LAST_CLIQUE: u8 = 15;
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     let kv = KeyValues::parse(
         "--device",
         text,
-        &["path", "id", "x_nv_gpudirect_clique", "addr"],
-        &["iommu", "pci_segment", "pci_device_id"],
+        &["path", "id", "iommu", "x_nv_gpudirect_clique", "addr"],
+        &["pci_segment", "pci_device_id"],
     )?;
     let Some(path) = kv.text("path") else {
         let problem = "it needs the device; write path=/sys/bus/pci/devices/0000:01:00.0, with its own address";
@@ -47,6 +50,7 @@ pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     Ok(DeviceConfig {
         path: path.into(),
         id: kv.text("id").map(str::to_owned),
+        iommu: kv.switch("iommu")?.unwrap_or(false),
         x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
         addr: kv.get("addr")?,
     })
@@ -121,7 +125,8 @@ mod tests {
         assert_eq!(gpu.x_nv_gpudirect_clique, Some(3));
         let text = |flag| device(flag).expect_err("refused").to_string();
         assert!(text("id=x").contains("write path="));
-        assert!(text("path=/p,iommu=on").contains("iommu=on is not supported"));
+        assert!(!gpu.iommu && device("path=/p,iommu=on").expect("a device").iommu);
+        assert!(text("path=/p,pci_segment=1").contains("is not supported"));
     }
 
     #[test]
@@ -129,6 +134,7 @@ mod tests {
         let path = |path: &str| DeviceConfig {
             path: path.into(),
             id: None,
+            iommu: false,
             x_nv_gpudirect_clique: None,
             addr: None,
         };
@@ -155,6 +161,7 @@ mod tests {
         let at = |path: &str, addr: &str| DeviceConfig {
             path: path.into(),
             id: None,
+            iommu: false,
             x_nv_gpudirect_clique: None,
             addr: addr.parse().ok(),
         };

@@ -53,8 +53,9 @@ impl VmConfig {
         let disks = self.disks.iter().flatten().any(|disk| disk.iommu);
         let nets = self.net.iter().flatten().any(|net| net.iommu);
         let vsock = self.vsock.iter().any(|vsock| vsock.iommu);
+        let hosts = self.devices.iter().flatten().any(|device| device.iommu);
         let itself = self.platform.as_ref().is_some_and(|platform| platform.iommu);
-        disks || nets || vsock || self.rng.iommu || itself || self.iommu_for_all()
+        disks || nets || vsock || hosts || self.rng.iommu || itself || self.iommu_for_all()
     }
 
     /// Checks who is behind an IOMMU.
@@ -85,13 +86,6 @@ impl VmConfig {
             return Err(ConfigError::Conflict(format!(
                 "{field} is a daemon's, which cannot be behind the guest's IOMMU; leave {remedy} out"
             )));
-        }
-        if all && self.devices.iter().flatten().count() > 0 {
-            return Err(ConfigError::Conflict(
-                "devices[0] is a device of the host, which this version cannot put behind the guest's IOMMU; leave \
-                 platform.iommu_segments out"
-                    .into(),
-            ));
         }
         Ok(())
     }
@@ -130,6 +124,16 @@ mod tests {
         let one = config(&[], |c| c.rng.iommu = true);
         assert!(one.has_iommu() && !one.iommu_for_all());
         assert_eq!(one.validate_iommu(), Ok(()));
+        let host = |iommu| DeviceConfig {
+            path: "/d".into(),
+            id: None,
+            iommu,
+            addr: None,
+            x_nv_gpudirect_clique: None,
+        };
+        let with = |segments: &[u16], iommu| config(segments, |c| c.devices = Some(vec![host(iommu)]));
+        assert!(with(&[], true).has_iommu() && !with(&[], false).has_iommu());
+        assert_eq!(with(&[0], false).validate_iommu(), Ok(()));
     }
 
     #[test]
@@ -147,12 +151,5 @@ mod tests {
             Ok(())
         );
         assert!(refusal(&[0], |c| c.fs = Some(vec![FsConfig::new("t", "/s")])).contains("fs[0]"));
-        let host = DeviceConfig {
-            path: "/d".into(),
-            id: None,
-            addr: None,
-            x_nv_gpudirect_clique: None,
-        };
-        assert!(refusal(&[0], |c| c.devices = Some(vec![host.clone()])).contains("devices[0]"));
     }
 }

@@ -233,7 +233,7 @@ fn behind_iommu() -> Value {
     let mut config = everything();
     config["platform"]["iommu_segments"] = json!([0]);
     let fields = config.as_object_mut().expect("an object");
-    fields.retain(|name, _| !["fs", "generic_vhost_user", "devices"].contains(&&**name));
+    fields.retain(|name, _| !["fs", "generic_vhost_user"].contains(&&**name));
     config
 }
 

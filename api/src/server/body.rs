@@ -97,7 +97,10 @@ mod tests {
                 "vsock.vhost_user",
             ),
             (r#"{"console": {"mode": "Pty", "iommu": true}}"#, "console.iommu"),
-            (r#"{"devices": [{"path": "/d", "iommu": true}]}"#, "devices.iommu"),
+            (
+                r#"{"devices": [{"path": "/d", "pci_segment": 1}]}"#,
+                "devices.pci_segment",
+            ),
         ] {
             let (status, text) = error(body);
             assert_eq!(status, 501, "{text}");

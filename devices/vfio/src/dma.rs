@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use triarch_device_core::RateLimit;
 
+use crate::translated::Translated;
 use crate::{Container, Mapping, lock};
 
 /// Why devices cannot be given the guest's memory.
@@ -16,8 +17,9 @@ use crate::{Container, Mapping, lock};
 pub enum DmaError {
     /// Too much to lock.
     #[error(
-        "devices of the host need all {} MiB of the guest's memory locked, and this process may lock {} MiB; allow it that much (ulimit -l \
-         {}, LimitMEMLOCK={}M in systemd), or give the guest less memory",
+        "devices of the host need {} MiB of memory locked: all of the guest's, once for those that are not behind its IOMMU, and once for \
+         each that is; this process may lock {} MiB; allow it that much (ulimit -l {}, LimitMEMLOCK={}M in systemd), or give the guest less \
+         memory",
         mib(*.needed), .limit >> 20, .needed.div_ceil(1024), mib(*.needed)
     )]
     Limit {
@@ -58,10 +60,12 @@ fn mib(bytes: u64) -> u64 {
 }
 
 #[derive(Default)]
-struct State {
+pub(crate) struct State {
     /// What devices are to reach: length and address in this process, by GPA.
-    ranges: BTreeMap<u64, (u64, u64)>,
+    pub(crate) ranges: BTreeMap<u64, (u64, u64)>,
     container: Weak<Container>,
+    /// What those behind the guest's IOMMU reach.
+    behind: Vec<Weak<Translated>>,
     /// Registers of devices, where the guest has them.
     windows: BTreeMap<u64, Window>,
     /// How many devices reach those of others.
@@ -79,7 +83,7 @@ struct Window {
 /// What of a guest's memory devices of the host reach: all of it, at its guest physical addresses. It knows what there is also while there
 /// is no device, so that one can come.
 #[derive(Clone, Default)]
-pub struct DmaMap(Arc<Mutex<State>>);
+pub struct DmaMap(pub(crate) Arc<Mutex<State>>);
 
 impl DmaMap {
     /// Lets the devices of `container` reach everything there is and that comes, if they do not already.
@@ -91,23 +95,20 @@ impl DmaMap {
         if state.is_attached() {
             return Ok(());
         }
-        state.check_limit(container, 0)?;
-        state
-            .ranges
-            .iter()
-            .try_for_each(|(gpa, (len, _))| reach(container, *gpa, *len))?;
-        for (done, (&at, &(len, host))) in state.ranges.iter().enumerate() {
-            if let Err(source) = container.map(at, len, host) {
-                for (at, (len, _)) in state.ranges.iter().take(done) {
-                    told(container.unmap(*at, *len), *at, *len);
-                }
-                return Err(DmaError::Map { at, len, source });
-            }
-        }
+        state.map_all(container)?;
         state.container = Arc::downgrade(container);
         // What was mapped went with the last one.
         state.windows.values_mut().for_each(|window| window.mapped = false);
         Ok(())
+    }
+
+    /// What the devices of `container` reach from now on, which are behind the guest's IOMMU: nothing at first.
+    pub fn behind(&self, container: &Arc<Container>) -> Arc<Translated> {
+        let translated = Arc::new(Translated::new(self, container));
+        let mut state = lock(&self.0);
+        state.behind.retain(|other| other.strong_count() > 0);
+        state.behind.push(Arc::downgrade(&translated));
+        translated
     }
 
     /// Has devices reach `len` bytes more at `gpa`, which are at `host` in this process and stay there until they are removed here.
@@ -116,11 +117,16 @@ impl DmaMap {
     /// They cannot be had; then nothing changed.
     pub fn insert(&self, gpa: u64, len: u64, host: u64) -> Result<(), DmaError> {
         let mut state = lock(&self.0);
-        if let Some(container) = state.container.upgrade() {
-            state.check_limit(&container, len)?;
-            reach(&container, gpa, len)?;
-            let map = container.map(gpa, len, host);
-            map.map_err(|source| DmaError::Map { at: gpa, len, source })?;
+        let all = state.reaching_all();
+        if let Some(container) = all.first() {
+            state.check_limit(container, len.saturating_mul(all.len() as u64))?;
+        }
+        for (done, container) in all.iter().enumerate() {
+            let given = reach(container, gpa, len).and_then(|()| give(container, gpa, len, host));
+            if let Err(error) = given {
+                all.iter().take(done).for_each(|container| take(container, gpa, len));
+                return Err(error);
+            }
         }
         state.ranges.insert(gpa, (len, host));
         Ok(())
@@ -132,12 +138,11 @@ impl DmaMap {
         let mut state = lock(&self.0);
         let inside = state.ranges.range(range.clone());
         let inside: Vec<_> = inside.map(|(gpa, (len, host))| (*gpa, *len, *host)).collect();
-        let container = state.container.upgrade();
+        let (all, behind) = (state.reaching_all(), state.behind());
         for &(gpa, len, _) in &inside {
             state.ranges.remove(&gpa);
-            if let Some(container) = &container {
-                told(container.unmap(gpa, len), gpa, len);
-            }
+            all.iter().for_each(|container| take(container, gpa, len));
+            behind.iter().for_each(|translated| translated.lose(gpa, len));
         }
         inside
     }
@@ -230,7 +235,7 @@ impl State {
         if let (Some(container), Some(window)) = (container, window)
             && !window.mapped
         {
-            container.space().map(gpa, window.len, window.host)?;
+            container.space().map(gpa, window.len, window.host, true)?;
             window.mapped = true;
         }
         Ok(())
@@ -250,9 +255,40 @@ impl State {
         self.container.strong_count() > 0
     }
 
-    fn check_limit(&self, container: &Container, more: u64) -> Result<(), DmaError> {
+    fn behind(&self) -> Vec<Arc<Translated>> {
+        self.behind.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The containers whose devices reach everything.
+    fn reaching_all(&self) -> Vec<Arc<Container>> {
+        let behind = self.behind();
+        let behind = behind.iter().filter_map(|translated| translated.reaching_all());
+        self.container.upgrade().into_iter().chain(behind).collect()
+    }
+
+    /// Has the devices of `container`, which reach nothing, reach everything there is.
+    ///
+    /// # Errors
+    /// Not all of it can be had; then they still reach nothing.
+    pub(crate) fn map_all(&self, container: &Container) -> Result<(), DmaError> {
         let lens = self.ranges.values().map(|(len, _)| *len);
-        let needed = lens.fold(more, u64::saturating_add);
+        self.check_limit(container, lens.fold(0, u64::saturating_add))?;
+        self.ranges
+            .iter()
+            .try_for_each(|(gpa, (len, _))| reach(container, *gpa, *len))?;
+        for (done, (&at, &(len, host))) in self.ranges.iter().enumerate() {
+            if let Err(error) = give(container, at, len, host) {
+                let given = self.ranges.iter().take(done);
+                given.for_each(|(at, (len, _))| take(container, *at, *len));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `more` bytes can be locked for the devices of `container` beside what all devices reach.
+    pub(crate) fn check_limit(&self, container: &Container, more: u64) -> Result<(), DmaError> {
+        let needed = container.reached().bytes().saturating_add(more);
         match container.kernel.lock_limit() {
             Some(limit) if limit < needed => Err(DmaError::Limit { needed, limit }),
             _ => Ok(()),
@@ -276,6 +312,16 @@ fn reach(container: &Container, gpa: u64, len: u64) -> Result<(), DmaError> {
         end,
         reach: reach.join(", "),
     })
+}
+
+fn give(container: &Container, at: u64, len: u64, host: u64) -> Result<(), DmaError> {
+    let given = container.map(at, len, host, true);
+    given.map_err(|source| DmaError::Map { at, len, source })
+}
+
+/// Undoes it.
+pub(crate) fn take(container: &Container, at: u64, len: u64) {
+    told(container.unmap(at, len), at, len);
 }
 
 /// Logs what could not be undone.

@@ -86,6 +86,17 @@ pub enum OpenError {
         /// The others, with their drivers.
         others: String,
     },
+    /// Another device of this guest goes with it.
+    #[error(
+        "{name} is in IOMMU group {group} with another device of this guest, and the host's IOMMU cannot tell them apart; leave iommu and \
+         platform.iommu_segments out for both, or give the guest one of them"
+    )]
+    NotApart {
+        /// Its name.
+        name: String,
+        /// Number of its group.
+        group: u32,
+    },
     /// No such IOMMU.
     #[error("the host's kernel has no VFIO for this IOMMU (type 1, version 2); load the module vfio_iommu_type1")]
     NoType1,

@@ -15,31 +15,36 @@ use crate::kernel::{AddressSpace, ContainerFile, GroupFile, IommuFile, Kernel};
 use crate::sysfs::{self, Found};
 use crate::{FunctionError, OpenError, Reached, Vm, lock};
 
-/// The part of the host's IOMMU that is one guest's: what its devices reach. It is closed, and with that all mappings are undone, when the
-/// last of its devices is.
+/// A part of the host's IOMMU that is one guest's: what some of its devices reach. It is closed, and with that all mappings are undone, when
+/// the last of those is.
 pub struct Container {
     space: Space,
     pub(crate) kernel: Arc<dyn Kernel>,
+    /// What devices of all of the guest's containers reach.
     reached: Arc<Reached>,
+    /// What those of this one do.
+    held: Reached,
 }
 
 impl Container {
-    /// How much its devices reach.
+    /// How much devices of the guest reach.
     pub fn reached(&self) -> &Arc<Reached> {
         &self.reached
     }
 
-    /// Has devices reach `len` bytes at `gpa` that are at `host` in this process.
-    pub(crate) fn map(&self, gpa: u64, len: u64, host: u64) -> io::Result<()> {
-        self.space().map(gpa, len, host)?;
+    /// Has devices reach `len` bytes at `iova` that are at `host` in this process.
+    pub(crate) fn map(&self, iova: u64, len: u64, host: u64, writable: bool) -> io::Result<()> {
+        self.space().map(iova, len, host, writable)?;
         self.reached.add(len);
+        self.held.add(len);
         Ok(())
     }
 
     /// Undoes that.
-    pub(crate) fn unmap(&self, gpa: u64, len: u64) -> io::Result<()> {
-        self.space().unmap(gpa, len)?;
+    pub(crate) fn unmap(&self, iova: u64, len: u64) -> io::Result<()> {
+        self.space().unmap(iova, len)?;
         self.reached.remove(len);
+        self.held.remove(len);
         Ok(())
     }
 
@@ -55,6 +60,14 @@ impl Container {
         matches!(self.space, Space::Iommufd(_))
     }
 
+    /// One more address space beside this, if it is iommufd's.
+    fn another(&self) -> Option<io::Result<Box<dyn IommuFile>>> {
+        match &self.space {
+            Space::Container(_) => None,
+            Space::Iommufd(file) => Some(file.another()),
+        }
+    }
+
     /// Has a device reach it, if that is how devices come here.
     pub(crate) fn adopt(&self, work: impl FnOnce(&dyn IommuFile) -> Result<(), Refusal>) -> Result<(), Refusal> {
         match &self.space {
@@ -66,7 +79,7 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        self.reached.clear();
+        self.reached.subtract(&self.held);
     }
 }
 
@@ -86,6 +99,10 @@ pub(crate) struct Group {
 /// A device of the host: nobody else can have it.
 pub struct HostDevice {
     name: String,
+    /// Its IOMMU group.
+    group: u32,
+    /// No other device has its container.
+    apart: bool,
     way: Way,
     kernel: Arc<dyn Kernel>,
     alarms: Arc<Epoll>,
@@ -152,11 +169,12 @@ impl Iommu {
         &self.reached
     }
 
-    /// Opens the device whose directory in sysfs is `path`. It does not do anything until somebody makes a function of it.
+    /// Opens the device whose directory in sysfs is `path`. It does not do anything until somebody makes a function of it. One that is
+    /// `apart` has a container of its own, so that it can reach other memory than the guest's other devices.
     ///
     /// # Errors
     /// It is not there, belongs to somebody else, or cannot be kept from the host's memory. Then nothing stays open.
-    pub fn open(&self, path: &Path) -> Result<Arc<HostDevice>, OpenError> {
+    pub fn open(&self, path: &Path, apart: bool) -> Result<Arc<HostDevice>, OpenError> {
         let found = sysfs::find(path)?;
         let mut open = lock(&self.open);
         open.devices.retain(|device| device.strong_count() > 0);
@@ -164,9 +182,18 @@ impl Iommu {
         if devices.any(|device| device.name == found.name) {
             return Err(OpenError::Twice(found.name));
         }
-        let way = self.way(&mut open, &found)?;
+        let mut devices = open.devices.iter().filter_map(Weak::upgrade);
+        if devices.any(|device| device.group == found.group && (apart || device.apart)) {
+            return Err(OpenError::NotApart {
+                name: found.name,
+                group: found.group,
+            });
+        }
+        let way = self.way(&mut open, &found, apart)?;
         let mut device = HostDevice {
             name: found.name.clone(),
+            group: found.group,
+            apart,
             way,
             kernel: self.kernel.clone(),
             alarms: self.alarms.clone(),
@@ -188,7 +215,7 @@ impl Iommu {
     }
 
     /// By what the device comes.
-    fn way(&self, open: &mut Open, found: &Found) -> Result<Way, OpenError> {
+    fn way(&self, open: &mut Open, found: &Found, apart: bool) -> Result<Way, OpenError> {
         let container = open.container.upgrade();
         let iommufd = match (&container, open.iommufd) {
             (Some(container), _) => container.is_iommufd(),
@@ -201,8 +228,8 @@ impl Iommu {
                 .clone()
                 .ok_or_else(|| OpenError::NoNode(found.name.clone()))?;
             let container = match container {
-                Some(container) => container,
-                None => self.open_iommufd(open)?,
+                Some(container) if !apart => container,
+                _ => self.open_iommufd(open, apart)?,
             };
             return Ok(Way::Node(node, container));
         }
@@ -210,7 +237,7 @@ impl Iommu {
         let group = match known {
             Some(group) => group,
             None => {
-                let group = Arc::new(self.open_group(open, found)?);
+                let group = Arc::new(self.open_group(open, found, apart)?);
                 open.groups.insert(found.group, Arc::downgrade(&group));
                 group
             }
@@ -218,19 +245,24 @@ impl Iommu {
         Ok(Way::Group(group))
     }
 
-    fn open_iommufd(&self, open: &mut Open) -> Result<Arc<Container>, OpenError> {
-        let file = self.kernel.open_iommu().map_err(OpenError::NoIommufd)?;
-        let container = Arc::new(Container {
-            space: Space::Iommufd(file),
-            kernel: self.kernel.clone(),
-            reached: self.reached.clone(),
-        });
-        open.container = Arc::downgrade(&container);
+    fn open_iommufd(&self, open: &mut Open, apart: bool) -> Result<Arc<Container>, OpenError> {
+        let mut others = open.devices.iter().filter_map(Weak::upgrade);
+        let file = match others.find_map(|other| other.container().another()) {
+            Some(file) => file,
+            None => self.kernel.open_iommu(),
+        };
+        let file = file.map_err(OpenError::NoIommufd)?;
+        let container = Arc::new(self.container(Space::Iommufd(file)));
+        if !apart {
+            open.container = Arc::downgrade(&container);
+        }
         Ok(container)
     }
 
-    fn open_group(&self, open: &mut Open, found: &Found) -> Result<Group, OpenError> {
-        let container = match open.container.upgrade() {
+    fn open_group(&self, open: &mut Open, found: &Found, apart: bool) -> Result<Group, OpenError> {
+        let shared_container = open.container.upgrade().filter(|_| !apart);
+        let first = shared_container.is_none();
+        let container = match shared_container {
             Some(container) => container,
             None => Arc::new(self.open_container()?),
         };
@@ -259,7 +291,6 @@ impl Iommu {
         {
             return Err(shared(found));
         }
-        let first = open.container.strong_count() == 0;
         file.set_container(file_of_container.fd())
             .map_err(failed("put the IOMMU group into the container"))?;
         if first {
@@ -272,7 +303,9 @@ impl Iommu {
                     Some(libc::EPERM) => unsafe_interrupts(found, "vfio_iommu_type1"),
                     _ => kernel("use the IOMMU", found)(source),
                 })?;
-            open.container = Arc::downgrade(&container);
+            if !apart {
+                open.container = Arc::downgrade(&container);
+            }
         }
         Ok(Group { file, container })
     }
@@ -282,11 +315,16 @@ impl Iommu {
             path: "/dev/vfio/vfio".to_owned(),
             source,
         })?;
-        Ok(Container {
-            space: Space::Container(file),
+        Ok(self.container(Space::Container(file)))
+    }
+
+    fn container(&self, space: Space) -> Container {
+        Container {
+            space,
             kernel: self.kernel.clone(),
             reached: self.reached.clone(),
-        })
+            held: Reached::default(),
+        }
     }
 }
 
@@ -354,7 +392,8 @@ impl HostDevice {
         Ok(true)
     }
 
-    pub(crate) fn page_size(&self) -> u64 {
+    /// Bytes of the host's smallest page.
+    pub fn page_size(&self) -> u64 {
         self.kernel.page_size()
     }
 

@@ -30,16 +30,19 @@ pub trait Kernel: Send + Sync {
 pub trait AddressSpace: Send + Sync {
     /// First and last address of what devices can reach; empty if the kernel does not tell (VFIO_IOMMU_GET_INFO, IOMMU_IOAS_IOVA_RANGES).
     fn reachable(&self) -> io::Result<Vec<(u64, u64)>>;
-    /// `len` bytes at `host` in this process are at `iova` for devices. The memory is locked (VFIO_IOMMU_MAP_DMA, IOMMU_IOAS_MAP).
+    /// `len` bytes at `host` in this process are at `iova` for devices, which read them, and write them if they are `writable`. The memory
+    /// is locked (VFIO_IOMMU_MAP_DMA, IOMMU_IOAS_MAP).
     ///
     /// What is at `host` must stay mapped until it is unmapped here or this is closed.
-    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()>;
+    fn map(&self, iova: u64, len: u64, host: u64, writable: bool) -> io::Result<()>;
     /// Undoes all mappings that lie in the range (VFIO_IOMMU_UNMAP_DMA, IOMMU_IOAS_UNMAP).
     fn unmap(&self, iova: u64, len: u64) -> io::Result<()>;
 }
 
 /// One of iommufd's.
 pub trait IommuFile: AddressSpace {
+    /// One more address space of the same iommufd (IOMMU_IOAS_ALLOC).
+    fn another(&self) -> io::Result<Box<dyn IommuFile>>;
     /// VFIO_DEVICE_BIND_IOMMUFD: `device` is this process' from now on.
     fn bind(&self, device: BorrowedFd<'_>) -> io::Result<()>;
     /// VFIO_DEVICE_ATTACH_IOMMUFD_PT: it reaches what is mapped here.

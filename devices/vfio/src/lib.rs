@@ -1,7 +1,7 @@
 //! PCI devices of the host that a guest drives by itself (VFIO; Documentation/driver-api/vfio.rst of the Linux kernel).
 //!
-//! [`Iommu`] opens devices and holds the container, the part of the host's IOMMU that is the guest's. [`DmaMap`] has that follow the
-//! guest's memory. [`VfioPci`] is the function that the guest sees: its configuration space is made register by register of what is known
+//! [`Iommu`] opens devices and holds their container, the part of the host's IOMMU that is the guest's. [`DmaMap`] has that follow the
+//! guest's memory; a device behind the guest's own IOMMU has a container of its own, which follows that ([`Translated`]). [`VfioPci`] is the function that the guest sees: its configuration space is made register by register of what is known
 //! to be harmless, its BARs are mapped into the guest, its interrupts go from the device to the guest inside the kernel.
 //!
 //! Nothing here knows KVM: what is needed of the VM is the trait [`Vm`]. Everything the kernel does for VFIO is behind the traits of
@@ -26,6 +26,7 @@ mod sys;
 mod sysfs;
 #[cfg(test)]
 mod tests;
+mod translated;
 
 pub use alarms::Alarm;
 pub use config::CliqueError;
@@ -35,6 +36,7 @@ pub use function::{FunctionError, Options, VfioPci, Vm};
 pub use host::{Container, HostDevice, Iommu};
 pub use meters::{Counters, Reached};
 pub use sys::{Linux, Mapping};
+pub use translated::Translated;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

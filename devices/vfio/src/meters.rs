@@ -74,8 +74,9 @@ impl Reached {
         self.ranges.fetch_sub(1, Relaxed);
     }
 
-    pub(crate) fn clear(&self) {
-        self.bytes.store(0, Relaxed);
-        self.ranges.store(0, Relaxed);
+    /// What `others` count is reached no more.
+    pub(crate) fn subtract(&self, others: &Self) {
+        self.bytes.fetch_sub(others.bytes(), Relaxed);
+        self.ranges.fetch_sub(others.ranges(), Relaxed);
     }
 }

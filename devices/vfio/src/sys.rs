@@ -191,10 +191,11 @@ impl AddressSpace for ContainerFd {
         Ok(iova_ranges(&bytes).unwrap_or_default())
     }
 
-    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()> {
+    fn map(&self, iova: u64, len: u64, host: u64, writable: bool) -> io::Result<()> {
+        let write = if writable { v::VFIO_DMA_MAP_FLAG_WRITE } else { 0 };
         let mut map = v::vfio_iommu_type1_dma_map {
             argsz: size_of::<v::vfio_iommu_type1_dma_map>() as u32,
-            flags: v::VFIO_DMA_MAP_FLAG_READ | v::VFIO_DMA_MAP_FLAG_WRITE,
+            flags: v::VFIO_DMA_MAP_FLAG_READ | write,
             vaddr: host,
             iova,
             size: len,

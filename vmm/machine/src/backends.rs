@@ -64,6 +64,8 @@ pub(crate) struct Opener<'a> {
     pub(crate) sandbox: &'a Arc<dyn Sandbox>,
     /// Opens devices of the host.
     pub(crate) iommu: &'a Iommu,
+    /// All devices that can be are behind the guest's IOMMU.
+    pub(crate) behind_iommu: bool,
     /// Of a guest that comes from another VMM: what it was shown of the devices that daemons serve. Disks are not locked then, since
     /// the other VMM still uses them; [`Backends::lock`] comes later.
     pub(crate) moved: Option<&'a BTreeMap<String, Offer>>,
@@ -203,7 +205,7 @@ impl End {
                 Serves::Daemon(vhost::open_generic(device, shown, sandbox)?, None)
             }
             DeviceConfig::Host(device) => {
-                let opened = opener.iommu.open(&device.path);
+                let opened = opener.iommu.open(&device.path, device.iommu || opener.behind_iommu);
                 Serves::Host(opened.map_err(|error| MachineError::device(&device.id, error))?)
             }
             DeviceConfig::Vsock(_) => Serves::Itself,

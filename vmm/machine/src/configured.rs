@@ -62,7 +62,8 @@ impl<'a> DeviceConfig<'a> {
             Self::Disk(disk) => disk.iommu,
             Self::Net(net) => net.iommu,
             Self::Vsock(vsock) => vsock.iommu,
-            Self::Fs(_) | Self::Generic(_) | Self::Host(_) => false,
+            Self::Host(device) => device.iommu,
+            Self::Fs(_) | Self::Generic(_) => false,
         }
     }
 }

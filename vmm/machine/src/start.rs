@@ -55,6 +55,7 @@ impl Controller {
                     daemons,
                     sandbox,
                     iommu: &self.iommu,
+                    behind_iommu: config.iommu_for_all(),
                     moved: None,
                 };
                 Backends::open(config, opener)?

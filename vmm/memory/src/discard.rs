@@ -42,8 +42,8 @@ pub struct Discarder {
     memory: GuestMemoryHandle,
     pages: Pages,
     backing: Backing,
-    /// As long as it lives nothing is given back.
-    keeper: Arc<RwLock<Option<Keeper>>>,
+    /// As long as one of them lives nothing is given back.
+    keepers: Arc<RwLock<Vec<Keeper>>>,
 }
 
 /// Somebody who holds pages of the guest, such as devices of the host.
@@ -58,14 +58,16 @@ impl Discarder {
             memory,
             pages,
             backing,
-            keeper: Arc::default(),
+            keepers: Arc::default(),
         })
     }
 
     /// Gives nothing back any more, here and by all clones, as long as `keeper` lives: a device that holds a page would go on with that one while
     /// the guest gets another. What is being given back just now is done when this returns.
     pub fn keep_for(&self, keeper: Weak<dyn Any + Send + Sync>) {
-        *self.keeper.write().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
+        let mut keepers = self.keepers.write().unwrap_or_else(PoisonError::into_inner);
+        keepers.retain(|other| other.strong_count() > 0 && !other.ptr_eq(&keeper));
+        keepers.push(keeper);
     }
 
     /// Bytes of the largest page that the host backs any of the memory with: that much can be given back anywhere, less perhaps not.
@@ -85,8 +87,8 @@ impl Discarder {
 
     /// Gives back every whole page between `at` and `at + len` that is guest memory, and nothing else. Returns how many bytes that were.
     pub fn discard(&self, at: GuestAddress, len: u64) -> Result<u64, DiscardError> {
-        let keeper = self.keeper.read().unwrap_or_else(PoisonError::into_inner);
-        if keeper.as_ref().is_some_and(|keeper| keeper.strong_count() > 0) {
+        let keepers = self.keepers.read().unwrap_or_else(PoisonError::into_inner);
+        if keepers.iter().any(|keeper| keeper.strong_count() > 0) {
             return Ok(0);
         }
         let memory = self.memory.memory();

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 
 use super::{code, on, open, v};
 use crate::kernel::{AddressSpace, IommuFile};
@@ -13,6 +14,7 @@ const fn iommu(nr: u32) -> libc::Ioctl {
     ((v::VFIO_TYPE as u32) << 8 | (0x80 + nr)) as libc::Ioctl
 }
 
+const DESTROY: libc::Ioctl = iommu(0);
 const IOAS_ALLOC: libc::Ioctl = iommu(1);
 const IOAS_IOVA_RANGES: libc::Ioctl = iommu(4);
 const IOAS_MAP: libc::Ioctl = iommu(5);
@@ -20,10 +22,18 @@ const IOAS_UNMAP: libc::Ioctl = iommu(6);
 const DEVICE_BIND_IOMMUFD: libc::Ioctl = code(18);
 const DEVICE_ATTACH_IOMMUFD_PT: libc::Ioctl = code(19);
 
-/// IOMMU_IOAS_MAP_FIXED_IOVA, _WRITEABLE and _READABLE.
-const FIXED_AND_BOTH: u32 = 0b111;
+/// IOMMU_IOAS_MAP_FIXED_IOVA and _READABLE.
+const FIXED_AND_READABLE: u32 = 0b101;
+/// IOMMU_IOAS_MAP_WRITEABLE.
+const WRITABLE: u32 = 0b010;
 /// The most ranges of addresses that the kernel is asked for.
 const RANGES: usize = 256;
+
+#[repr(C)]
+struct Destroy {
+    size: u32,
+    id: u32,
+}
 
 #[repr(C)]
 struct IoasAlloc {
@@ -78,15 +88,18 @@ struct Attach {
     table: u32,
 }
 
-/// `/dev/iommu`, with one address space.
+/// An address space of `/dev/iommu`.
 pub(super) struct IommuFd {
-    file: File,
+    file: Arc<File>,
     space: u32,
 }
 
 impl IommuFd {
     pub(super) fn open() -> io::Result<Self> {
-        let file = open("/dev/iommu")?;
+        Self::of(Arc::new(open("/dev/iommu")?))
+    }
+
+    fn of(file: Arc<File>) -> io::Result<Self> {
         let mut made = IoasAlloc {
             size: size_of::<IoasAlloc>() as u32,
             flags: 0,
@@ -94,6 +107,19 @@ impl IommuFd {
         };
         on(file.as_fd(), IOAS_ALLOC, &mut made)?;
         Ok(Self { file, space: made.id })
+    }
+}
+
+impl Drop for IommuFd {
+    /// Its devices are closed. The file may stay open for other address spaces.
+    fn drop(&mut self) {
+        let mut destroy = Destroy {
+            size: size_of::<Destroy>() as u32,
+            id: self.space,
+        };
+        if let Err(error) = on(self.file.as_fd(), DESTROY, &mut destroy) {
+            tracing::error!("an address space of the host's IOMMU stays until this process ends: {error}");
+        }
     }
 }
 
@@ -114,10 +140,11 @@ impl AddressSpace for IommuFd {
         Ok(ranges.map(|range| (range[0], range[1])).collect())
     }
 
-    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()> {
+    fn map(&self, iova: u64, len: u64, host: u64, writable: bool) -> io::Result<()> {
+        let write = if writable { WRITABLE } else { 0 };
         let mut map = IoasMap {
             size: size_of::<IoasMap>() as u32,
-            flags: FIXED_AND_BOTH,
+            flags: FIXED_AND_READABLE | write,
             id: self.space,
             reserved: 0,
             host,
@@ -139,6 +166,10 @@ impl AddressSpace for IommuFd {
 }
 
 impl IommuFile for IommuFd {
+    fn another(&self) -> io::Result<Box<dyn IommuFile>> {
+        Ok(Box::new(Self::of(self.file.clone())?))
+    }
+
     fn bind(&self, device: BorrowedFd<'_>) -> io::Result<()> {
         let mut bind = Bind {
             size: size_of::<Bind>() as u32,
@@ -172,5 +203,6 @@ mod tests {
         assert_eq!(sizes, (12, 32, 40));
         let sizes = (size_of::<IoasUnmap>(), size_of::<Bind>(), size_of::<Attach>());
         assert_eq!(sizes, (24, 16, 12));
+        assert_eq!((DESTROY, size_of::<Destroy>()), (0x3b80, 8));
     }
 }

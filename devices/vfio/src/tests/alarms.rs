@@ -28,7 +28,7 @@ fn requests_and_errors_are_told_once_each_and_by_name() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let iommu = fake.iommu();
     let path = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
-    let device = iommu.open(&path).expect("a device");
+    let device = iommu.open(&path, false).expect("a device");
     assert!(!wakes(&iommu) && iommu.alarms().is_empty());
     assert!(ring(&fake, REQUEST, 0));
     assert!(wakes(&iommu));

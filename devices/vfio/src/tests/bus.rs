@@ -20,7 +20,7 @@ fn pair() -> (Fake, Iommu, [Arc<HostDevice>; 2]) {
     let iommu = fake.iommu();
     let opened = [(NAMES[0], 3), (NAMES[1], 4)].map(|(name, group)| {
         let path = sysfs.device(name, Some(group), Some("vfio-pci"));
-        iommu.open(&path).expect("a device")
+        iommu.open(&path, false).expect("a device")
     });
     (fake, iommu, opened)
 }

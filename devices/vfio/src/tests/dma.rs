@@ -25,7 +25,7 @@ fn the_same_goes_for_iommufd() {
     iommu.by_iommufd(Some(true));
     let path = sysfs.device("0000:01:00.0", Some(7), Some("vfio-pci"));
     sysfs.node(&path, "vfio0");
-    let device = iommu.open(&path).expect("a device");
+    let device = iommu.open(&path, false).expect("a device");
     let map = DmaMap::default();
     map.insert(0, 64 * MIB, 0x7000_0000).expect("memory");
     map.attach(device.container()).expect("memory");
@@ -39,7 +39,11 @@ fn the_same_goes_for_iommufd() {
 
 fn maps(fake: &Fake) -> Vec<(u64, u64, u64)> {
     let world = lock(&fake.world);
-    world.maps.iter().map(|(at, (len, host))| (*at, *len, *host)).collect()
+    world
+        .maps
+        .iter()
+        .map(|((_, at), (len, host, _))| (*at, *len, *host))
+        .collect()
 }
 
 #[test]
@@ -97,7 +101,7 @@ fn too_much_to_lock_is_told_before_anything_is_locked() {
     assert!(matches!(error, DmaError::Limit { needed, .. } if needed == 80 * MIB));
     let text = error.to_string();
     assert!(
-        text.contains("need all 80 MiB") && text.contains("ulimit -l 81920"),
+        text.contains("need 80 MiB of memory locked") && text.contains("ulimit -l 81920"),
         "{text}"
     );
     assert!(fake.calls().is_empty() && !map.is_attached());

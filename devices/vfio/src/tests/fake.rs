@@ -29,8 +29,10 @@ pub(crate) const CONFIG: u64 = 7 * BAR_STEP;
 pub(crate) struct World {
     /// What was asked of the kernel, in order.
     pub(crate) calls: Vec<String>,
-    /// What devices reach: length and address, by IOVA.
-    pub(crate) maps: BTreeMap<u64, (u64, u64)>,
+    /// What devices reach: length, address, and whether they may write it, by address space and IOVA.
+    pub(crate) maps: BTreeMap<(usize, u64), (u64, u64, bool)>,
+    /// How many address spaces were made.
+    pub(crate) spaces: usize,
     /// The call with this name fails with this number.
     pub(crate) fails: BTreeMap<&'static str, i32>,
     pub(crate) reachable: Vec<(u64, u64)>,
@@ -76,6 +78,8 @@ pub(crate) struct Fake {
 struct Opened {
     fake: Fake,
     name: &'static str,
+    /// Its number, if it is an address space.
+    space: usize,
     file: File,
 }
 
@@ -83,7 +87,7 @@ impl Drop for Opened {
     fn drop(&mut self) {
         let mut world = lock(&self.fake.world);
         if self.name == "container" || self.name == "iommu" {
-            world.maps.clear();
+            world.maps.retain(|(space, _), _| *space != self.space);
         }
         *world.open.entry(self.name).or_default() -= 1;
     }
@@ -116,10 +120,13 @@ impl Fake {
 
     fn open(&self, name: &'static str) -> io::Result<Opened> {
         self.call(name)?;
-        *lock(&self.world).open.entry(name).or_default() += 1;
+        let mut world = lock(&self.world);
+        *world.open.entry(name).or_default() += 1;
+        world.spaces += 1;
         Ok(Opened {
             fake: self.clone(),
             name,
+            space: world.spaces,
             file: tempfile::tempfile()?,
         })
     }
@@ -188,6 +195,10 @@ impl ContainerFile for Opened {
 }
 
 impl IommuFile for Opened {
+    fn another(&self) -> io::Result<Box<dyn IommuFile>> {
+        self.fake.call("another")?;
+        Ok(Box::new(self.fake.open("iommu")?))
+    }
     fn bind(&self, _device: BorrowedFd<'_>) -> io::Result<()> {
         self.fake.call("bind")
     }
@@ -200,16 +211,17 @@ impl AddressSpace for Opened {
     fn reachable(&self) -> io::Result<Vec<(u64, u64)>> {
         Ok(lock(&self.fake.world).reachable.clone())
     }
-    fn map(&self, iova: u64, len: u64, host: u64) -> io::Result<()> {
+    fn map(&self, iova: u64, len: u64, host: u64, writable: bool) -> io::Result<()> {
         self.fake.call("map")?;
-        lock(&self.fake.world).maps.insert(iova, (len, host));
+        let mut world = lock(&self.fake.world);
+        world.maps.insert((self.space, iova), (len, host, writable));
         Ok(())
     }
     fn unmap(&self, iova: u64, len: u64) -> io::Result<()> {
         self.fake.call("unmap")?;
         lock(&self.fake.world)
             .maps
-            .retain(|at, (size, _)| *at < iova || *at + *size > iova + len);
+            .retain(|(space, at), (size, ..)| *space != self.space || *at < iova || *at + *size > iova + len);
         Ok(())
     }
 }
@@ -414,7 +426,7 @@ impl Sysfs {
 pub(crate) fn host(fake: &Fake) -> Arc<HostDevice> {
     let sysfs = Sysfs::new();
     let path = sysfs.device("0000:01:00.0", Some(7), Some("vfio-pci"));
-    fake.iommu().open(&path).expect("a device")
+    fake.iommu().open(&path, false).expect("a device")
 }
 
 /// How functions are had, on a bus with ports.

@@ -70,7 +70,7 @@ fn an_h100_is_seen_with_all_of_its_memory() {
 fn gpu(fake: &Fake, iommu: &Iommu, sysfs: &Sysfs, name: &str, options: Options) -> Result<VfioPci, FunctionError> {
     let path = sysfs.device(name, Some(7), Some("vfio-pci"));
     let router: Arc<dyn MsiRouter> = Arc::new(MockRouter::default());
-    let device = iommu.open(&path).expect("a device");
+    let device = iommu.open(&path, false).expect("a device");
     VfioPci::new(&device, Arc::new(fake.clone()), &router, options)
 }
 
@@ -159,7 +159,11 @@ fn devices_of_one_guest_reach_each_others_registers() {
     };
     let reached = || {
         let world = lock(&fake.world);
-        world.maps.iter().map(|(at, (len, _))| (*at, *len)).collect::<Vec<_>>()
+        world
+            .maps
+            .iter()
+            .map(|((_, at), (len, ..))| (*at, *len))
+            .collect::<Vec<_>>()
     };
     let memory = (0, MIB);
     let first = function("0000:01:00.0");

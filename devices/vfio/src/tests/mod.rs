@@ -9,3 +9,4 @@ mod gpu;
 mod intx;
 mod open;
 mod space;
+mod translated;

@@ -16,7 +16,7 @@ fn text(error: &OpenError) -> String {
 fn a_device_takes_its_group_and_a_container_and_gives_them_back() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let path = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
-    let device = fake.iommu().open(&path).expect("a device");
+    let device = fake.iommu().open(&path, false).expect("a device");
     assert_eq!(device.name(), "0000:00:05.0");
     assert_eq!(
         fake.calls(),
@@ -42,21 +42,21 @@ fn devices_of_a_guest_share_what_they_can() {
     let iommu = fake.iommu();
     let paths = [("0000:00:06.0", 3), ("0000:00:06.1", 3), ("0000:00:07.0", 4)];
     let paths = paths.map(|(name, group)| sysfs.device(name, Some(group), Some("vfio-pci")));
-    let devices = paths.each_ref().map(|path| iommu.open(path).expect("a device"));
+    let devices = paths.each_ref().map(|path| iommu.open(path, false).expect("a device"));
     assert_eq!(fake.open_files(), 1 + 2 + 3);
     assert_eq!(fake.calls().iter().filter(|call| *call == "set type1").count(), 1);
-    let again = iommu.open(&paths[1]).err().expect("refused");
+    let again = iommu.open(&paths[1], false).err().expect("refused");
     assert_eq!(text(&again), "0000:00:06.1 is passed through to this guest already");
     drop(devices);
     assert_eq!(fake.open_files(), 0);
-    iommu.open(&paths[1]).expect("free again");
+    iommu.open(&paths[1], false).expect("free again");
 }
 
 #[test]
 fn whose_it_is_and_how_to_get_it_is_told() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let iommu = fake.iommu();
-    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let refused = |path| text(&iommu.open(path, false).err().expect("refused"));
     let nvme = sysfs.device("0000:00:05.0", None, Some("nvme"));
     assert_eq!(
         refused(&nvme),
@@ -86,13 +86,13 @@ fn a_mediated_device_is_one_by_its_uuid() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let iommu = fake.iommu();
     let path = sysfs.mediated(UUID, 9, Some("intel_vgpu_mdev"), "vfio-pci");
-    let device = iommu.open(&path).expect("a device");
+    let device = iommu.open(&path, false).expect("a device");
     assert_eq!(device.name(), UUID);
     let there = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
-    iommu.open(&there).expect("beside a device that is whole");
-    let again = iommu.open(&path.canonicalize().expect("its directory"));
+    iommu.open(&there, false).expect("beside a device that is whole");
+    let again = iommu.open(&path.canonicalize().expect("its directory"), false);
     assert!(matches!(again.err(), Some(OpenError::Twice(name)) if name == UUID));
-    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let refused = |path| text(&iommu.open(path, false).err().expect("refused"));
     let other = sysfs.mediated("c0b26072-dd1b-4340-84fe-bf338c510818", 10, Some("vfio_mdev"), "vfio-ap");
     let said = refused(&other);
     assert!(
@@ -111,7 +111,7 @@ fn a_device_has_many_names() {
     std::os::unix::fs::symlink(&path, &link).expect("a link");
     for path in [path.clone(), link, path.join("")] {
         assert_eq!(
-            fake.iommu().open(&path).expect("a device").name(),
+            fake.iommu().open(&path, false).expect("a device").name(),
             "0000:00:05.0",
             "{path:?}"
         );
@@ -125,7 +125,7 @@ fn a_group_that_is_shared_with_the_host_is_refused_by_name() {
     let path = sysfs.device("0000:00:06.0", Some(3), Some("vfio-pci"));
     sysfs.device("0000:00:06.1", Some(3), Some("nvme"));
     sysfs.device("0000:00:06.2", Some(3), None);
-    let error = fake.iommu().open(&path).err().expect("refused");
+    let error = fake.iommu().open(&path, false).err().expect("refused");
     assert_eq!(
         text(&error),
         "0000:00:06.0 cannot be separated from 0000:00:06.1, which belongs to the host's driver nvme, in its IOMMU group 3; give those to \
@@ -163,7 +163,7 @@ fn what_the_kernel_refuses_is_explained_and_leaves_nothing_open() {
         let (fake, sysfs) = (fake(), Sysfs::new());
         fake.fail(call, number);
         let path = sysfs.device("0000:00:05.0", Some(3), Some("vfio-pci"));
-        let error = fake.iommu().open(&path).err().expect("refused");
+        let error = fake.iommu().open(&path, false).err().expect("refused");
         assert!(text(&error).contains(words), "{call}: {error}");
         assert_eq!(fake.open_files(), 0, "{call}");
     }
@@ -181,18 +181,18 @@ fn iommufd_takes_a_device_by_its_own_file() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let iommu = fake.iommu();
     let path = with_node(&sysfs, "0000:00:05.0", 3, "vfio0");
-    let plain = iommu.open(&path).expect("a device");
+    let plain = iommu.open(&path, false).expect("a device");
     assert!(
         fake.calls().contains(&"container".to_owned()),
         "by groups, where there are"
     );
     iommu.by_iommufd(Some(true));
     let second = with_node(&sysfs, "0000:00:06.0", 4, "vfio1");
-    drop(iommu.open(&second).expect("a device"));
+    drop(iommu.open(&second, false).expect("a device"));
     assert!(!fake.calls().contains(&"iommu".to_owned()), "as those that are there");
     drop(plain);
     fake.calls();
-    let devices = [&path, &second].map(|path| iommu.open(path).expect("a device"));
+    let devices = [&path, &second].map(|path| iommu.open(path, false).expect("a device"));
     let one = ["iommu", "node", "bind", "attach", "set irqs", "set irqs"];
     assert_eq!(fake.calls(), [&one[..], &one[1..]].concat());
     assert!(std::sync::Arc::ptr_eq(devices[0].container(), devices[1].container()));
@@ -201,7 +201,7 @@ fn iommufd_takes_a_device_by_its_own_file() {
     assert_eq!(fake.open_files(), 0);
     iommu.by_iommufd(None);
     lock(&fake.world).no_containers = true;
-    iommu.open(&path).expect("a device");
+    iommu.open(&path, false).expect("a device");
     assert!(
         fake.calls().contains(&"iommu".to_owned()),
         "where there is nothing else"
@@ -213,7 +213,7 @@ fn what_iommufd_refuses_is_told() {
     let (fake, sysfs) = (fake(), Sysfs::new());
     let iommu = fake.iommu();
     iommu.by_iommufd(Some(true));
-    let refused = |path| text(&iommu.open(path).err().expect("refused"));
+    let refused = |path| text(&iommu.open(path, false).err().expect("refused"));
     let without = sysfs.device("0000:00:04.0", Some(2), Some("vfio-pci"));
     assert!(refused(&without).contains("no device file for 0000:00:04.0"));
     let path = with_node(&sysfs, "0000:00:06.0", 3, "vfio0");
@@ -242,7 +242,7 @@ fn a_mediated_device_is_opened_when_the_hypervisor_knows_of_it() {
     for iommufd in [false, true] {
         iommu.by_iommufd(Some(iommufd));
         fake.calls();
-        let device = iommu.open(&path).expect("a device");
+        let device = iommu.open(&path, false).expect("a device");
         let calls = fake.calls();
         assert!(
             !calls.iter().any(|call| call == "device" || call == "bind"),

@@ -1,10 +1,14 @@
 //! Who may reach what: endpoints, domains, and the mappings of domains (virtio 1.2, 5.13.6). Nothing here knows queues or threads.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::request::Status;
+use super::shadow::Shadow;
 use crate::Segment;
 use crate::dma::Pieces;
 use vm_memory::GuestAddress;
@@ -78,6 +82,12 @@ struct Mapping {
     flags: u32,
 }
 
+impl Mapping {
+    fn is_writable(&self) -> bool {
+        self.flags & access::WRITE != 0
+    }
+}
+
 #[derive(Debug, Default)]
 struct Domain {
     bypass: bool,
@@ -85,20 +95,21 @@ struct Domain {
     mappings: BTreeMap<u64, Mapping>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Place {
     /// There is such a device now.
     present: bool,
     domain: Option<u32>,
+    /// What has to follow: the device reaches memory by itself.
+    shadow: Option<Arc<dyn Shadow>>,
 }
 
 /// All endpoints and domains.
-#[derive(Debug)]
 pub(super) struct Domains {
     /// Endpoints in no domain reach all memory.
-    pub(super) bypass: bool,
+    bypass: bool,
     /// Whatever `bypass` says they do not: the driver does not know of it.
-    pub(super) strict: bool,
+    strict: bool,
     endpoints: BTreeMap<u32, Place>,
     domains: BTreeMap<u32, Domain>,
     mappings: usize,
@@ -118,15 +129,40 @@ impl Domains {
         }
     }
 
-    /// A device is there.
-    pub(super) fn add(&mut self, endpoint: u32) {
-        self.endpoints.entry(endpoint).or_default().present = true;
+    /// A device is there. If it has a `shadow`, that has followed when this returns.
+    pub(super) fn add(&mut self, endpoint: u32, shadow: Option<Arc<dyn Shadow>>) -> io::Result<()> {
+        let place = self.endpoints.entry(endpoint).or_default();
+        place.present = true;
+        place.shadow = shadow;
+        self.follow(endpoint)
     }
 
     /// It is gone, and with it what was said of it.
     pub(super) fn remove(&mut self, endpoint: u32) {
         self.leave(endpoint);
-        self.endpoints.remove(&endpoint);
+        let place = self.endpoints.remove(&endpoint);
+        if let Some(shadow) = place.and_then(|place| place.shadow) {
+            shadow.reach_nothing();
+        }
+    }
+
+    /// Endpoints in no domain reach all memory.
+    pub(super) fn bypass(&self) -> bool {
+        self.bypass
+    }
+
+    /// What they reach from now on.
+    pub(super) fn set_bypass(&mut self, bypass: bool) {
+        if std::mem::replace(&mut self.bypass, bypass) != bypass {
+            self.follow_all();
+        }
+    }
+
+    /// Whether they reach nothing in any case.
+    pub(super) fn set_strict(&mut self, strict: bool) {
+        if std::mem::replace(&mut self.strict, strict) != strict {
+            self.follow_all();
+        }
     }
 
     /// Whether there is such a device.
@@ -141,10 +177,63 @@ impl Domains {
     }
 
     /// The driver is gone: all domains are, too.
-    pub(super) fn clear(&mut self) {
+    pub(super) fn reset(&mut self) {
+        self.clear();
+        self.strict = false;
+        self.follow_all();
+    }
+
+    fn clear(&mut self) {
         self.domains.clear();
         self.mappings = 0;
         self.endpoints.values_mut().for_each(|place| place.domain = None);
+    }
+
+    /// Whether endpoints in `domain` reach all memory; those in none if there is none.
+    fn passes(&self, domain: Option<&Domain>) -> bool {
+        domain.map_or(self.bypass && !self.strict, |domain| domain.bypass)
+    }
+
+    /// Has what shadows `endpoint` reach what that does. When it cannot, it reaches nothing.
+    fn follow(&self, endpoint: u32) -> io::Result<()> {
+        let Some(place) = self.endpoints.get(&endpoint) else {
+            return Ok(());
+        };
+        let Some(shadow) = &place.shadow else { return Ok(()) };
+        let domain = place.domain.and_then(|id| self.domains.get(&id));
+        if self.passes(domain) {
+            return shadow.reach_all();
+        }
+        shadow.reach_nothing();
+        for (first, mapping) in domain.iter().flat_map(|domain| &domain.mappings) {
+            if let Err(error) = shadow.map(*first..=mapping.last, mapping.phys, mapping.is_writable()) {
+                shadow.reach_nothing();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for all of them. Whoever cannot follow says so itself.
+    fn follow_all(&self) {
+        for endpoint in self.endpoints.keys() {
+            let _ = self.follow(*endpoint);
+        }
+    }
+
+    /// What shadows endpoints of `domain`.
+    fn shadows(&self, domain: u32) -> impl Iterator<Item = &Arc<dyn Shadow>> {
+        let inside = self
+            .endpoints
+            .values()
+            .filter(move |place| place.domain == Some(domain));
+        inside.filter_map(|place| place.shadow.as_ref())
+    }
+
+    /// What `endpoint` cannot be told to use.
+    pub(super) fn gaps(&self, endpoint: u32) -> Vec<RangeInclusive<u64>> {
+        let shadow = self.endpoints.get(&endpoint).and_then(|place| place.shadow.as_ref());
+        shadow.map(|shadow| shadow.gaps()).unwrap_or_default()
     }
 
     /// ATTACH (5.13.6.3).
@@ -162,7 +251,10 @@ impl Domains {
         }
         self.leave(endpoint);
         self.join(endpoint, domain, bypass);
-        Ok(())
+        self.follow(endpoint).map_err(|error| {
+            self.leave(endpoint);
+            refused(&error)
+        })
     }
 
     fn join(&mut self, endpoint: u32, domain: u32, bypass: bool) {
@@ -178,7 +270,7 @@ impl Domains {
         match place.ok_or(Status::NoEntry)?.domain {
             Some(there) if there == domain => {
                 self.leave(endpoint);
-                Ok(())
+                self.follow(endpoint).map_err(|error| refused(&error))
             }
             _ => Err(Status::Invalid),
         }
@@ -200,6 +292,24 @@ impl Domains {
 
     /// MAP (5.13.6.5).
     pub(super) fn map(&mut self, domain: u32, mapping: &IommuMappingV1) -> Done {
+        self.insert(domain, mapping)?;
+        let iovas = mapping.first..=mapping.last;
+        let writable = mapping.flags & access::WRITE != 0;
+        let mapped = self
+            .shadows(domain)
+            .try_for_each(|shadow| shadow.map(iovas.clone(), mapping.phys, writable));
+        if let Err(error) = mapped {
+            self.shadows(domain).for_each(|shadow| shadow.unmap(iovas.clone()));
+            if let Some(domain) = self.domains.get_mut(&domain) {
+                domain.mappings.remove(&mapping.first);
+                self.mappings -= 1;
+            }
+            return Err(refused(&error));
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, domain: u32, mapping: &IommuMappingV1) -> Done {
         let IommuMappingV1 {
             first,
             last,
@@ -231,8 +341,8 @@ impl Domains {
     }
 
     /// UNMAP (5.13.6.6): all mappings from `first` to `last`, none of which may be cut.
-    pub(super) fn unmap(&mut self, domain: u32, first: u64, last: u64) -> Done {
-        let domain = self.domains.get_mut(&domain).ok_or(Status::NoEntry)?;
+    pub(super) fn unmap(&mut self, id: u32, first: u64, last: u64) -> Done {
+        let domain = self.domains.get_mut(&id).ok_or(Status::NoEntry)?;
         if domain.bypass || first > last {
             return Err(Status::Invalid);
         }
@@ -250,6 +360,7 @@ impl Domains {
         for start in starts {
             domain.mappings.remove(&start);
         }
+        self.shadows(id).for_each(|shadow| shadow.unmap(first..=last));
         Ok(())
     }
 
@@ -270,9 +381,8 @@ impl Domains {
             Ok(Some(Pieces::from_elem(Segment { addr, len }, 1)))
         };
         let domain = match domain {
-            None if self.bypass && !self.strict => return all(),
+            domain if self.passes(domain) => return all(),
             None => return blocked(Reason::Domain, addr),
-            Some(domain) if domain.bypass => return all(),
             Some(domain) => domain,
         };
         let mut pieces = Pieces::new();
@@ -318,8 +428,9 @@ impl Domains {
     }
 
     /// Continues with saved domains, whose endpoints are still to come.
-    pub(super) fn restore(&mut self, domains: &[IommuDomainV1]) -> Done {
+    pub(super) fn restore(&mut self, bypass: bool, domains: &[IommuDomainV1]) -> Done {
         self.clear();
+        self.bypass = bypass;
         for saved in domains {
             let known = |endpoint: &u32| self.endpoints.get(endpoint).is_some_and(|place| place.domain.is_some());
             let wrong = saved
@@ -334,10 +445,18 @@ impl Domains {
                 self.join(*endpoint, saved.id, saved.bypass);
             }
             for mapping in &saved.mappings {
-                self.map(saved.id, mapping)?;
+                self.insert(saved.id, mapping)?;
             }
         }
         Ok(())
+    }
+}
+
+/// What the driver is told when something cannot follow.
+fn refused(error: &io::Error) -> Status {
+    match error.kind() {
+        io::ErrorKind::OutOfMemory => Status::NoMemory,
+        _ => Status::Device,
     }
 }
 

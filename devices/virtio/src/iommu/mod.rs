@@ -3,10 +3,12 @@
 //! The devices behind it are endpoints, by their PCI requester ids. The driver puts them into domains and maps memory into those. Until it
 //! does, and for endpoints that it leaves alone, the configuration space says whether they reach all memory; from the start they do, so
 //! that firmware and kernels without a driver work. What a device may reach is looked up when its queue takes a chain, and at each look at
-//! its rings ([`crate::dma`]): requests that it has taken when a mapping goes end with the addresses that they had.
+//! its rings ([`crate::dma`]): requests that it has taken when a mapping goes end with the addresses that they had. What a device reaches that
+//! no queue here serves is up to something else, which follows ([`Shadow`]).
 
 mod domains;
 mod request;
+mod shadow;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -20,6 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use domains::{IommuDomainV1, IommuMappingV1, LAST_ADDRESS, LAST_DOMAIN, MAX_MAPPINGS, PAGE};
 pub use request::ReservedRegion;
+pub use shadow::Shadow;
 pub use shared::{Endpoint, IommuHandle, IommuStateError, VirtioIommuStateV1};
 
 use request::PROPERTIES;
@@ -79,7 +82,7 @@ impl VirtioIommu {
     pub fn state(&self) -> VirtioIommuStateV1 {
         let domains = self.shared.domains();
         VirtioIommuStateV1 {
-            bypass: domains.bypass,
+            bypass: domains.bypass(),
             domains: domains.save(),
         }
     }
@@ -90,9 +93,8 @@ impl VirtioIommu {
     /// No driver can have made these domains.
     pub fn restore(&mut self, state: &VirtioIommuStateV1) -> Result<(), IommuStateError> {
         let mut domains = self.shared.change();
-        domains.restore(&state.domains).map_err(|_| IommuStateError)?;
-        domains.bypass = state.bypass;
-        Ok(())
+        let restored = domains.restore(state.bypass, &state.domains);
+        restored.map_err(|_| IommuStateError)
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
@@ -102,7 +104,7 @@ impl VirtioIommu {
         put(16, &LAST_ADDRESS.to_le_bytes());
         put(28, &LAST_DOMAIN.to_le_bytes());
         put(32, &(PROPERTIES as u32).to_le_bytes());
-        put(BYPASS as usize, &[u8::from(self.shared.domains().bypass)]);
+        put(BYPASS as usize, &[u8::from(self.shared.domains().bypass())]);
         config
     }
 }
@@ -127,7 +129,7 @@ impl VirtioDevice for VirtioIommu {
     /// Only what becomes of endpoints in no domain can be written, as a byte.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         if let (BYPASS, [value @ (0 | 1)]) = (offset, data) {
-            self.shared.change().bypass = *value == 1;
+            self.shared.change().set_bypass(*value == 1);
         }
     }
 
@@ -135,7 +137,8 @@ impl VirtioDevice for VirtioIommu {
         if self.context.is_some() {
             return Err(ActivateError::Driver("the IOMMU is active already"));
         }
-        self.shared.change().strict = context.features & bit::BYPASS_CONFIG == 0;
+        let strict = context.features & bit::BYPASS_CONFIG == 0;
+        self.shared.change().set_strict(strict);
         self.context = Some(context);
         Ok(())
     }
@@ -170,9 +173,7 @@ impl VirtioDevice for VirtioIommu {
         self.stop_queue(1);
         self.context = None;
         self.shared.forget_faults();
-        let mut domains = self.shared.change();
-        domains.clear();
-        domains.strict = false;
+        self.shared.change().reset();
     }
 }
 

@@ -51,6 +51,15 @@ pub enum ReservedRegion {
     Messages(RangeInclusive<u64>),
 }
 
+impl ReservedRegion {
+    /// The addresses.
+    pub(super) fn range(&self) -> &RangeInclusive<u64> {
+        match self {
+            Self::Nothing(range) | Self::Messages(range) => range,
+        }
+    }
+}
+
 /// Fields one after the other, in little endian.
 struct Fields<'a>(&'a [u8]);
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -12,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::bit;
 use super::domains::{Blocked, Domains, IommuDomainV1};
 use super::request::{PROPERTIES, Request, ReservedRegion, Status, properties};
+use super::shadow::Shadow;
 use crate::dma::Pieces;
 
 /// Faults that wait for the driver to take note of them; more are dropped.
@@ -122,9 +124,22 @@ impl Shared {
             Request::Detach { domain, endpoint } => self.change().detach(endpoint, domain).map(|()| None),
             Request::Map { domain, mapping } => self.change().map(domain, &mapping).map(|()| None),
             Request::Unmap { domain, first, last } => self.change().unmap(domain, first, last).map(|()| None),
-            Request::Probe { endpoint } if self.domains().knows(endpoint) => Ok(Some(properties(&self.regions))),
+            Request::Probe { endpoint } if self.domains().knows(endpoint) => {
+                Ok(Some(properties(&self.regions_of(endpoint))))
+            }
             Request::Probe { .. } => Err(Status::NoEntry),
         }
+    }
+
+    /// What must not be mapped for `endpoint`: what no endpoint may have, and what it cannot have beside that.
+    fn regions_of(&self, endpoint: u32) -> Vec<ReservedRegion> {
+        let gaps = self.domains().gaps(endpoint);
+        let told = |gap: &RangeInclusive<u64>| {
+            let mut regions = self.regions.iter().map(ReservedRegion::range);
+            regions.any(|range| range.contains(gap.start()) && range.contains(gap.end()))
+        };
+        let gaps = gaps.into_iter().filter(|gap| !told(gap)).map(ReservedRegion::Nothing);
+        self.regions.iter().cloned().chain(gaps).collect()
     }
 }
 
@@ -133,11 +148,12 @@ impl Shared {
 pub struct IommuHandle(pub(super) Arc<Shared>);
 
 impl IommuHandle {
-    /// A device to come. Until it is [placed](Endpoint::place) it reaches nothing.
-    pub fn endpoint(&self) -> Arc<Endpoint> {
+    /// A device to come, with what follows if it reaches memory by itself. Until it is [placed](Endpoint::place) it reaches nothing.
+    pub fn endpoint(&self, shadow: Option<Arc<dyn Shadow>>) -> Arc<Endpoint> {
         Arc::new(Endpoint {
             iommu: self.0.clone(),
             id: OnceLock::new(),
+            shadow,
             gone: AtomicBool::new(false),
         })
     }
@@ -152,14 +168,19 @@ impl IommuHandle {
 pub struct Endpoint {
     iommu: Arc<Shared>,
     id: OnceLock<u32>,
+    shadow: Option<Arc<dyn Shadow>>,
     gone: AtomicBool,
 }
 
 impl Endpoint {
     /// Says where the device is: `id` is its PCI requester id. Only the first call counts.
-    pub fn place(&self, id: u32) {
-        if self.id.set(id).is_ok() {
-            self.iommu.change().add(id);
+    ///
+    /// # Errors
+    /// That of its shadow: it cannot reach what the driver lets it, and reaches nothing.
+    pub fn place(&self, id: u32) -> io::Result<()> {
+        match self.id.set(id) {
+            Ok(()) => self.iommu.change().add(id, self.shadow.clone()),
+            Err(_) => Ok(()),
         }
     }
 

@@ -10,6 +10,7 @@ use crate::Segment;
 use crate::mock::{Desc, FakeDriver, MEMORY};
 
 mod requests;
+mod shadows;
 
 const RW: u32 = access::READ | access::WRITE;
 
@@ -24,8 +25,14 @@ fn mapping(first: u64, last: u64, phys: u64, flags: u32) -> IommuMappingV1 {
 
 fn with(endpoints: &[u32]) -> Domains {
     let mut domains = Domains::new();
-    endpoints.iter().for_each(|endpoint| domains.add(*endpoint));
+    add(&mut domains, endpoints);
     domains
+}
+
+fn add(domains: &mut Domains, endpoints: &[u32]) {
+    for endpoint in endpoints {
+        domains.add(*endpoint, None).expect("nothing follows");
+    }
 }
 
 /// Where one byte is.
@@ -43,9 +50,10 @@ fn at(domains: &Domains, endpoint: u32, addr: u64, write: bool) -> Result<u64, R
 fn who_is_in_no_domain_reaches_all_or_nothing() {
     let mut domains = with(&[8]);
     assert_eq!(at(&domains, 8, 0x1234, true), Ok(0x1234));
-    domains.strict = true;
+    domains.set_strict(true);
     assert_eq!(at(&domains, 8, 0x1234, true), Err(Reason::Domain));
-    (domains.strict, domains.bypass) = (false, false);
+    domains.set_strict(false);
+    domains.set_bypass(false);
     assert_eq!(at(&domains, 8, 0x1234, true), Err(Reason::Domain));
     // A domain may reach all memory, too.
     assert_eq!(domains.attach(8, 1, true), Ok(()));
@@ -81,7 +89,7 @@ fn endpoints_come_and_go_between_domains() {
     // And with a device its place in a domain.
     domains.remove(8);
     assert_eq!(domains.count(), (1, 0, 0));
-    domains.add(8);
+    add(&mut domains, &[8]);
     assert_eq!(at(&domains, 8, 0x1001, true), Ok(0x1001));
 }
 
@@ -172,10 +180,10 @@ fn what_was_saved_goes_on() {
     let json = serde_json::to_string(&saved).expect("text");
     let saved: Vec<IommuDomainV1> = serde_json::from_str(&json).expect("domains");
     let mut next = Domains::new();
-    next.restore(&saved).expect("as it was");
+    next.restore(true, &saved).expect("as it was");
     // The devices come later.
     assert_eq!(next.detach(8, 1), Err(Status::NoEntry));
-    [8, 16, 24].iter().for_each(|endpoint| next.add(*endpoint));
+    add(&mut next, &[8, 16, 24]);
     assert_eq!(
         (at(&next, 16, 0x1004, true), at(&next, 24, 5, true)),
         (Ok(0x8004), Ok(5))
@@ -184,7 +192,7 @@ fn what_was_saved_goes_on() {
     let refused = |edit: fn(&mut Vec<IommuDomainV1>)| {
         let mut wrong = saved.clone();
         edit(&mut wrong);
-        assert!(Domains::new().restore(&wrong).is_err());
+        assert!(Domains::new().restore(true, &wrong).is_err());
     };
     refused(|all| all[1].endpoints = vec![8]);
     refused(|all| all[1].id = 1);
@@ -225,7 +233,7 @@ proptest! {
     #[test]
     fn domains_are_tables_of_pages(steps in proptest::collection::vec(step(), 1..60)) {
         let mut domains = with(&[0, 1, 2]);
-        domains.bypass = false;
+        domains.set_bypass(false);
         let mut places: BTreeMap<u32, u32> = BTreeMap::new();
         let mut tables: BTreeMap<u32, Pages> = BTreeMap::new();
         for (n, step) in steps.into_iter().enumerate() {

@@ -6,16 +6,19 @@ use triarch_api::DeviceConfig;
 use triarch_pci::PciFunction;
 use triarch_vfio::{Container, Counters, HostDevice, Options, VfioPci};
 use triarch_virtio::VirtioPci;
+use triarch_virtio::iommu::{Endpoint, PAGE};
 
-use super::{Devices, Placed};
+use super::{Devices, Placed, Taken};
 use crate::MachineError;
+use crate::passthrough::Follower;
 use crate::progress::Progress;
 
 /// A device as the bus has it.
 pub(super) enum Function {
     Virtio(Arc<VirtioPci>),
-    /// A device of the host. It does not stand still while the guest does: what it was told it goes on with.
-    Host(Arc<VfioPci>),
+    /// A device of the host. It does not stand still while the guest does: what it was told it goes on with. The guest's IOMMU knows it as
+    /// the endpoint, if it is behind that.
+    Host(Arc<VfioPci>, Option<Arc<Endpoint>>),
 }
 
 impl Function {
@@ -23,7 +26,7 @@ impl Function {
     pub(super) fn on_bus(&self) -> Arc<dyn PciFunction> {
         match self {
             Self::Virtio(function) => function.clone(),
-            Self::Host(function) => function.clone(),
+            Self::Host(function, _) => function.clone(),
         }
     }
 
@@ -31,13 +34,21 @@ impl Function {
     pub(super) fn virtio(&self) -> Option<&VirtioPci> {
         match self {
             Self::Virtio(function) => Some(function),
-            Self::Host(_) => None,
+            Self::Host(..) => None,
+        }
+    }
+
+    /// Whether the guest's IOMMU is in front of it.
+    pub(super) fn is_behind_iommu(&self) -> bool {
+        match self {
+            Self::Virtio(function) => function.is_behind_iommu(),
+            Self::Host(_, endpoint) => endpoint.is_some(),
         }
     }
 }
 
 impl Devices {
-    /// Adds a device of the host, which reaches all of the guest's memory from now on.
+    /// Adds a device of the host, which reaches all of the guest's memory from now on, or what the guest's IOMMU lets it.
     pub(super) fn add_host(
         &mut self,
         progress: Progress<'_>,
@@ -54,22 +65,43 @@ impl Devices {
         }
         let container: Weak<Container> = Arc::downgrade(device.container());
         host.discarder.keep_for(container);
-        host.reach.attach(device.container())?;
+        let endpoint = self.shadowed(config.iommu, || Follower::of(&device, &host.reach));
+        if endpoint.is_none() {
+            host.reach.attach(device.container())?;
+        } else if device.page_size() > PAGE {
+            return Err(MachineError::device(
+                id,
+                "the host's pages are larger than 4 KiB, and devices of such a host cannot be behind the guest's IOMMU; leave iommu and \
+                 platform.iommu_segments out",
+            ));
+        }
         let options = Options {
             ports: !host.root.windows().io.is_empty(),
             wires: host.wires,
             clique: config.x_nv_gpudirect_clique,
-            peers: host.peers.then(|| host.reach.clone()),
+            peers: (host.peers && endpoint.is_none()).then(|| host.reach.clone()),
         };
         let function = VfioPci::new(&device, host.vm.clone(), &host.router, options);
         let function = Arc::new(function.map_err(|error| MachineError::device(id, error))?);
-        self.put(progress, total, id, Function::Host(function))
+        self.put(progress, total, id, Function::Host(function, endpoint.clone()))?;
+        let requester = self.functions.last().map(|placed| placed.address.requester());
+        let Some((endpoint, requester)) = endpoint.zip(requester) else {
+            return Ok(());
+        };
+        let placed = endpoint.place(requester.into());
+        placed.map_err(|error| {
+            let root = self.host.root.clone();
+            if let Some(placed) = self.functions.pop() {
+                Taken { placed, root }.remove();
+            }
+            MachineError::device(id, error)
+        })
     }
 
     /// What devices of the host count, by their ids.
     pub(super) fn hosts(&self) -> Vec<(String, Arc<Counters>)> {
         let counters = |placed: &Placed| match &placed.function {
-            Function::Host(function) => Some((placed.id.clone(), function.counters().clone())),
+            Function::Host(function, _) => Some((placed.id.clone(), function.counters().clone())),
             Function::Virtio(_) => None,
         };
         self.functions.iter().filter_map(counters).collect()
@@ -78,7 +110,7 @@ impl Devices {
     /// Stops devices of the host for good: they reach nothing any more.
     pub(crate) fn stop(&self) {
         for placed in &self.functions {
-            if let Function::Host(function) = &placed.function {
+            if let Function::Host(function, _) = &placed.function {
                 function.stop();
             }
         }

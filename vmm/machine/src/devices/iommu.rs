@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use triarch_arch::{PciIommu, layout};
 use triarch_pci::PciAddress;
-use triarch_virtio::VirtioPci;
-use triarch_virtio::iommu::{Endpoint, IommuHandle, ReservedRegion, VirtioIommu};
+use triarch_virtio::iommu::{Endpoint, IommuHandle, ReservedRegion, Shadow, VirtioIommu};
 
 use super::{Devices, Placed};
 use crate::MachineError;
@@ -39,8 +38,17 @@ impl Devices {
 
     /// What a device is to the IOMMU that is behind it: one that is `wanted` there.
     pub(super) fn endpoint(&self, wanted: bool) -> Option<Arc<Endpoint>> {
-        let iommu = self.iommu.as_ref()?;
-        (wanted || iommu.all).then(|| iommu.handle.endpoint())
+        self.iommu_for(wanted).map(|iommu| iommu.handle.endpoint(None))
+    }
+
+    /// The same for a device that reaches memory by itself, which `shadow` follows.
+    pub(super) fn shadowed(&self, wanted: bool, shadow: impl FnOnce() -> Arc<dyn Shadow>) -> Option<Arc<Endpoint>> {
+        let iommu = self.iommu_for(wanted)?;
+        Some(iommu.handle.endpoint(Some(shadow())))
+    }
+
+    fn iommu_for(&self, wanted: bool) -> Option<&Iommu> {
+        self.iommu.as_ref().filter(|iommu| wanted || iommu.all)
     }
 
     /// Whether every device that comes is behind the IOMMU.
@@ -60,7 +68,7 @@ impl Devices {
                 slots.map(|slot| (first(slot), first(slot) | 7)).collect()
             }
             false => {
-                let behind = self.functions.iter().filter(|placed| is_behind(placed));
+                let behind = self.functions.iter().filter(|placed| placed.function.is_behind_iommu());
                 behind.map(requester).map(|at| (at, at)).collect()
             }
         };
@@ -73,12 +81,8 @@ impl Devices {
     /// Whether the device in `slot` is not behind the IOMMU.
     fn outside(&self, slot: u8) -> bool {
         let mut there = self.functions.iter().filter(|placed| placed.address.device() == slot);
-        there.any(|placed| !is_behind(placed))
+        there.any(|placed| !placed.function.is_behind_iommu())
     }
-}
-
-fn is_behind(placed: &Placed) -> bool {
-    placed.function.virtio().is_some_and(VirtioPci::is_behind_iommu)
 }
 
 fn requester(placed: &Placed) -> u16 {

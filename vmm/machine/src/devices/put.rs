@@ -64,9 +64,9 @@ impl Devices {
         let memory = match endpoint {
             None => DeviceMemory::from(host.memory.clone()),
             Some(endpoint) => {
-                // A restored one uses its queues before it is on the bus.
+                // A restored one uses its queues before it is on the bus. Nothing follows it that could fail.
                 if let Some(place) = self.places.get(name) {
-                    endpoint.place(place.requester().into());
+                    let _ = endpoint.place(place.requester().into());
                 }
                 DeviceMemory::behind(host.memory.clone(), endpoint)
             }

@@ -182,6 +182,7 @@ impl Controller {
             daemons: None,
             sandbox: &self.sandbox,
             iommu: &self.iommu,
+            behind_iommu: vm.iommu_for_all(),
             moved: Some(&shown),
         };
         for device in DeviceConfig::all(vm) {

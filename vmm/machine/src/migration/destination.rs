@@ -204,6 +204,7 @@ impl Controller {
                 daemons: self.daemons.as_ref(),
                 sandbox: &self.sandbox,
                 iommu: &self.iommu,
+                behind_iommu: config.iommu_for_all(),
                 moved: Some(&shown),
             },
         )?;

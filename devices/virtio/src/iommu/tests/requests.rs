@@ -133,9 +133,9 @@ fn its_configuration_tells_what_may_be_mapped() {
 #[test]
 fn every_request_is_answered() {
     let mut guest = Guest::new();
-    let endpoint = guest.device.handle().endpoint();
+    let endpoint = guest.device.handle().endpoint(None);
     assert_eq!(guest.attach(1, 0), Status::NoEntry as u8);
-    endpoint.place(DEVICE);
+    endpoint.place(DEVICE).expect("nothing follows");
     assert_eq!(guest.attach(1, 2), Status::Invalid as u8);
     assert_eq!(guest.attach(1, 0), OK);
     assert_eq!(guest.map(1, 0x1000, 0x1fff, 0, RW), OK);
@@ -173,13 +173,13 @@ fn every_request_is_answered() {
 #[test]
 fn a_probe_tells_what_must_not_be_mapped() {
     let mut guest = Guest::new();
-    let endpoint = guest.device.handle().endpoint();
+    let endpoint = guest.device.handle().endpoint(None);
     let mut request = fields(5, &[DEVICE]);
     request.extend([0; 64]);
     let room = PROPERTIES as u32 + 4;
     let answer = guest.send(&request, room);
     assert_eq!(answer[PROPERTIES], Status::NoEntry as u8);
-    endpoint.place(DEVICE);
+    endpoint.place(DEVICE).expect("nothing follows");
     let answer = guest.send(&request, room);
     assert_eq!(answer[PROPERTIES..], [0; 4]);
     assert_eq!(answer[..8], [1, 0, 20, 0, 1, 0, 0, 0]);
@@ -194,8 +194,8 @@ fn a_probe_tells_what_must_not_be_mapped() {
 #[test]
 fn a_driver_that_knows_no_bypass_gets_none() {
     let mut guest = Guest::with_features(bit::ALL & !bit::BYPASS_CONFIG);
-    let endpoint = guest.device.handle().endpoint();
-    endpoint.place(DEVICE);
+    let endpoint = guest.device.handle().endpoint(None);
+    endpoint.place(DEVICE).expect("nothing follows");
     assert_eq!(guest.attach(1, 1), Status::Invalid as u8);
     assert!(endpoint.translate(0, 1, false, 1).is_none());
     guest.device.stop_queue(0);
@@ -206,8 +206,8 @@ fn a_driver_that_knows_no_bypass_gets_none() {
 
 /// All memory is mapped `OFFSET` higher, in two halves that are in one piece behind it.
 fn mapped(guest: &mut Guest) -> Arc<Endpoint> {
-    let endpoint = guest.device.handle().endpoint();
-    endpoint.place(DEVICE);
+    let endpoint = guest.device.handle().endpoint(None);
+    endpoint.place(DEVICE).expect("nothing follows");
     assert_eq!(guest.attach(1, 0), OK);
     let half = MEMORY / 2;
     assert_eq!(guest.map(1, OFFSET, OFFSET + half - 1, 0, RW), OK);
@@ -353,8 +353,8 @@ proptest! {
     #[test]
     fn any_bytes_are_answered(requests in proptest::collection::vec((proptest::collection::vec(any::<u8>(), 0..90), 0u32..600), 1..8)) {
         let mut guest = Guest::new();
-        let endpoint = guest.device.handle().endpoint();
-        endpoint.place(DEVICE);
+        let endpoint = guest.device.handle().endpoint(None);
+        endpoint.place(DEVICE).expect("nothing follows");
         for (mut bytes, room) in requests {
             if bytes.is_empty() && room == 0 {
                 continue;
