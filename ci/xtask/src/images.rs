@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::arch::Arch;
 use crate::cache::{self, Recipe};
 use crate::cpio::Archive;
-use crate::kernels::Kernel;
+use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
 use crate::{build, tools};
 
@@ -56,6 +56,14 @@ const GUEST_MODULES: [&str; 9] = [
 /// Modules that a guest has and loads when a test asks for it (`/init load MODULE`): all others boot sooner without.
 const GUEST_SPARE: [&str; 3] = ["virtiofs", "virtio_mem", "nvme"];
 
+/// The same of one kernel only: Debian 12's has no driver for the guest's IOMMU.
+fn guest_spare(version: Version) -> &'static [&'static str] {
+    match version {
+        Version::V6_1 => &[],
+        Version::V6_12 => &["virtio_iommu"],
+    }
+}
+
 /// The initramfs of an emulated host with this kernel.
 ///
 /// # Errors
@@ -75,7 +83,8 @@ pub fn host(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
 /// # Errors
 /// As [`host`].
 pub fn guest(kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {
-    image("guest", &GUEST_MODULES, &GUEST_SPARE, kernel, rig)
+    let spare = [&GUEST_SPARE, guest_spare(kernel.version)].concat();
+    image("guest", &GUEST_MODULES, &spare, kernel, rig)
 }
 
 fn image(name: &str, modules: &[&str], spare: &[&str], kernel: &Kernel, rig: &Rig) -> Result<PathBuf> {

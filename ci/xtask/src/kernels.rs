@@ -23,7 +23,7 @@ const PAYLOAD_LENGTH: usize = 0x24c;
 const IMAGE_MAGIC: (usize, &[u8]) = (0x38, b"ARM\x64");
 
 /// Modules taken from the packages, with all they depend on.
-const WANTED: [&str; 28] = [
+const WANTED: [&str; 29] = [
     "kvm-amd",
     "kvm-intel",
     "tun",
@@ -47,6 +47,7 @@ const WANTED: [&str; 28] = [
     "virtiofs",
     "virtio_pmem",
     "virtio_mem",
+    "virtio_iommu",
     "nvme",
     "vfio-pci",
     "vfio_iommu_type1",

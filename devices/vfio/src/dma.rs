@@ -92,6 +92,7 @@ impl DmaMap {
     /// Not all of it can be had; then they reach nothing.
     pub fn attach(&self, container: &Arc<Container>) -> Result<(), DmaError> {
         let mut state = lock(&self.0);
+        container.look_at_limit();
         if state.is_attached() {
             return Ok(());
         }
@@ -104,6 +105,7 @@ impl DmaMap {
 
     /// What the devices of `container` reach from now on, which are behind the guest's IOMMU: nothing at first.
     pub fn behind(&self, container: &Arc<Container>) -> Arc<Translated> {
+        container.look_at_limit();
         let translated = Arc::new(Translated::new(self, container));
         let mut state = lock(&self.0);
         state.behind.retain(|other| other.strong_count() > 0);
@@ -289,7 +291,7 @@ impl State {
     /// Whether `more` bytes can be locked for the devices of `container` beside what all devices reach.
     pub(crate) fn check_limit(&self, container: &Container, more: u64) -> Result<(), DmaError> {
         let needed = container.reached().bytes().saturating_add(more);
-        match container.kernel.lock_limit() {
+        match container.limit() {
             Some(limit) if limit < needed => Err(DmaError::Limit { needed, limit }),
             _ => Ok(()),
         }

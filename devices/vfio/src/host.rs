@@ -24,9 +24,21 @@ pub struct Container {
     reached: Arc<Reached>,
     /// What those of this one do.
     held: Reached,
+    /// Bytes that this process may lock, `None` if nobody counts. Threads that map memory may not ask for it.
+    limit: Mutex<Option<u64>>,
 }
 
 impl Container {
+    /// Learns how much may be locked now.
+    pub(crate) fn look_at_limit(&self) {
+        *lock(&self.limit) = self.kernel.lock_limit();
+    }
+
+    /// How much that was.
+    pub(crate) fn limit(&self) -> Option<u64> {
+        *lock(&self.limit)
+    }
+
     /// How much devices of the guest reach.
     pub fn reached(&self) -> &Arc<Reached> {
         &self.reached
@@ -324,6 +336,7 @@ impl Iommu {
             kernel: self.kernel.clone(),
             reached: self.reached.clone(),
             held: Reached::default(),
+            limit: Mutex::default(),
         }
     }
 }

@@ -11,6 +11,7 @@ mod console;
 mod device_tree;
 mod dimms;
 mod hotplug;
+mod iommu;
 mod load;
 mod migration;
 mod moving;
@@ -55,6 +56,7 @@ pub fn tests() -> Vec<Test> {
         vfio_refusals::TESTS,
         vfio::TESTS,
         vfio_host::TESTS,
+        iommu::TESTS,
         vfio_plug::TESTS,
         vfio_slots::TESTS,
         vfio_speed::TESTS,

@@ -104,10 +104,14 @@ fn memory_that_goes_is_reached_no_more_and_none_is_reached_where_there_is_none()
 #[test]
 fn what_the_kernel_refuses_is_undone() {
     let setup = setup();
-    lock(&setup.fake.world).limit = Some(80 * MIB - 1);
+    let may_lock = |bytes| {
+        lock(&setup.fake.world).limit = Some(bytes);
+        setup.device.container().look_at_limit();
+    };
+    may_lock(80 * MIB - 1);
     let error = setup.translated.reach_all().expect_err("refused");
     assert!(matches!(error, DmaError::Limit { needed, .. } if needed == 80 * MIB));
-    lock(&setup.fake.world).limit = Some(64 * MIB);
+    may_lock(64 * MIB);
     setup.translated.map(0, MIB, 0, true).expect("that much is allowed");
     let beyond = setup.translated.map(4 << 32, 64 * MIB, 0, true);
     assert!(matches!(beyond, Err(DmaError::Limit { .. })));

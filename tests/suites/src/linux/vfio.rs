@@ -87,7 +87,7 @@ pub(super) fn disks(guest: &LinuxVm, count: usize) -> Result<Vec<String>> {
 }
 
 /// What the host finds on a disk, at its start.
-fn on_host(disk: &Function) -> Result<Vec<u8>> {
+pub(super) fn on_host(disk: &Function) -> Result<Vec<u8>> {
     let mut data = vec![0; load::BYTES];
     let file = File::open(disk.disk()?).context("the host's own disk")?;
     file.read_exact_at(&mut data, 0)?;
@@ -151,7 +151,7 @@ fn restarts(context: &Context) -> Result<Outcome> {
     })
 }
 
-fn reset_at_once(guest: LinuxVm) -> Result<LinuxVm> {
+pub(super) fn reset_at_once(guest: LinuxVm) -> Result<LinuxVm> {
     let before = guest.vm().output().len();
     guest.agent().power(Power::Panic)?;
     guest.vm().output().wait_for(BANNER, before, BOOT)?;
