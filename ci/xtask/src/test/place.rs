@@ -33,7 +33,7 @@ const SECOND_ARM: [&str; 19] = [
 
 /// What a run without a named host leaves out on Hygon, whose KVM is AMD's: tests of daemons, since what they see was seen there, and of
 /// memory that comes with one of the two kernels, which AMD has.
-const NOT_ON_HYGON: [&str; 37] = [
+const NOT_ON_HYGON: [&str; 33] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -65,19 +65,15 @@ const NOT_ON_HYGON: [&str; 37] = [
     "vfio::too_little_memory_may_be_locked",
     "vfio::a_guest_with_a_device_stays",
     "vfio::nvme_data_matches_on_linux_6_1",
-    "vfio::a_killed_vmm_leaves_its_disk_to_the_next",
-    "vfio::a_virtual_function_is_a_disk",
-    "vfio::five_devices_at_once",
     "vfio::the_host_gets_its_disk_back",
     "vfio::a_paused_guest_loses_its_disk",
-    "vfio::nvme_comes_and_goes_under_linux_6_1",
     "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
     "vfio::a_disk_that_works_never_leaves_the_guest",
 ];
 
 /// And on AMD. Two guests and their switch share one emulated processor there; testpmd never sleeps, so that this takes its time.
-const NOT_ON_AMD: [&str; 17] = [
+const NOT_ON_AMD: [&str; 14] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -92,19 +88,16 @@ const NOT_ON_AMD: [&str; 17] = [
     // Devices of the host, on Hygon, or not seen often enough.
     "vfio::nvme_data_matches_on_linux_6_12",
     "vfio::a_restarted_guest_has_its_disk_again",
-    "vfio::an_interface_talks",
-    "vfio::a_virtual_function_is_a_disk",
     "vfio::the_host_gets_its_disk_back",
     "vfio::a_paused_guest_loses_its_disk",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
-    "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
     "vfio::a_disk_that_works_never_leaves_the_guest",
 ];
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
 /// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 164] = [
+const NOT_ON_ARM: [&str; 160] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
     "migration::daemons::linux_6_1_goes_back_and_forth",
@@ -233,10 +226,6 @@ const NOT_ON_ARM: [&str; 164] = [
     // Devices of the host: on AMD or Hygon, or not seen often enough.
     "vfio::nvme_data_matches_on_linux_6_1",
     "vfio::a_restarted_guest_has_its_disk_again",
-    "vfio::a_killed_vmm_leaves_its_disk_to_the_next",
-    "vfio::an_interface_talks",
-    "vfio::a_virtual_function_is_a_disk",
-    "vfio::five_devices_at_once",
     "vfio::a_paused_guest_loses_its_disk",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
     "vfio::nvme_reaches_memory_that_came",
