@@ -175,7 +175,9 @@ impl Kernel for Fake {
         Ok(Box::new(self.open("node")?))
     }
     fn lock_limit(&self) -> Option<u64> {
-        lock(&self.world).limit
+        let mut world = lock(&self.world);
+        world.calls.push("limit".to_owned());
+        world.limit
     }
     fn page_size(&self) -> u64 {
         4096
