@@ -103,8 +103,10 @@ impl Translated {
                 }
             });
             if let Err(error) = mapped {
-                given.iter().for_each(|(at, len)| take(&container, *at, *len));
-                given.iter().for_each(|(at, _)| drop(pieces.remove(at)));
+                for (at, len) in given {
+                    take(&container, at, len);
+                    pieces.remove(&at);
+                }
                 return Err(error);
             }
             given.push((at, len));

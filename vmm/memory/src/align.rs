@@ -57,31 +57,3 @@ fn unmap(address: usize, size: usize) {
         unsafe { libc::munmap(address as *mut libc::c_void, size) };
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-
-    use super::HUGE;
-    use crate::{GuestRegion, RamOptions, allocate};
-
-    #[test]
-    fn a_huge_page_of_the_host_can_be_one_of_the_guest() {
-        // The first is not whole huge pages, so that the next has a bad place unless something is done.
-        let ranges = [(0, 5 * HUGE + 0x3000), (1 << 32, HUGE), (1 << 33, 9 * HUGE)];
-        for shared in [false, true] {
-            let options = RamOptions {
-                shared,
-                ..RamOptions::default()
-            };
-            let ranges = ranges.map(|(base, size)| (GuestAddress(base), size));
-            let lies_well = || {
-                let memory = allocate(&ranges, &options).expect("allocate");
-                let well = |region: &GuestRegion| region.as_ptr() as u64 % HUGE == region.start_addr().0 % HUGE;
-                memory.iter().all(well)
-            };
-            // Another test may be faster now and then; by chance all three lie so once in millions.
-            assert!((0..10).any(|_| lies_well()), "shared: {shared}");
-        }
-    }
-}
