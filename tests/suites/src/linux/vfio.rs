@@ -2,7 +2,7 @@
 
 use super::load::{self, Load};
 use anyhow::{Context as _, Result, ensure};
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -89,7 +89,10 @@ pub(super) fn disks(guest: &LinuxVm, count: usize) -> Result<Vec<String>> {
 /// What the host finds on a disk, at its start.
 pub(super) fn on_host(disk: &Function) -> Result<Vec<u8>> {
     let mut data = vec![0; load::BYTES];
-    let file = File::open(disk.disk()?).context("the host's own disk")?;
+    let path = disk.disk()?;
+    // What the host has read of it before is not what the guest wrote.
+    fs::write("/proc/sys/vm/drop_caches", "1")?;
+    let file = File::open(path).context("the host's own disk")?;
     file.read_exact_at(&mut data, 0)?;
     Ok(data)
 }
