@@ -4,6 +4,7 @@
 //! them, since drivers of some devices look at fixed places.
 
 mod clique;
+mod saved;
 
 use std::ops::Range;
 

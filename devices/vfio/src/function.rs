@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
 use triarch_device_core::{AccessError, MsiRouter, RateLimit};
-use triarch_pci::{Bar, Bars, PciAddress, PciFunction, ROM_BAR, command};
+use triarch_pci::{Bar, Bars, MsiXStateV1, PciAddress, PciFunction, ROM_BAR, command};
 use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -74,6 +74,14 @@ pub enum FunctionError {
         /// Cause.
         source: CliqueError,
     },
+    /// It is not what the guest had.
+    #[error("{name} is not like the device that the guest had: {what}")]
+    Differs {
+        /// The device.
+        name: String,
+        /// What is different.
+        what: String,
+    },
     /// The kernel refuses something.
     #[error("cannot {what} of {name}")]
     Kernel {
@@ -85,6 +93,17 @@ pub enum FunctionError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a guest had of a device, for another one of the same kind: what that one was is not in here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedFunction {
+    /// Configuration space.
+    pub registers: Vec<u8>,
+    /// Bytes of its BARs.
+    pub bars: [u64; 6],
+    /// Its vectors.
+    pub msix: Option<MsiXStateV1>,
 }
 
 /// A part of a BAR that the guest reaches by itself.
@@ -133,6 +152,69 @@ impl VfioPci {
         router: &Arc<dyn MsiRouter>,
         options: Options,
     ) -> Result<Self, FunctionError> {
+        let (handle, admission) = host.enter(&vm)?;
+        host.reset(&handle).map_err(|source| FunctionError::Reset {
+            name: host.name().to_owned(),
+            source,
+        })?;
+        let (function, _) = Self::of(host, (handle, admission), vm, router, options)?;
+        function.set_command(0);
+        Ok(function)
+    }
+
+    /// The same of a device that [became](crate::Mover::finish_load) another one, of which the guest had what was `saved`.
+    ///
+    /// # Errors
+    /// The kernel's, or the device is of another kind.
+    pub fn restore(
+        host: &Arc<HostDevice>,
+        vm: Arc<dyn Vm>,
+        router: &Arc<dyn MsiRouter>,
+        options: Options,
+        saved: &SavedFunction,
+    ) -> Result<Self, FunctionError> {
+        let entered = host.enter(&vm)?;
+        let (function, sizes) = Self::of(host, entered, vm, router, options)?;
+        let differs = |what: String| FunctionError::Differs {
+            name: host.name().to_owned(),
+            what,
+        };
+        if sizes != saved.bars {
+            return Err(differs("its BARs have other sizes".to_owned()));
+        }
+        let mut config = lock(&function.config);
+        config.restore(&saved.registers).map_err(|at| {
+            differs(match at {
+                SIZE => "its configuration space has another size".to_owned(),
+                at => format!("its configuration space at {at:#x}"),
+            })
+        })?;
+        if !function.interrupts.restore(saved.msix.as_ref()) {
+            return Err(differs("it has another number of interrupts".to_owned()));
+        }
+        function.set_command(config.command());
+        drop(config);
+        Ok(function)
+    }
+
+    /// What the guest has of it, which stands still.
+    pub fn save(&self) -> SavedFunction {
+        let bars = lock(&self.bars);
+        SavedFunction {
+            registers: lock(&self.config).save(),
+            bars: std::array::from_fn(|i| bars[i].region.size),
+            msix: self.interrupts.save(),
+        }
+    }
+
+    /// A function of an open device, with the sizes of its BARs.
+    fn of(
+        host: &Arc<HostDevice>,
+        (handle, admission): (Arc<Handle>, Admission),
+        vm: Arc<dyn Vm>,
+        router: &Arc<dyn MsiRouter>,
+        options: Options,
+    ) -> Result<(Self, [u64; 6]), FunctionError> {
         let name = host.name();
         let failed = |what| {
             move |source| FunctionError::Kernel {
@@ -141,11 +223,6 @@ impl VfioPci {
                 source,
             }
         };
-        let (handle, admission) = host.enter(&vm)?;
-        host.reset(&handle).map_err(|source| FunctionError::Reset {
-            name: name.to_owned(),
-            source,
-        })?;
         let file = &handle.file;
         let mut regions: [Region; 6] = Default::default();
         for (index, region) in (0..).zip(&mut regions) {
@@ -205,8 +282,7 @@ impl VfioPci {
             log: RateLimit::default(),
         };
         host.set_live(true);
-        function.set_command(0);
-        Ok(function)
+        Ok((function, sizes))
     }
 
     /// The device on the host.
@@ -407,6 +483,8 @@ impl PciFunction for VfioPci {
 
     fn attach(&self, address: PciAddress) {
         self.interrupts.attach(address.requester());
+        // One that was restored has some.
+        self.interrupts.changed(&lock(&self.config));
     }
 
     fn detach(&self) {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
 use vmm_sys_util::epoll::Epoll;
@@ -10,7 +10,8 @@ use vmm_sys_util::epoll::Epoll;
 use crate::alarms::Alarms;
 use crate::host::{Container, Group};
 use crate::kernel::{DeviceFile, DeviceInfo, IommuFile, Kernel};
-use crate::{FunctionError, Vm};
+use crate::mover::Moving;
+use crate::{FunctionError, Vm, lock};
 
 /// By which of the kernel's interfaces a device is had.
 #[derive(Clone)]
@@ -64,6 +65,8 @@ pub(crate) struct Handle {
     // First the device, then its group.
     pub(crate) file: Box<dyn DeviceFile>,
     way: Way,
+    /// How far it is, if it goes with its guest.
+    pub(crate) moving: Mutex<Moving>,
 }
 
 impl Handle {
@@ -98,6 +101,7 @@ impl Handle {
             alarms: Alarms::listen(name, &*file, set),
             file,
             way: way.clone(),
+            moving: Mutex::default(),
         })
     }
 
@@ -111,10 +115,13 @@ impl Handle {
 
     /// Stops whatever it does, and forgets what it was told, as far as the device can be reset at all.
     pub(crate) fn reset(&self) -> io::Result<()> {
-        match self.info.resets {
-            true => self.file.reset(),
-            false => Ok(()),
+        if self.info.resets {
+            // Whoever carries it stands aside.
+            let mut moving = lock(&self.moving);
+            self.file.reset()?;
+            moving.was_reset();
         }
+        Ok(())
     }
 }
 

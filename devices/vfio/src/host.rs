@@ -13,7 +13,7 @@ use crate::alarms::Alarm;
 use crate::handle::{Admission, BIND, Handle, Refusal, Way};
 use crate::kernel::{AddressSpace, ContainerFile, GroupFile, IommuFile, Kernel};
 use crate::sysfs::{self, Found};
-use crate::{FunctionError, OpenError, Reached, Vm, lock};
+use crate::{FunctionError, Immovable, Mover, OpenError, Reached, Vm, lock};
 
 /// A part of the host's IOMMU that is one guest's: what some of its devices reach. It is closed, and with that all mappings are undone, when
 /// the last of those is.
@@ -408,6 +408,17 @@ impl HostDevice {
     /// Bytes of the host's smallest page.
     pub fn page_size(&self) -> u64 {
         self.kernel.page_size()
+    }
+
+    /// How it goes with its guest.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn mover(&self) -> Result<Mover, Immovable> {
+        match &self.kept {
+            Some(handle) => Mover::of(&self.name, handle),
+            None => Err(Immovable::Mediated(self.name.clone())),
+        }
     }
 
     fn open(&self, vm: Option<&dyn Vm>) -> Result<Arc<Handle>, Refusal> {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use triarch_device_core::{AccessError, MsiMessage, MsiRouter, MsiVector, RateLimit};
-use triarch_pci::MsiX;
+use triarch_pci::{MsiX, MsiXStateV1};
 use vfio_bindings::bindings::vfio::{VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -74,6 +74,20 @@ impl Interrupts {
         lock(&self.wires).requester = Some(requester);
         if let Some((_, msix)) = &self.msix {
             msix.attach(requester);
+        }
+    }
+
+    /// The table of MSI-X, if the device has it.
+    pub(crate) fn save(&self) -> Option<MsiXStateV1> {
+        self.msix.as_ref().map(|(_, msix)| msix.save())
+    }
+
+    /// Takes over one that was saved.
+    pub(crate) fn restore(&self, saved: Option<&MsiXStateV1>) -> bool {
+        match (&self.msix, saved) {
+            (Some((_, msix)), Some(saved)) => msix.restore(saved).is_ok(),
+            (None, None) => true,
+            _ => false,
         }
     }
 

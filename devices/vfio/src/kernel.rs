@@ -107,7 +107,7 @@ pub struct Region {
 }
 
 /// A device's file.
-pub trait DeviceFile: Send + Sync {
+pub trait DeviceFile: Moves + Send + Sync {
     /// The descriptor.
     fn fd(&self) -> BorrowedFd<'_>;
     /// What it is.
@@ -155,4 +155,86 @@ pub enum IrqError {
     Only(u32),
     /// Another reason.
     Failed(io::Error),
+}
+
+/// States of a device that can be moved (vfio_device_mig_state, whose numbers these are).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum MoveState {
+    /// It does not work, and must be reset.
+    Error = 0,
+    /// It stands still: it writes no memory and rings nobody.
+    Stop = 1,
+    /// It works.
+    Running = 2,
+    /// It stands still, and what it is can be read.
+    StopCopy = 3,
+    /// It stands still, and becomes what is written.
+    Resuming = 4,
+    /// It does as it is told by other devices, and begins nothing.
+    RunningP2p = 5,
+    /// It works, and what it is can be read as far as that does not change.
+    PreCopy = 6,
+    /// Both.
+    PreCopyP2p = 7,
+}
+
+impl MoveState {
+    /// That of this number; those that nobody knows are errors.
+    pub(crate) fn of(number: u32) -> Self {
+        use MoveState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+        let all = [Stop, Running, StopCopy, Resuming, RunningP2p, PreCopy, PreCopyP2p];
+        let found = all.into_iter().find(|state| *state as u32 == number);
+        found.unwrap_or(Error)
+    }
+
+    /// Whether data go to or from a device there.
+    pub(crate) fn has_data(self) -> bool {
+        matches!(self, Self::StopCopy | Self::Resuming | Self::PreCopy | Self::PreCopyP2p)
+    }
+
+    /// Whether a device stands still there.
+    pub(crate) fn is_still(self) -> bool {
+        matches!(self, Self::Stop | Self::StopCopy | Self::Resuming)
+    }
+}
+
+/// What a device can beside standing still and telling what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoveKinds {
+    /// Be told to begin nothing before others stand still ([`MoveState::RunningP2p`]).
+    pub p2p: bool,
+    /// Tell some of what it is while it works ([`MoveState::PreCopy`]).
+    pub pre_copy: bool,
+}
+
+/// VFIO's migration protocol, version 2 (include/uapi/linux/vfio.h), of a device's file.
+pub trait Moves {
+    /// VFIO_DEVICE_FEATURE_MIGRATION; `None`: it has no such protocol.
+    fn can_move(&self) -> io::Result<Option<MoveKinds>>;
+    /// VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE: has it get there, by way of other states if need be; with its data if they begin on that way.
+    fn enter(&self, state: MoveState) -> io::Result<Option<Box<dyn DataFile>>>;
+    /// The same: where it is.
+    fn state(&self) -> io::Result<MoveState>;
+    /// VFIO_DEVICE_FEATURE_MIG_DATA_SIZE: how many bytes it would have in [`MoveState::StopCopy`], about.
+    fn data_size(&self) -> io::Result<u64>;
+    /// Whether it can log what memory it writes (VFIO_DEVICE_FEATURE_DMA_LOGGING_START).
+    fn can_log(&self) -> bool;
+    /// Has it log that for these ranges: address and length.
+    fn start_log(&self, page: u64, ranges: &[(u64, u64)]) -> io::Result<()>;
+    /// Ends that.
+    fn stop_log(&self) -> io::Result<()>;
+    /// Sets a bit of `bitmap` for each page of `len` bytes at `iova` that it wrote since this was asked the last time
+    /// (VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT).
+    fn take_log(&self, page: u64, iova: u64, len: u64, bitmap: &mut [u64]) -> io::Result<()>;
+}
+
+/// What a device is: bytes that only its driver understands.
+pub trait DataFile: Send {
+    /// The next of them; 0 at the end. ENOMSG: no more while it works.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Takes all of `bytes`.
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// How many bytes it has to tell while it works (VFIO_MIG_GET_PRECOPY_INFO).
+    fn ahead(&self) -> io::Result<u64>;
 }

@@ -12,6 +12,7 @@ mod areas;
 mod config;
 mod dma;
 mod error;
+mod fleet;
 mod function;
 mod handle;
 mod host;
@@ -20,6 +21,7 @@ mod intx;
 pub mod kernel;
 mod limit;
 mod meters;
+mod mover;
 mod rom;
 #[allow(unsafe_code)] // ioctls, and mappings of devices' registers
 mod sys;
@@ -32,9 +34,11 @@ pub use alarms::Alarm;
 pub use config::CliqueError;
 pub use dma::{DmaError, DmaMap};
 pub use error::OpenError;
-pub use function::{FunctionError, Options, VfioPci, Vm};
+pub use fleet::Fleet;
+pub use function::{FunctionError, Options, SavedFunction, VfioPci, Vm};
 pub use host::{Container, HostDevice, Iommu};
 pub use meters::{Counters, Reached};
+pub use mover::{Immovable, MoveError, Mover, Piece};
 pub use sys::{Linux, Mapping};
 pub use translated::Translated;
 

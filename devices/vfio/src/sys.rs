@@ -2,6 +2,7 @@
 
 mod bus;
 mod iommufd;
+mod moves;
 
 use std::fs::File;
 use std::io;

@@ -13,6 +13,7 @@ use triarch_device_core::mock::MockRouter;
 use triarch_device_core::{MsiRouter, MsiVector};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::fake_moves::FakeMoves;
 use crate::kernel::{
     AddressSpace, BusMembers, ContainerFile, DeviceFile, DeviceInfo, GroupFile, GroupStatus, IommuFile, IrqError,
     Kernel, Region,
@@ -63,6 +64,8 @@ pub(crate) struct World {
     pub(crate) mapped: BTreeMap<u64, u64>,
     /// Groups that KVM knows.
     pub(crate) admitted: usize,
+    /// How it moves.
+    pub(crate) moves: FakeMoves,
     /// Open files, by their names.
     pub(crate) open: BTreeMap<&'static str, usize>,
 }
@@ -75,8 +78,8 @@ pub(crate) struct Fake {
     pub(crate) sizes: [u64; 6],
 }
 
-struct Opened {
-    fake: Fake,
+pub(crate) struct Opened {
+    pub(crate) fake: Fake,
     name: &'static str,
     /// Its number, if it is an address space.
     space: usize,
@@ -109,7 +112,7 @@ impl Fake {
         }
     }
 
-    fn call(&self, name: &'static str) -> io::Result<()> {
+    pub(crate) fn call(&self, name: &'static str) -> io::Result<()> {
         let mut world = lock(&self.world);
         world.calls.push(name.to_owned());
         match world.fails.get(name) {
@@ -312,7 +315,9 @@ impl DeviceFile for Opened {
         Ok(())
     }
     fn reset(&self) -> io::Result<()> {
-        self.fake.call("reset")
+        self.fake.call("reset")?;
+        lock(&self.fake.world).moves.state = None;
+        Ok(())
     }
     fn bus_members(&self) -> io::Result<BusMembers> {
         self.fake.call("bus members")?;
