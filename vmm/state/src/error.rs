@@ -79,6 +79,9 @@ pub enum SnapshotError {
         /// Whose it is: one that was opened, or one that that builds on.
         directory: PathBuf,
     },
+    /// The state of a device was changed.
+    #[error("{} was changed or damaged after it was written: its length or checksum differs", .0.display())]
+    DeviceDamaged(PathBuf),
     /// One that it builds on is not there, or not fit.
     #[error("the snapshot in {} cannot be followed without the one in {} that it builds on", .of.display(), .base.display())]
     Base {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `config.json` | the VM's configuration; may be edited before a restore: sockets, taps, paths of disks |
 //! | `memory-ranges` | guest memory, region after region, or those pages of it that were written since another snapshot; zero pages are holes |
+//! | `device-N` | what a device of the host is that only its driver understands |
 //! | `state.json` | everything else, and where in `memory-ranges` which memory is; written last, so that it is there or not |
 //!
 //! Saved state is a set of [`Payloads`], each of a [`Kind`] that has a version, for the one device of a kind or for the one called `id`.
@@ -12,6 +13,7 @@
 //! Nothing in the files is trusted: their sizes are bounded before anything is allocated, and what contradicts itself is refused.
 
 mod chain;
+mod devices;
 mod document;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -25,6 +27,7 @@ mod tests;
 mod write;
 
 pub use chain::{Base, MAX_BASES, SavedMemory};
+pub use devices::{DeviceFile, DeviceFiles};
 pub use document::MemoryRange;
 pub use error::{PayloadError, SnapshotError};
 pub use pages::{CHUNK, Pages, filled};

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
+use crate::DeviceFiles;
 use crate::chain::{self, Base, Layer, MAX_BASES, SavedMemory};
 use crate::document::{self, Document};
 use crate::pages::{CHUNK, filled};
@@ -178,6 +179,13 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The states of its devices that are in files of their own.
+    pub fn devices(&self) -> Option<DeviceFiles> {
+        let layer = self.memory.layers.first()?;
+        let directory = layer.directory.clone();
+        Some(DeviceFiles { directory })
+    }
+
     /// Its memory, for whoever reads it when the rest is not needed any more.
     pub fn saved_memory(&self) -> Result<SavedMemory, SnapshotError> {
         let another = self.memory.another();
@@ -186,7 +194,7 @@ impl Snapshot {
 }
 
 /// Whatever is there instead of a file must not make us wait.
-fn open(path: &Path) -> Result<File, SnapshotError> {
+pub(crate) fn open(path: &Path) -> Result<File, SnapshotError> {
     let mut options = File::options();
     options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
     options.open(path).map_err(SnapshotError::host("open", path))

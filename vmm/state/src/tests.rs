@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod chain;
+mod devices;
 
 const MIB: u64 = 1 << 20;
 const SERIAL: Kind = Kind::new("serial", 1);

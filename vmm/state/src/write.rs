@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, mkdirat, renameat, unlinkat};
 use rustix::io::Errno;
 
+use crate::devices;
 use crate::document::{self, MemoryTable};
 use crate::pages::{CHUNK, Pages, filled};
 use crate::{Base, CONFIG, MAX_STATE, MEMORY, MemoryRange, PAGE, Payloads, STATE, SnapshotError, UNFINISHED_STATE};
@@ -51,6 +52,8 @@ pub struct SnapshotWriter {
     made: bool,
     memory: File,
     ranges: Vec<MemoryRange>,
+    /// How many devices have a file.
+    devices: u32,
     finished: bool,
 }
 
@@ -105,8 +108,18 @@ impl SnapshotWriter {
             made,
             memory,
             ranges: Vec::new(),
+            devices: 0,
             finished: false,
         })
+    }
+
+    /// Where the state of one more device goes, and which one it is.
+    pub(crate) fn next_device(&mut self) -> Result<(File, PathBuf, u32), SnapshotError> {
+        let number = self.devices;
+        let path = devices::path(&self.dir, number);
+        let file = create_new(&path)?;
+        self.devices += 1;
+        Ok((file, path, number))
     }
 
     /// Writes all memory: the regions `parts`, in order, of `source`. `progress` is told how many bytes of all are done. Returns how many
@@ -173,6 +186,9 @@ impl SnapshotWriter {
         let path = self.dir.join(MEMORY);
         self.memory.sync_all().map_err(SnapshotError::host("write", &path))?;
         write_new(&self.dir.join(CONFIG), config)?;
+        // Those that are left of one that was never finished, and had more devices.
+        let mut left = self.devices..=u32::MAX;
+        while left.next().map_or(Ok(false), |number| remove(&devices::path(&self.dir, number)))? {}
         let table = MemoryTable::new(std::mem::take(&mut self.ranges));
         let (text, checksum) = document::text(about, table, payloads)?;
         let unfinished = self.dir.join(UNFINISHED_STATE);
@@ -273,9 +289,14 @@ impl Drop for SnapshotWriter {
             return;
         }
         // What makes it one goes first: it may have its name already, and not outlive a loss of power.
-        for name in [STATE, UNFINISHED_STATE, CONFIG, MEMORY] {
+        for name in [STATE, UNFINISHED_STATE, CONFIG] {
             let _ = unlinkat(CWD, self.dir.join(name), AtFlags::empty());
         }
+        for number in 0..self.devices {
+            let _ = unlinkat(CWD, devices::path(&self.dir, number), AtFlags::empty());
+        }
+        // Whoever finds that locked finds somebody at work.
+        let _ = unlinkat(CWD, self.dir.join(MEMORY), AtFlags::empty());
         if self.made {
             let _ = unlinkat(CWD, &self.dir, AtFlags::REMOVEDIR);
         }
@@ -312,15 +333,26 @@ fn lock(file: &File, path: &Path, dir: &Path) -> Result<(), SnapshotError> {
 
 /// Writes a file that others cannot read, in the place of whatever has its name.
 fn write_new(path: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
-    match unlinkat(CWD, path, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(SnapshotError::host("remove", path)(error)),
-    }
-    let mut options = File::options();
-    options.write(true).create_new(true).mode(0o600);
-    let mut file = options.open(path).map_err(SnapshotError::host("create", path))?;
+    let mut file = create_new(path)?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
     written.map_err(SnapshotError::host("write", path))
+}
+
+/// A file that others cannot read, in the place of whatever has its name.
+fn create_new(path: &Path) -> Result<File, SnapshotError> {
+    remove(path)?;
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
+    options.open(path).map_err(SnapshotError::host("create", path))
+}
+
+/// Removes it; whether it was there.
+fn remove(path: &Path) -> Result<bool, SnapshotError> {
+    match unlinkat(CWD, path, AtFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(error) => Err(SnapshotError::host("remove", path)(error)),
+    }
 }
 
 fn sync_dir(path: &Path) -> Result<(), SnapshotError> {
