@@ -47,7 +47,9 @@ pub(crate) struct Measured {
     pub(crate) elapsed: Duration,
     /// Bytes that were written meanwhile: the next round.
     pub(crate) remaining: u64,
-    /// The same, of the round before; `None` after the first.
+    /// Bytes that devices have beside that, about.
+    pub(crate) devices: u64,
+    /// As `remaining`, of the round before; `None` after the first.
     pub(crate) before: Option<u64>,
     /// Bytes that go a second; 0: nothing was sent yet.
     pub(crate) rate: f64,
@@ -57,6 +59,13 @@ pub(crate) struct Measured {
     pub(crate) pause: Duration,
     /// The guest was paused when the time was over, and runs on since the promise would not have been kept.
     pub(crate) retreated: bool,
+}
+
+impl Measured {
+    /// Bytes that are sent while the guest is paused.
+    pub(crate) fn paused(&self) -> u64 {
+        self.remaining.saturating_add(self.devices)
+    }
 }
 
 /// What to do after a round.
@@ -94,9 +103,9 @@ pub(crate) fn expected_downtime(remaining: u64, rate: f64, state_time: Duration)
 }
 
 pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
-    let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time + measured.pause);
+    let expected = expected_downtime(measured.paused(), measured.rate, limits.state_time + measured.pause);
     let late = limits.time.is_some_and(|time| measured.elapsed >= time);
-    let nothing = measured.remaining == 0 && measured.pause.is_zero();
+    let nothing = measured.paused() == 0 && measured.pause.is_zero();
     let kept = expected.is_some_and(|expected| expected <= limits.downtime) || nothing;
     // What turned out to be wrong when the time was over is not tried again.
     let kept = kept && !(late && measured.retreated);
@@ -177,6 +186,7 @@ mod tests {
         Measured {
             elapsed: Duration::from_secs(10),
             remaining: remaining * MIB,
+            devices: 0,
             before: before.map(|bytes| bytes * MIB),
             rate: (1000 * MIB) as f64,
             throttle,

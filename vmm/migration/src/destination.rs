@@ -43,6 +43,12 @@ pub trait Sink {
     /// What [`prepare`](Self::prepare) of this guest would fail for: all of it, not only the first. Nothing is kept of it.
     fn check(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Vec<Blocker>;
 
+    /// What device number `device` is that only its driver understands. All that came of it before is void if it `begins`. Called before
+    /// [`restore`](Self::restore), while memory comes.
+    fn load_device(&mut self, _device: u16, _begins: bool, _part: &[u8]) -> Result<(), Cause> {
+        Err("no device of this guest has such a state".into())
+    }
+
     /// Restores everything beside memory, of which all is there. No lock of a disk is taken: the source still has them.
     fn restore(&mut self, state: Payloads) -> Result<(), Cause>;
 
@@ -321,7 +327,7 @@ impl Destination {
         self.welcome(session.control())?;
         let data = self.data_streams(session, hello)?;
         session.prepare(sink, data, sandbox)?;
-        session.receive_all()?;
+        session.receive_all(sink)?;
         session.begin_post_copy(sink, sandbox)?;
         session.restore(sink)?;
         session.wait_for_go(sink, |session| self.is_asked(session))

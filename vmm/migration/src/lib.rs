@@ -68,7 +68,7 @@ pub use handle::{Handle, Phase, Progress};
 pub use memory::{Lacking, Layout, Memory, PAGE, Region, Target};
 pub use pages::PageSet;
 pub use post_copy::{PostCopy, Turn};
-pub use source::{Check, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};
+pub use source::{Check, DevicePart, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};
 pub use stream::StreamError;
 pub use tls::{TlsError, TlsFiles};
 pub use wire::{MAX_STREAMS, Offer, VERSION, WireError};

@@ -1,6 +1,7 @@
 //! The side that has the guest.
 
 mod check;
+mod devices;
 mod measure;
 mod pack;
 mod post_copy;
@@ -31,6 +32,7 @@ use crate::stream::{Answer, Interrupt, Stream, StreamError};
 use crate::tls::TlsFiles;
 use crate::wire::{self, Hello, Kind, MAX_CONFIG, MAX_CPU, MAX_STREAMS, Message, Offer, Role, Token, WireError};
 pub use check::Check;
+pub use devices::DevicePart;
 use measure::Tried;
 use round::{Round, union};
 use worker::{Failed, Team};
@@ -55,6 +57,18 @@ pub trait Guest {
     }
     /// The guest runs at the destination, which still needs its memory from here.
     fn post_copy(&mut self, _turn: Turn<'_>) {}
+    /// How many bytes devices have to tell beside memory and state, while the guest runs.
+    fn devices_ahead(&mut self) -> u64 {
+        0
+    }
+    /// About how many they would have in all if it was paused now.
+    fn devices_size(&mut self) -> u64 {
+        0
+    }
+    /// Reads the next of them. `None`: there are none now, and if the guest is paused, none at all.
+    fn read_devices(&mut self, _buffer: &mut [u8]) -> Result<Option<DevicePart>, Cause> {
+        Ok(None)
+    }
     /// Lets the vCPUs run less than they could, by `percent`; 0: as they could.
     fn throttle(&mut self, percent: u8) -> Result<(), Cause>;
 }
@@ -394,12 +408,15 @@ impl Source {
             if std::mem::take(&mut lull) {
                 thread::sleep(measure::LULL);
             }
-            let written = match self.copy(session, next) {
+            let copied = self
+                .copy_devices(session, guest)
+                .and_then(|()| self.copy(session, next));
+            let written = match copied {
                 Ok(written) => written,
                 Err(why) => return Err(session.keep(why)),
             };
             let remaining = round::bytes(&written);
-            let measured = self.measure(session, remaining, before, began.elapsed());
+            let measured = self.measure(session, remaining, before, began.elapsed(), guest.devices_size());
             before = Some(remaining);
             let decision = match self.is_post_copy_due(session.began) {
                 true => Decision::PostCopy,

@@ -1,5 +1,6 @@
 //! Both sides in one process, with guests of plain memory.
 
+mod devices;
 mod end_to_end;
 mod failures;
 mod hand_over;

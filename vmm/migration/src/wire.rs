@@ -43,7 +43,7 @@ pub(crate) const MAX_TEXT: usize = 4096;
 /// What tells a session from others, and who belongs to it: random, and said to the destination only.
 pub(crate) type Token = [u8; 16];
 
-/// What a message is. `Files` comes only where memory is handed over, before the offer. Those from 64 on are of post-copy, and come only in
+/// What a message is. `Files` comes only where memory is handed over, before the offer; `Device` of guests with devices of the host. Those from 64 on are of post-copy, and come only in
 /// sessions that [`Role::PostCopy`] began, where nothing is handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -68,6 +68,7 @@ pub(crate) enum Kind {
     End = 18,
     Blockers = 19,
     Files = 20,
+    Device = 21,
     Missing = 64,
     Lacks = 65,
     Serve = 66,
@@ -76,7 +77,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 25] = [
+    pub(crate) const ALL: [Self; 26] = [
         Self::Hello,
         Self::Welcome,
         Self::Offer,
@@ -97,6 +98,7 @@ impl Kind {
         Self::End,
         Self::Blockers,
         Self::Files,
+        Self::Device,
         Self::Missing,
         Self::Lacks,
         Self::Serve,
@@ -119,7 +121,7 @@ impl Kind {
             Self::Zeroes | Self::Missing | Self::Lacks => 64 + MAX_RUNS * RUN,
             Self::Files => 64 + crate::memory::MAX_REGIONS * RUN,
             Self::Want => 64 + MAX_WANTED * RUN,
-            Self::State => 64 + MAX_STATE_PART,
+            Self::State | Self::Device => 64 + MAX_STATE_PART,
             Self::Blockers => 64 + MAX_BLOCKERS * (16 + 3 * MAX_TEXT),
             Self::RoundEnd | Self::RoundDone | Self::Progress => 64,
             Self::Accepted
@@ -340,6 +342,8 @@ pub(crate) enum Message<'a> {
         count: u32,
         places: Vec<crate::hand_over::Place>,
     },
+    /// Source: what a device is that only its driver understands. All that came before is void if it `begins`.
+    Device { device: u16, begins: bool, part: &'a [u8] },
     /// Source, after `Switch`: pages that come when the guest runs.
     Missing(Runs),
     /// Destination, on the stream of wanted pages, at first: pages that are not there.
@@ -375,6 +379,7 @@ impl Message<'_> {
             Self::End => Kind::End,
             Self::Blockers(_) => Kind::Blockers,
             Self::Files { .. } => Kind::Files,
+            Self::Device { .. } => Kind::Device,
             Self::Missing(_) => Kind::Missing,
             Self::Lacks(_) => Kind::Lacks,
             Self::Serve => Kind::Serve,

@@ -172,7 +172,7 @@ impl<'a> Session<'a> {
     }
 
     /// Takes everything: memory on the other streams, the rest here.
-    pub(super) fn receive_all(&mut self) -> Result<(), DestinationError> {
+    pub(super) fn receive_all(&mut self, sink: &mut dyn Sink) -> Result<(), DestinationError> {
         let mut expected = None;
         loop {
             let came = self.control.take(self.deadlines.silence, AWAITED);
@@ -201,6 +201,12 @@ impl<'a> Session<'a> {
                         return Err(DestinationError::StateLength);
                     }
                     self.saved.extend_from_slice(part);
+                }
+                // A guest that may lack memory has no such devices.
+                Message::Device { device, begins, part } if self.aside.is_none() => {
+                    let what = "take the state of a device";
+                    sink.load_device(device, begins, part)
+                        .map_err(|source| DestinationError::Sink { what, source })?;
                 }
                 Message::Complete if expected == Some(self.saved.len() as u64) => break,
                 Message::Complete => return Err(DestinationError::StateLength),

@@ -29,17 +29,27 @@ impl Source {
         self.options.limits.time.is_some_and(|time| elapsed >= time)
     }
 
-    pub(super) fn measure(&self, session: &Session, remaining: u64, before: Option<u64>, round: Duration) -> Measured {
+    /// How it stands after a `round` that left `remaining` bytes of memory, and of `devices` as many.
+    pub(super) fn measure(
+        &self,
+        session: &Session,
+        remaining: u64,
+        before: Option<u64>,
+        round: Duration,
+        devices: u64,
+    ) -> Measured {
         let (elapsed, tried) = (session.began.elapsed(), &session.tried);
         let counts = self.is_late(elapsed) || tried.until.is_some_and(|until| Instant::now() < until);
         let pause = if counts { tried.pause } else { Duration::ZERO };
         let rate = session.rate(self.handle.cap());
-        let expected = expected_downtime(remaining, rate, self.options.limits.state_time + pause);
+        let paused = remaining.saturating_add(devices);
+        let expected = expected_downtime(paused, rate, self.options.limits.state_time + pause);
         let dirty_rate = remaining as f64 / round.as_secs_f64().max(1e-6);
         self.handle.set_rates(rate as u64, dirty_rate as u64, expected);
         Measured {
             elapsed,
             remaining,
+            devices,
             before,
             rate,
             throttle: session.throttle,
@@ -50,7 +60,7 @@ impl Source {
 
     pub(super) fn timed_out(&self, measured: &Measured) -> SourceError {
         let limits = &self.options.limits;
-        let expected = expected_downtime(measured.remaining, measured.rate, limits.state_time + measured.pause);
+        let expected = expected_downtime(measured.paused(), measured.rate, limits.state_time + measured.pause);
         SourceError::TimedOut {
             elapsed: measured.elapsed,
             expected_ms: expected.unwrap_or(Duration::MAX).as_millis(),

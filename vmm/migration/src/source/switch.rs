@@ -99,13 +99,11 @@ impl Source {
 }
 
 impl Switch<'_> {
-    fn can_keep_promise(&self, paused: Instant) -> bool {
+    fn can_keep_promise(&mut self, paused: Instant) -> bool {
         let limits = &self.source.options.limits;
-        let expected = expected_downtime(
-            round::bytes(&self.left),
-            self.session.rate(self.source.handle.cap()),
-            limits.state_time,
-        );
+        let left = round::bytes(&self.left).saturating_add(self.guest.devices_size());
+        let rate = self.session.rate(self.source.handle.cap());
+        let expected = expected_downtime(left, rate, limits.state_time);
         expected.is_some_and(|expected| paused.elapsed() + expected <= limits.downtime)
     }
 
@@ -286,6 +284,7 @@ impl Switch<'_> {
         for part in state.chunks(MAX_STATE_PART) {
             self.session.control.send(&Message::State { total, part })?;
         }
+        self.source.finish_devices(self.session, self.guest)?;
         let sent = self.session.team.finish(|| Ok(()));
         sent.and_then(|_| self.session.team.end())
             .map_err(|failed| self.source.reason(self.session, failed))?;

@@ -12,9 +12,9 @@ use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_state::{Kind, Payloads};
 
 use crate::{
-    Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, Guest, Handed, Handle,
-    Limits, MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions, Taken,
-    Target,
+    Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, DevicePart, Guest, Handed,
+    Handle, Limits, MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions,
+    Taken, Target,
 };
 
 pub(super) const KIND: Kind = Kind::new("mock", 1);
@@ -146,6 +146,8 @@ pub(super) struct World {
     pub(super) aborted: AtomicBool,
     pub(super) throttled: Mutex<Vec<u8>>,
     pub(super) pauses: AtomicU64,
+    /// What devices are, as it came.
+    pub(super) devices: Mutex<Vec<(u16, Vec<u8>)>>,
 }
 
 impl World {
@@ -166,6 +168,10 @@ impl World {
 pub(super) enum Fails {
     Nothing,
     Save,
+    /// Its devices tell nothing.
+    Device,
+    /// The destination's do not want it.
+    LoadDevice,
     ReleaseLocks,
     Prepare,
     Restore,
@@ -187,6 +193,9 @@ pub(super) struct MockGuest {
     pub(super) writes_out: Duration,
     /// How long it takes to pause.
     pub(super) stops: Duration,
+    /// What devices are, before it is paused and after.
+    pub(super) devices: Vec<(DevicePart, Vec<u8>)>,
+    pub(super) paused_devices: Vec<(DevicePart, Vec<u8>)>,
 }
 
 impl MockGuest {
@@ -199,6 +208,8 @@ impl MockGuest {
             fails,
             writes_out: Duration::ZERO,
             stops: Duration::ZERO,
+            devices: Vec::new(),
+            paused_devices: Vec::new(),
         }
     }
 }
@@ -248,6 +259,30 @@ impl Guest for MockGuest {
         self.world.check();
         *self.runs.write().unwrap() = true;
         Ok(())
+    }
+
+    fn devices_ahead(&mut self) -> u64 {
+        self.devices.iter().map(|(part, _)| part.len as u64).sum()
+    }
+
+    fn devices_size(&mut self) -> u64 {
+        self.paused_devices.iter().map(|(part, _)| part.len as u64).sum()
+    }
+
+    fn read_devices(&mut self, buffer: &mut [u8]) -> Result<Option<DevicePart>, Cause> {
+        let paused = self.world.pauses.load(Ordering::SeqCst) > 0;
+        if paused && self.fails == Fails::Device {
+            fail("the device gpu cannot tell its state")?;
+        }
+        let from = match self.devices.is_empty() && paused {
+            true => &mut self.paused_devices,
+            false => &mut self.devices,
+        };
+        let Some((part, bytes)) = (!from.is_empty()).then(|| from.remove(0)) else {
+            return Ok(None);
+        };
+        buffer[..bytes.len()].copy_from_slice(&bytes);
+        Ok(Some(part))
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), Cause> {
@@ -305,6 +340,20 @@ impl Sink for MockSink {
             Fails::Prepare => (0..2 * MAX_BLOCKERS).map(blocker).collect(),
             _ => Vec::new(),
         }
+    }
+
+    fn load_device(&mut self, device: u16, begins: bool, part: &[u8]) -> Result<(), Cause> {
+        if self.fails == Fails::LoadDevice {
+            fail("the device gpu cannot take the state that came")?;
+        }
+        let mut devices = self.world.devices.lock().unwrap();
+        if begins {
+            devices.retain(|(number, _)| *number != device);
+            devices.push((device, Vec::new()));
+        }
+        let found = devices.iter_mut().find(|(number, _)| *number == device);
+        found.ok_or("it has not begun")?.1.extend_from_slice(part);
+        Ok(())
     }
 
     fn restore(&mut self, mut state: Payloads) -> Result<(), Cause> {

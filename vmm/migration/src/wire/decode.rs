@@ -59,6 +59,7 @@ pub(crate) fn body(kind: Kind, bytes: &[u8]) -> Result<Message<'_>, WireError> {
         Kind::End => Message::End,
         Kind::Blockers => Message::Blockers(blockers(&mut rest)?),
         Kind::Files => files(&mut rest)?,
+        Kind::Device => device(&mut rest)?,
         Kind::Missing => Message::Missing(runs(&mut rest)?),
         Kind::Lacks => Message::Lacks(runs(&mut rest)?),
         Kind::Serve => Message::Serve,
@@ -154,6 +155,23 @@ fn files(rest: &mut Rest) -> Result<Message<'static>, WireError> {
     match places.iter().all(|(file, _)| *file < u64::from(count)) {
         true => Ok(Message::Files { count, places }),
         false => Err(WireError::Invalid("memory in a file that does not come")),
+    }
+}
+
+fn device<'a>(rest: &mut Rest<'a>) -> Result<Message<'a>, WireError> {
+    let number = u16::try_from(rest.u32()?);
+    let begins = match rest.u32()? {
+        0 => false,
+        1 => true,
+        _ => return Err(WireError::Invalid("a device that neither begins nor goes on")),
+    };
+    let part = rest.all();
+    match number {
+        // Nobody says nothing but that it begins.
+        Ok(device) if begins || !part.is_empty() => Ok(Message::Device { device, begins, part }),
+        _ => Err(WireError::Invalid(
+            "the state of a device that no guest has, or nothing of it",
+        )),
     }
 }
 

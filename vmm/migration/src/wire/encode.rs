@@ -4,7 +4,7 @@ use crate::blocker::{Blocker, MAX_BLOCKERS};
 
 use super::{HEAD, Hello, MAGIC, MAX_TEXT, Message, Offer, Pages, Role, Runs, VERSION};
 
-/// Puts `message` into `out`, which is emptied first, but for the bytes that end a message of pages, offers or saved state: those are
+/// Puts `message` into `out`, which is emptied first, but for the bytes that end a message of pages or saved state: those are
 /// returned, to be sent after it without being copied.
 pub(crate) fn message<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
     out.clear();
@@ -36,6 +36,11 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
         Message::RoundEnd(round) | Message::RoundDone(round) => put_u32(*round, out),
         Message::State { total, part } => {
             put_u64(*total, out);
+            return part;
+        }
+        Message::Device { device, begins, part } => {
+            put_u32((*device).into(), out);
+            put_u32((*begins).into(), out);
             return part;
         }
         Message::Abort(reason) => put_text(reason, out),

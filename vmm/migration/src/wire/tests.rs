@@ -73,6 +73,16 @@ fn samples() -> Vec<Message<'static>> {
             total: 100,
             part: b"state",
         },
+        Message::Device {
+            device: 3,
+            begins: false,
+            part: b"state",
+        },
+        Message::Device {
+            device: 3,
+            begins: true,
+            part: b"",
+        },
         Message::Complete,
         Message::Ready,
         Message::Go,
@@ -158,7 +168,7 @@ fn a_length_is_bounded_before_the_body() {
 fn unknown_kinds_are_told_by_their_number() {
     let head = |number: u16| decode::head([number.to_le_bytes()[0], number.to_le_bytes()[1], 0, 0, 0, 0, 0, 0]);
     assert_eq!(head(0), Err(WireError::Kind(0)));
-    assert_eq!(head(21), Err(WireError::Kind(21)));
+    assert_eq!(head(22), Err(WireError::Kind(22)));
     assert_eq!(head(63), Err(WireError::Kind(63)));
     assert_eq!(head(69), Err(WireError::Kind(69)));
     assert_eq!(decode::head([13, 0, 1, 0, 0, 0, 0, 0]), Err(WireError::Reserved));
@@ -205,6 +215,11 @@ fn what_contradicts_itself_is_refused() {
             part: b"ab",
         },
         Message::State { total: 5, part: b"" },
+        Message::Device {
+            device: 0,
+            begins: false,
+            part: b"",
+        },
         Message::Hello(Hello {
             token: [0; 16],
             role: Role::Data(4),
