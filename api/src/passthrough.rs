@@ -57,6 +57,14 @@ pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
 }
 
 impl VmConfig {
+    /// Whether devices of the host reach each other's registers.
+    pub fn has_peers(&self) -> bool {
+        self.platform
+            .as_ref()
+            .and_then(|platform| platform.vfio_p2p_dma)
+            .unwrap_or(true)
+    }
+
     /// Checks devices of the host.
     pub(crate) fn validate_devices(&self) -> Result<(), ConfigError> {
         let mut before: Vec<&Path> = Vec::new();

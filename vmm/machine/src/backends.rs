@@ -125,12 +125,11 @@ impl Backends {
     }
 
     /// The devices of the host, by their ids.
-    pub(crate) fn of_host(&self) -> impl Iterator<Item = &str> {
-        let of_host = |end: &End| matches!(end.serves, Serves::Host(_));
-        self.ends
-            .iter()
-            .filter(move |(_, end)| of_host(end))
-            .map(|(id, _)| id.as_str())
+    pub(crate) fn of_host(&self) -> impl Iterator<Item = (&str, &Arc<HostDevice>)> {
+        self.ends.iter().filter_map(|(id, end)| match &end.serves {
+            Serves::Host(device) => Some((id.as_str(), device)),
+            Serves::File(_) | Serves::Tap(..) | Serves::Daemon(..) | Serves::Itself => None,
+        })
     }
 
     /// The device of the host called `name` there, by its id.

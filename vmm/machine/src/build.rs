@@ -177,7 +177,7 @@ impl Machine {
             rooms,
             slots: vm.memory_slots().clone(),
             reach: regions.reach().map().clone(),
-            peers: config.platform.as_ref().and_then(|p| p.vfio_p2p_dma).unwrap_or(true),
+            peers: config.has_peers(),
             wires: platform.interrupts.has_wires(),
             vm: passthrough::Host::of(&vm, &platform.interrupts),
         };
@@ -233,11 +233,13 @@ impl Machine {
     pub(crate) fn pause(&mut self) -> Result<(), MachineError> {
         self.vcpus.pause()?;
         self.devices.pause();
+        self.devices.fleet().pause();
         Ok(())
     }
 
     /// Lets it go on.
     pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
+        self.devices.fleet().resume();
         self.devices.resume();
         self.vcpus.resume();
         Ok(())

@@ -18,7 +18,7 @@ use triarch_device_core::{IoEvents, MsiRouter, Sandbox};
 use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Discarder, GuestMemoryHandle, GuestRegion};
 use triarch_pci::{BarAllocator, PciAddress, PciRoot};
-use triarch_state::Payloads;
+use triarch_state::{Payloads, SnapshotWriter};
 use triarch_vfio::DmaMap;
 use triarch_vhost_user::VhostUserHandle;
 use triarch_virtio::balloon::BalloonHandle;
@@ -341,19 +341,21 @@ impl Devices {
     }
 
     /// Saves them all, which are paused, and returns how they are on the bus.
-    pub(crate) fn save(&self, payloads: &mut Payloads) -> Result<PciStateV1, MachineError> {
+    /// What those of the host are that only their drivers know goes to `writer`; without one it goes its own way.
+    pub(crate) fn save(
+        &self,
+        payloads: &mut Payloads,
+        mut writer: Option<&mut SnapshotWriter>,
+    ) -> Result<PciStateV1, MachineError> {
         let mut places = BTreeMap::new();
         for Placed {
             id, address, function, ..
         } in &self.functions
         {
-            let Some(function) = function.virtio() else {
-                return Err(MachineError::device(
-                    &Some(id.clone()),
-                    "a device of the host cannot be saved",
-                ));
-            };
-            snapshot::save_function(id, function, payloads)?;
+            match function {
+                Function::Virtio(function) => snapshot::save_function(id, function, payloads)?,
+                Function::Host(function, _) => snapshot::save_host(id, function, payloads, writer.as_deref_mut())?,
+            }
             let place = FunctionPlaceV1 {
                 address: address.to_string(),
                 touched: self.touched(*address),

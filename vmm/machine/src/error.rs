@@ -103,7 +103,8 @@ pub enum MachineError {
     },
     /// Daemons serve devices of a guest whose writes should be logged.
     #[error(
-        "track_writes takes a VM without devices that daemons serve, since what those write is not logged, and {0} is one; remove the device, or leave track_writes out"
+        "track_writes takes a VM without devices that daemons serve and without those of the host, since what they write is not logged, and {0} is \
+         one; remove the device, or leave track_writes out"
     )]
     Unlogged(String),
     /// What is saved of the processors and interrupt controllers.

@@ -204,6 +204,13 @@ const VFIO_RUNNING: &[u64] = &[
     0x3b6f, // VFIO_DEVICE_RESET
 ];
 
+/// The same, while they go to another host: what they are, and what memory they wrote.
+const VFIO_MOVING: &[u64] = &[
+    0x3b6f, // VFIO_DEVICE_RESET
+    0x3b75, // VFIO_DEVICE_FEATURE
+    0x3b79, // VFIO_MIG_GET_PRECOPY_INFO
+];
+
 /// Reading and writing registers.
 const REGISTERS: &[i64] = &[SYS_pread64, SYS_pwrite64];
 
@@ -363,6 +370,7 @@ pub(crate) fn of(class: ThreadClass) -> Vec<Allowed> {
             .chain(ioctls(NO_WAIT))
             .chain(ioctls(MEMORY_SLOTS))
             .chain(ioctls(DIRTY_LOG))
+            .chain(ioctls(VFIO_MOVING))
             .chain(sockets(&[AF_UNIX, AF_INET, AF_INET6]))
             .collect(),
         ThreadClass::Pager => base

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use triarch_api::DeviceConfig;
 use triarch_pci::PciFunction;
-use triarch_vfio::{Container, Counters, HostDevice, Options, VfioPci};
+use triarch_vfio::{Container, Counters, Fleet, HostDevice, Options, VfioPci};
 use triarch_virtio::VirtioPci;
 use triarch_virtio::iommu::{Endpoint, PAGE};
 
@@ -16,8 +16,8 @@ use crate::progress::Progress;
 /// A device as the bus has it.
 pub(super) enum Function {
     Virtio(Arc<VirtioPci>),
-    /// A device of the host. It does not stand still while the guest does: what it was told it goes on with. The guest's IOMMU knows it as
-    /// the endpoint, if it is behind that.
+    /// A device of the host. It stands still with the guest only if it [can](Devices::fleet): others go on with what they were told. The
+    /// guest's IOMMU knows it as the endpoint, if it is behind that.
     Host(Arc<VfioPci>, Option<Arc<Endpoint>>),
 }
 
@@ -57,12 +57,6 @@ impl Devices {
         config: &DeviceConfig,
     ) -> Result<(), MachineError> {
         let (host, id) = (&self.host, &config.id);
-        if self.saved.is_some() {
-            return Err(MachineError::device(
-                id,
-                "a device of the host cannot be saved or restored",
-            ));
-        }
         let container: Weak<Container> = Arc::downgrade(device.container());
         host.discarder.keep_for(container);
         let endpoint = self.shadowed(config.iommu, || Follower::of(&device, &host.reach));
@@ -81,21 +75,47 @@ impl Devices {
             clique: config.x_nv_gpudirect_clique,
             peers: (host.peers && endpoint.is_none()).then(|| host.reach.clone()),
         };
-        let function = VfioPci::new(&device, host.vm.clone(), &host.router, options);
-        let function = Arc::new(function.map_err(|error| MachineError::device(id, error))?);
-        self.put(progress, total, id, Function::Host(function, endpoint.clone()))?;
-        let requester = self.functions.last().map(|placed| placed.address.requester());
-        let Some((endpoint, requester)) = endpoint.zip(requester) else {
-            return Ok(());
-        };
-        let placed = endpoint.place(requester.into());
-        placed.map_err(|error| {
-            let root = self.host.root.clone();
-            if let Some(placed) = self.functions.pop() {
-                Taken { placed, root }.remove();
+        let function = match &mut self.saved {
+            Some(_) if endpoint.is_some() => {
+                let why = "a device of the host that is behind the guest's IOMMU cannot be saved or restored";
+                return Err(MachineError::device(id, why));
             }
-            MachineError::device(id, error)
-        })
+            Some(saved) => saved.host_function(id.as_deref().unwrap_or_default(), &device, host, options)?,
+            None => {
+                let made = VfioPci::new(&device, host.vm.clone(), &host.router, options);
+                made.map_err(|error| MachineError::device(id, error))?
+            }
+        };
+        self.put(progress, total, id, Function::Host(Arc::new(function), endpoint.clone()))?;
+        let requester = self.functions.last().map(|placed| placed.address.requester());
+        if let Some((endpoint, requester)) = endpoint.zip(requester) {
+            endpoint.place(requester.into()).map_err(|error| {
+                let root = self.host.root.clone();
+                if let Some(placed) = self.functions.pop() {
+                    Taken { placed, root }.remove();
+                }
+                MachineError::device(id, error)
+            })?;
+        }
+        if self.paused {
+            self.fleet().pause();
+        }
+        Ok(())
+    }
+
+    /// The devices of the host that go with the guest, and stand still with it.
+    pub(crate) fn fleet(&self) -> Fleet {
+        let mover = |placed: &Placed| match &placed.function {
+            Function::Host(function, _) => function.host().mover().ok(),
+            Function::Virtio(_) => None,
+        };
+        Fleet::new(self.functions.iter().filter_map(mover).collect())
+    }
+
+    /// The ids of those of the host.
+    pub(crate) fn of_host(&self) -> impl Iterator<Item = &str> {
+        let of_host = |placed: &&Placed| matches!(placed.function, Function::Host(..));
+        self.functions.iter().filter(of_host).map(|placed| placed.id.as_str())
     }
 
     /// What devices of the host count, by their ids.

@@ -20,7 +20,7 @@ use super::hand_over::{self, Given, Ran};
 use super::memory::{self, Prepared};
 use super::offer::{OfferedCpusV1, OfferedV1};
 use super::source::refusal;
-use super::{address, post_copy, tls_files, unmovable};
+use super::{address, hosts, post_copy, tls_files, unmovable};
 use crate::backends::{End, HandedTaps, Opener};
 use crate::configured::DeviceConfig;
 use crate::control::Controller;
@@ -95,7 +95,7 @@ impl Controller {
         };
         let (offered, cpus) = self.offer(vm, machine, backends)?;
         let regions: Vec<Region> = memory::regions(&machine.memory.memory());
-        let mut ours = unmovable(backends, machine.devices().served(), config.local);
+        let mut ours = unmovable(backends, vm, machine.devices().served(), config.local);
         let private = match config.local {
             true => hand_over::private(vm),
             false => Vec::new(),
@@ -108,6 +108,7 @@ impl Controller {
         ours.extend(private);
         if config.post_copy {
             ours.extend(post_copy::served(machine.devices().served()));
+            ours.extend(hosts::late(backends));
             ours.extend(post_copy::of_huge_pages(vm));
         }
         let check = Check::new(options, regions, handed).map_err(refusal)?;

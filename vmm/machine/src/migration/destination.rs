@@ -18,13 +18,14 @@ use triarch_migration::{
     Offer, Sink, Taken, Target, Turn,
 };
 use triarch_state::Payloads;
+use triarch_vfio::Fleet;
 
 use super::call::Caller;
 use super::check::ends;
 use super::hand_over::{Given, Ran};
 use super::memory::{Prepared, There};
 use super::offer::{MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Fields, Role, Running, address, post_copy, refuse, tls_files, unmovable};
+use super::{Fields, Role, Running, address, hosts, post_copy, refuse, tls_files, unmovable};
 use crate::MachineError;
 use crate::backends::{Backends, Opener};
 use crate::build::Origin;
@@ -51,19 +52,25 @@ struct Proxy {
     caller: Caller,
     /// Kept as long as the migration runs: who frees the memory of a guest that fails shall not be a thread that others wait for.
     memory: Option<Arc<There>>,
+    /// Its devices of this host.
+    fleet: Fleet,
 }
 
 impl Sink for Proxy {
     fn prepare(&mut self, offer: &Offer<'_>, handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
         let (config, cpu, layout) = (offer.config.to_vec(), offer.cpu.to_vec(), offer.layout.clone());
         let post_copy = offer.post_copy;
-        let there = self.caller.call(move |controller| {
+        let (there, fleet) = self.caller.call(move |controller| {
             let there = controller.prepare_for(&config, &cpu, &layout, handed)?;
+            let fleet = controller.backends.as_ref().map(hosts::fleet).unwrap_or_default();
             if post_copy {
                 there.check_faults()?;
+                let late = controller.backends.as_ref().map(hosts::late).unwrap_or_default();
+                refuse(late, ApiError::Unsupported).map_err(|error| moved(error.to_string()))?;
             }
-            Ok(there)
+            Ok((there, fleet))
         })?;
+        self.fleet = fleet;
         self.memory = Some(there.clone());
         Ok(there)
     }
@@ -89,6 +96,10 @@ impl Sink for Proxy {
         post_copy::tell(&self.caller, turn);
     }
 
+    fn load_device(&mut self, device: u16, begins: bool, part: &[u8]) -> Result<(), Cause> {
+        Ok(self.fleet.load(device.into(), begins, part)?)
+    }
+
     fn restore(&mut self, state: Payloads) -> Result<(), Cause> {
         self.caller.call(|controller| controller.restore_moved(state))
     }
@@ -100,6 +111,7 @@ impl Sink for Proxy {
     fn abort(&mut self, why: &str) {
         tracing::info!(why, "no guest was taken");
         self.memory = None;
+        self.fleet = Fleet::default();
         // The VMM ends only if it cannot be done, and then it is.
         let _ = self.caller.call(|controller| {
             controller.migrations.unlocked = false;
@@ -129,6 +141,7 @@ impl Controller {
             let mut proxy = Proxy {
                 caller: caller.clone(),
                 memory: None,
+                fleet: Fleet::default(),
             };
             let result = destination.run(&mut proxy, &theirs, &sandbox);
             drop(proxy);
@@ -177,6 +190,7 @@ impl Controller {
             config,
             disks,
             served,
+            hosts: kinds,
             ..
         } = serde_json::from_slice(offered)
             .map_err(|error| moved(format!("its description cannot be read: {error}")))?;
@@ -208,8 +222,12 @@ impl Controller {
                 moved: Some(&shown),
             },
         )?;
-        refuse(unmovable(&backends, &[], handed.is_some()), ApiError::Unsupported)
-            .map_err(|error| moved(error.to_string()))?;
+        refuse(
+            unmovable(&backends, config, &[], handed.is_some()),
+            ApiError::Unsupported,
+        )
+        .map_err(|error| moved(error.to_string()))?;
+        hosts::same_kinds(&backends, &kinds)?;
         for (id, disk) in backends.disks() {
             same_size(id, disk, &disks)?;
         }

@@ -10,6 +10,7 @@ use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Backing, Discarder, GuestMemory, GuestMemoryHandle, GuestRegion, Touched};
 use triarch_migration::{Layout, Memory, PAGE, Region, Target};
 use triarch_state::SnapshotError;
+use triarch_vfio::Fleet;
 use triarch_vhost_user::{LOG_PAGE, PageLog, VhostUserHandle};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -31,12 +32,19 @@ pub(super) struct Here {
     memory: GuestMemory,
     touched: Touched,
     caller: Caller,
-    daemons: Daemons,
+    writers: Writers,
     /// Bytes of a page, as KVM and the bitmaps count them.
     page: u64,
 }
 
-/// Those who write to the guest's memory from other processes.
+/// Those who write to the guest's memory unseen.
+pub(super) struct Writers {
+    pub(super) daemons: Daemons,
+    /// Devices of the host.
+    pub(super) fleet: Fleet,
+}
+
+/// Those who write to it from other processes.
 pub(super) struct Daemons {
     devices: Vec<(String, VhostUserHandle)>,
     /// Where all of them log that.
@@ -84,12 +92,12 @@ impl Daemons {
 }
 
 impl Here {
-    /// `memory`, which was made as `backing` says and is in `slots`; `daemons` write to it, too.
+    /// `memory`, which was made as `backing` says and is in `slots`; `writers` write to it, too.
     pub(super) fn new(
         memory: GuestMemory,
         slots: MemorySlots,
         backing: &Backing,
-        daemons: Daemons,
+        writers: Writers,
         caller: Caller,
     ) -> Self {
         Self {
@@ -97,9 +105,20 @@ impl Here {
             memory,
             touched: Touched::new(backing),
             caller,
-            daemons,
+            writers,
             page: triarch_memory::host_page(),
         }
+    }
+
+    /// What devices of the host wrote of each region.
+    fn written_by_host(&self) -> Vec<Vec<u64>> {
+        let of = |region: &GuestRegion| {
+            let (gpa, mut words) = (region.start_addr().raw_value(), Vec::new());
+            let range = gpa..gpa + region.len();
+            self.writers.fleet.take_log(self.page, range, &mut words);
+            words
+        };
+        self.memory.iter().map(of).collect()
     }
 
     /// Marks in `words` what of `region` may hold anything at all: nobody knows what of it was written.
@@ -156,7 +175,12 @@ impl Memory for Here {
         self.slots.log_writes(true).map_err(io::Error::other)?;
         // What devices wrote before is copied in the first round.
         self.memory.iter().for_each(|region| marks(region).reset());
-        self.daemons.start_log()?;
+        self.writers.daemons.start_log()?;
+        let ranges: Vec<_> = regions(&self.memory)
+            .iter()
+            .map(|region| region.gpa..region.gpa + region.len)
+            .collect();
+        self.writers.fleet.start_log(self.page, &ranges);
         self.caller.post(|controller| controller.migration_copies());
         Ok(())
     }
@@ -164,16 +188,23 @@ impl Memory for Here {
     fn fetch_log(&self) -> io::Result<Vec<Range<u64>>> {
         let mut runs = Vec::new();
         let (mut theirs, mut gaps) = (Vec::new(), false);
-        if let Some(log) = &self.daemons.log {
+        if let Some(log) = &self.writers.daemons.log {
             gaps = log.has_gaps();
             log.take(|page| theirs.push(page * LOG_PAGE));
         }
         if gaps {
             tracing::warn!("a daemon was lost that may have written what it did not log: all memory is sent again");
         }
-        for region in self.memory.iter() {
+        let of_host = self.written_by_host();
+        // What nobody knows may be anything.
+        let gaps = gaps || self.writers.fleet.wrote_anything();
+        for (region, by_host) in self.memory.iter().zip(of_host) {
             let gpa = region.start_addr().raw_value();
             let mut words = self.slots.written(gpa).map_err(io::Error::other)?;
+            if words.len() < by_host.len() {
+                words.resize(by_host.len(), 0);
+            }
+            words.iter_mut().zip(by_host).for_each(|(word, more)| *word |= more);
             let devices = marks(region).get_and_reset();
             if words.len() < devices.len() {
                 words.resize(devices.len(), 0);
@@ -194,7 +225,8 @@ impl Memory for Here {
     }
 
     fn stop_log(&self) {
-        self.daemons.stop_log();
+        self.writers.daemons.stop_log();
+        self.writers.fleet.stop_log();
         if let Err(error) = self.slots.log_writes(false) {
             tracing::warn!("writes of the guest are still logged: {}", triarch_api::chain(&error));
         }

@@ -10,6 +10,7 @@ mod call;
 mod check;
 mod destination;
 mod hand_over;
+mod hosts;
 mod memory;
 mod offer;
 mod post_copy;
@@ -21,13 +22,16 @@ use std::time::{Duration, Instant};
 
 use triarch_api::events::kind;
 use triarch_api::jobs::JobHandle;
-use triarch_api::{Answer, ApiError, Handler, MigrationPhase, MigrationProgress, MigrationSide, Phase, Reply, Request};
+use triarch_api::{
+    Answer, ApiError, Handler, MigrationPhase, MigrationProgress, MigrationSide, Phase, Reply, Request, VmConfig,
+};
 use triarch_legacy::PowerEvent;
 use triarch_migration as engine;
 use triarch_vcpu::VcpuEvent;
 use triarch_vhost_user::{LinkError, VhostUserHandle};
 
 pub use call::Call;
+pub(crate) use hosts::bound_to_host;
 pub(crate) use memory::{Prepared, marks, push_runs};
 use post_copy::GIVEN_AWAY;
 
@@ -380,7 +384,12 @@ fn address(field: &str, url: &str) -> Result<engine::Address, ApiError> {
 
 /// The devices with which the guest cannot be moved: some of the host, and those of `served` whose daemons lack something. What they write
 /// matters to nobody if memory is `handed` over.
-fn unmovable(backends: &Backends, served: &[(String, VhostUserHandle)], handed: bool) -> Vec<engine::Blocker> {
+fn unmovable(
+    backends: &Backends,
+    vm: &VmConfig,
+    served: &[(String, VhostUserHandle)],
+    handed: bool,
+) -> Vec<engine::Blocker> {
     let served = served.iter().filter_map(move |(id, device)| {
         let movable = match handed {
             true => device.check_state(),
@@ -394,17 +403,7 @@ fn unmovable(backends: &Backends, served: &[(String, VhostUserHandle)], handed: 
             remedy: "save the guest with vm.snapshot, or remove the device".to_owned(),
         })
     });
-    served.chain(bound_to_host(backends)).collect()
-}
-
-/// The devices with which the guest can neither be moved nor saved.
-pub(crate) fn bound_to_host(backends: &Backends) -> impl Iterator<Item = engine::Blocker> {
-    backends.of_host().map(|id| engine::Blocker {
-        what: engine::Part::Device,
-        name: id.to_owned(),
-        reason: format!("'{id}' is a device of this host, whose state nobody can read"),
-        remedy: "remove the device".to_owned(),
-    })
+    served.chain(bound_to_host(backends, vm)).collect()
 }
 
 /// Refuses a guest with something in the way, by an error of this kind.

@@ -27,6 +27,9 @@ pub(super) struct OfferedV1 {
     /// What it was shown of the devices that daemons serve, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) served: BTreeMap<String, ServedV1>,
+    /// Of what kind the devices of the host are that go with it, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) hosts: BTreeMap<String, String>,
 }
 
 /// Files of the source's host, for a destination that may be on the same one.

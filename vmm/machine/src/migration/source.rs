@@ -8,18 +8,19 @@ use triarch_api::{Answer, ApiError, Handler, MigrationSide, Phase, SendMigration
 use triarch_block::Disk;
 use triarch_legacy::PowerEvent;
 use triarch_migration::{
-    Cause, Deadlines, Guest, Handle, Limits, Memory, Moved, NotMoved, OnTimeOut, PostCopy, Region, Source, SourceError,
-    SourceOptions, Turn, Whereabouts,
+    Cause, Deadlines, DevicePart, Guest, Handle, Limits, Memory, Moved, NotMoved, OnTimeOut, PostCopy, Region, Source,
+    SourceError, SourceOptions, Turn, Whereabouts,
 };
 use triarch_state::Payloads;
 use triarch_vcpu::VcpuEvent;
+use triarch_vfio::{Fleet, Piece};
 use triarch_vhost_user::VhostUserHandle;
 
 use super::call::Caller;
 use super::hand_over::{self, Handing, Ran};
-use super::memory::{self, Daemons, Here};
+use super::memory::{self, Daemons, Here, Writers};
 use super::offer::{FilesV1, MOVED, MovedV1, OfferedCpusV1, OfferedV1};
-use super::{Role, Running, address, cap, is_paused, post_copy, refuse, tls_files, unmovable};
+use super::{Role, Running, address, cap, hosts, is_paused, post_copy, refuse, tls_files, unmovable};
 use crate::backends::Backends;
 use crate::build::Machine;
 use crate::control::Controller;
@@ -39,6 +40,8 @@ pub(super) struct Sent {
     saved: Option<Payloads>,
     /// If its memory is handed over: whether it ran with that elsewhere.
     pub(super) ran: Option<Ran>,
+    /// Its devices of the host.
+    fleet: Fleet,
 }
 
 /// The guest, for the thread of the migration.
@@ -47,6 +50,8 @@ struct Proxy {
     disks: Vec<Arc<Disk>>,
     /// The devices that daemons serve.
     served: Vec<(String, VhostUserHandle)>,
+    /// The devices of the host.
+    fleet: Fleet,
 }
 
 impl Guest for Proxy {
@@ -112,6 +117,22 @@ impl Guest for Proxy {
         post_copy::tell(&self.caller, turn);
     }
 
+    fn devices_ahead(&mut self) -> u64 {
+        self.fleet.ahead()
+    }
+
+    fn devices_size(&mut self) -> u64 {
+        self.fleet.size()
+    }
+
+    fn read_devices(&mut self, buffer: &mut [u8]) -> Result<Option<DevicePart>, Cause> {
+        let Some((number, Piece { begins, len })) = self.fleet.read(buffer)? else {
+            return Ok(None);
+        };
+        let device = u16::try_from(number)?;
+        Ok(Some(DevicePart { device, begins, len }))
+    }
+
     fn throttle(&mut self, percent: u8) -> Result<(), Cause> {
         self.caller.call(move |controller| controller.throttle(percent))
     }
@@ -136,6 +157,7 @@ impl Controller {
             served: served
                 .map(|machine| machine.devices().served().to_vec())
                 .unwrap_or_default(),
+            fleet: sent.fleet.clone(),
         };
         let started = self.start_migration(move || {
             let result = source.run(&mut proxy, &offered, &cpus);
@@ -175,13 +197,14 @@ impl Controller {
             return Err(ApiError::WrongPhase("there is no guest to be moved".to_owned()));
         };
         let served = machine.devices().served();
-        refuse(unmovable(backends, served, config.local), ApiError::Unsupported)?;
+        refuse(unmovable(backends, vm, served, config.local), ApiError::Unsupported)?;
         if config.local {
             // Another configuration of the VM, or of this request, mends that.
             refuse(hand_over::private(vm), ApiError::BadRequest)?;
         }
         if config.post_copy {
             refuse(post_copy::served(served), ApiError::Unsupported)?;
+            refuse(hosts::late(backends), ApiError::Unsupported)?;
             // As above.
             refuse(post_copy::of_huge_pages(vm), ApiError::BadRequest)?;
         }
@@ -194,13 +217,18 @@ impl Controller {
         let regions = memory::regions(&memory);
         let caller = Caller(self.inbox.clone());
         let devices = machine.devices();
+        let fleet = hosts::fleet(backends);
         let ran = config.local.then(Ran::new).transpose()?;
         let memory: Arc<dyn Memory> = match &ran {
             Some(ran) => Arc::new(Handing::new(&memory, ran, caller)?),
             None => {
                 let daemons = Daemons::new(devices.served(), &memory, devices.rooms())?;
                 let slots = machine.vm.memory_slots().clone();
-                Arc::new(Here::new(memory, slots, devices.backing(), daemons, caller))
+                let writers = Writers {
+                    daemons,
+                    fleet: fleet.clone(),
+                };
+                Arc::new(Here::new(memory, slots, devices.backing(), writers, caller))
             }
         };
         let sent = Sent {
@@ -210,6 +238,7 @@ impl Controller {
             regions,
             saved: None,
             ran,
+            fleet,
         };
         let source = Source::new(options, memory, handle, &self.sandbox);
         Ok((source.map_err(refusal)?, offered, cpus, sent))
@@ -238,6 +267,7 @@ impl Controller {
                 .iter()
                 .map(|(id, device)| (id.clone(), device.shown().into()))
                 .collect(),
+            hosts: hosts::kinds(backends)?,
         };
         let cpus = OfferedCpusV1 {
             plan: machine.plan.save(),
@@ -310,7 +340,7 @@ impl Controller {
         let Some(machine) = &mut self.machine else {
             return changed("the guest ended");
         };
-        let mut payloads = machine.save_state()?;
+        let mut payloads = machine.save_state(None)?;
         payloads.put(WANTED, "", &wanted)?;
         payloads.put(MOVED, "", &MovedV1 { paused })?;
         Ok(payloads)
@@ -336,6 +366,10 @@ impl Controller {
                     let _ = machine.vm.memory_slots().log_writes(false);
                     let served = machine.devices().served();
                     served.iter().for_each(|(_, device)| device.stop_log());
+                }
+                if let Ok(sent) = self.sent() {
+                    sent.fleet.stop_log();
+                    sent.fleet.finish();
                 }
                 if error.guest == Whereabouts::Unknown
                     && let Ok(sent) = self.sent()

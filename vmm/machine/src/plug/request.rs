@@ -110,8 +110,9 @@ impl Controller {
         let end = End::open(device, opener)?;
         machine.devices_mut().plug(device, &end, address)?;
         backends.insert(id, end, address);
-        if machine.devices().served().iter().any(|(served, _)| served == id) {
-            machine.forget_log("what the daemon of a new device writes is not seen");
+        let devices = machine.devices();
+        if devices.served().iter().any(|(served, _)| served == id) || devices.of_host().any(|own| own == id) {
+            machine.forget_log("what a new device of a daemon or of the host writes is not seen");
         }
         // The guest finds the others by function 0.
         if address.function() == 0 {

@@ -7,7 +7,7 @@ use std::error::Error;
 use serde::{Deserialize, Serialize};
 use triarch_arch::HexBytes;
 use triarch_pci::{PciAddress, PciRoot};
-use triarch_state::{Kind, PayloadError, Payloads};
+use triarch_state::{DeviceFiles, Kind, PayloadError, Payloads};
 use triarch_vhost_user::{LinkState, StateError, StateLimits, VhostUser};
 use triarch_virtio::balloon::Balloon;
 use triarch_virtio::iommu::VirtioIommu;
@@ -67,6 +67,8 @@ pub(crate) struct FunctionPlaceV1 {
 pub(crate) struct SavedDevices {
     pub(super) pci: PciStateV1,
     pub(super) payloads: Payloads,
+    /// What devices of the host are. `None`: it came another way.
+    pub(super) files: Option<DeviceFiles>,
 }
 
 type Carried<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -94,7 +96,7 @@ pub(crate) fn save(id: &str, function: &VirtioPci, payloads: &mut Payloads) -> R
     Ok(payloads.put(FUNCTION, id, &state)?)
 }
 
-fn carry(id: &str, source: Box<dyn Error + Send + Sync>) -> MachineError {
+pub(super) fn carry(id: &str, source: Box<dyn Error + Send + Sync>) -> MachineError {
     MachineError::Carry {
         id: id.to_owned(),
         source,

@@ -78,6 +78,7 @@ impl Saved {
         }
         let (cpus, firmware, platform) = (all.take(CPUS, "")?, all.take(FIRMWARE, "")?, all.take(PLATFORM, "")?);
         let (board, pci): (_, PciStateV1) = (all.take(BOARD, "")?, all.take(PCI, "")?);
+        let files = snapshot.as_ref().and_then(Snapshot::devices);
         Ok(Self {
             snapshot,
             moved,
@@ -90,7 +91,7 @@ impl Saved {
             mode,
             elapsed: Elapsed::Stands,
             pager: None,
-            devices: Some(SavedDevices { pci, payloads }),
+            devices: Some(SavedDevices { pci, payloads, files }),
         })
     }
 
@@ -254,7 +255,7 @@ impl Machine {
         }
         progress.note("processors and devices");
         // KVM writes some of that into the guest's memory: what was written is looked at afterwards.
-        let payloads = self.save_state()?;
+        let payloads = self.save_state(Some(&mut *writer))?;
         let memory = self.memory.memory();
         let slots = self.vm.memory_slots();
         match &mut self.log {
@@ -302,8 +303,9 @@ impl Machine {
         }
     }
 
-    /// What a guest that is paused is, beside its memory and what is in its configuration.
-    pub(crate) fn save_state(&mut self) -> Result<Payloads, MachineError> {
+    /// What a guest that is paused is, beside its memory and what is in its configuration. What only drivers of the host understand goes to
+    /// `writer`, if there is one.
+    pub(crate) fn save_state(&mut self, writer: Option<&mut SnapshotWriter>) -> Result<Payloads, MachineError> {
         let mut payloads = Payloads::default();
         payloads.put(CPUS, "", &self.plan.save())?;
         let plan = self.plan.clone();
@@ -314,7 +316,7 @@ impl Machine {
         payloads.put(FIRMWARE, "", &self.vcpus.firmware().save())?;
         payloads.put(PLATFORM, "", &self.platform.save(&self.vm)?)?;
         payloads.put(BOARD, "", &self.board.save())?;
-        let pci = self.devices.save(&mut payloads)?;
+        let pci = self.devices.save(&mut payloads, writer)?;
         payloads.put(PCI, "", &pci)?;
         Ok(payloads)
     }

@@ -4,6 +4,7 @@
 //! by the same assembly that boots one, with [`Saved`] as its origin.
 
 mod devices;
+mod hosts;
 mod log;
 mod machine;
 mod memory;
@@ -12,6 +13,7 @@ mod pager;
 mod request;
 
 pub(crate) use devices::{FunctionPlaceV1, PciStateV1, SavedDevices, save as save_function};
+pub(crate) use hosts::save as save_host;
 pub(crate) use log::WriteLog;
 pub(crate) use machine::Saved;
 pub(crate) use meters::SnapshotMeters;

@@ -88,7 +88,11 @@ impl Machine {
 
     /// Whether all writes to the guest's memory can be logged.
     fn can_log(&self) -> Result<(), MachineError> {
-        let served: Vec<_> = self.devices.served().iter().map(|(id, _)| format!("'{id}'")).collect();
+        let served = self.devices.served().iter().map(|(id, _)| id.as_str());
+        let served: Vec<_> = served
+            .chain(self.devices.of_host())
+            .map(|id| format!("'{id}'"))
+            .collect();
         match served.is_empty() {
             true => Ok(()),
             false => Err(MachineError::Unlogged(served.join(", "))),
@@ -101,8 +105,8 @@ impl Controller {
     pub(crate) fn snapshot(&mut self, config: &SnapshotConfig) -> Result<(), ApiError> {
         let (directory, base) = (config.directory()?, config.base_directory()?);
         self.check_memory_is_ours()?;
-        if let Some(backends) = &self.backends {
-            refuse(bound_to_host(backends).collect(), ApiError::Unsupported)?;
+        if let (Some(backends), Some(vm)) = (&self.backends, &self.config) {
+            refuse(bound_to_host(backends, vm), ApiError::Unsupported)?;
         }
         self.tell(&kind::VM_SNAPSHOTTING, Cause::Client);
         let (begun, mut bytes) = (Instant::now(), None);
@@ -310,6 +314,9 @@ pub(crate) fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u
 fn check_mode(vm: &VmConfig, mode: RestoreMode) -> Result<(), ApiError> {
     let problem = match mode {
         RestoreMode::Copy => return Ok(()),
+        _ if vm.devices.iter().flatten().next().is_some() => {
+            "takes a VM without devices of the host, which reach all of its memory from the beginning"
+        }
         _ if vm.memory.any_hugepages() => "takes memory that is not of huge pages",
         RestoreMode::Mapped if vm.memory.any_shared() || vm.needs_shared_memory() => {
             "takes memory that is not shared, as daemons need it"
