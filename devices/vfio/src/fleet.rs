@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
+use crate::HostDevice;
 use crate::lock;
 use crate::mover::{Immovable, MoveError, Mover, Piece};
 
@@ -36,6 +37,14 @@ impl Fleet {
             movers,
             logs: Arc::default(),
         }
+    }
+
+    /// Those of `devices`, all that a guest has, that stand still while it is paused: all of them, or none if one cannot, which others might
+    /// reach in vain. `peers`: they reach each other.
+    pub fn paused(devices: &[Arc<HostDevice>], peers: bool) -> Self {
+        let movers: Result<Vec<_>, _> = devices.iter().map(|device| device.mover()).collect();
+        let together = movers.and_then(|movers| Self::check_together(&movers, peers).map(|()| movers));
+        together.map(Self::new).unwrap_or_default()
     }
 
     /// Whether there are none.

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use thiserror::Error;
 use vmm_sys_util::epoll::Epoll;
 
 use crate::alarms::Alarms;
 use crate::host::{Container, Group};
-use crate::kernel::{DeviceFile, DeviceInfo, IommuFile, Kernel};
+use crate::kernel::{DeviceFile, DeviceInfo, IommuFile, Kernel, MoveKinds};
 use crate::mover::Moving;
 use crate::{FunctionError, Vm, lock};
 
@@ -65,6 +65,8 @@ pub(crate) struct Handle {
     // First the device, then its group.
     pub(crate) file: Box<dyn DeviceFile>,
     way: Way,
+    /// What it can beside standing still, once that was asked; `None`: not even that.
+    pub(crate) kinds: OnceLock<Option<MoveKinds>>,
     /// How far it is, if it goes with its guest.
     pub(crate) moving: Mutex<Moving>,
 }
@@ -101,6 +103,7 @@ impl Handle {
             alarms: Alarms::listen(name, &*file, set),
             file,
             way: way.clone(),
+            kinds: OnceLock::new(),
             moving: Mutex::default(),
         })
     }

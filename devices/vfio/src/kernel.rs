@@ -231,10 +231,10 @@ pub trait Moves {
 
 /// What a device is: bytes that only its driver understands.
 pub trait DataFile: Send {
-    /// The next of them; 0 at the end. ENOMSG: no more while it works.
+    /// The next of them; 0 at the end. ENOMSG: no more while it works. EAGAIN: none yet.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-    /// Takes all of `bytes`.
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Takes some of `bytes`. EAGAIN: none yet.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
     /// How many bytes it has to tell while it works (VFIO_MIG_GET_PRECOPY_INFO).
     fn ahead(&self) -> io::Result<u64>;
 }

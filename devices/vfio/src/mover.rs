@@ -11,6 +11,9 @@
 
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
@@ -21,6 +24,17 @@ use crate::lock;
 
 /// Most bytes that a device may be: more than the memory of any.
 pub(crate) const MOST: u64 = 1 << 40;
+/// How long a driver may have no data, or take none: the guest may stand still meanwhile.
+const PATIENCE: Duration = match cfg!(test) {
+    true => Duration::from_secs(1),
+    false => Duration::from_secs(10),
+};
+/// After how long it is asked again.
+const AGAIN: Duration = Duration::from_millis(1);
+
+/// What may take a driver a while.
+const TELL: &str = "tell its state";
+const TAKE: &str = "take the state that came";
 
 /// Why a device cannot go with its guest.
 #[derive(Debug, Error)]
@@ -65,6 +79,14 @@ pub enum MoveError {
         #[source]
         source: io::Error,
     },
+    /// Its driver has us wait.
+    #[error("the driver of the device {name} would not {what} for {} s", PATIENCE.as_secs())]
+    Late {
+        /// The device.
+        name: String,
+        /// What was asked of it.
+        what: &'static str,
+    },
     /// It did not stop when it should have.
     #[error("the device {name} does not stand still: {why}")]
     Moves {
@@ -90,7 +112,7 @@ pub(crate) struct Moving {
     /// Nothing more is to be read while it stands still.
     done: bool,
     /// Bytes since the data began.
-    carried: u64,
+    pub(crate) carried: u64,
     /// Why it does not stand still.
     trouble: Option<String>,
 }
@@ -138,10 +160,17 @@ pub struct Mover {
 
 impl Mover {
     pub(crate) fn of(name: &str, handle: &Arc<Handle>) -> Result<Self, Immovable> {
-        let kinds = handle.file.can_move().map_err(|source| Immovable::Kernel {
-            name: name.to_owned(),
-            source,
-        })?;
+        // Asked once: whoever stood still works again, whatever the kernel says then.
+        let kinds = match handle.kinds.get() {
+            Some(kinds) => *kinds,
+            None => {
+                let kinds = handle.file.can_move().map_err(|source| Immovable::Kernel {
+                    name: name.to_owned(),
+                    source,
+                })?;
+                *handle.kinds.get_or_init(|| kinds)
+            }
+        };
         let kinds = kinds.ok_or_else(|| Immovable::Driver(name.to_owned()))?;
         match handle.info.resets {
             true => Ok(Self {
@@ -357,28 +386,57 @@ impl Mover {
     /// # Errors
     /// Its driver fails: what was read is void.
     pub fn read(&self, buffer: &mut [u8]) -> Result<Option<Piece>, MoveError> {
-        let mut moving = lock(self.moving());
+        self.patiently(TELL, |moving| self.try_read(moving, buffer))
+    }
+
+    /// The same; pending: its driver has none yet.
+    fn try_read(&self, moving: &mut Moving, buffer: &mut [u8]) -> Result<Poll<Option<Piece>>, MoveError> {
         if moving.at == MoveState::Stop {
-            let begun = self.enter(&mut moving, MoveState::StopCopy);
+            let begun = self.enter(moving, MoveState::StopCopy);
             begun.map_err(self.failed("begin to tell its state"))?;
         }
         if moving.at == MoveState::Resuming || moving.done {
-            return Ok(None);
+            return Ok(Poll::Ready(None));
         }
         let Some(data) = &mut moving.data else {
-            return Ok(None);
+            return match moving.at.is_still() {
+                // It is something, and another one would become nothing.
+                true => Err(self.failed(TELL)(io::ErrorKind::NotFound.into())),
+                false => Ok(Poll::Ready(None)),
+            };
         };
         let len = match data.read(buffer) {
             Err(error) if error.raw_os_error() == Some(libc::ENOMSG) && !moving.at.is_still() => 0,
-            other => other.map_err(self.failed("tell its state"))?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Poll::Pending),
+            other => other.map_err(self.failed(TELL))?,
         };
         if len == 0 && !moving.at.is_still() {
-            return Ok(None);
+            return Ok(Poll::Ready(None));
         }
         moving.done = len == 0;
         moving.carry(len, &self.name)?;
         let begins = std::mem::replace(&mut moving.fresh, false);
-        Ok((begins || len > 0).then_some(Piece { begins, len }))
+        Ok(Poll::Ready((begins || len > 0).then_some(Piece { begins, len })))
+    }
+
+    /// Tries until its driver can, but not for ever. Nobody who wants to pause or reset it waits meanwhile.
+    fn patiently<T>(
+        &self,
+        what: &'static str,
+        mut act: impl FnMut(&mut Moving) -> Result<Poll<T>, MoveError>,
+    ) -> Result<T, MoveError> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let tried = act(&mut lock(self.moving()))?;
+            match tried {
+                Poll::Ready(done) => return Ok(done),
+                Poll::Pending if Instant::now() < end => thread::sleep(AGAIN),
+                Poll::Pending => {
+                    let name = self.name.clone();
+                    return Err(MoveError::Late { name, what });
+                }
+            }
+        }
     }
 
     /// Has it become another one, whose data come next. All that came before is void.
@@ -397,12 +455,25 @@ impl Mover {
     /// # Errors
     /// Its driver does not want them, or they are too many.
     pub fn load(&self, bytes: &[u8]) -> Result<(), MoveError> {
-        let mut moving = lock(self.moving());
-        moving.carry(bytes.len(), &self.name)?;
-        let Moving { at, data, .. } = &mut *moving;
+        lock(self.moving()).carry(bytes.len(), &self.name)?;
+        let mut left = bytes;
+        while !left.is_empty() {
+            let taken = self.patiently(TAKE, |moving| self.try_load(moving, left))?;
+            left = left.get(taken..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Takes some of them; pending: its driver takes none yet.
+    fn try_load(&self, moving: &mut Moving, bytes: &[u8]) -> Result<Poll<usize>, MoveError> {
+        let Moving { at, data, .. } = moving;
         let data = data.as_mut().filter(|_| *at == MoveState::Resuming);
         let data = data.ok_or_else(|| MoveError::Unasked(self.name.clone()))?;
-        data.write_all(bytes).map_err(self.failed("take the state that came"))
+        match data.write(bytes) {
+            Ok(0) => Err(self.failed(TAKE)(io::ErrorKind::WriteZero.into())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Poll::Pending),
+            other => other.map(Poll::Ready).map_err(self.failed(TAKE)),
+        }
     }
 
     /// That were all. Now it stands still, as the other one did.

@@ -74,7 +74,10 @@ impl Moves for DeviceFd {
             return Ok(None);
         };
         // SAFETY: the descriptor is new and owned by nobody else.
-        Ok(Some(Box::new(DataFd(unsafe { File::from_raw_fd(fd) }))))
+        let file = unsafe { File::from_raw_fd(fd) };
+        // Drivers without data would have us wait for as long as they like.
+        rustix::io::ioctl_fionbio(&file, true)?;
+        Ok(Some(Box::new(DataFd(file))))
     }
 
     fn state(&self) -> io::Result<MoveState> {
@@ -139,8 +142,13 @@ impl DataFile for DataFd {
         }
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(bytes)
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
     }
 
     fn ahead(&self) -> io::Result<u64> {
@@ -157,6 +165,8 @@ impl DataFile for DataFd {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+
     use super::*;
 
     #[test]
@@ -201,5 +211,20 @@ mod tests {
         assert_eq!(file.can_move().expect("an answer"), None);
         assert!(!file.can_log());
         assert!(file.take_log(4096, 0, 1 << 20, &mut [0; 3]).is_err(), "no room");
+    }
+
+    #[test]
+    fn nobody_waits_for_a_driver_without_data() {
+        let (read, write) = io::pipe().expect("a pipe");
+        let data = |end: OwnedFd| DataFd(end.into());
+        let (mut read, mut write) = (data(read.into()), data(write.into()));
+        for end in [&read, &write] {
+            rustix::io::ioctl_fionbio(&end.0, true).expect("set");
+        }
+        let none =
+            |result: io::Result<usize>| result.err().map(|error| error.kind()) == Some(io::ErrorKind::WouldBlock);
+        assert!(none(read.read(&mut [0; 8])));
+        while write.write(&[1; 4096]).is_ok() {}
+        assert!(none(write.write(&[1; 4096])));
     }
 }

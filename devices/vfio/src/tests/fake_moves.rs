@@ -26,6 +26,10 @@ pub(crate) struct FakeMoves {
     pub(crate) loaded: Vec<u8>,
     /// Bytes after which its driver has enough.
     pub(crate) most: Option<usize>,
+    /// How often its driver has nothing yet, and takes nothing.
+    pub(crate) waits: u64,
+    /// Its driver gives no data when it should.
+    pub(crate) mute: bool,
     /// States that it does not get to, and where it is then.
     pub(crate) fails: Vec<(MoveState, MoveState)>,
     pub(crate) no_log: bool,
@@ -38,6 +42,15 @@ pub(crate) struct FakeMoves {
 impl FakeMoves {
     fn at(&self) -> MoveState {
         self.state.unwrap_or(MoveState::Running)
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let waits = self.waits > 0;
+        self.waits = self.waits.saturating_sub(1);
+        match waits {
+            true => Err(refused(libc::EAGAIN)),
+            false => Ok(()),
+        }
     }
 }
 
@@ -71,7 +84,7 @@ impl Moves for Opened {
         if state == MoveState::Resuming {
             moves.loaded.clear();
         }
-        let begins = state.has_data() && !before.has_data();
+        let begins = state.has_data() && !before.has_data() && !moves.mute;
         Ok(begins.then(|| Box::new(Data(self.fake.clone())) as Box<dyn DataFile>))
     }
 
@@ -133,6 +146,7 @@ impl DataFile for Data {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.0.call("read data")?;
         let moves = &mut lock(&self.0.world).moves;
+        moves.wait()?;
         let still = moves.at().is_still();
         let from = match moves.ahead.is_empty() {
             false => &mut moves.ahead,
@@ -145,14 +159,17 @@ impl DataFile for Data {
         Ok(len)
     }
 
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.call("write data")?;
         let moves = &mut lock(&self.0.world).moves;
+        moves.wait()?;
+        // Never all of it at once.
+        let bytes = &bytes[..bytes.len().min(3)];
         if moves.most.is_some_and(|most| moves.loaded.len() + bytes.len() > most) {
             return Err(refused(libc::EINVAL));
         }
         moves.loaded.extend_from_slice(bytes);
-        Ok(())
+        Ok(bytes.len())
     }
 
     fn ahead(&self) -> io::Result<u64> {

@@ -9,6 +9,7 @@ use triarch_pci::{PciAddress, PciFunction};
 use super::fake::{CONFIG, Fake, Sysfs, host, message, options, ring, rung};
 use super::space::nvme;
 use crate::kernel::{MoveKinds, MoveState};
+use crate::mover::MOST;
 use crate::{Fleet, FunctionError, HostDevice, Immovable, MoveError, Mover, Piece, SavedFunction, VfioPci, lock};
 
 const ALL: MoveKinds = MoveKinds {
@@ -198,6 +199,41 @@ fn none_begins_anything_before_all_stand_still() {
 }
 
 #[test]
+fn all_devices_of_a_paused_guest_stand_still_or_none() {
+    let moves = |kinds| {
+        let fake = fake("", kinds, b"", b"", &Ways::default());
+        let device = host(&fake);
+        (fake, device)
+    };
+    let ((one, first), (other, second), (alone, third)) = (moves(ALL), moves(ALL), moves(NONE));
+    let plain = Fake::new(&nvme(), SIZES);
+    let unmoved = host(&plain);
+    let stood = |devices: &[&Arc<HostDevice>], peers| {
+        let devices: Vec<_> = devices.iter().map(|device| Arc::clone(device)).collect();
+        let fleet = Fleet::paused(&devices, peers);
+        fleet.pause();
+        let states = [&one, &other, &alone].map(|fake| state(fake) == MoveState::Stop);
+        fleet.resume();
+        states
+    };
+    assert_eq!(stood(&[&first, &second], true), [true, true, false]);
+    assert_eq!(
+        stood(&[&first, &third], true),
+        [false; 3],
+        "one would reach the other in vain"
+    );
+    assert_eq!(stood(&[&first, &third], false), [true, false, true]);
+    assert_eq!(stood(&[&third], true), [false, false, true]);
+    assert_eq!(stood(&[&first, &unmoved], true), [false; 3]);
+    // Who stands still works again, whatever the kernel answers then.
+    let fleet = Fleet::paused(std::slice::from_ref(&first), true);
+    fleet.pause();
+    one.fail("can move", libc::EACCES);
+    Fleet::new(vec![first.mover().expect("it moves")]).resume();
+    assert_eq!(state(&one), MoveState::Running);
+}
+
+#[test]
 fn a_device_that_does_not_stand_still_works_on() {
     for (kinds, failing) in [
         (NONE, MoveState::Stop),
@@ -279,6 +315,73 @@ fn more_than_was_told_is_carried_and_more_than_a_driver_takes_is_refused() {
     lock(&here.world).moves.fails = vec![(MoveState::Stop, MoveState::Error)];
     let error = finish(&device).expect_err("refused").to_string();
     assert_eq!(error, "the device 0000:01:00.0 cannot become what came");
+}
+
+#[test]
+fn a_driver_that_has_us_wait_is_waited_for_but_not_for_ever() {
+    let (there, _, source) = one(ALL, b"", b"the rest");
+    let (here, _, destination) = one(ALL, b"", b"");
+    source.pause();
+    lock(&there.world).moves.waits = 5;
+    lock(&here.world).moves.waits = 5;
+    carry(&source, &destination).expect("all of it");
+    assert_eq!(loaded(&here), b"the rest");
+    // While nobody is held up who pauses or resets it.
+    source.resume();
+    source.pause();
+    lock(&there.world).moves.waits = u64::MAX;
+    let late = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read(&source));
+        while lock(&there.world).moves.waits == u64::MAX {
+            std::thread::yield_now();
+        }
+        source.resume();
+        reader.join().expect("no panic")
+    });
+    assert!(late.expect("nothing").is_empty(), "it works on");
+    source.pause();
+    let error = read(&source).expect_err("late").to_string();
+    assert_eq!(
+        error,
+        "the driver of the device 0000:01:00.0 would not tell its state for 1 s"
+    );
+    source.resume();
+    assert_eq!(state(&there), MoveState::Running);
+    lock(&here.world).moves.waits = u64::MAX;
+    let late = destination.load(0, true, b"data");
+    assert!(matches!(late, Err(MoveError::Late { .. })), "{late:?}");
+}
+
+#[test]
+fn a_device_that_stands_still_without_data_is_not_taken_for_one_that_is_nothing() {
+    let (there, _, source) = one(NONE, b"", b"rest");
+    lock(&there.world).moves.mute = true;
+    source.pause();
+    let error = read(&source).expect_err("refused").to_string();
+    assert_eq!(error, "the device 0000:01:00.0 cannot tell its state");
+    source.finish();
+    source.resume();
+    assert_eq!(state(&there), MoveState::Running);
+}
+
+#[test]
+fn nobody_believes_a_device_that_is_larger_than_any() {
+    let (there, device, source) = one(NONE, b"", b"more");
+    let (_, other, destination) = one(NONE, b"", b"");
+    destination.load(0, true, b"more").expect("taken");
+    lock(&other.mover().expect("it moves").handle().moving).carried = MOST - 1;
+    destination.load(0, false, b"m").expect("taken");
+    let error = destination.load(0, false, b"o").expect_err("refused").to_string();
+    assert_eq!(error, "the state of the device 0000:01:00.0 has more than 1024 GiB");
+    // It begins to tell, and goes on for too long.
+    let mut buffer = [0; 2];
+    source.pause();
+    assert!(source.read(&mut buffer).expect("a part").is_some());
+    lock(&device.mover().expect("it moves").handle().moving).carried = MOST - 1;
+    assert!(matches!(source.read(&mut buffer), Err(MoveError::TooLarge(_))));
+    source.finish();
+    source.resume();
+    assert_eq!(state(&there), MoveState::Running);
 }
 
 #[test]
@@ -414,10 +517,10 @@ fn what_devices_write_is_logged() {
     assert!(!fleet.wrote_anything());
     // None at all.
     lock(&there.world).moves.no_log = true;
-    fleet.start_log(PAGE, &[0..PAGE]);
+    fleet.start_log(PAGE, &[0..PAGE, PAGE..2 * PAGE]);
     assert!(fleet.wrote_anything());
     // Who stands still writes nothing.
     fleet.pause();
-    fleet.start_log(PAGE, &[0..PAGE]);
+    fleet.start_log(PAGE, &[0..PAGE, PAGE..2 * PAGE]);
     assert!(!fleet.wrote_anything());
 }
