@@ -187,8 +187,11 @@ impl SnapshotWriter {
         self.memory.sync_all().map_err(SnapshotError::host("write", &path))?;
         write_new(&self.dir.join(CONFIG), config)?;
         // Those that are left of one that was never finished, and had more devices.
-        let mut left = self.devices..=u32::MAX;
-        while left.next().map_or(Ok(false), |number| remove(&devices::path(&self.dir, number)))? {}
+        for number in self.devices.. {
+            if !remove(&devices::path(&self.dir, number))? {
+                break;
+            }
+        }
         let table = MemoryTable::new(std::mem::take(&mut self.ranges));
         let (text, checksum) = document::text(about, table, payloads)?;
         let unfinished = self.dir.join(UNFINISHED_STATE);

@@ -1,5 +1,6 @@
 //! The states of devices in files of their own.
 
+use std::os::unix::fs::MetadataExt;
 use std::{fs, io};
 
 use crate::{DeviceFile, DeviceFiles, Payloads, Snapshot, SnapshotError, SnapshotWriter};
@@ -66,6 +67,32 @@ fn devices_become_what_was_saved_and_nothing_else() {
     }
     fs::remove_file(&path).expect("removed");
     assert!(read(&files, &first).is_err());
+}
+
+#[test]
+fn what_somebody_left_is_neither_written_into_nor_kept() {
+    let top = tempfile::tempdir().expect("a directory");
+    let dir = top.path().join("snapshot");
+    fs::create_dir(&dir).expect("a directory");
+    let victim = top.path().join("victim");
+    fs::write(&victim, "mine").expect("a file");
+    std::os::unix::fs::symlink(&victim, dir.join("device-0")).expect("a link");
+    for name in ["device-1", "device-2", "device-other"] {
+        fs::write(dir.join(name), "left").expect("a file");
+    }
+    let mut writer = SnapshotWriter::create(&dir).expect("a writer");
+    let file = write(&mut writer, &state(10)).expect("written");
+    writer.finish(b"{}", &about(), Payloads::default()).expect("finished");
+    assert_eq!(fs::read_to_string(&victim).expect("a file"), "mine");
+    let own = fs::symlink_metadata(dir.join("device-0")).expect("a file");
+    assert!(own.is_file() && own.mode() & 0o077 == 0, "{:o}", own.mode());
+    let files = Snapshot::open(&dir, "x86_64").expect("opened").devices();
+    assert_eq!(read(&files.expect("files"), &file).expect("read"), state(10));
+    let there = |name: &str| dir.join(name).exists();
+    assert_eq!(
+        ["device-1", "device-2", "device-other"].map(there),
+        [false, false, true]
+    );
 }
 
 #[test]
