@@ -66,6 +66,12 @@ impl Measured {
     pub(crate) fn paused(&self) -> u64 {
         self.remaining.saturating_add(self.devices)
     }
+
+    /// Whether the promise could be kept if the guest wrote no memory at all.
+    pub(crate) fn may_keep(&self, limits: &Limits) -> bool {
+        let expected = expected_downtime(self.devices, self.rate, limits.state_time + self.pause);
+        expected.is_some_and(|expected| expected <= limits.downtime)
+    }
 }
 
 /// What to do after a round.
@@ -129,7 +135,7 @@ pub(crate) fn decide(measured: &Measured, limits: &Limits) -> Decision {
     };
     let more = more.min(limits.max_throttle).min(99);
     // Slower vCPUs do not make what else a pause takes any shorter.
-    let helps = measured.pause.is_zero() || limits.state_time + measured.pause <= limits.downtime;
+    let helps = measured.pause.is_zero() && measured.devices == 0 || measured.may_keep(limits);
     match !shrinks && helps && more > measured.throttle {
         true => Decision::Throttle(more),
         false => Decision::Again,
@@ -314,6 +320,25 @@ mod tests {
             assert_eq!(decide(&late, &limits()), Decision::TimedOut);
             assert_eq!(decide(&late, &switch), Decision::SwitchAnyway);
         }
+    }
+
+    #[test]
+    fn what_devices_are_counts_as_memory_and_nobody_is_slowed_down_for_it() {
+        let with = |devices: u64, remaining| Measured {
+            devices: devices * MIB,
+            ..after(remaining, Some(remaining), 0)
+        };
+        assert_eq!(decide(&with(60, 40), &limits()), Decision::Switch);
+        assert_eq!(decide(&with(60, 41), &limits()), Decision::Throttle(20));
+        assert_eq!(decide(&with(101, 0), &limits()), Decision::Again);
+        assert_eq!(decide(&with(101, 900), &limits()), Decision::Again, "it would not help");
+        let (fits, large) = (with(100, 0), with(101, 0));
+        assert!(fits.may_keep(&limits()) && !large.may_keep(&limits()));
+        let late = Measured {
+            elapsed: Duration::from_secs(60),
+            ..large
+        };
+        assert_eq!(decide(&late, &limits()), Decision::TimedOut);
     }
 
     #[test]

@@ -120,8 +120,8 @@ pub enum SourceError {
     Cancelled,
     /// It took too long.
     #[error(
-        "the guest writes memory faster than it can be sent, or is slow to pause: after {} s it would still be paused for {expected_ms} ms, and \
-         {limit_ms} ms are allowed",
+        "the guest writes memory faster than it can be sent, is slow to pause, or has a device whose state is large: after {} s it would still \
+         be paused for {expected_ms} ms, and {limit_ms} ms are allowed",
         .elapsed.as_secs()
     )]
     TimedOut {
@@ -239,6 +239,8 @@ struct Session {
     rounds: u32,
     throttle: u8,
     tried: Tried,
+    /// Devices told what they are: the destination's have to reach all of its memory before they become that.
+    has_devices: bool,
     began: Instant,
     /// When the destination heard last how far this is. Many rounds may pass in the time in which it gives up a source that is silent.
     said: Instant,
@@ -384,6 +386,7 @@ impl Source {
                 rounds: 0,
                 throttle: 0,
                 tried: Tried::default(),
+                has_devices: false,
                 began: Instant::now(),
                 said: Instant::now(),
             }),
@@ -424,8 +427,9 @@ impl Source {
             };
             match decision {
                 Decision::Again => {
-                    // It may wait for nothing but a time to pause the guest again.
-                    lull = !measured.pause.is_zero();
+                    // It may wait for nothing but a time to pause the guest again, or for a device that is less then.
+                    lull =
+                        !measured.pause.is_zero() || measured.devices > 0 && !measured.may_keep(&self.options.limits);
                     next = written;
                 }
                 Decision::Throttle(percent) => {

@@ -1,5 +1,8 @@
 //! What devices are that only their drivers understand: bytes beside memory and state, before the guest is paused and after.
 
+use std::sync::atomic::Ordering;
+
+use super::worker::Failed;
 use super::{Guest, Session, Source, SourceError};
 use crate::stream::StreamError;
 use crate::wire::{MAX_STATE_PART, Message};
@@ -57,7 +60,12 @@ impl Source {
             return Ok(None);
         };
         let part = &buffer[..len.min(MAX_STATE_PART)];
-        session.control.send(&Message::Device { device, begins, part })?;
+        let sent = session.control.send(&Message::Device { device, begins, part });
+        // A destination that does not want it says why before it closes the connection.
+        let sent = sent.map_err(|error| self.reason(session, Failed::Stream(error)))?;
+        let wire = &self.handle.counters().wire_bytes;
+        wire.fetch_add(sent as u64, Ordering::Relaxed);
+        session.has_devices = true;
         Ok(Some(part.len()))
     }
 }

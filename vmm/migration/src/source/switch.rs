@@ -129,7 +129,11 @@ impl Switch<'_> {
     fn run(&mut self) {
         self.step(SourceEvent::Paused);
         if self.state == Commit::StateSent {
-            let wait = self.source.options.deadlines.silence;
+            let deadlines = &self.source.options.deadlines;
+            let wait = match self.session.has_devices {
+                true => deadlines.prepare(self.session.layout.len()),
+                false => deadlines.silence,
+            };
             let restored = answered(self.session.control.expect(Kind::Ready, wait, "restore the guest"));
             match restored {
                 Ok(()) if self.is_line_lost() => {}

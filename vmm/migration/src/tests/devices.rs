@@ -2,17 +2,24 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::Duration;
 
-use super::mock::{End, Fails, MockGuest, MockMemory, destination_options, migrate, regions, socket, source_options};
+use super::mock::{
+    End, Fails, MockGuest, MockMemory, World, destination_options, migrate, regions, socket, source_options,
+};
 use crate::{Destination, DevicePart, Handle, SourceError, SourceOptions, Whereabouts, sentence};
 
-fn part(device: u16, begins: bool, bytes: &[u8]) -> (DevicePart, Vec<u8>) {
+pub(super) fn part(device: u16, begins: bool, bytes: &[u8]) -> (DevicePart, Vec<u8>) {
     let len = bytes.len();
     (DevicePart { device, begins, len }, bytes.to_vec())
 }
 
 fn moves(guest: &mut MockGuest, change: impl Fn(&mut SourceOptions)) -> End {
+    moves_by(&Handle::new(None), guest, change)
+}
+
+fn moves_by(handle: &Handle, guest: &mut MockGuest, change: impl Fn(&mut SourceOptions)) -> End {
     let (_dir, address) = socket();
     let destination = Destination::bind(destination_options(&address)).expect("listens");
     let memory = MockMemory::new(&regions());
@@ -20,7 +27,7 @@ fn moves(guest: &mut MockGuest, change: impl Fn(&mut SourceOptions)) -> End {
     let mut options = source_options(&address);
     change(&mut options);
     let fails = guest.fails;
-    migrate(destination, fails, options, &memory, guest, &Handle::new(None))
+    migrate(destination, fails, options, &memory, guest, handle)
 }
 
 #[test]
@@ -58,6 +65,46 @@ fn a_guest_stays_whose_device_tells_nothing_or_is_not_wanted() {
         assert!(end.world.pauses.load(Ordering::SeqCst) >= pauses);
         assert!(end.world.aborted.load(Ordering::SeqCst));
     }
+}
+
+#[test]
+fn a_destination_that_does_not_want_a_device_says_why_also_after_a_while() {
+    let mut guest = MockGuest::new(&Arc::default(), Fails::LoadDevice);
+    guest.devices = vec![part(0, true, &[1; 1000]); 100];
+    // By then it has closed the connection.
+    guest.tells = Duration::from_millis(100);
+    let end = moves(&mut guest, |_| {});
+    let error = end.source.expect_err("it stays");
+    assert_eq!(error.guest, Whereabouts::RunsHere);
+    let words = sentence(&error);
+    assert!(
+        words.contains("the device gpu cannot take the state that came"),
+        "{words}"
+    );
+    assert!(!guest.devices.is_empty(), "the rest was not sent");
+}
+
+#[test]
+fn a_cancel_while_a_device_tells_lets_its_guest_run_on() {
+    let world: Arc<World> = Arc::default();
+    let mut guest = MockGuest::new(&world, Fails::Nothing);
+    guest.paused_devices = vec![part(0, true, b"more"); 100];
+    guest.tells = Duration::from_millis(100);
+    let handle = Handle::new(None);
+    let end = thread::scope(|scope| {
+        scope.spawn(|| {
+            while world.pauses.load(Ordering::SeqCst) == 0 {
+                thread::yield_now();
+            }
+            handle.cancel();
+        });
+        moves_by(&handle, &mut guest, |_| {})
+    });
+    let error = end.source.expect_err("it stays");
+    assert!(matches!(error.why, SourceError::Cancelled), "{error:?}");
+    assert_eq!(error.guest, Whereabouts::RunsHere);
+    assert_eq!(world.running(), (true, false));
+    assert!(guest.paused_devices.len() > 50, "it did not wait for the rest");
 }
 
 #[test]

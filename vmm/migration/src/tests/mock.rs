@@ -193,6 +193,8 @@ pub(super) struct MockGuest {
     pub(super) writes_out: Duration,
     /// How long it takes to pause.
     pub(super) stops: Duration,
+    /// How long a read of its devices takes.
+    pub(super) tells: Duration,
     /// What devices are, before it is paused and after.
     pub(super) devices: Vec<(DevicePart, Vec<u8>)>,
     pub(super) paused_devices: Vec<(DevicePart, Vec<u8>)>,
@@ -208,6 +210,7 @@ impl MockGuest {
             fails,
             writes_out: Duration::ZERO,
             stops: Duration::ZERO,
+            tells: Duration::ZERO,
             devices: Vec::new(),
             paused_devices: Vec::new(),
         }
@@ -270,6 +273,7 @@ impl Guest for MockGuest {
     }
 
     fn read_devices(&mut self, buffer: &mut [u8]) -> Result<Option<DevicePart>, Cause> {
+        thread::sleep(self.tells);
         let paused = self.world.pauses.load(Ordering::SeqCst) > 0;
         if paused && self.fails == Fails::Device {
             fail("the device gpu cannot tell its state")?;

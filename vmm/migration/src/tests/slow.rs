@@ -15,8 +15,8 @@ use super::mock::{
     Fails, MockGuest, MockMemory, World, deadlines, destination_options, migrate, regions, socket, source_options,
 };
 use crate::{
-    Blocker, Cause, Deadlines, Destination, DestinationOptions, Handed, Handle, Limits, Memory, Offer, OnTimeOut,
-    Region, Sink, Source, SourceError, SourceOptions, Target,
+    Blocker, Cause, Deadlines, Destination, DestinationOptions, Handed, Handle, Limits, Memory, Moved, NotMoved, Offer,
+    OnTimeOut, Region, Sink, Source, SourceError, SourceOptions, Target,
 };
 
 const SILENCE: Duration = Duration::from_secs(4);
@@ -139,12 +139,15 @@ impl Target for Empty {
     }
 }
 
-/// A destination that takes all memory of its host before it answers.
-struct Prefaults;
+/// A destination that takes all memory of its host before it answers, or for its devices.
+struct Prefaults {
+    prepares: Duration,
+    restores: Duration,
+}
 
 impl Sink for Prefaults {
     fn prepare(&mut self, _offer: &Offer<'_>, _handed: Option<Handed>) -> Result<Arc<dyn Target>, Cause> {
-        thread::sleep(LONGER);
+        thread::sleep(self.prepares);
         Ok(Arc::new(Empty))
     }
 
@@ -152,7 +155,12 @@ impl Sink for Prefaults {
         Vec::new()
     }
 
+    fn load_device(&mut self, _device: u16, _begins: bool, _part: &[u8]) -> Result<(), Cause> {
+        Ok(())
+    }
+
     fn restore(&mut self, _state: Payloads) -> Result<(), Cause> {
+        thread::sleep(self.restores);
         Ok(())
     }
 
@@ -163,20 +171,49 @@ impl Sink for Prefaults {
     fn abort(&mut self, _why: &str) {}
 }
 
-#[test]
-fn a_destination_may_take_the_longer_the_more_memory_it_makes() {
+/// What comes of `guest` with 4 GiB, and such a destination.
+fn large(mut takes: Prefaults, guest: &mut MockGuest) -> Result<Moved, NotMoved> {
     let (_dir, address) = socket();
     let destination = Destination::bind(destination_options(&address)).expect("listens");
     let sandbox: Arc<dyn Sandbox> = Arc::new(NoSandbox);
     let theirs = sandbox.clone();
-    let takes = thread::spawn(move || destination.run(&mut Prefaults, &Handle::new(None), &theirs));
-    let mut guest = MockGuest::new(&Arc::<World>::default(), Fails::Nothing);
+    let took = thread::spawn(move || destination.run(&mut takes, &Handle::new(None), &theirs));
     let options = SourceOptions {
         deadlines: patience(),
+        // No page is sent by which anybody knew how fast that goes.
+        limits: Limits {
+            time: Some(Duration::from_secs(1)),
+            on_time_out: OnTimeOut::Switch,
+            ..Limits::default()
+        },
         ..source_options(&address)
     };
     let source = Source::new(options, Arc::new(Empty), &Handle::new(None), &sandbox).expect("a source");
-    let moved = source.run(&mut guest, b"config", b"cpu");
+    let moved = source.run(guest, b"config", b"cpu");
+    let took = took.join().expect("no panic");
+    assert_eq!(took.is_ok(), moved.is_ok(), "{took:?}");
+    moved
+}
+
+#[test]
+fn a_destination_may_take_the_longer_the_more_memory_it_makes() {
+    let mut guest = MockGuest::new(&Arc::<World>::default(), Fails::Nothing);
+    let takes = Prefaults {
+        prepares: LONGER,
+        restores: Duration::ZERO,
+    };
+    let moved = large(takes, &mut guest);
     assert!(moved.is_ok(), "{moved:?}");
-    assert!(takes.join().expect("no panic").is_ok());
+}
+
+#[test]
+fn a_destination_may_take_the_longer_the_more_memory_its_devices_reach() {
+    let takes = Prefaults {
+        prepares: Duration::ZERO,
+        restores: LONGER,
+    };
+    let mut guest = MockGuest::new(&Arc::<World>::default(), Fails::Nothing);
+    guest.paused_devices = vec![super::devices::part(0, true, b"state")];
+    let moved = large(takes, &mut guest);
+    assert!(moved.is_ok(), "{moved:?}");
 }
