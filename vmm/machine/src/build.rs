@@ -233,13 +233,13 @@ impl Machine {
     pub(crate) fn pause(&mut self) -> Result<(), MachineError> {
         self.vcpus.pause()?;
         self.devices.pause();
-        self.devices.fleet().pause();
+        self.devices.pause_hosts();
         Ok(())
     }
 
     /// Lets it go on.
     pub(crate) fn resume(&mut self) -> Result<(), MachineError> {
-        self.devices.fleet().resume();
+        self.devices.resume_hosts();
         self.devices.resume();
         self.vcpus.resume();
         Ok(())

@@ -16,7 +16,7 @@ use crate::progress::Progress;
 /// A device as the bus has it.
 pub(super) enum Function {
     Virtio(Arc<VirtioPci>),
-    /// A device of the host. It stands still with the guest only if it [can](Devices::fleet): others go on with what they were told. The
+    /// A device of the host. It stands still with the guest only if [all can](Devices::pause_hosts): others go on with what they were told. The
     /// guest's IOMMU knows it as the endpoint, if it is behind that.
     Host(Arc<VfioPci>, Option<Arc<Endpoint>>),
 }
@@ -86,7 +86,12 @@ impl Devices {
                 made.map_err(|error| MachineError::device(id, error))?
             }
         };
-        self.put(progress, total, id, Function::Host(Arc::new(function), endpoint.clone()))?;
+        self.put(
+            progress,
+            total,
+            id,
+            Function::Host(Arc::new(function), endpoint.clone()),
+        )?;
         let requester = self.functions.last().map(|placed| placed.address.requester());
         if let Some((endpoint, requester)) = endpoint.zip(requester) {
             endpoint.place(requester.into()).map_err(|error| {
@@ -98,18 +103,28 @@ impl Devices {
             })?;
         }
         if self.paused {
-            self.fleet().pause();
+            self.pause_hosts();
         }
         Ok(())
     }
 
-    /// The devices of the host that go with the guest, and stand still with it.
-    pub(crate) fn fleet(&self) -> Fleet {
-        let mover = |placed: &Placed| match &placed.function {
-            Function::Host(function, _) => function.host().mover().ok(),
+    fn host_devices(&self) -> impl Iterator<Item = &Arc<HostDevice>> {
+        self.functions.iter().filter_map(|placed| match &placed.function {
+            Function::Host(function, _) => Some(function.host()),
             Function::Virtio(_) => None,
-        };
-        Fleet::new(self.functions.iter().filter_map(mover).collect())
+        })
+    }
+
+    /// Has devices of the host stand still, if all of them can.
+    pub(crate) fn pause_hosts(&self) {
+        let devices: Vec<_> = self.host_devices().cloned().collect();
+        Fleet::paused(&devices, self.host.peers).pause();
+    }
+
+    /// Has those work that stand still.
+    pub(crate) fn resume_hosts(&self) {
+        let movers = self.host_devices().filter_map(|device| device.mover().ok());
+        Fleet::new(movers.collect()).resume();
     }
 
     /// The ids of those of the host.

@@ -86,7 +86,11 @@ pub(super) fn kinds(backends: &Backends) -> Result<BTreeMap<String, String>, Mac
 
 /// Whether the devices of `backends` can become those of these kinds, which the guest has.
 pub(super) fn same_kinds(backends: &Backends, theirs: &BTreeMap<String, String>) -> Result<(), MachineError> {
-    for (id, kind) in kinds(backends)? {
+    compare(kinds(backends)?, theirs)
+}
+
+fn compare(ours: BTreeMap<String, String>, theirs: &BTreeMap<String, String>) -> Result<(), MachineError> {
+    for (id, kind) in ours {
         match theirs.get(&id) {
             Some(wanted) if *wanted == kind => {}
             wanted => {
@@ -98,4 +102,38 @@ pub(super) fn same_kinds(backends: &Backends, theirs: &BTreeMap<String, String>)
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_becomes_one_of_its_kind() {
+        let kinds = |list: &[(&str, &str)]| {
+            list.iter()
+                .map(|(id, kind)| ((*id).to_owned(), (*kind).to_owned()))
+                .collect()
+        };
+        let theirs = kinds(&[("gpu", "10de:2330"), ("nic", "15b3:101e")]);
+        compare(kinds(&[("nic", "15b3:101e")]), &theirs).expect("the same");
+        let refused = |ours| triarch_api::chain(&compare(ours, &theirs).expect_err("refused"));
+        let other = refused(kinds(&[("gpu", "10de:2330"), ("nic", "8086:1889")]));
+        assert!(
+            other.contains("nic") && other.contains("the guest has 15b3:101e, and here it is 8086:1889"),
+            "{other}"
+        );
+        let none = refused(kinds(&[("disk", "1b36:0010")]));
+        assert!(none.contains("disk") && none.contains("the guest has none"), "{none}");
+    }
+
+    #[test]
+    fn a_device_that_stays_is_named_with_its_reason() {
+        let Blocker { what, name, reason, .. } = blocker("nic", &Immovable::Driver("0000:01:00.0".to_owned()));
+        assert_eq!((what, name.as_str()), (Part::Device, "nic"));
+        assert_eq!(
+            reason,
+            "'nic' is a device of this host: the driver of the device 0000:01:00.0 on this host cannot tell its state (VFIO's migration protocol)"
+        );
+    }
 }

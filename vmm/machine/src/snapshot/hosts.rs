@@ -44,6 +44,8 @@ pub(crate) fn save(
         mover.finish();
         written
     });
+    // Memory is saved after this, and nobody may write there.
+    mover.check_still().map_err(|error| carry(id, error.into()))?;
     let SavedFunction { registers, bars, msix } = function.save();
     let saved = HostDeviceV1 {
         registers: HexBytes(registers),
