@@ -231,27 +231,29 @@ fn listening(client: &mut Client) -> Result<String> {
     Err(anyhow!("nobody listens"))
 }
 
-/// A full guest, and a plain copy of as many bytes over as many connections, in turns.
+/// A full guest, and plain copies of as many bytes over as many connections, in turns.
 fn throughput(setup: &Setup) -> Result<Vec<Vec<String>>> {
     let mut rows = Vec::new();
     for (streams, goal) in [(1, ""), (4, "80")] {
         let mut mover = Mover::start(setup, RAM, "")?;
         let filled = mover.fill()?;
-        let (mut ours, mut plain, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ours, mut plain, mut memory) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..setup.turns {
-            let copied = copy(streams, filled)?;
+            plain.push(copy(streams, filled, Ends::OneBuffer)?);
+            // What it gives back is what the destination gets.
+            memory.push(copy(streams, filled, Ends::Memory)?);
             let moved = mover.moves(&format!(r#","connections":{streams}"#))?;
             let sent = moved.figure("pages")? * bytes(PAGE) / bytes(MIB);
-            let rate = sent / (moved.figure("elapsed_ms")? / 1000.0);
-            ours.push(rate);
-            plain.push(copied);
-            ratios.push(100.0 * rate / copied);
+            ours.push(sent / (moved.figure("elapsed_ms")? / 1000.0));
         }
+        let part = |of: &[f64]| -> Vec<f64> { ours.iter().zip(of).map(|(ours, of)| 100.0 * ours / of).collect() };
         let name = |what: &str| format!("{streams} connections: {what}");
         for (name, goal, values) in [
             (name("a full guest of 1 GiB, MiB/s"), "", &ours),
             (name("a plain copy, MiB/s"), "", &plain),
-            (name("of the plain copy, %"), goal, &ratios),
+            (name("of the plain copy, %"), goal, &part(&plain)),
+            (name("a copy from memory to memory, MiB/s"), "", &memory),
+            (name("of the copy from memory to memory, %"), "", &part(&memory)),
         ] {
             let middle = shown(quantile(values, 0.5));
             rows.push(line([
@@ -266,42 +268,72 @@ fn throughput(setup: &Setup) -> Result<Vec<Vec<String>>> {
     Ok(rows)
 }
 
-/// MiB a second of a plain copy over loopback TCP, as iperf does it: each end has one buffer.
-fn copy(streams: u64, total: u64) -> Result<f64> {
-    const BUFFER: usize = 512 << 10;
+/// What the ends of a plain copy have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ends {
+    /// One buffer each, as with iperf.
+    OneBuffer,
+    /// All bytes, as a guest that is moved: in memory that was touched before.
+    Memory,
+}
+
+impl Ends {
+    /// Memory of an end that takes or gives `each` bytes.
+    fn memory(self, each: usize) -> Vec<u8> {
+        match self {
+            Self::OneBuffer => vec![7; each.min(BUFFER)],
+            Self::Memory => vec![7; each],
+        }
+    }
+}
+
+/// Bytes that a plain copy sends or takes at once.
+const BUFFER: usize = 512 << 10;
+
+/// MiB a second of a plain copy over loopback TCP.
+fn copy(streams: u64, total: u64, ends: Ends) -> Result<f64> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
-    let each = total / streams;
+    let each = usize::try_from(total / streams)?;
+    let pairs = (0..streams).map(|_| -> Result<_> {
+        let sender = TcpStream::connect(address)?;
+        Ok((sender, listener.accept()?.0, ends.memory(each), ends.memory(each)))
+    });
+    let pairs = pairs.collect::<Result<Vec<_>>>()?;
     let began = Instant::now();
-    let senders: Vec<_> = (0..streams)
-        .map(|_| {
-            thread::spawn(move || -> Result<()> {
-                let mut stream = TcpStream::connect(address)?;
-                let buffer = vec![7; BUFFER];
-                let mut left = each;
-                while left > 0 {
-                    let part = left.min(BUFFER as u64);
-                    stream.write_all(&buffer[..usize::try_from(part)?])?;
-                    left -= part;
-                }
-                Ok(())
-            })
-        })
-        .collect();
-    let receivers: Result<Vec<_>> = (0..streams)
-        .map(|_| {
-            let mut stream = listener.accept()?.0;
-            Ok(thread::spawn(move || -> Result<()> {
-                let mut buffer = vec![0; BUFFER];
-                while stream.read(&mut buffer)? > 0 {}
-                Ok(())
-            }))
-        })
-        .collect();
-    for thread in senders.into_iter().chain(receivers?) {
-        thread.join().map_err(|_| anyhow!("a thread panicked"))??;
-    }
-    Ok(bytes(each * streams / MIB) / began.elapsed().as_secs_f64())
+    let threads = pairs.into_iter().flat_map(|(mut sender, mut receiver, from, mut to)| {
+        let sends = thread::spawn(move || -> Result<Vec<u8>> {
+            let mut done = 0;
+            while done < each {
+                let at = if from.len() == each { done } else { 0 };
+                let part = BUFFER.min(each - done);
+                sender.write_all(&from[at..at + part])?;
+                done += part;
+            }
+            Ok(from)
+        });
+        let takes = thread::spawn(move || -> Result<Vec<u8>> {
+            let mut done = 0;
+            while done < each {
+                let at = if to.len() == each { done } else { 0 };
+                let part = BUFFER.min(each - done);
+                let came = receiver.read(&mut to[at..at + part])?;
+                ensure!(came > 0, "the connection ended");
+                done += came;
+            }
+            Ok(to)
+        });
+        [sends, takes]
+    });
+    // Begun all before the first is waited for. Giving the memory back is none of a copy.
+    let threads: Vec<_> = threads.collect();
+    let kept = threads
+        .into_iter()
+        .map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))?);
+    let kept = kept.collect::<Result<Vec<_>>>()?;
+    let seconds = began.elapsed().as_secs_f64();
+    drop(kept);
+    Ok(bytes(total / streams * streams / MIB) / seconds)
 }
 
 /// A guest of 1 GiB, half of it data, that writes at a rate.
@@ -319,13 +351,22 @@ fn downtime(setup: &Setup) -> Result<Vec<Vec<String>>> {
     Ok(rows)
 }
 
-/// A guest of 4 GiB without data: memory that was never touched, and memory that is there and empty.
+/// A guest of 4 GiB without data: memory that was never touched, that the guest wrote zeroes to, and that both VMMs touch at the start.
 fn zeroes(setup: &Setup) -> Result<Vec<Vec<String>>> {
     let mut rows = Vec::new();
-    for (name, more) in [("never touched", ""), ("zero pages", r#","prefault":true"#)] {
+    for (name, more, written) in [
+        ("never touched", "", false),
+        ("zero pages", "", true),
+        ("zero pages, prefault", r#","prefault":true"#, false),
+    ] {
         let mut times = Vec::new();
         for _ in 0..setup.turns {
             let mut mover = Mover::start(setup, 4 << 30, more)?;
+            if written {
+                let (start, len) = mover.arena()?;
+                mover.guest.patience(PATIENCE)?;
+                mover.guest.ask(&format!("mem zero {start} {len}"))?;
+            }
             times.push(mover.moves(r#","connections":4"#)?.figure("elapsed_ms")?);
         }
         rows.push(row(format!("4 GiB, {name}: the whole migration, ms"), "1000", &times));
@@ -357,8 +398,13 @@ mod tests {
 
     #[test]
     fn a_plain_copy_has_a_rate() {
-        for streams in [1, 4] {
-            let rate = copy(streams, 8 * MIB).unwrap();
+        for (streams, ends) in [
+            (1, Ends::OneBuffer),
+            (4, Ends::OneBuffer),
+            (1, Ends::Memory),
+            (4, Ends::Memory),
+        ] {
+            let rate = copy(streams, 8 * MIB + 4, ends).unwrap();
             assert!(rate > 0.0, "{rate}");
         }
     }

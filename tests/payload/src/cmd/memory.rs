@@ -27,7 +27,7 @@ fn slice(guest: &Guest, range: &Range<u64>) -> Result<&'static mut [u8], String>
     Ok(unsafe { core::slice::from_raw_parts_mut(range.start as *mut u8, (range.end - range.start) as usize) })
 }
 
-/// `mem map|arenas|fill|verify|checksum`
+/// `mem map|arenas|fill|zero|verify|checksum`
 pub fn run(guest: &Guest, args: &mut Args) -> Reply {
     match args.word("what")? {
         "map" => {
@@ -60,6 +60,10 @@ pub fn run(guest: &Guest, args: &mut Args) -> Reply {
         "fill" => {
             let bytes = range(guest, args)?;
             data::fill(bytes, args.number("SEED")?, 0);
+            Ok(String::new())
+        }
+        "zero" => {
+            range(guest, args)?.fill(0);
             Ok(String::new())
         }
         "verify" => {
