@@ -2,7 +2,7 @@
 //!
 //! Guest physical addresses (GPA) are [`vm_memory::GuestAddress`]; sizes are bytes.
 
-#![allow(unsafe_code)] // madvise and userfaultfd on mappings this crate owns
+#![allow(unsafe_code)] // madvise, userfaultfd and sockets on mappings this crate owns
 
 mod align;
 mod backing;
@@ -15,6 +15,7 @@ mod ram;
 mod regions;
 mod sparse;
 mod touched;
+mod transfer;
 mod userfault;
 
 pub use backing::{Backing, ZoneRam, adopt_zones, allocate_zones};
@@ -26,6 +27,7 @@ pub use ram::{HugePages, MemoryError, RamOptions, allocate};
 pub use regions::{allocate_region, gaps, insert, remove};
 pub use sparse::SparseMemory;
 pub use touched::{Touched, host_page};
+pub use transfer::{find_zeroes, populate, receive, send};
 pub use userfault::{Fault, Userfault, UserfaultError};
 
 use vm_memory::bitmap::AtomicBitmap;

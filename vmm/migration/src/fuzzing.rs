@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::destination::Writer;
 use crate::memory::{Layout, PAGE, Region, Target};
-use crate::wire::{HEAD, Message, decode, encode};
+use crate::wire::{HEAD, Kind, Message, Runs, WireError, decode, encode};
 
 /// Regions that messages may write to.
 const REGIONS: [Region; 2] = [
@@ -43,7 +43,18 @@ pub fn stream(input: &[u8]) -> usize {
         let Some((body, after)) = after.split_at_checked(len) else {
             break;
         };
-        let Ok(message) = decode::body(kind, body) else { break };
+        let decoded = decode::body(kind, body);
+        if kind == Kind::Pages {
+            // Whoever reads the list alone finds the same.
+            match (&decoded, ahead(body)) {
+                (Ok(Message::Pages(pages)), Ok(runs)) => {
+                    assert_eq!(runs, Some(pages.runs.clone()).filter(|_| !pages.packed));
+                }
+                (Err(_), Err(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let Ok(message) = decoded else { break };
         // What is taken in is what it was written as.
         let tail = encode::message(&message, &mut again);
         again.extend_from_slice(tail);
@@ -54,4 +65,12 @@ pub fn stream(input: &[u8]) -> usize {
         rest = after;
     }
     input.len() - rest.len()
+}
+
+/// The pages of a message with this body, by the list that it begins with.
+fn ahead(body: &[u8]) -> Result<Option<Runs>, WireError> {
+    let first = body.first_chunk().ok_or(WireError::Short)?;
+    let list = decode::list_len(*first)?;
+    let list = body.get(..list).ok_or(WireError::Short)?;
+    decode::pages_of(list, body.len() - list.len())
 }

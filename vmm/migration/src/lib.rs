@@ -65,7 +65,7 @@ pub use converge::{Limits, OnTimeOut};
 pub use destination::{Destination, DestinationError, DestinationOptions, Sink, Taken};
 pub use hand_over::{Handed, Place};
 pub use handle::{Handle, Phase, Progress};
-pub use memory::{Lacking, Layout, Memory, PAGE, Region, Target};
+pub use memory::{Inlet, Lacking, Layout, Memory, Outlet, PAGE, Region, Target};
 pub use pages::PageSet;
 pub use post_copy::{PostCopy, Turn};
 pub use source::{Check, DevicePart, Guest, Moved, NotMoved, Source, SourceError, SourceOptions, Whereabouts};

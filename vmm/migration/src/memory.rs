@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::Cause;
@@ -12,6 +13,8 @@ use crate::wire::WireError;
 pub const PAGE: u64 = 4096;
 /// Most regions of memory: more than KVM has slots.
 pub(crate) const MAX_REGIONS: usize = 65_536;
+
+static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// A region of guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +41,21 @@ pub trait Memory: Send + Sync {
         Ok(Some(range))
     }
 
+    /// Tells in `zero` for each page from `gpa` on whether it is all zeroes; they lie in one region.
+    fn zeroes(&self, gpa: u64, zero: &mut [bool]) -> io::Result<()> {
+        let mut page = [0; PAGE as usize];
+        for (gpa, zero) in (gpa..).step_by(page.len()).zip(zero) {
+            self.read(gpa, &mut page)?;
+            *zero = page == ZEROES;
+        }
+        Ok(())
+    }
+
+    /// For sockets without TLS.
+    fn outlet(&self) -> Option<&dyn Outlet> {
+        None
+    }
+
     /// Begins to note which pages are written: by the guest, by devices, by daemons, and those given back to the host, which read
     /// as zeroes from then on.
     fn start_log(&self) -> io::Result<()>;
@@ -56,6 +74,23 @@ pub trait Memory: Send + Sync {
     fn stop_log(&self);
 }
 
+/// Guest memory that the kernel takes from, so that it is copied once.
+pub trait Outlet {
+    /// Sends what is on `runs` (GPA and bytes, each in one region) by `socket`, as much of it as goes now, and returns how many bytes went.
+    /// Reads race with the guest as with [`Memory::read`].
+    fn send(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize>;
+}
+
+/// Guest memory that the kernel puts into what comes.
+pub trait Inlet {
+    /// `runs` (GPA and bytes, each in one region) are about to come as a whole.
+    fn expect(&self, runs: &[(u64, u64)]);
+
+    /// Puts what comes by `socket` on `runs`, one after the other, and returns how many bytes came; 0: no more will. Called from several
+    /// threads, for different pages. They are inside the layout.
+    fn receive(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize>;
+}
+
 /// Guest memory at the destination. All of it reads as zeroes at the beginning.
 pub trait Target: Send + Sync {
     /// Puts `bytes`, whole pages, at `gpa`. Called from several threads, for different pages. They are inside the layout.
@@ -63,6 +98,11 @@ pub trait Target: Send + Sync {
 
     /// Makes `len` bytes at `gpa` read as zeroes, if possible by giving them back to the host.
     fn zero(&self, gpa: u64, len: u64) -> io::Result<()>;
+
+    /// For sockets without TLS.
+    fn inlet(&self) -> Option<&dyn Inlet> {
+        None
+    }
 }
 
 /// Guest memory at the destination of which some is missing while the guest runs.

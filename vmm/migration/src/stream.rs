@@ -1,29 +1,23 @@
 //! One connection, with deadlines on everything.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::net::TcpStream;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+mod socket;
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
-use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use thiserror::Error;
 
-use crate::hand_over::CHUNK;
-use crate::wire::{HEAD, Kind, Message, WireError, decode, encode};
+use crate::memory::{Inlet, Outlet};
+use crate::wire::decode::LIST;
+use crate::wire::{HEAD, Kind, Message, Runs, WireError, decode, encode};
+pub(crate) use socket::{Channel, Plain, Socket};
+use socket::{LATE, STOPPED};
 
 /// Bytes of a message for which there is room before any of them came.
 const STEP: usize = 64 << 10;
-
-/// How soon a thread that waits for the other side notices that it shall not.
-const TICK: Duration = Duration::from_millis(100);
 
 /// Makes threads let go of their streams.
 #[derive(Debug, Clone, Default)]
@@ -87,180 +81,8 @@ pub enum StreamError {
 /// Descriptors go from process to process of one host.
 const NETWORK: &str = "memory can be handed over by a unix socket only";
 
-/// A socket whose calls end at a deadline or when interrupted.
-pub(crate) struct Socket {
-    kind: Plain,
-    deadline: Instant,
-    interrupt: Interrupt,
-}
-
-pub(crate) enum Plain {
-    Unix(UnixStream),
-    Tcp(TcpStream),
-}
-
-/// What the deadline of a [`Socket`] ends calls with.
-const LATE: io::ErrorKind = io::ErrorKind::TimedOut;
-/// What an interrupt ends them with; not `Interrupted`, which readers take for an invitation to try again.
-const STOPPED: io::ErrorKind = io::ErrorKind::QuotaExceeded;
-
-impl Socket {
-    pub(crate) fn new(kind: Plain, interrupt: Interrupt) -> io::Result<Self> {
-        match &kind {
-            Plain::Unix(socket) => {
-                socket.set_nonblocking(false)?;
-                socket.set_read_timeout(Some(TICK))?;
-                socket.set_write_timeout(Some(TICK))?;
-            }
-            Plain::Tcp(socket) => {
-                socket.set_nonblocking(false)?;
-                socket.set_nodelay(true)?;
-                socket.set_read_timeout(Some(TICK))?;
-                socket.set_write_timeout(Some(TICK))?;
-            }
-        }
-        Ok(Self {
-            kind,
-            deadline: Instant::now(),
-            interrupt,
-        })
-    }
-
-    /// Until when its calls may take, from now on.
-    pub(crate) fn set_deadline(&mut self, deadline: Instant) {
-        self.deadline = deadline;
-    }
-
-    fn call(&mut self, mut call: impl FnMut(&mut Plain) -> io::Result<usize>) -> io::Result<usize> {
-        loop {
-            if self.interrupt.is_raised() {
-                return Err(STOPPED.into());
-            }
-            if Instant::now() >= self.deadline {
-                return Err(LATE.into());
-            }
-            match call(&mut self.kind) {
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                other => return other,
-            }
-        }
-    }
-
-    /// Sends a byte with these descriptors, [`CHUNK`] at most.
-    fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.call(|kind| {
-            let Plain::Unix(socket) = kind else {
-                return Err(io::ErrorKind::Unsupported.into());
-            };
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if !control.push(SendAncillaryMessage::ScmRights(files)) {
-                return Err(io::ErrorKind::InvalidInput.into());
-            }
-            Ok(sendmsg(
-                socket,
-                &[IoSlice::new(&[0])],
-                &mut control,
-                SendFlags::NOSIGNAL,
-            )?)
-        })
-        .map(drop)
-    }
-
-    /// Takes a byte and the descriptors that come with it; whether these are all of them.
-    fn receive_files(&mut self, files: &mut Vec<OwnedFd>) -> io::Result<bool> {
-        let mut all = true;
-        let read = self.call(|kind| {
-            let Plain::Unix(socket) = kind else {
-                return Err(io::ErrorKind::Unsupported.into());
-            };
-            // One more than is sent at once, so that too many are seen.
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(CHUNK + 1))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut byte = [0];
-            let mut parts = [IoSliceMut::new(&mut byte)];
-            let received = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
-            all = !received.flags.contains(ReturnFlags::CTRUNC);
-            for item in control.drain() {
-                if let RecvAncillaryMessage::ScmRights(some) = item {
-                    files.extend(some);
-                }
-            }
-            Ok(received.bytes)
-        })?;
-        match read {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok(all),
-        }
-    }
-}
-
-impl Read for Socket {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.call(|kind| match kind {
-            Plain::Unix(socket) => socket.read(buffer),
-            Plain::Tcp(socket) => socket.read(buffer),
-        })
-    }
-}
-
-impl Write for Socket {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.call(|kind| match kind {
-            Plain::Unix(socket) => socket.write(bytes),
-            Plain::Tcp(socket) => socket.write(bytes),
-        })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A socket, with TLS or without.
-pub(crate) enum Channel {
-    Plain(Socket),
-    Client(Box<StreamOwned<ClientConnection, Socket>>),
-    Server(Box<StreamOwned<ServerConnection, Socket>>),
-}
-
-impl Channel {
-    pub(crate) fn socket(&mut self) -> &mut Socket {
-        match self {
-            Self::Plain(socket) => socket,
-            Self::Client(tls) => &mut tls.sock,
-            Self::Server(tls) => &mut tls.sock,
-        }
-    }
-}
-
-impl Read for Channel {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.read(buffer),
-            Self::Client(tls) => tls.read(buffer),
-            Self::Server(tls) => tls.read(buffer),
-        }
-    }
-}
-
-impl Write for Channel {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(socket) => socket.write(bytes),
-            Self::Client(tls) => tls.write(bytes),
-            Self::Server(tls) => tls.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Plain(socket) => socket.flush(),
-            Self::Client(tls) => tls.flush(),
-            Self::Server(tls) => tls.flush(),
-        }
-    }
-}
+/// What comes through TLS is not what is on the pages.
+const TLS: &str = "memory does not go through TLS as it is";
 
 /// A connection that carries messages.
 pub(crate) struct Stream {
@@ -269,6 +91,8 @@ pub(crate) struct Stream {
     patience: Duration,
     head: Vec<u8>,
     body: Vec<u8>,
+    /// Bytes of the message's body that are there.
+    have: usize,
 }
 
 impl Stream {
@@ -278,6 +102,7 @@ impl Stream {
             patience: message,
             head: Vec::new(),
             body: Vec::new(),
+            have: 0,
         }
     }
 
@@ -306,7 +131,7 @@ impl Stream {
         Ok(self.head.len() + tail.len())
     }
 
-    /// Sends descriptors, [`CHUNK`] at most, to a process of this host.
+    /// Sends descriptors, [`CHUNK`](crate::hand_over::CHUNK) at most, to a process of this host.
     pub(crate) fn send_files(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), StreamError> {
         let Channel::Plain(socket) = &mut self.channel else {
             return Err(WireError::Invalid(NETWORK).into());
@@ -341,29 +166,104 @@ impl Stream {
 
     /// Takes the bytes of the next message: what it is, and how long.
     pub(crate) fn take(&mut self, wait: Duration, what: &'static str) -> Result<(Kind, usize), StreamError> {
+        let came = self.begin(wait, what)?;
+        self.rest(came)
+    }
+
+    /// Takes the head of the next message, whose [`rest`](Self::rest) is to be taken next.
+    pub(crate) fn begin(&mut self, wait: Duration, what: &'static str) -> Result<(Kind, usize), StreamError> {
         let mut head = [0; HEAD];
         self.channel.socket().set_deadline(Instant::now() + wait);
         // The wait is for its first byte; what comes so slowly that it does not end is no message.
-        let (first, rest) = head.split_at_mut(1);
-        self.channel.read_exact(first).map_err(|error| failed(error, what))?;
+        let came = match self.channel.read(&mut head) {
+            Ok(0) => return Err(StreamError::Closed),
+            Ok(came) => came,
+            Err(error) => return Err(failed(error, what)),
+        };
         self.channel.socket().set_deadline(Instant::now() + self.patience);
-        let failed = |error| failed(error, "send a whole message");
-        self.channel.read_exact(rest).map_err(failed)?;
-        let (kind, len) = decode::head(head)?;
-        let mut have = 0;
-        while have < len {
+        self.channel.read_exact(&mut head[came..]).map_err(cut)?;
+        self.have = 0;
+        Ok(decode::head(head)?)
+    }
+
+    /// Takes the body of the message that [began](Self::begin).
+    pub(crate) fn rest(&mut self, (kind, len): (Kind, usize)) -> Result<(Kind, usize), StreamError> {
+        self.fill(len)?;
+        Ok((kind, len))
+    }
+
+    /// Takes as much of a body as makes `len` bytes of it.
+    fn fill(&mut self, len: usize) -> Result<(), StreamError> {
+        while self.have < len {
             // The buffer grows with what comes, not with what was said to come, and is kept for the next message.
-            if have == self.body.len() {
-                self.body.resize(len.min(2 * have.max(STEP)), 0);
+            if self.have == self.body.len() {
+                self.body.resize(len.min(2 * self.have.max(STEP)), 0);
             }
             let room = len.min(self.body.len());
-            match self.channel.read(&mut self.body[have..room]) {
+            match self.channel.read(&mut self.body[self.have..room]) {
                 Ok(0) => return Err(StreamError::Closed),
-                Ok(read) => have += read,
-                Err(error) => return Err(failed(error)),
+                Ok(read) => self.have += read,
+                Err(error) => return Err(cut(error)),
             }
         }
-        Ok((kind, len))
+        Ok(())
+    }
+
+    /// Whether memory goes by this without being copied here.
+    pub(crate) fn is_plain(&self) -> bool {
+        matches!(self.channel, Channel::Plain(_))
+    }
+
+    /// Sends the pages of `runs` with what is on them, straight from memory, and returns how many bytes the message has.
+    pub(crate) fn send_pages(&mut self, runs: Runs, outlet: &dyn Outlet) -> Result<usize, StreamError> {
+        let Channel::Plain(socket) = &mut self.channel else {
+            return Err(WireError::Invalid(TLS).into());
+        };
+        encode::pages(&runs, &mut self.head);
+        let len = self.head.len() + runs.len() as usize;
+        socket.set_deadline(Instant::now() + self.patience);
+        let sent = socket.send_first(&self.head).and_then(|()| {
+            runs.each(|rest| match socket.call(|kind| outlet.send(rest, kind.as_fd()))? {
+                0 => Err(io::ErrorKind::WriteZero.into()),
+                sent => Ok(sent),
+            })
+        });
+        sent.map_err(|error| failed(error, "take a message"))?;
+        Ok(len)
+    }
+
+    /// The pages of the message of pages that [began](Self::begin), of `len` bytes, if what is on them can be put into memory as it comes: by
+    /// [`receive_pages`](Self::receive_pages), instead of taking the rest.
+    pub(crate) fn pages_ahead(&mut self, len: usize) -> Result<Option<Runs>, StreamError> {
+        if !self.is_plain() {
+            return Ok(None);
+        }
+        if len < LIST {
+            return Err(WireError::Short.into());
+        }
+        self.fill(LIST)?;
+        let list = match self.body.first_chunk() {
+            Some(first) => decode::list_len(*first)?,
+            None => return Ok(None),
+        };
+        if len < list {
+            return Err(WireError::Short.into());
+        }
+        self.fill(list)?;
+        Ok(decode::pages_of(&self.body[..list], len - list)?)
+    }
+
+    /// Puts what comes on the pages of `runs`, which are memory.
+    pub(crate) fn receive_pages(&mut self, runs: Runs, inlet: &dyn Inlet) -> Result<(), StreamError> {
+        let Channel::Plain(socket) = &mut self.channel else {
+            return Err(WireError::Invalid(TLS).into());
+        };
+        inlet.expect(runs.as_slice());
+        let came = runs.each(|rest| match socket.call(|kind| inlet.receive(rest, kind.as_fd()))? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            came => Ok(came),
+        });
+        came.map_err(cut)
     }
 
     /// The message that was [`taken`](Self::take) last.
@@ -397,6 +297,11 @@ pub(crate) fn unexpected(found: &Message, expected: &'static str) -> StreamError
     }
 }
 
+/// Why the rest of a message did not come.
+fn cut(error: io::Error) -> StreamError {
+    failed(error, "send a whole message")
+}
+
 fn failed(error: io::Error, what: &'static str) -> StreamError {
     match error.kind() {
         LATE => StreamError::Late(what),
@@ -409,7 +314,10 @@ fn failed(error: io::Error, what: &'static str) -> StreamError {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
     use std::thread;
+
+    use rustix::net::RecvFlags;
 
     use super::*;
 
@@ -477,5 +385,87 @@ mod tests {
         drop(theirs);
         let found = stream.receive(Duration::from_secs(5), "answer");
         assert!(matches!(found, Err(StreamError::Closed)), "{found:?}");
+    }
+
+    /// Memory that takes any page, and tells what it took.
+    struct Notes(std::sync::Mutex<Vec<(u64, usize)>>);
+
+    impl Inlet for Notes {
+        fn expect(&self, _runs: &[(u64, u64)]) {}
+
+        fn receive(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize> {
+            let mut bytes = vec![0; runs[0].1 as usize];
+            let (came, _) = rustix::net::recv(socket, &mut bytes[..], RecvFlags::empty())?;
+            self.0.lock().expect("notes").push((runs[0].0, came));
+            Ok(came)
+        }
+    }
+
+    /// A message of so many pages at 0, of which so many bytes come.
+    fn pages(count: u64, bytes: usize) -> Vec<u8> {
+        let mut runs = Runs::default();
+        (0..count).for_each(|page| runs.push(page * crate::PAGE, crate::PAGE, true));
+        let mut message = Vec::new();
+        encode::pages(&runs, &mut message);
+        message.resize(message.len() + bytes, 7);
+        message
+    }
+
+    #[test]
+    fn pages_that_do_not_come_as_a_whole_end_in_time() {
+        for gone in [false, true] {
+            let (mut stream, mut theirs, _) = pair(Duration::from_millis(300));
+            theirs.write_all(&pages(2, 5000)).expect("sent");
+            let (kind, len) = stream.begin(Duration::from_secs(5), "answer").expect("a head");
+            assert_eq!(kind, Kind::Pages);
+            let runs = stream.pages_ahead(len).expect("a list").expect("plain pages");
+            assert_eq!(runs.as_slice(), [(0, 2 * crate::PAGE)]);
+            let theirs = (!gone).then_some(theirs);
+            let notes = Notes(std::sync::Mutex::default());
+            let found = stream.receive_pages(runs, &notes);
+            match gone {
+                true => assert!(matches!(found, Err(StreamError::Closed)), "{found:?}"),
+                false => assert!(
+                    matches!(found, Err(StreamError::Late("send a whole message"))),
+                    "{found:?}"
+                ),
+            }
+            assert_eq!(
+                notes
+                    .0
+                    .into_inner()
+                    .expect("notes")
+                    .iter()
+                    .map(|(_, came)| came)
+                    .sum::<usize>(),
+                5000
+            );
+            drop(theirs);
+        }
+    }
+
+    #[test]
+    fn a_list_of_pages_is_looked_at_before_what_is_on_them() {
+        let head = |len: u32| [&[5, 0, 0, 0][..], &len.to_le_bytes()].concat();
+        let list = |packed: u32, count: u32| [packed.to_le_bytes(), count.to_le_bytes()].concat();
+        for (len, body) in [
+            (0, vec![]),
+            (7, vec![0; 7]),
+            (8, list(0, 0)),
+            // More runs than there are bytes, or than may be.
+            (23, list(0, 1)),
+            (1 << 20, [list(0, 0), vec![0; 16]].concat()),
+            (1 << 20, [list(0, 1025), vec![0; 16]].concat()),
+            (1 << 20, [list(0, u32::MAX), vec![0; 16]].concat()),
+            (1 << 20, [list(2, 1), vec![0; 16]].concat()),
+            // A run that is no page.
+            (1 << 20, [list(0, 1), vec![1; 16]].concat()),
+        ] {
+            let (mut stream, mut theirs, _) = pair(Duration::from_secs(20));
+            theirs.write_all(&[head(len), body].concat()).expect("sent");
+            let (_, len) = stream.begin(Duration::from_secs(5), "answer").expect("a head");
+            let found = stream.pages_ahead(len);
+            assert!(matches!(found, Err(StreamError::Wire(_))), "{found:?}");
+        }
     }
 }

@@ -264,6 +264,28 @@ impl Runs {
         self.0.iter().copied()
     }
 
+    /// Calls `step` with what is left of them until it has dealt with every byte; it tells with how many.
+    pub(crate) fn each<E>(mut self, mut step: impl FnMut(&[(u64, u64)]) -> Result<usize, E>) -> Result<(), E> {
+        let mut first = 0;
+        while first < self.0.len() {
+            let mut done = step(&self.0[first..])? as u64;
+            while let Some((gpa, len)) = self.0.get_mut(first) {
+                if done < *len {
+                    *gpa += done;
+                    *len -= done;
+                    break;
+                }
+                done -= *len;
+                first += 1;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn as_slice(&self) -> &[(u64, u64)] {
+        &self.0
+    }
+
     /// Bytes of all.
     pub(crate) fn len(&self) -> u64 {
         self.0.iter().fold(0, |sum, (_, len)| sum.saturating_add(*len))
@@ -275,7 +297,7 @@ impl Runs {
 
     fn checked(runs: Vec<(u64, u64)>) -> Result<Self, WireError> {
         if runs.is_empty() {
-            return Err(WireError::Invalid("a message about no page"));
+            return Err(WireError::Invalid(decode::NONE));
         }
         for (gpa, len) in &runs {
             let whole = gpa.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && *len > 0;

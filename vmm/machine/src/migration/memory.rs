@@ -2,13 +2,14 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use triarch_api::VmConfig;
 use triarch_arch::layout;
 use triarch_hypervisor::MemorySlots;
 use triarch_memory::{Backing, Discarder, GuestMemory, GuestMemoryHandle, GuestRegion, Touched};
-use triarch_migration::{Layout, Memory, PAGE, Region, Target};
+use triarch_migration::{Inlet, Layout, Memory, Outlet, PAGE, Region, Target};
 use triarch_state::SnapshotError;
 use triarch_vfio::Fleet;
 use triarch_vhost_user::{LOG_PAGE, PageLog, VhostUserHandle};
@@ -171,6 +172,15 @@ impl Memory for Here {
         Ok(found.map(|found| base + found.start..base + found.end))
     }
 
+    fn zeroes(&self, gpa: u64, zero: &mut [bool]) -> io::Result<()> {
+        let (region, at) = self.region(gpa)?;
+        triarch_memory::find_zeroes(region, at, zero)
+    }
+
+    fn outlet(&self) -> Option<&dyn Outlet> {
+        Some(self)
+    }
+
     fn start_log(&self) -> io::Result<()> {
         self.slots.log_writes(true).map_err(io::Error::other)?;
         // What devices wrote before is copied in the first round.
@@ -230,6 +240,12 @@ impl Memory for Here {
         if let Err(error) = self.slots.log_writes(false) {
             tracing::warn!("writes of the guest are still logged: {}", triarch_api::chain(&error));
         }
+    }
+}
+
+impl Outlet for Here {
+    fn send(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize> {
+        triarch_memory::send(&self.memory, runs, socket)
     }
 }
 
@@ -403,6 +419,20 @@ impl Target for There {
         (gpa..gpa + len)
             .step_by(ZEROES.len())
             .try_for_each(|page| self.write(page, &ZEROES))
+    }
+
+    fn inlet(&self) -> Option<&dyn Inlet> {
+        Some(self)
+    }
+}
+
+impl Inlet for There {
+    fn expect(&self, runs: &[(u64, u64)]) {
+        triarch_memory::populate(&self.memory, runs);
+    }
+
+    fn receive(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize> {
+        triarch_memory::receive(&self.memory, runs, socket)
     }
 }
 

@@ -12,7 +12,7 @@ use triarch_device_core::{Sandbox, ThreadClass, Worker};
 use super::DestinationError;
 use crate::memory::{Layout, Target};
 use crate::stream::{Interrupt, Stream, StreamError, unexpected};
-use crate::wire::{Message, Pages};
+use crate::wire::{Kind, Message, Pages};
 
 /// All threads of a session.
 pub(super) struct Team {
@@ -124,7 +124,12 @@ struct TakesMemory {
 impl TakesMemory {
     fn run(&mut self, stream: &mut Stream) -> Result<(), DestinationError> {
         loop {
-            let round = match stream.receive(self.silence, "send memory")? {
+            let came = stream.begin(self.silence, "send memory")?;
+            if came.0 == Kind::Pages && self.writer.take_as_it_comes(stream, came.1)? {
+                continue;
+            }
+            let came = stream.rest(came)?;
+            let round = match stream.message(came)? {
                 Message::Alive => continue,
                 Message::End => return Ok(()),
                 Message::RoundEnd(round) => round,
@@ -168,6 +173,22 @@ impl Writer {
             }
             other => Err(unexpected(other, "memory").into()),
         }
+    }
+
+    /// Has the kernel put the pages of a message, which began on `stream` and has `len` bytes, into memory. `false`: it is to be
+    /// [taken](Self::take).
+    fn take_as_it_comes(&mut self, stream: &mut Stream, len: usize) -> Result<bool, DestinationError> {
+        let Some(inlet) = self.target.inlet() else {
+            return Ok(false);
+        };
+        let Some(runs) = stream.pages_ahead(len)? else {
+            return Ok(false);
+        };
+        self.check(runs.iter())?;
+        let bytes = runs.len();
+        stream.receive_pages(runs, inlet)?;
+        self.bytes = self.bytes.saturating_add(bytes);
+        Ok(true)
     }
 
     /// All is looked at before anything is written.

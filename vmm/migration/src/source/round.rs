@@ -8,8 +8,11 @@ use std::sync::{Mutex, PoisonError};
 use crate::handle::Counters;
 use crate::memory::{Memory, PAGE};
 
-/// Bytes of memory that a thread takes at once.
+/// Bytes of memory that are looked at and sent at once.
 pub(super) const BATCH: u64 = 512 << 10;
+/// Bytes of memory that a thread takes for itself: a huge page. Where several threads of the destination begin to write to one, each has one
+/// cleared, and all but one are thrown away.
+pub(super) const SHARE: u64 = 2 << 20;
 
 /// What is to be sent in a round.
 pub(super) struct Round {
@@ -52,10 +55,11 @@ impl Round {
             .collect()
     }
 
-    /// The next pieces to send, each in one region; [`BATCH`] bytes at most. None: nothing is left.
-    pub(super) fn take(&self, memory: &dyn Memory, counters: &Counters) -> io::Result<Vec<Range<u64>>> {
+    /// The next pieces to send, each in one region; `most` bytes at most, and not beyond the next multiple of that where memory is in one
+    /// piece. None: nothing is left.
+    pub(super) fn take(&self, memory: &dyn Memory, counters: &Counters, most: u64) -> io::Result<Vec<Range<u64>>> {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut pieces, mut room) = (Vec::new(), BATCH);
+        let (mut pieces, mut room) = (Vec::new(), most);
         let mut done = 0;
         while room > 0 {
             if left.current.is_empty() {
@@ -82,6 +86,9 @@ impl Round {
                 };
                 continue;
             }
+            if pieces.is_empty() {
+                room -= left.current.start % most;
+            }
             let end = (left.current.start + room).min(left.data_end);
             let piece = left.current.start..end;
             left.current.start = end;
@@ -97,6 +104,26 @@ impl Round {
 /// Bytes of runs.
 pub(super) fn bytes(runs: &[Range<u64>]) -> u64 {
     runs.iter().map(|run| run.end - run.start).sum()
+}
+
+/// The same runs in parts of [`BATCH`] bytes at most.
+pub(super) fn batches(runs: Vec<Range<u64>>) -> Vec<Vec<Range<u64>>> {
+    let (mut batches, mut room) = (Vec::<Vec<_>>::new(), 0);
+    for mut run in runs {
+        while !run.is_empty() {
+            if room == 0 {
+                batches.push(Vec::new());
+                room = BATCH;
+            }
+            let end = run.end.min(run.start + room);
+            room -= end - run.start;
+            if let Some(batch) = batches.last_mut() {
+                batch.push(run.start..end);
+            }
+            run.start = end;
+        }
+    }
+    batches
 }
 
 /// What is in either, in order.
@@ -154,7 +181,7 @@ mod tests {
         let round = Round::new(0, first, runs);
         let mut taken = Vec::new();
         loop {
-            let batch = round.take(&Striped, &counters).expect("taken");
+            let batch = round.take(&Striped, &counters, BATCH).expect("taken");
             if batch.is_empty() {
                 break;
             }
@@ -184,6 +211,48 @@ mod tests {
         let (taken, _) = all(false, std::slice::from_ref(&(0..1000)));
         assert_eq!(taken.len() as u64, (1000 * PAGE).div_ceil(BATCH));
         assert_eq!(bytes(&taken), 1000 * PAGE);
+    }
+
+    #[test]
+    fn a_thread_has_huge_pages_for_itself() {
+        let counters = Counters::default();
+        let runs = vec![5 * PAGE..2 * SHARE + 7 * PAGE, 3 * SHARE - PAGE..3 * SHARE + PAGE];
+        counters.remaining.store(bytes(&runs), Ordering::Relaxed);
+        let round = Round::new(1, false, runs);
+        let take = || {
+            let taken = round.take(&Striped, &counters, SHARE).expect("taken");
+            taken.iter().map(|run| (run.start, run.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(take(), [(5 * PAGE, SHARE)]);
+        assert_eq!(take(), [(SHARE, 2 * SHARE)]);
+        assert_eq!(
+            take(),
+            [(2 * SHARE, 2 * SHARE + 7 * PAGE), (3 * SHARE - PAGE, 3 * SHARE + PAGE)]
+        );
+        assert_eq!(take(), []);
+    }
+
+    #[test]
+    fn batches_have_everything_in_order() {
+        const HALF: u64 = BATCH / 2;
+        let halves = |runs: Vec<Range<u64>>| {
+            let half = |run: &Range<u64>| (run.start / HALF, run.end / HALF);
+            let batches = batches(runs);
+            batches
+                .iter()
+                .map(|batch| batch.iter().map(half).collect::<Vec<_>>())
+                .collect::<Vec<_>>()
+        };
+        assert!(halves(vec![]).is_empty());
+        assert_eq!(
+            halves(vec![0..HALF, 2 * HALF..4 * HALF, 8 * HALF..12 * HALF]),
+            [
+                vec![(0, 1), (2, 3)],
+                vec![(3, 4), (8, 9)],
+                vec![(9, 11)],
+                vec![(11, 12)]
+            ]
+        );
     }
 
     #[test]

@@ -10,13 +10,11 @@ use std::time::{Duration, Instant};
 use triarch_device_core::{Sandbox, ThreadClass, Worker};
 
 use super::pack::Packer;
-use super::round::Round;
+use super::round::{BATCH, Round, SHARE, batches};
 use crate::handle::Handle;
-use crate::memory::{Memory, PAGE};
+use crate::memory::{Memory, Outlet, PAGE};
 use crate::stream::{Interrupt, Stream, StreamError, unexpected};
 use crate::wire::{Message, Pages, Runs};
-
-static ZEROES: [u8; PAGE as usize] = [0; PAGE as usize];
 
 /// How often a stream on which nothing is sent says that it is not dead, at least.
 pub(super) const ALIVE: Duration = Duration::from_secs(5);
@@ -150,9 +148,10 @@ pub(super) struct SendsMemory {
     pub(super) stream: Stream,
     /// When something was sent last.
     said: Instant,
+    /// Copies of pages, where they are not sent in place.
     buffer: Vec<u8>,
-    /// Bytes of the buffer that are to be sent.
-    kept: usize,
+    /// Which pages of a piece are zeroes.
+    zero: Vec<bool>,
     data: Runs,
     zeroes: Runs,
 }
@@ -168,7 +167,7 @@ impl SendsMemory {
             stream,
             said: Instant::now(),
             buffer: Vec::new(),
-            kept: 0,
+            zero: Vec::new(),
             data: Runs::default(),
             zeroes: Runs::default(),
         }
@@ -176,7 +175,7 @@ impl SendsMemory {
 
     /// Sends what is on the pages of `pieces` now: zeroes, too. `urgent`: whatever else is sent.
     pub(super) fn send_pages(&mut self, pieces: &[Range<u64>], urgent: bool) -> Result<(), Failed> {
-        self.fill(pieces, false)?;
+        self.look(pieces, false)?;
         self.send_batch(urgent)
     }
 
@@ -218,20 +217,16 @@ impl SendsMemory {
         let mut done = Done::default();
         let memory = self.common.memory.clone();
         loop {
-            let taken = round.take(&*memory, self.common.handle.counters());
+            let handle = &self.common.handle;
+            // What is taken cannot be given back, and takes its time where not much may be sent.
+            let most = if handle.cap().is_some() { BATCH } else { SHARE };
+            let taken = round.take(&*memory, handle.counters(), most);
             let pieces = taken.map_err(Failed::Memory)?;
             if pieces.is_empty() {
                 break;
             }
-            let began = Instant::now();
-            self.fill(&pieces, round.first)?;
-            let (data, zeroes) = (self.data.len(), self.zeroes.len());
-            self.send_batch(false)?;
-            done.data += data;
-            done.all += super::round::bytes(&pieces);
-            if data > 0 {
-                // Of what has zeroes as well, the part of the others.
-                done.data_time += began.elapsed().mul_f64(data as f64 / (data + zeroes) as f64);
+            for batch in batches(pieces) {
+                self.batch(&batch, round.first, &mut done)?;
             }
         }
         let asked = Instant::now();
@@ -246,46 +241,50 @@ impl SendsMemory {
         Ok(done)
     }
 
-    /// Reads the pages of `pieces`, and keeps those that are something, or became nothing.
-    fn fill(&mut self, pieces: &[Range<u64>], first: bool) -> Result<(), Failed> {
-        const P: usize = PAGE as usize;
-        self.data.clear();
-        self.zeroes.clear();
-        let (mut kept, mut nothing) = (0, 0_u64);
-        for piece in pieces {
-            let len = (piece.end - piece.start) as usize;
-            if self.buffer.len() < kept + len {
-                self.buffer.resize(kept + len, 0);
-            }
-            let read = self.common.memory.read(piece.start, &mut self.buffer[kept..kept + len]);
-            read.map_err(Failed::Memory)?;
-            let mut from = kept;
-            for gpa in piece.clone().step_by(P) {
-                // Pages of the same piece are of the same region.
-                let joins = gpa > piece.start;
-                // Compared at once: a loop over bytes is slow in builds without optimisation.
-                if self.buffer[from..from + P] == ZEROES {
-                    nothing += 1;
-                    if !first {
-                        self.zeroes.push(gpa, PAGE, joins);
-                    }
-                } else {
-                    if from != kept {
-                        self.buffer.copy_within(from..from + P, kept);
-                    }
-                    self.data.push(gpa, PAGE, joins);
-                    kept += P;
-                }
-                from += P;
-            }
+    fn batch(&mut self, pieces: &[Range<u64>], first: bool, done: &mut Done) -> Result<(), Failed> {
+        let began = Instant::now();
+        self.look(pieces, first)?;
+        let (data, zeroes) = (self.data.len(), self.zeroes.len());
+        self.send_batch(false)?;
+        done.data += data;
+        done.all += super::round::bytes(pieces);
+        if data > 0 {
+            // Of what has zeroes as well, the part of the others.
+            done.data_time += began.elapsed().mul_f64(data as f64 / (data + zeroes) as f64);
         }
-        self.kept = kept;
-        let counters = self.common.handle.counters();
-        counters.zero_pages.fetch_add(nothing, Ordering::Relaxed);
-        counters.pages.fetch_add((kept / P) as u64, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Looks at the pages of `pieces`, and notes those that are something, or became nothing.
+    fn look(&mut self, pieces: &[Range<u64>], first: bool) -> Result<(), Failed> {
+        self.data.clear();
+        self.zeroes.clear();
+        let mut nothing = 0_u64;
+        for piece in pieces {
+            self.zero.clear();
+            self.zero.resize(((piece.end - piece.start) / PAGE) as usize, false);
+            let memory = &self.common.memory;
+            memory.zeroes(piece.start, &mut self.zero).map_err(Failed::Memory)?;
+            for (gpa, zero) in piece.clone().step_by(PAGE as usize).zip(&self.zero) {
+                // Pages of the same piece are of the same region.
+                let joins = gpa > piece.start;
+                if !zero {
+                    self.data.push(gpa, PAGE, joins);
+                    continue;
+                }
+                nothing += 1;
+                if !first {
+                    self.zeroes.push(gpa, PAGE, joins);
+                }
+            }
+        }
+        let counters = self.common.handle.counters();
+        counters.zero_pages.fetch_add(nothing, Ordering::Relaxed);
+        counters.pages.fetch_add(self.data.len() / PAGE, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sends what was noted.
     fn send_batch(&mut self, urgent: bool) -> Result<(), Failed> {
         if !self.zeroes.is_empty() {
             let zeroes = Message::Zeroes(std::mem::take(&mut self.zeroes));
@@ -294,10 +293,39 @@ impl SendsMemory {
         if self.data.is_empty() {
             return Ok(());
         }
+        let memory = self.common.memory.clone();
+        match memory.outlet() {
+            Some(outlet) if self.stream.is_plain() && !self.common.compress => self.send_in_place(outlet, urgent),
+            _ => self.send_copy(urgent),
+        }
+    }
+
+    /// Sends pages straight from memory.
+    fn send_in_place(&mut self, outlet: &dyn Outlet, urgent: bool) -> Result<(), Failed> {
+        if !urgent {
+            self.pace(self.data.len())?;
+        }
+        let sent = self.stream.send_pages(std::mem::take(&mut self.data), outlet)?;
+        self.count(sent);
+        Ok(())
+    }
+
+    /// Sends a copy of pages, compressed where that pays.
+    fn send_copy(&mut self, urgent: bool) -> Result<(), Failed> {
+        let len = self.data.len() as usize;
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        let mut rest = &mut self.buffer[..len];
+        for (gpa, len) in self.data.iter() {
+            let (page, after) = rest.split_at_mut(len as usize);
+            self.common.memory.read(gpa, page).map_err(Failed::Memory)?;
+            rest = after;
+        }
         // Taken out of `self` while they are borrowed by the message.
         let buffer = std::mem::take(&mut self.buffer);
         let mut packer = std::mem::replace(&mut self.packer, Packer::new(false));
-        let plain = &buffer[..self.kept];
+        let plain = &buffer[..len];
         let packed = packer.pack(plain);
         let bytes = packed.unwrap_or(plain);
         let message = Message::Pages(Pages {

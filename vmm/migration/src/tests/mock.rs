@@ -3,18 +3,20 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use triarch_device_core::{NoSandbox, Sandbox};
 use triarch_state::{Kind, Payloads};
 
 use crate::{
     Address, Blocker, Cause, Deadlines, Destination, DestinationError, DestinationOptions, DevicePart, Guest, Handed,
-    Handle, Limits, MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, PAGE, Part, Region, Sink, Source, SourceOptions,
-    Taken, Target,
+    Handle, Inlet, Limits, MAX_BLOCKERS, Memory, Moved, NotMoved, Offer, Outlet, PAGE, Part, Region, Sink, Source,
+    SourceOptions, Taken, Target,
 };
 
 pub(super) const KIND: Kind = Kind::new("mock", 1);
@@ -107,6 +109,10 @@ impl Memory for MockMemory {
         }))
     }
 
+    fn outlet(&self) -> Option<&dyn Outlet> {
+        Some(self)
+    }
+
     fn start_log(&self) -> io::Result<()> {
         *self.log.lock().unwrap() = Some(BTreeSet::new());
         Ok(())
@@ -133,6 +139,38 @@ impl Target for MockMemory {
 
     fn zero(&self, gpa: u64, len: u64) -> io::Result<()> {
         self.write(gpa, &vec![0; len as usize])
+    }
+
+    fn inlet(&self) -> Option<&dyn Inlet> {
+        Some(self)
+    }
+}
+
+/// Bytes that go at once: neither whole pages nor whole runs.
+const AT_ONCE: u64 = 3 * PAGE + 777;
+
+impl Outlet for MockMemory {
+    fn send(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let (gpa, len) = runs[0];
+        let mut bytes = vec![0; len.min(AT_ONCE) as usize];
+        self.read(gpa, &mut bytes)?;
+        Ok(send(socket, &bytes, SendFlags::NOSIGNAL)?)
+    }
+}
+
+impl Inlet for MockMemory {
+    fn expect(&self, runs: &[(u64, u64)]) {
+        for (gpa, len) in runs {
+            let _ = self.at(*gpa, *len as usize);
+        }
+    }
+
+    fn receive(&self, runs: &[(u64, u64)], socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let (gpa, len) = runs[0];
+        let mut bytes = vec![0; len.min(AT_ONCE) as usize];
+        let (came, _) = recv(socket, &mut bytes[..], RecvFlags::empty())?;
+        self.write(gpa, &bytes[..came])?;
+        Ok(came)
     }
 }
 

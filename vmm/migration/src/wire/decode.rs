@@ -8,6 +8,14 @@ use crate::blocker::{Blocker, MAX_BLOCKERS, Part};
 use crate::hand_over::MAX_FILES;
 use crate::memory::{Layout, MAX_REGIONS, PAGE, Region};
 
+/// Bytes that a message of pages begins with, at least: how they are compressed, how many runs follow, and the first of them.
+pub(crate) const LIST: usize = 8 + RUN;
+/// Bytes of a run.
+const RUN: usize = 16;
+
+pub(super) const NONE: &str = "a message about no page";
+const MANY: &str = "more runs of pages than a message may have";
+
 /// Kind and length of the body that follows.
 pub(crate) fn head(bytes: [u8; HEAD]) -> Result<(Kind, usize), WireError> {
     let [k0, k1, r0, r1, l0, l1, l2, l3] = bytes;
@@ -178,7 +186,7 @@ fn device<'a>(rest: &mut Rest<'a>) -> Result<Message<'a>, WireError> {
 fn runs(rest: &mut Rest) -> Result<Runs, WireError> {
     let count = rest.u32()? as usize;
     if count > MAX_RUNS {
-        return Err(WireError::Invalid("more runs of pages than a message may have"));
+        return Err(WireError::Invalid(MANY));
     }
     Runs::checked(rest.pairs(count)?.collect())
 }
@@ -192,24 +200,55 @@ fn wanted(rest: &mut Rest) -> Result<Runs, WireError> {
 }
 
 fn pages<'a>(rest: &mut Rest<'a>) -> Result<Pages<'a>, WireError> {
+    let (packed, runs) = list(rest)?;
+    let bytes = rest.all();
+    fits(packed, &runs, bytes.len())?;
+    Ok(Pages { runs, packed, bytes })
+}
+
+/// Bytes of the list that a message of pages begins with, by its first [`LIST`].
+pub(crate) fn list_len(bytes: [u8; LIST]) -> Result<usize, WireError> {
+    let [_, _, _, _, c0, c1, c2, c3, ..] = bytes;
+    match u32::from_le_bytes([c0, c1, c2, c3]) as usize {
+        0 => Err(WireError::Invalid(NONE)),
+        count if count > MAX_RUNS => Err(WireError::Invalid(MANY)),
+        count => Ok(LIST + RUN * (count - 1)),
+    }
+}
+
+/// The pages of a message that begins with this list and has `more` bytes behind it; `None`: they are compressed.
+pub(crate) fn pages_of(bytes: &[u8], more: usize) -> Result<Option<Runs>, WireError> {
+    let mut rest = Rest(bytes);
+    let (packed, runs) = list(&mut rest)?;
+    fits(packed, &runs, more)?;
+    match rest.0.is_empty() {
+        true => Ok(Some(runs).filter(|_| !packed)),
+        false => Err(WireError::Left),
+    }
+}
+
+fn list(rest: &mut Rest) -> Result<(bool, Runs), WireError> {
     let packed = match rest.u32()? {
         0 => false,
         1 => true,
         _ => return Err(WireError::Invalid("pages in an unknown compression")),
     };
-    let runs = runs(rest)?;
-    let bytes = rest.all();
+    Ok((packed, runs(rest)?))
+}
+
+/// Whether `bytes` can be what is on the pages of `runs`.
+fn fits(packed: bool, runs: &Runs, bytes: usize) -> Result<(), WireError> {
     let len = runs.len();
     let fits = match packed {
         // What is longer than it was is sent as it was.
-        true => !bytes.is_empty() && (bytes.len() as u64) < len,
-        false => bytes.len() as u64 == len,
+        true => bytes > 0 && (bytes as u64) < len,
+        false => bytes as u64 == len,
     };
-    if len > MAX_BATCH as u64 || !fits {
-        return Err(WireError::Invalid("pages of another length than their list says"));
-    }
     debug_assert!(len.is_multiple_of(PAGE));
-    Ok(Pages { runs, packed, bytes })
+    match len <= MAX_BATCH as u64 && fits {
+        true => Ok(()),
+        false => Err(WireError::Invalid("pages of another length than their list says")),
+    }
 }
 
 /// What is left of a body.

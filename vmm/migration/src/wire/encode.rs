@@ -2,19 +2,35 @@
 
 use crate::blocker::{Blocker, MAX_BLOCKERS};
 
-use super::{HEAD, Hello, MAGIC, MAX_TEXT, Message, Offer, Pages, Role, Runs, VERSION};
+use super::{HEAD, Hello, Kind, MAGIC, MAX_TEXT, Message, Offer, Pages, Role, Runs, VERSION};
 
 /// Puts `message` into `out`, which is emptied first, but for the bytes that end a message of pages or saved state: those are
 /// returned, to be sent after it without being copied.
 pub(crate) fn message<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
+    start(message.kind(), out);
+    let tail = body(message, out);
+    end(tail.len(), out);
+    tail
+}
+
+/// Puts a message of pages that are not compressed into `out`, but for what is on them.
+pub(crate) fn pages(runs: &Runs, out: &mut Vec<u8>) {
+    start(Kind::Pages, out);
+    put_list(runs, false, out);
+    end(runs.len() as usize, out);
+}
+
+fn start(kind: Kind, out: &mut Vec<u8>) {
     out.clear();
-    out.extend_from_slice(&(message.kind() as u16).to_le_bytes());
+    out.extend_from_slice(&(kind as u16).to_le_bytes());
     // Reserved, and the length, which comes when it is known.
     out.extend_from_slice(&[0; HEAD - 2]);
-    let tail = body(message, out);
-    let len = (out.len() - HEAD + tail.len()) as u32;
+}
+
+/// The message in `out` ends with so many bytes more.
+fn end(more: usize, out: &mut [u8]) {
+    let len = (out.len() - HEAD + more) as u32;
     out[HEAD - 4..HEAD].copy_from_slice(&len.to_le_bytes());
-    tail
 }
 
 fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
@@ -26,8 +42,7 @@ fn body<'a>(message: &Message<'a>, out: &mut Vec<u8>) -> &'a [u8] {
         }
         Message::Offer(offer) => put_offer(offer, out),
         Message::Pages(Pages { runs, packed, bytes }) => {
-            put_u32(u32::from(*packed), out);
-            put_runs(runs, out);
+            put_list(runs, *packed, out);
             return bytes;
         }
         Message::Zeroes(runs) | Message::Missing(runs) | Message::Lacks(runs) | Message::Want(runs) => {
@@ -133,6 +148,11 @@ fn put_blockers(blockers: &[Blocker], out: &mut Vec<u8>) {
             put_text(text, out);
         }
     }
+}
+
+fn put_list(runs: &Runs, packed: bool, out: &mut Vec<u8>) {
+    put_u32(u32::from(packed), out);
+    put_runs(runs, out);
 }
 
 fn put_runs(runs: &Runs, out: &mut Vec<u8>) {

@@ -301,3 +301,57 @@ fn what_is_in_the_way_is_bounded() {
     assert_eq!(read(&body(2, 1)), Err(WireError::Short));
     assert_eq!(read(&body(0, 1)), Err(WireError::Left));
 }
+
+#[test]
+fn pages_are_listed_as_in_a_whole_message() {
+    let some = runs(&[(1, 1), (9, 2)]);
+    let bytes = [7; 3 * PAGE as usize];
+    let message = Message::Pages(Pages {
+        runs: some.clone(),
+        packed: false,
+        bytes: &bytes,
+    });
+    let whole = encoded(&message);
+    let mut list = Vec::new();
+    encode::pages(&some, &mut list);
+    assert_eq!(list, whole[..whole.len() - bytes.len()]);
+    let list = &list[HEAD..];
+    let first = *list.first_chunk().expect("a list");
+    assert_eq!(decode::list_len(first), Ok(list.len()));
+    assert_eq!(decode::pages_of(list, bytes.len()), Ok(Some(some)));
+    for more in [0, bytes.len() - 1, bytes.len() + 1, usize::MAX] {
+        assert!(
+            matches!(decode::pages_of(list, more), Err(WireError::Invalid(_))),
+            "{more}"
+        );
+    }
+    assert_eq!(
+        decode::pages_of(&list[..list.len() - 1], bytes.len()),
+        Err(WireError::Short)
+    );
+    let most = MAX_RUNS as u32;
+    let of = |count: u32| [&[0; 4][..], &count.to_le_bytes(), &[0; 16]].concat();
+    let len = |count| decode::list_len(*of(count).first_chunk().expect("a list"));
+    assert_eq!(len(most), Ok(8 + 16 * MAX_RUNS));
+    assert!(len(0).is_err() && len(most + 1).is_err() && len(u32::MAX).is_err());
+}
+
+#[test]
+fn runs_are_gone_through_in_whatever_steps() {
+    for step in [1, 777, PAGE as usize, 3 * PAGE as usize, 3 * PAGE as usize + 1, 1 << 20] {
+        let (mut at, mut done) = (0, Vec::new());
+        let all = runs(&[(1, 1), (9, 3), (20, 2)]);
+        let end: Result<(), ()> = all.each(|left| {
+            assert!(left.iter().all(|(_, len)| *len > 0));
+            done.push(left[0].0);
+            let bytes: u64 = left.iter().map(|(_, len)| len).sum();
+            assert_eq!(bytes, 6 * PAGE - at);
+            at += bytes.min(step as u64);
+            Ok(step)
+        });
+        assert_eq!((end, at), (Ok(()), 6 * PAGE));
+        assert!(done.is_sorted() && done.first() == Some(&PAGE), "{step}: {done:?}");
+    }
+    assert_eq!(runs(&[(1, 1)]).each(|_| Err("no")), Err("no"));
+    assert_eq!(Runs::default().each(|_| Err("no")), Ok(()));
+}
