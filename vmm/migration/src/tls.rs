@@ -58,6 +58,9 @@ pub enum TlsError {
     Peer(String),
 }
 
+/// Bytes that are encrypted before any of them is sent, at most: many records for one system call.
+const AT_ONCE: usize = 512 << 10;
+
 /// What one side needs to begin TLS.
 pub(crate) enum Tls {
     Client(Arc<ClientConfig>, ServerName<'static>),
@@ -138,9 +141,11 @@ impl Tls {
     /// Begins on a fresh connection, whose deadline was set; ends when both sides know each other.
     pub(crate) fn begin(&self, mut socket: Socket) -> Result<Channel, Begin> {
         let unusable = |error| Begin::Tls(unusable(error));
+        socket.read_ahead();
         match self {
             Self::Client(config, expected) => {
                 let mut tls = ClientConnection::new(config.clone(), expected.clone()).map_err(unusable)?;
+                tls.set_buffer_limit(Some(AT_ONCE));
                 while tls.is_handshaking() {
                     tls.complete_io(&mut socket).map_err(Begin::Io)?;
                 }
@@ -148,6 +153,7 @@ impl Tls {
             }
             Self::Server(config, expected) => {
                 let mut tls = ServerConnection::new(config.clone()).map_err(unusable)?;
+                tls.set_buffer_limit(Some(AT_ONCE));
                 while tls.is_handshaking() {
                     tls.complete_io(&mut socket).map_err(Begin::Io)?;
                 }

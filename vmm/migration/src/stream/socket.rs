@@ -3,6 +3,7 @@
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -19,11 +20,32 @@ use crate::hand_over::CHUNK;
 /// How soon a thread that waits for the other side notices that it shall not.
 const TICK: Duration = Duration::from_millis(100);
 
+/// Bytes that are read ahead at most: some records of TLS.
+const AHEAD: usize = 128 << 10;
+
 /// A socket whose calls end at a deadline or when interrupted.
 pub(crate) struct Socket {
     kind: Plain,
     deadline: Instant,
     pub(super) interrupt: Interrupt,
+    /// For whoever reads little at a time.
+    ahead: Option<Ahead>,
+}
+
+/// Bytes that came and that nobody has read yet.
+struct Ahead {
+    bytes: Box<[u8]>,
+    unread: Range<usize>,
+}
+
+impl Ahead {
+    fn give(&mut self, buffer: &mut [u8]) -> usize {
+        let len = buffer.len().min(self.unread.len());
+        let end = self.unread.start + len;
+        buffer[..len].copy_from_slice(&self.bytes[self.unread.start..end]);
+        self.unread.start = end;
+        len
+    }
 }
 
 pub(crate) enum Plain {
@@ -64,6 +86,22 @@ impl Socket {
             kind,
             deadline: Instant::now(),
             interrupt,
+            ahead: None,
+        })
+    }
+
+    /// Reads more than is asked for from now on, as much as there is: TLS asks for a quarter of a record at a time.
+    pub(crate) fn read_ahead(&mut self) {
+        self.ahead = Some(Ahead {
+            bytes: vec![0; AHEAD].into_boxed_slice(),
+            unread: 0..0,
+        });
+    }
+
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.call(|kind| match kind {
+            Plain::Unix(socket) => socket.read(buffer),
+            Plain::Tcp(socket) => socket.read(buffer),
         })
     }
 
@@ -148,18 +186,29 @@ impl Socket {
 
 impl Read for Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.call(|kind| match kind {
-            Plain::Unix(socket) => socket.read(buffer),
-            Plain::Tcp(socket) => socket.read(buffer),
-        })
+        let Some(mut ahead) = self.ahead.take() else {
+            return self.receive(buffer);
+        };
+        let came = match ahead.unread.is_empty() {
+            true => self.receive(&mut ahead.bytes).map(|came| ahead.unread = 0..came),
+            false => Ok(()),
+        };
+        let given = came.map(|()| ahead.give(buffer));
+        self.ahead = Some(ahead);
+        given
     }
 }
 
 impl Write for Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    /// TLS has many records at a time.
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         self.call(|kind| match kind {
-            Plain::Unix(socket) => socket.write(bytes),
-            Plain::Tcp(socket) => socket.write(bytes),
+            Plain::Unix(socket) => socket.write_vectored(parts),
+            Plain::Tcp(socket) => socket.write_vectored(parts),
         })
     }
 
