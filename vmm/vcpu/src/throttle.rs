@@ -16,8 +16,9 @@ use triarch_device_core::{Sandbox, ThreadClass};
 /// A time in which vCPUs run and then stand still: short enough that nothing in the guest times out, and long enough that stopping them
 /// is a small part of it.
 const PERIOD: Duration = Duration::from_millis(20);
-/// The longest that vCPUs stand still to make up for what they ran too long: no timer of a guest is as short.
-const LONGEST: Duration = Duration::from_millis(250);
+/// The longest that vCPUs stand still to make up for what they ran too long. At [`MOST`] percent that is 10 ms, as long as a thread may
+/// have to wait for its processor; what a guest takes for the end of a disk or of another vCPU is many times as long.
+const LONGEST: Duration = Duration::from_secs(1);
 /// Most percent. A guest that does nothing at all would never come to an end.
 pub(crate) const MOST: u8 = 99;
 
