@@ -1,12 +1,13 @@
 //! A Linux guest on a bridge of Open vSwitch with DPDK, whose other port is an interface of the host.
 
 use super::net::{configure, ping, tcp_both_ways};
-use crate::storage::wait_state;
+use crate::storage::{soon, wait_state};
 use crate::switches::{BRIDGE, Program, Switch, skipped};
 use anyhow::{Context as _, Result, ensure};
 use std::net::Ipv4Addr;
 use std::time::Duration;
 use triarch_guest_init::interface_up;
+use triarch_harness::agent::Exec;
 use triarch_harness::images::Kernel;
 use triarch_harness::linux::{LinuxBuilder, LinuxVm};
 use triarch_harness::net;
@@ -55,6 +56,7 @@ fn start(switch: &mut Switch) -> Result<()> {
 fn talk(guest: &LinuxVm, switch: &mut Switch) -> Result<()> {
     configure(guest, GUEST)?;
     wait_state(guest.vm(), "Connected")?;
+    forwarded(guest)?;
     ping(guest, HOST, 56)?;
     // The connection outlives the switch.
     tcp_both_ways(guest, (HOST, HOST), || {
@@ -66,4 +68,15 @@ fn talk(guest: &LinuxVm, switch: &mut Switch) -> Result<()> {
         Ok(())
     })?;
     ping(guest, HOST, 1472)
+}
+
+/// Waits until what the guest sends arrives: a switch that is connected fills a pool of buffers before it forwards, for which an emulated
+/// host with another one beside it needs longer than the guest asks for an address before it gives up.
+fn forwarded(guest: &LinuxVm) -> Result<()> {
+    let seconds = 4 * soon().as_secs();
+    let script =
+        format!("for n in $(seq {seconds}); do ping -c 1 -W 1 {HOST} > /tmp/ping && exit; done; cat /tmp/ping; false");
+    let patience = Duration::from_secs(4 * seconds);
+    guest.agent().check(&Exec::shell(&script).timeout(patience))?;
+    Ok(())
 }
