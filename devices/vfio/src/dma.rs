@@ -66,6 +66,8 @@ pub(crate) struct State {
     container: Weak<Container>,
     /// What those behind the guest's IOMMU reach.
     behind: Vec<Weak<Translated>>,
+    /// Bytes that this process may lock, `None` if nobody counts: as it was when the last device came. Threads that map memory may not ask.
+    limit: Option<u64>,
     /// Registers of devices, where the guest has them.
     windows: BTreeMap<u64, Window>,
     /// How many devices reach those of others.
@@ -92,7 +94,7 @@ impl DmaMap {
     /// Not all of it can be had; then they reach nothing.
     pub fn attach(&self, container: &Arc<Container>) -> Result<(), DmaError> {
         let mut state = lock(&self.0);
-        container.look_at_limit();
+        state.limit = container.kernel.lock_limit();
         if state.is_attached() {
             return Ok(());
         }
@@ -105,9 +107,9 @@ impl DmaMap {
 
     /// What the devices of `container` reach from now on, which are behind the guest's IOMMU: nothing at first.
     pub fn behind(&self, container: &Arc<Container>) -> Arc<Translated> {
-        container.look_at_limit();
         let translated = Arc::new(Translated::new(self, container));
         let mut state = lock(&self.0);
+        state.limit = container.kernel.lock_limit();
         state.behind.retain(|other| other.strong_count() > 0);
         state.behind.push(Arc::downgrade(&translated));
         translated
@@ -291,7 +293,7 @@ impl State {
     /// Whether `more` bytes can be locked for the devices of `container` beside what all devices reach.
     pub(crate) fn check_limit(&self, container: &Container, more: u64) -> Result<(), DmaError> {
         let needed = container.reached().bytes().saturating_add(more);
-        match container.limit() {
+        match self.limit {
             Some(limit) if limit < needed => Err(DmaError::Limit { needed, limit }),
             _ => Ok(()),
         }

@@ -24,21 +24,9 @@ pub struct Container {
     reached: Arc<Reached>,
     /// What those of this one do.
     held: Reached,
-    /// Bytes that this process may lock, `None` if nobody counts. Threads that map memory may not ask for it.
-    limit: Mutex<Option<u64>>,
 }
 
 impl Container {
-    /// Learns how much may be locked now.
-    pub(crate) fn look_at_limit(&self) {
-        *lock(&self.limit) = self.kernel.lock_limit();
-    }
-
-    /// How much that was.
-    pub(crate) fn limit(&self) -> Option<u64> {
-        *lock(&self.limit)
-    }
-
     /// How much devices of the guest reach.
     pub fn reached(&self) -> &Arc<Reached> {
         &self.reached
@@ -336,7 +324,6 @@ impl Iommu {
             kernel: self.kernel.clone(),
             reached: self.reached.clone(),
             held: Reached::default(),
-            limit: Mutex::default(),
         }
     }
 }
@@ -351,6 +338,11 @@ impl HostDevice {
     /// Its name on the host: `0000:01:00.0`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether it has a container of its own.
+    pub fn is_apart(&self) -> bool {
+        self.apart
     }
 
     /// What it reaches memory by.

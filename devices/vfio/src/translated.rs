@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, Weak};
 
-use crate::dma::take;
+use crate::dma::{State, take};
 use crate::{Container, DmaError, DmaMap, lock};
 
 /// Guest memory that the devices of one container reach, at the addresses and as far as the guest's IOMMU says. The host's IOMMU holds them
@@ -21,6 +21,19 @@ enum Reach {
     All,
     /// What is mapped, by its IOVA.
     Mapped(BTreeMap<u64, Piece>),
+}
+
+impl Reach {
+    /// Nothing is reached any more.
+    fn clear(&mut self, guest: &State, container: &Container) {
+        match std::mem::replace(self, Self::Mapped(BTreeMap::new())) {
+            Self::All => guest
+                .ranges
+                .iter()
+                .for_each(|(gpa, (len, _))| take(container, *gpa, *len)),
+            Self::Mapped(pieces) => pieces.iter().for_each(|(at, piece)| take(container, *at, piece.len)),
+        }
+    }
 }
 
 /// A mapping, as the host's IOMMU has it: of one range of the guest's memory.
@@ -49,28 +62,21 @@ impl Translated {
         let Some(container) = self.container.upgrade() else {
             return Ok(());
         };
-        if let Reach::Mapped(pieces) = &mut *reach {
-            forget(&container, pieces);
-            guest.map_all(&container)?;
-            *reach = Reach::All;
+        if matches!(*reach, Reach::All) {
+            return Ok(());
         }
+        reach.clear(&guest, &container);
+        guest.map_all(&container)?;
+        *reach = Reach::All;
         Ok(())
     }
 
     /// They reach nothing any more.
     pub fn reach_nothing(&self) {
         let guest = lock(&self.guest.0);
-        let mut reach = lock(&self.reach);
         if let Some(container) = self.container.upgrade() {
-            match &mut *reach {
-                Reach::All => guest
-                    .ranges
-                    .iter()
-                    .for_each(|(gpa, (len, _))| take(&container, *gpa, *len)),
-                Reach::Mapped(pieces) => forget(&container, pieces),
-            }
+            lock(&self.reach).clear(&guest, &container);
         }
-        *reach = Reach::Mapped(BTreeMap::new());
     }
 
     /// They reach the `len` bytes at `gpa` by `iova`, as far as memory is there now, and may write it if it is `writable`. What reaches
@@ -79,12 +85,15 @@ impl Translated {
     /// # Errors
     /// Not all of that can be had; then none of it is reached.
     pub fn map(&self, iova: u64, len: u64, gpa: u64, writable: bool) -> Result<(), DmaError> {
-        if matches!(*lock(&self.reach), Reach::All) {
-            self.reach_nothing();
-        }
         let guest = lock(&self.guest.0);
         let mut reach = lock(&self.reach);
-        let (Some(container), Reach::Mapped(pieces)) = (self.container.upgrade(), &mut *reach) else {
+        let Some(container) = self.container.upgrade() else {
+            return Ok(());
+        };
+        if matches!(*reach, Reach::All) {
+            reach.clear(&guest, &container);
+        }
+        let Reach::Mapped(pieces) = &mut *reach else {
             return Ok(());
         };
         let end = gpa.saturating_add(len);
@@ -173,11 +182,5 @@ impl Translated {
             }
             !goes
         });
-    }
-}
-
-fn forget(container: &Container, pieces: &mut BTreeMap<u64, Piece>) {
-    for (at, piece) in std::mem::take(pieces) {
-        take(container, at, piece.len);
     }
 }

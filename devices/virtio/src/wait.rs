@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::{Chain, VirtQueue};
+
 /// A set of descriptors to sleep on.
 pub(crate) struct Waiter(Epoll);
 
@@ -29,6 +31,23 @@ impl Waiter {
 /// Whether a worker was asked to stop. The answer yes comes once.
 pub(crate) fn stopping(stop: &EventFd) -> bool {
     stop.read().is_ok()
+}
+
+/// The next chain of `queue`, for which `notified` sleeps until the driver notifies or the worker is to stop; `None`: it is.
+pub(crate) fn next(queue: &mut VirtQueue, notified: &Waiter, stop: &EventFd) -> Option<Chain> {
+    loop {
+        if stopping(stop) {
+            return None;
+        }
+        if let Some(chain) = queue.pop() {
+            return Some(chain);
+        }
+        if !queue.arm() {
+            notified.wait();
+            // A notification that came is answered by looking at the queue.
+            let _ = queue.kick().read();
+        }
+    }
 }
 
 /// Descriptor numbers of `fds`.

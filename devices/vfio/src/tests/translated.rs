@@ -106,7 +106,8 @@ fn what_the_kernel_refuses_is_undone() {
     let setup = setup();
     let may_lock = |bytes| {
         lock(&setup.fake.world).limit = Some(bytes);
-        setup.device.container().look_at_limit();
+        // As another device that comes.
+        setup.guest.behind(setup.device.container());
     };
     may_lock(80 * MIB - 1);
     let error = setup.translated.reach_all().expect_err("refused");

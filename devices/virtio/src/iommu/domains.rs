@@ -28,6 +28,11 @@ pub(super) mod access {
     pub(in super::super) const WRITE: u32 = 2;
     pub(in super::super) const MMIO: u32 = 4;
     pub(in super::super) const ALL: u32 = READ | WRITE | MMIO;
+
+    /// Whether a mapping with these flags can be written.
+    pub(in super::super) fn can_write(flags: u32) -> bool {
+        flags & WRITE != 0
+    }
 }
 
 /// Addresses of a domain that are mapped, as they are saved.
@@ -80,12 +85,6 @@ struct Mapping {
     last: u64,
     phys: u64,
     flags: u32,
-}
-
-impl Mapping {
-    fn is_writable(&self) -> bool {
-        self.flags & access::WRITE != 0
-    }
 }
 
 #[derive(Debug, Default)]
@@ -206,7 +205,7 @@ impl Domains {
         }
         shadow.reach_nothing();
         for (first, mapping) in domain.iter().flat_map(|domain| &domain.mappings) {
-            if let Err(error) = shadow.map(*first..=mapping.last, mapping.phys, mapping.is_writable()) {
+            if let Err(error) = shadow.map(*first..=mapping.last, mapping.phys, access::can_write(mapping.flags)) {
                 shadow.reach_nothing();
                 return Err(error);
             }
@@ -294,7 +293,7 @@ impl Domains {
     pub(super) fn map(&mut self, domain: u32, mapping: &IommuMappingV1) -> Done {
         self.insert(domain, mapping)?;
         let iovas = mapping.first..=mapping.last;
-        let writable = mapping.flags & access::WRITE != 0;
+        let writable = access::can_write(mapping.flags);
         let mapped = self
             .shadows(domain)
             .try_for_each(|shadow| shadow.map(iovas.clone(), mapping.phys, writable));

@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{PROPERTIES, REQUEST_MAX, Request, Status, TAIL};
 use super::shared::{Fault, Shared};
-use crate::wait::{Waiter, raw, stopping};
+use crate::wait::{Waiter, next, raw, stopping};
 use crate::{Chain, RingFault, VirtQueue};
 
 /// What a thread owns.
@@ -39,22 +39,12 @@ impl Job {
 
     fn work(&mut self, stop: &EventFd) -> io::Result<()> {
         let notified = Waiter::new(&raw([self.queue.kick(), stop]))?;
-        loop {
-            if stopping(stop) {
-                return Ok(());
-            }
-            let Some(chain) = self.queue.pop() else {
-                if !self.queue.arm() {
-                    notified.wait();
-                    // A notification that came is answered by looking at the queue.
-                    let _ = self.queue.kick().read();
-                }
-                continue;
-            };
+        while let Some(chain) = next(&mut self.queue, &notified, stop) {
             let written = self.serve(&chain);
             self.queue.complete(chain.head(), written);
             self.queue.signal();
         }
+        Ok(())
     }
 
     /// Serves a request and answers it. Returns how many bytes were written.

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{REQUEST, RESPONSE, Request};
 use super::shared::Shared;
-use crate::wait::{Waiter, raw, stopping};
+use crate::wait::{Waiter, next, raw, stopping};
 use crate::{Chain, RingFault, VirtQueue};
 
 /// What the thread owns.
@@ -40,24 +40,14 @@ impl Job {
 
     fn work(&mut self, stop: &EventFd) -> io::Result<()> {
         let notified = Waiter::new(&raw([self.queue.kick(), stop]))?;
-        loop {
-            if stopping(stop) {
-                return Ok(());
-            }
-            let Some(chain) = self.queue.pop() else {
-                if !self.queue.arm() {
-                    notified.wait();
-                    // A notification that came is answered by looking at the queue.
-                    let _ = self.queue.kick().read();
-                }
-                continue;
-            };
+        while let Some(chain) = next(&mut self.queue, &notified, stop) {
             match self.serve(&chain, stop) {
                 Ok(false) => {}
                 Ok(true) => return Ok(()),
                 Err(fault) => self.queue.fault(&fault),
             }
         }
+        Ok(())
     }
 
     /// Serves a request. `true`: the thread was asked to stop, and whoever starts the queue finds the request again.

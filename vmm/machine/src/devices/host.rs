@@ -59,7 +59,7 @@ impl Devices {
         let (host, id) = (&self.host, &config.id);
         let container: Weak<Container> = Arc::downgrade(device.container());
         host.discarder.keep_for(container);
-        let endpoint = self.shadowed(config.iommu, || Follower::of(&device, &host.reach));
+        let endpoint = self.shadowed(device.is_apart(), || Follower::of(&device, &host.reach));
         if endpoint.is_none() {
             host.reach.attach(device.container())?;
         } else if device.page_size() > PAGE {
@@ -86,15 +86,10 @@ impl Devices {
                 made.map_err(|error| MachineError::device(id, error))?
             }
         };
-        self.put(
-            progress,
-            total,
-            id,
-            Function::Host(Arc::new(function), endpoint.clone()),
-        )?;
-        let requester = self.functions.last().map(|placed| placed.address.requester());
-        if let Some((endpoint, requester)) = endpoint.zip(requester) {
-            endpoint.place(requester.into()).map_err(|error| {
+        let function = Function::Host(Arc::new(function), endpoint.clone());
+        let address = self.put(progress, total, id, function)?;
+        if let Some(endpoint) = endpoint {
+            endpoint.place(address.requester().into()).map_err(|error| {
                 let root = self.host.root.clone();
                 if let Some(placed) = self.functions.pop() {
                     Taken { placed, root }.remove();

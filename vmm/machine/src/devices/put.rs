@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use triarch_pci::PciAddress;
 use triarch_vhost_user::Peer;
 use triarch_virtio::iommu::Endpoint;
 use triarch_virtio::{DeviceMemory, VirtioDevice, VirtioPci};
@@ -83,17 +84,17 @@ impl Devices {
         if self.paused {
             function.pause();
         }
-        self.put(progress, total, id, Function::Virtio(function))
+        self.put(progress, total, id, Function::Virtio(function)).map(drop)
     }
 
-    /// Puts a device into its slot.
+    /// Puts a device into its slot, and returns where that is.
     pub(super) fn put(
         &mut self,
         progress: Progress<'_>,
         total: usize,
         id: &Option<String>,
         function: Function,
-    ) -> Result<(), MachineError> {
+    ) -> Result<PciAddress, MachineError> {
         let name = id.as_deref().unwrap_or_default();
         let slot = self.host.root.add(function.on_bus(), self.places.get(name).copied());
         let address = slot.map_err(|source| MachineError::Slot {
@@ -108,6 +109,6 @@ impl Devices {
             removable: false,
         });
         progress.count(self.functions.len(), total, "devices");
-        Ok(())
+        Ok(address)
     }
 }

@@ -12,10 +12,8 @@ use crate::backends::Backends;
 /// The devices of the host with which the guest can neither be moved nor saved.
 pub(crate) fn bound_to_host(backends: &Backends, vm: &VmConfig) -> Vec<Blocker> {
     let (mut movers, mut found) = (Vec::new(), Vec::new());
-    let configs = vm.devices.iter().flatten();
-    let behind: Vec<_> = configs.filter(|device| device.iommu || vm.iommu_for_all()).collect();
     for (id, device) in backends.of_host() {
-        if behind.iter().any(|device| device.id.as_deref() == Some(id)) {
+        if device.is_apart() {
             found.push(shadowed(id));
             continue;
         }
