@@ -79,7 +79,10 @@ fn parameters(request: &Request) -> Option<Value> {
             "id": device.id.as_deref().map(cut), "device_type": device.device_type, "socket": path(&device.socket),
         }),
         Request::AddVsock(vsock) => json!({ "cid": vsock.cid, "socket": path(&vsock.socket) }),
-        Request::AddDevice(device) => json!({ "id": device.id.as_deref().map(cut), "path": path(&device.path) }),
+        Request::AddDevice(device, fds) => json!({
+            "id": device.id.as_deref().map(cut), "path": device.path.as_deref().map(path),
+            "descriptors": Some(fds.len()).filter(|count| *count > 0),
+        }),
         Request::RemoveDevice(device) => json!({ "id": cut(&device.id), "force": device.force.then_some(true) }),
         Request::Snapshot(snapshot) => json!({ "to": cut(&snapshot.destination_url) }),
         Request::Restore(restore, fds) => json!({ "from": cut(&restore.source_url), "descriptors": fds.len() }),
@@ -102,7 +105,11 @@ fn of_config(config: &VmConfig) -> Value {
     let boots = payload.and_then(|payload| payload.kernel.as_deref().or(payload.firmware.as_deref()));
     let disks = config.disks.iter().flatten().filter_map(|disk| disk.path.as_deref());
     let taps = config.net.iter().flatten().filter_map(|net| net.tap.as_deref());
-    let devices = config.devices.iter().flatten().map(|device| device.path.as_path());
+    let devices = config
+        .devices
+        .iter()
+        .flatten()
+        .filter_map(|device| device.path.as_deref());
     json!({
         "vcpus": config.cpus.boot_vcpus,
         "memory": config.memory.boot_size(),

@@ -9,13 +9,17 @@ use crate::flags::{FlagError, KeyValues};
 use crate::{ConfigError, SlotAddress, VmConfig};
 
 /// A PCI device of the host that the guest has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceConfig {
     /// Its directory in sysfs: in /sys/bus/pci/devices if it is a whole one, which must belong to the driver vfio-pci, or in
-    /// /sys/bus/mdev/devices if it is mediated.
+    /// /sys/bus/mdev/devices if it is mediated. One that came by descriptors has it, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(length(min = 1)))]
-    pub path: PathBuf,
+    pub path: Option<PathBuf>,
+    /// Descriptor of its file in /dev/vfio/devices, or of that of its group in /dev/vfio, inherited from whoever started the VMM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
     /// Name in the API; `_device3` and so on when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -35,20 +39,34 @@ pub struct DeviceConfig {
 /// The last clique there can be.
 const LAST_CLIQUE: u8 = 15;
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0|fd=N[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
-    let kv = KeyValues::parse(
+    let kv = keys(text)?;
+    if kv.text("path").or(kv.text("fd")).is_none() {
+        let problem = "it needs the device; write path=/sys/bus/pci/devices/0000:01:00.0, with its own address, or fd=3, an inherited descriptor";
+        return kv.refuse(problem.to_owned());
+    }
+    read(&kv)
+}
+
+/// The same of one whose descriptors may come beside it.
+pub fn handed_device(text: &str) -> Result<DeviceConfig, FlagError> {
+    read(&keys(text)?)
+}
+
+fn keys(text: &str) -> Result<KeyValues<'_>, FlagError> {
+    KeyValues::parse(
         "--device",
         text,
-        &["path", "id", "iommu", "x_nv_gpudirect_clique", "addr"],
+        &["path", "fd", "id", "iommu", "x_nv_gpudirect_clique", "addr"],
         &["pci_segment", "pci_device_id"],
-    )?;
-    let Some(path) = kv.text("path") else {
-        let problem = "it needs the device; write path=/sys/bus/pci/devices/0000:01:00.0, with its own address";
-        return kv.refuse(problem.to_owned());
-    };
+    )
+}
+
+fn read(kv: &KeyValues<'_>) -> Result<DeviceConfig, FlagError> {
     Ok(DeviceConfig {
-        path: path.into(),
+        path: kv.text("path").map(PathBuf::from),
+        fd: kv.number("fd")?,
         id: kv.text("id").map(str::to_owned),
         iommu: kv.switch("iommu")?.unwrap_or(false),
         x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
@@ -67,17 +85,20 @@ impl VmConfig {
 
     /// Checks devices of the host.
     pub(crate) fn validate_devices(&self) -> Result<(), ConfigError> {
+        self.validate_given()?;
         let mut before: Vec<&Path> = Vec::new();
         for (i, device) in self.devices.iter().flatten().enumerate() {
-            if device.path.as_os_str().is_empty() {
+            let path = device.path.as_deref();
+            if path.is_some_and(|path| path.as_os_str().is_empty()) || path.is_none() && device.fd.is_none() {
                 return Err(ConfigError::Missing(format!(
-                    "devices[{i}].path is empty; give the directory of a device in /sys/bus/pci/devices"
+                    "devices[{i}].path is {}; give the directory of a device in /sys/bus/pci/devices, or its descriptor with vm.add-device",
+                    if path.is_some() { "empty" } else { "missing" }
                 )));
             }
-            if before.contains(&device.path.as_path()) {
+            if let Some(path) = path.filter(|path| before.contains(path)) {
                 return Err(ConfigError::Conflict(format!(
                     "devices[{i}].path is {}, which another device has; a guest can have it once",
-                    device.path.display()
+                    path.display()
                 )));
             }
             if let Some(clique) = device.x_nv_gpudirect_clique.filter(|clique| *clique > LAST_CLIQUE) {
@@ -85,9 +106,54 @@ impl VmConfig {
                     "devices[{i}].x_nv_gpudirect_clique is {clique}; it is at most {LAST_CLIQUE}"
                 )));
             }
-            before.push(&device.path);
+            before.extend(path);
         }
         self.validate_addresses()
+    }
+
+    /// Checks the descriptors of devices, which this process inherited.
+    fn validate_given(&self) -> Result<(), ConfigError> {
+        let platform = self.platform.as_ref();
+        let for_all = [
+            ("iommufd_fd", platform.and_then(|platform| platform.iommufd_fd)),
+            ("container_fd", platform.and_then(|platform| platform.container_fd)),
+        ];
+        let by = platform.and_then(|platform| platform.iommufd);
+        let problem = match (for_all.map(|(_, fd)| fd.is_some()), by) {
+            ([true, true], _) => {
+                "both iommufd_fd and container_fd, and all devices come the same way; give one of them"
+            }
+            ([true, _], Some(false)) => "iommufd_fd and iommufd=off, which contradict each other; leave one out",
+            ([_, true], Some(true)) => "container_fd and iommufd=on, which contradict each other; leave one out",
+            _ => "",
+        };
+        if !problem.is_empty() {
+            return Err(ConfigError::Conflict(format!("platform has {problem}")));
+        }
+        let devices = self.devices.iter().flatten().enumerate();
+        let devices = devices.map(|(i, device)| (format!("devices[{i}].fd"), device.fd));
+        let for_all = for_all.map(|(name, fd)| (format!("platform.{name}"), fd));
+        let taps = self
+            .net
+            .iter()
+            .flatten()
+            .flat_map(|net| net.fds.iter().flatten().copied());
+        let mut before: Vec<i32> = taps.collect();
+        for (field, fd) in for_all.into_iter().chain(devices) {
+            let Some(fd) = fd else { continue };
+            if fd < 0 {
+                return Err(ConfigError::Conflict(format!(
+                    "{field} is {fd}; it must be the number of an inherited descriptor"
+                )));
+            }
+            if before.contains(&fd) {
+                return Err(ConfigError::Conflict(format!(
+                    "{field} is {fd}, which something else has; each descriptor is given once"
+                )));
+            }
+            before.push(fd);
+        }
+        Ok(())
     }
 
     /// Checks that no two devices have the same place.
@@ -127,12 +193,18 @@ mod tests {
     #[test]
     fn a_flag_names_a_device() {
         let given = device("path=/sys/bus/pci/devices/0000:00:05.0,id=nvme,iommu=off").expect("a device");
-        assert_eq!(given.path, Path::new("/sys/bus/pci/devices/0000:00:05.0"));
+        assert_eq!(
+            given.path.as_deref(),
+            Some(Path::new("/sys/bus/pci/devices/0000:00:05.0"))
+        );
         assert_eq!(given.id.as_deref(), Some("nvme"));
         let gpu = device("path=/p,x_nv_gpudirect_clique=3").expect("a device");
         assert_eq!(gpu.x_nv_gpudirect_clique, Some(3));
         let text = |flag| device(flag).expect_err("refused").to_string();
+        let opened = device("fd=5,id=nvme").expect("a device");
+        assert_eq!((opened.fd, opened.path), (Some(5), None));
         assert!(text("id=x").contains("write path="));
+        assert!(text("fd=five").contains("fd"));
         assert!(!gpu.iommu && device("path=/p,iommu=on").expect("a device").iommu);
         assert!(text("path=/p,pci_segment=1").contains("is not supported"));
     }
@@ -140,11 +212,8 @@ mod tests {
     #[test]
     fn a_device_is_given_once() {
         let path = |path: &str| DeviceConfig {
-            path: path.into(),
-            id: None,
-            iommu: false,
-            x_nv_gpudirect_clique: None,
-            addr: None,
+            path: Some(path.into()),
+            ..DeviceConfig::default()
         };
         let refusal = |devices| {
             let config = VmConfig {
@@ -165,13 +234,50 @@ mod tests {
     }
 
     #[test]
+    fn descriptors_are_given_once() {
+        let device = |fd| DeviceConfig {
+            fd,
+            ..DeviceConfig::default()
+        };
+        let refusal = |devices: &[Option<i32>], platform: &str| {
+            let config = VmConfig {
+                devices: Some(devices.iter().map(|fd| device(*fd)).collect()),
+                platform: Some(crate::flags::platform(platform).expect("a platform")),
+                net: Some(vec![crate::flags::net("fd=9").expect("an interface")]),
+                ..VmConfig::default()
+            };
+            config.validate_devices().err().map(|error| error.to_string())
+        };
+        assert_eq!(refusal(&[Some(5), Some(6)], "iommufd_fd=4"), None);
+        assert_eq!(refusal(&[Some(5)], "container_fd=4,iommufd=off"), None);
+        let says = |devices: &[Option<i32>], platform: &str, words: &str| {
+            let said = refusal(devices, platform).expect("refused");
+            assert!(said.contains(words), "{said}");
+        };
+        says(&[None], "dtb=off", "devices[0].path is missing");
+        says(&[Some(-1)], "dtb=off", "devices[0].fd is -1");
+        says(
+            &[Some(5), Some(5)],
+            "dtb=off",
+            "devices[1].fd is 5, which something else has",
+        );
+        says(&[Some(4)], "iommufd_fd=4", "devices[0].fd is 4");
+        says(&[Some(9)], "dtb=off", "devices[0].fd is 9");
+        says(
+            &[Some(5)],
+            "iommufd_fd=4,container_fd=3",
+            "both iommufd_fd and container_fd",
+        );
+        says(&[Some(5)], "iommufd_fd=4,iommufd=off", "contradict each other");
+        says(&[Some(5)], "container_fd=4,iommufd=on", "contradict each other");
+    }
+
+    #[test]
     fn devices_share_a_slot_that_has_function_0() {
         let at = |path: &str, addr: &str| DeviceConfig {
-            path: path.into(),
-            id: None,
-            iommu: false,
-            x_nv_gpudirect_clique: None,
+            path: Some(path.into()),
             addr: addr.parse().ok(),
+            ..DeviceConfig::default()
         };
         let config = |devices| VmConfig {
             devices: Some(devices),

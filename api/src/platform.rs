@@ -24,6 +24,12 @@ pub struct PlatformConfig {
     /// those.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iommufd: Option<bool>,
+    /// Descriptor of /dev/iommu, inherited from whoever started the VMM, for all devices of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommufd_fd: Option<i32>,
+    /// Descriptor of /dev/vfio/vfio, inherited from whoever started the VMM, for all devices of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container_fd: Option<i32>,
     /// Devices of the host reach each other's registers; on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vfio_p2p_dma: Option<bool>,

@@ -49,8 +49,9 @@ pub enum Request {
     AddGenericVhostUser(GenericVhostUserConfig),
     /// Sockets between guest and host.
     AddVsock(VsockConfig),
-    /// One of the host's devices.
-    AddDevice(DeviceConfig),
+    /// One of the host's devices; the descriptors are its file, opened by the client, and, if the VM has none yet, /dev/iommu. By groups they
+    /// are those of its group and /dev/vfio/vfio.
+    AddDevice(DeviceConfig, Vec<OwnedFd>),
     /// Take a device away, by asking a guest that runs.
     RemoveDevice(RemoveDevice),
     /// Save the VM.
@@ -96,7 +97,7 @@ impl Request {
             Self::AddFs(_) => Operation::AddFs,
             Self::AddGenericVhostUser(_) => Operation::AddGenericVhostUser,
             Self::AddVsock(_) => Operation::AddVsock,
-            Self::AddDevice(_) => Operation::AddDevice,
+            Self::AddDevice(..) => Operation::AddDevice,
             Self::RemoveDevice(_) => Operation::RemoveDevice,
             Self::Snapshot(_) => Operation::Snapshot,
             Self::Restore(..) => Operation::Restore,

@@ -285,8 +285,8 @@ impl Client {
     ///
     /// # Errors
     /// As [`call`](Self::call).
-    pub fn add_device(&mut self, device: &DeviceConfig) -> Result<Response, Error> {
-        self.put(Operation::AddDevice, device, &[])
+    pub fn add_device(&mut self, device: &DeviceConfig, fds: &[BorrowedFd<'_>]) -> Result<Response, Error> {
+        self.put(Operation::AddDevice, device, fds)
     }
 
     /// Adds a vsock.

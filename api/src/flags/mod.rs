@@ -14,7 +14,7 @@ use crate::{
     MemoryConfig, NetConfig, PlatformConfig, RngConfig, VsockConfig,
 };
 
-pub use crate::passthrough::device;
+pub use crate::passthrough::{device, handed_device};
 pub use keyvalue::KeyValues;
 pub use restore::{Restored, restore};
 pub use served::{fs, generic_vhost_user};
@@ -318,6 +318,8 @@ pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
         "oem_strings",
         "dtb",
         "iommufd",
+        "iommufd_fd",
+        "container_fd",
         "vfio_p2p_dma",
         "iommu",
         "iommu_segments",
@@ -337,6 +339,8 @@ pub fn platform(text: &str) -> Result<PlatformConfig, FlagError> {
         oem_strings: strings.map(|list| list.into_iter().map(str::to_owned).collect()),
         dtb: kv.switch("dtb")?.unwrap_or(false),
         iommufd: kv.switch("iommufd")?,
+        iommufd_fd: kv.number("iommufd_fd")?,
+        container_fd: kv.number("container_fd")?,
         vfio_p2p_dma: kv.switch("vfio_p2p_dma")?,
         iommu: kv.switch("iommu")?.unwrap_or(false),
         iommu_segments: segments.flatten(),

@@ -29,7 +29,13 @@ pub(super) fn of_body(route: &str) -> Value {
             one(json!({ "device_type": 25, "socket": "/run/vm/sound.sock", "queue_sizes": [64, 64, 64, 64] }))
         }
         "vm.add-vsock" => one(json!({ "cid": 3, "socket": "/run/vm/vsock.sock" })),
-        "vm.add-device" => one(json!({ "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "gpu", "addr": "06.0" })),
+        "vm.add-device" => json!({
+            "example": { "value": { "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "gpu", "addr": "06.0" } },
+            "descriptors": {
+                "summary": "One whose descriptors come with the request, and which the path has to be of",
+                "value": { "path": "/sys/bus/pci/devices/0000:02:00.0", "id": "nvme" },
+            },
+        }),
         "vm.remove-device" => one(json!({ "id": "data" })),
         "vm.snapshot" => json!({
             "example": { "value": { "destination_url": "file:///var/lib/vm/snapshot" } },

@@ -217,11 +217,12 @@ fn note(action: Action) -> Option<&'static str> {
             "The descriptors of an open tap interface, one for each pair of queues, come with the bytes of the request (SCM_RIGHTS); \
              `fds` in the body is ignored.",
         ),
-        Operation::AddDisk
-        | Operation::AddFs
-        | Operation::AddGenericVhostUser
-        | Operation::AddVsock
-        | Operation::AddDevice => Some(
+        Operation::AddDevice => Some(
+            "A guest that runs has the device at once and is told of it; one that is paused is told when it goes on. Instead of `path` the \
+             descriptor of its file, or of its group's, comes with the bytes of the request (SCM_RIGHTS), and with it that of /dev/iommu or \
+             /dev/vfio/vfio if the VM has none yet; `fd` in the body is ignored.",
+        ),
+        Operation::AddDisk | Operation::AddFs | Operation::AddGenericVhostUser | Operation::AddVsock => Some(
             "A guest that runs has the device at once and is told of it; one that is paused is told when it goes on.",
         ),
         Operation::RemoveDevice => Some(

@@ -181,7 +181,7 @@ pub const ROUTES: &[Route] = &[
     put(
         "vm.add-device",
         Operation::AddDevice,
-        "passes a device of the host through ([vfio.md](vfio.md))",
+        "passes a device of the host through ([vfio.md](vfio.md)); takes descriptors of it",
     ),
     put(
         "vm.remove-device",

@@ -10,7 +10,7 @@ use super::route::{Action, Route};
 use super::{Call, Later, Peer, Served, Service, StreamWaker, body, progress};
 use crate::audit::{AuditSink, Audited, NoAudit};
 use crate::metrics::{self, Requests, Source};
-use crate::{Answer, ApiError, Handler, NetConfig, Operation, Phase, Reply, Request, VmConfig, VmInfo};
+use crate::{Answer, ApiError, DeviceConfig, Handler, NetConfig, Operation, Phase, Reply, Request, VmConfig, VmInfo};
 
 /// What requests of paths that the API does not have are counted as.
 const OTHER: &str = "other";
@@ -88,7 +88,7 @@ impl Router {
         if !call.fds.is_empty()
             && !matches!(
                 operation,
-                Operation::AddNet | Operation::Restore | Operation::ReceiveMigration
+                Operation::AddNet | Operation::AddDevice | Operation::Restore | Operation::ReceiveMigration
             )
         {
             return Err(ApiError::BadRequest(format!("{name} takes no descriptors")));
@@ -117,7 +117,11 @@ impl Router {
             Operation::AddFs => Request::AddFs(reader.read(name, body)?),
             Operation::AddGenericVhostUser => Request::AddGenericVhostUser(reader.read(name, body)?),
             Operation::AddVsock => Request::AddVsock(reader.read(name, body)?),
-            Operation::AddDevice => Request::AddDevice(reader.read(name, body)?),
+            Operation::AddDevice => {
+                let mut device: DeviceConfig = reader.read(name, body)?;
+                device.fd = None;
+                Request::AddDevice(device, std::mem::take(&mut call.fds))
+            }
             Operation::RemoveDevice => Request::RemoveDevice(reader.read(name, body)?),
             Operation::Snapshot => Request::Snapshot(reader.read(name, body)?),
             Operation::Restore => Request::Restore(reader.read(name, body)?, std::mem::take(&mut call.fds)),
@@ -188,6 +192,13 @@ impl Router {
 fn create(mut config: VmConfig) -> VmConfig {
     for net in config.net.iter_mut().flatten() {
         net.fds = None;
+    }
+    for device in config.devices.iter_mut().flatten() {
+        device.fd = None;
+    }
+    if let Some(platform) = &mut config.platform {
+        platform.iommufd_fd = None;
+        platform.container_fd = None;
     }
     config
 }

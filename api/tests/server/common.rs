@@ -139,7 +139,7 @@ impl Handler for FakeVm {
             | Request::AddFs(_)
             | Request::AddGenericVhostUser(_)
             | Request::AddVsock(_)
-            | Request::AddDevice(_)
+            | Request::AddDevice(..)
             | Request::RemoveDevice(_)
             | Request::Snapshot(_)
             | Request::Restore(..)

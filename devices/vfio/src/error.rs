@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::given::Kind;
+
 /// Why a device of the host cannot be had. Each says what is to be done.
 #[derive(Debug, Error)]
 pub enum OpenError {
@@ -122,6 +124,9 @@ pub enum OpenError {
         "/dev/iommu cannot be opened; load the module iommufd, and let this user read and write it, or leave iommufd=on out"
     )]
     NoIommufd(#[source] io::Error),
+    /// What was opened for it by somebody else is not what it takes.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
     /// It is no PCI function.
     #[error("{0} is no PCI device; only those can be passed through")]
     NotPci(String),
@@ -136,6 +141,123 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Why a device cannot be had by descriptors. Each says what is to be done.
+#[derive(Debug, Error)]
+pub enum DescriptorError {
+    /// It cannot be looked at.
+    #[error("a descriptor cannot be looked at; give one that is open")]
+    Unknown(#[source] io::Error),
+    /// It has nothing to do with VFIO.
+    #[error(
+        "a descriptor is no device's; give that of its file in /dev/vfio/devices, or of its group in /dev/vfio, and with it that of \
+         /dev/iommu, or /dev/vfio/vfio, if the VM has none yet"
+    )]
+    Strange,
+    /// Its group has no IOMMU.
+    #[error(
+        "a descriptor is that of a group without an IOMMU behind it, VFIO's unsafe mode, in which a guest could write to any memory of \
+         the host; switch the host's IOMMU on"
+    )]
+    NoIommu,
+    /// It cannot be written to.
+    #[error("a descriptor is not open for reading and writing; open it so (O_RDWR)")]
+    ReadOnly,
+    /// Nothing in sysfs.
+    #[error("which device a descriptor is of cannot be seen at {}; let the VMM read /sys", .path.display())]
+    Unseen {
+        /// Where.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// None of a device.
+    #[error(
+        "there is no descriptor of a device; give that of its file in /dev/vfio/devices, or of its group in /dev/vfio"
+    )]
+    NoDevice,
+    /// More than one of the same kind.
+    #[error(
+        "there are several descriptors of the same kind; a device has one, and one of /dev/iommu, or of /dev/vfio/vfio, is for all devices"
+    )]
+    Many,
+    /// Something else instead of what is for all devices.
+    #[error("the descriptor {option} is not {0}; open that, for reading and writing", option = for_all(.0))]
+    NotForAll(Kind),
+    /// None for all devices.
+    #[error(
+        "the VM has no {0}, which this device needs; send a descriptor of it with the device's, or give it at the start (--platform {flag}=N)",
+        flag = for_all(.0)
+    )]
+    NoSpace(Kind),
+    /// A second one for all devices.
+    #[error("the VM has {0} already, which is for all its devices; give the device's descriptor alone")]
+    Again(Kind),
+    /// Another one for all devices.
+    #[error("devices of this VM come by {0}; give descriptors for that")]
+    OtherWay(Kind),
+    /// What does not go together.
+    #[error("devices of this VM come by {kind}, and a descriptor is for {needed}; {}", goes_with(.kind))]
+    Mixed {
+        /// What the device needs.
+        needed: Kind,
+        /// What there is.
+        kind: Kind,
+    },
+    /// The group was given before.
+    #[error("the VM has the IOMMU group {group} of {name} already; give the path of {name}, without a descriptor")]
+    GroupAgain {
+        /// The device.
+        name: String,
+        /// Its group.
+        group: u32,
+    },
+    /// Not one device in a group.
+    #[error("IOMMU group {group} has not one device for guests, but [{names}]; say which with path")]
+    Several {
+        /// The group.
+        group: u32,
+        /// Its devices.
+        names: String,
+    },
+    /// The path is another device's.
+    #[error("the path is that of {path}, and the descriptor is {is}; give those of one device, or leave path out")]
+    Other {
+        /// By its path.
+        path: String,
+        /// By its descriptor.
+        is: String,
+    },
+    /// Mediated ones are opened anew for each guest.
+    #[error("the mediated device {0} is opened for each guest anew, so it cannot come by a descriptor; give its path")]
+    Mediated(String),
+    /// A group cannot be apart from others that come by the same container.
+    #[error(
+        "{0} is to be behind the guest's IOMMU, for which it needs a container of its own, and a descriptor of a group comes with that of \
+         all devices; give the descriptor of its own file, with iommufd, or its path"
+    )]
+    Apart(String),
+    /// Somebody used it.
+    #[error("the descriptor of {0} was used before; open it anew, and leave the rest to the VMM")]
+    Used(String),
+}
+
+/// Which option of the platform's has it.
+fn for_all(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Iommufd => "iommufd_fd",
+        Kind::Container => "container_fd",
+    }
+}
+
+/// What a device comes by there.
+fn goes_with(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Iommufd => "give that of the device's own file in /dev/vfio/devices",
+        Kind::Container => "give that of the device's group in /dev/vfio",
+    }
 }
 
 /// What a person types to give a device to vfio-pci.

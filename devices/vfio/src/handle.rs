@@ -72,7 +72,7 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Opens the device `name`. Events of it join `set`. If there is a VM, the hypervisor hears of it before its driver does: some
+    /// Opens the device `name`, whose own file is `given` if somebody else opened that. Events of it join `set`. If there is a VM, the hypervisor hears of it before its driver does: some
     /// mediated devices need to know whose they are.
     pub(crate) fn open(
         kernel: &dyn Kernel,
@@ -80,6 +80,7 @@ impl Handle {
         name: &str,
         set: &Arc<Epoll>,
         vm: Option<&dyn Vm>,
+        given: Option<Box<dyn DeviceFile>>,
     ) -> Result<Self, Refusal> {
         let describe = Refusal::of("ask the kernel for the description");
         let (file, info) = match way {
@@ -90,7 +91,8 @@ impl Handle {
                 Ok((file, info))
             })?,
             Way::Node(node, container) => {
-                let file = kernel.open_node(node).map_err(Refusal::of("open the device file"))?;
+                let opened = given.map_or_else(|| kernel.open_node(node), Ok);
+                let file = opened.map_err(Refusal::of("open the device file"))?;
                 let info = admitted(vm, file.fd(), || {
                     container.adopt(|iommu| bind(iommu, &*file))?;
                     file.info().map_err(&describe)

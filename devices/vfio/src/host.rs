@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -10,8 +10,10 @@ use std::sync::{Arc, Mutex, Weak};
 use vmm_sys_util::epoll::Epoll;
 
 use crate::alarms::Alarm;
+use crate::error::DescriptorError;
+use crate::given::{Kind, Space as Given};
 use crate::handle::{Admission, BIND, Handle, Refusal, Way};
-use crate::kernel::{AddressSpace, ContainerFile, GroupFile, IommuFile, Kernel};
+use crate::kernel::{AddressSpace, ContainerFile, DeviceFile, GroupFile, IommuFile, Kernel};
 use crate::sysfs::{self, Found};
 use crate::{FunctionError, Immovable, Mover, OpenError, Reached, Vm, lock};
 
@@ -56,8 +58,11 @@ impl Container {
         }
     }
 
-    fn is_iommufd(&self) -> bool {
-        matches!(self.space, Space::Iommufd(_))
+    fn kind(&self) -> Kind {
+        match &self.space {
+            Space::Container(_) => Kind::Container,
+            Space::Iommufd(_) => Kind::Iommufd,
+        }
     }
 
     /// One more address space beside this, if it is iommufd's.
@@ -116,18 +121,57 @@ pub struct HostDevice {
 }
 
 #[derive(Default)]
-struct Open {
+pub(crate) struct Open {
     iommufd: Option<bool>,
+    /// What somebody else opened for all devices.
+    pub(crate) given: Option<Given>,
     container: Weak<Container>,
-    groups: BTreeMap<u32, Weak<Group>>,
+    pub(crate) groups: BTreeMap<u32, Weak<Group>>,
     devices: Vec<Weak<HostDevice>>,
+}
+
+impl Open {
+    /// Refuses a device that is there already, or cannot be `apart` from those that are.
+    pub(crate) fn check(&mut self, found: &Found, apart: bool) -> Result<(), OpenError> {
+        self.devices.retain(|device| device.strong_count() > 0);
+        let mut devices = self.devices.iter().filter_map(Weak::upgrade);
+        if devices.any(|device| device.name == found.name) {
+            return Err(OpenError::Twice(found.name.clone()));
+        }
+        let mut devices = self.devices.iter().filter_map(Weak::upgrade);
+        match devices.any(|device| device.group == found.group && (apart || device.apart)) {
+            true => Err(OpenError::NotApart {
+                name: found.name.clone(),
+                group: found.group,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// By which of the kernel's interfaces devices come, if there are some, or somebody opened one of the two for them.
+    pub(crate) fn kind(&self) -> Option<Kind> {
+        let mut devices = self.devices.iter().filter_map(Weak::upgrade);
+        let there = devices.next().map(|device| device.container().kind());
+        there.or(self.given.as_ref().map(|given| given.kind))
+    }
+
+    /// The group `number`, if it is open.
+    pub(crate) fn group(&self, number: u32) -> Option<Arc<Group>> {
+        self.groups.get(&number).and_then(Weak::upgrade)
+    }
+
+    /// What somebody else opened for all devices, if that is of this kind.
+    fn given(&self, kind: Kind) -> io::Result<Option<OwnedFd>> {
+        let given = self.given.as_ref().filter(|given| given.kind == kind);
+        given.map(|given| given.file.try_clone()).transpose()
+    }
 }
 
 /// Opens the devices of one guest.
 #[derive(Clone)]
 pub struct Iommu {
-    kernel: Arc<dyn Kernel>,
-    open: Arc<Mutex<Open>>,
+    pub(crate) kernel: Arc<dyn Kernel>,
+    pub(crate) open: Arc<Mutex<Open>>,
     /// What the host tells of its devices.
     alarms: Arc<Epoll>,
     reached: Arc<Reached>,
@@ -177,19 +221,21 @@ impl Iommu {
     pub fn open(&self, path: &Path, apart: bool) -> Result<Arc<HostDevice>, OpenError> {
         let found = sysfs::find(path)?;
         let mut open = lock(&self.open);
-        open.devices.retain(|device| device.strong_count() > 0);
-        let mut devices = open.devices.iter().filter_map(Weak::upgrade);
-        if devices.any(|device| device.name == found.name) {
-            return Err(OpenError::Twice(found.name));
-        }
-        let mut devices = open.devices.iter().filter_map(Weak::upgrade);
-        if devices.any(|device| device.group == found.group && (apart || device.apart)) {
-            return Err(OpenError::NotApart {
-                name: found.name,
-                group: found.group,
-            });
-        }
+        open.check(&found, apart)?;
         let way = self.way(&mut open, &found, apart)?;
+        self.enlist(&mut open, way, &found, apart, None)
+    }
+
+    /// Opens the device `found`, whose own file is `given` if somebody else opened that, and keeps it in mind.
+    pub(crate) fn enlist(
+        &self,
+        open: &mut Open,
+        way: Way,
+        found: &Found,
+        apart: bool,
+        given: Option<Box<dyn DeviceFile>>,
+    ) -> Result<Arc<HostDevice>, OpenError> {
+        let was_given = given.is_some();
         let mut device = HostDevice {
             name: found.name.clone(),
             group: found.group,
@@ -203,9 +249,10 @@ impl Iommu {
             live: AtomicBool::new(false),
         };
         if !found.mediated {
-            let handle = device.open(None).map_err(|refusal| refused(refusal, &found))?;
+            let handle = device.open(None, given);
+            let handle = handle.map_err(|refusal| refused(refusal, found, was_given))?;
             if !handle.info.pci {
-                return Err(OpenError::NotPci(found.name));
+                return Err(OpenError::NotPci(found.name.clone()));
             }
             device.kept = Some(handle);
         }
@@ -216,9 +263,8 @@ impl Iommu {
 
     /// By what the device comes.
     fn way(&self, open: &mut Open, found: &Found, apart: bool) -> Result<Way, OpenError> {
-        let container = open.container.upgrade();
-        let iommufd = match (&container, open.iommufd) {
-            (Some(container), _) => container.is_iommufd(),
+        let iommufd = match (open.kind(), open.iommufd) {
+            (Some(kind), _) => kind == Kind::Iommufd,
             (None, Some(choice)) => choice,
             (None, None) => !self.kernel.has_containers() && found.node.is_some(),
         };
@@ -227,17 +273,12 @@ impl Iommu {
                 .node
                 .clone()
                 .ok_or_else(|| OpenError::NoNode(found.name.clone()))?;
-            let container = match container {
-                Some(container) if !apart => container,
-                _ => self.open_iommufd(open, apart)?,
-            };
-            return Ok(Way::Node(node, container));
+            return Ok(Way::Node(node, self.iommufd(open, apart)?));
         }
-        let known = open.groups.get(&found.group).and_then(Weak::upgrade);
-        let group = match known {
+        let group = match open.group(found.group) {
             Some(group) => group,
             None => {
-                let group = Arc::new(self.open_group(open, found, apart)?);
+                let group = Arc::new(self.open_group(open, found, apart, None)?);
                 open.groups.insert(found.group, Arc::downgrade(&group));
                 group
             }
@@ -245,11 +286,19 @@ impl Iommu {
         Ok(Way::Group(group))
     }
 
-    fn open_iommufd(&self, open: &mut Open, apart: bool) -> Result<Arc<Container>, OpenError> {
+    /// What a device that comes by iommufd reaches.
+    pub(crate) fn iommufd(&self, open: &mut Open, apart: bool) -> Result<Arc<Container>, OpenError> {
+        if let Some(container) = open.container.upgrade().filter(|_| !apart) {
+            return Ok(container);
+        }
         let mut others = open.devices.iter().filter_map(Weak::upgrade);
         let file = match others.find_map(|other| other.container().another()) {
             Some(file) => file,
-            None => self.kernel.open_iommu(),
+            None => match open.given(Kind::Iommufd) {
+                Ok(Some(given)) => self.kernel.take_iommu(given),
+                Ok(None) => self.kernel.open_iommu(),
+                Err(error) => Err(error),
+            },
         };
         let file = file.map_err(OpenError::NoIommufd)?;
         let container = Arc::new(self.container(Space::Iommufd(file)));
@@ -259,20 +308,27 @@ impl Iommu {
         Ok(container)
     }
 
-    fn open_group(&self, open: &mut Open, found: &Found, apart: bool) -> Result<Group, OpenError> {
+    /// Opens the group of `found`, or takes what somebody else opened.
+    pub(crate) fn open_group(
+        &self,
+        open: &mut Open,
+        found: &Found,
+        apart: bool,
+        given: Option<Box<dyn GroupFile>>,
+    ) -> Result<Group, OpenError> {
         let shared_container = open.container.upgrade().filter(|_| !apart);
         let first = shared_container.is_none();
         let container = match shared_container {
             Some(container) => container,
-            None => Arc::new(self.open_container()?),
+            None => Arc::new(self.open_container(open, apart)?),
         };
         let Space::Container(file_of_container) = &container.space else {
             return Err(OpenError::NoType1);
         };
         let number = found.group;
-        let file = self
-            .kernel
-            .open_group(number)
+        let was_given = given.is_some();
+        let file = given
+            .map_or_else(|| self.kernel.open_group(number), Ok)
             .map_err(|source| match source.raw_os_error() {
                 Some(libc::EBUSY) => OpenError::InUse {
                     name: found.name.clone(),
@@ -284,12 +340,12 @@ impl Iommu {
                 },
             })?;
         let failed = |what| kernel(what, found);
-        if !file
-            .status()
-            .map_err(failed("learn the state of the IOMMU group"))?
-            .viable
-        {
+        let status = file.status().map_err(failed("learn the state of the IOMMU group"))?;
+        if !status.viable {
             return Err(shared(found));
+        }
+        if was_given && status.contained {
+            return Err(DescriptorError::Used(found.name.clone()).into());
         }
         file.set_container(file_of_container.fd())
             .map_err(failed("put the IOMMU group into the container"))?;
@@ -310,8 +366,14 @@ impl Iommu {
         Ok(Group { file, container })
     }
 
-    fn open_container(&self) -> Result<Container, OpenError> {
-        let file = self.kernel.open_container().map_err(|source| OpenError::NoVfio {
+    fn open_container(&self, open: &Open, apart: bool) -> Result<Container, OpenError> {
+        // What somebody else opened is one container, which those that are apart do not share.
+        let file = match open.given(Kind::Container).map(|given| given.filter(|_| !apart)) {
+            Ok(Some(given)) => self.kernel.take_container(given),
+            Ok(None) => self.kernel.open_container(),
+            Err(error) => Err(error),
+        };
+        let file = file.map_err(|source| OpenError::NoVfio {
             path: "/dev/vfio/vfio".to_owned(),
             source,
         })?;
@@ -413,8 +475,8 @@ impl HostDevice {
         }
     }
 
-    fn open(&self, vm: Option<&dyn Vm>) -> Result<Arc<Handle>, Refusal> {
-        let handle = Handle::open(&*self.kernel, &self.way, &self.name, &self.alarms, vm)?;
+    fn open(&self, vm: Option<&dyn Vm>, given: Option<Box<dyn DeviceFile>>) -> Result<Arc<Handle>, Refusal> {
+        let handle = Handle::open(&*self.kernel, &self.way, &self.name, &self.alarms, vm, given)?;
         let handle = Arc::new(handle);
         *lock(&self.open) = Arc::downgrade(&handle);
         Ok(handle)
@@ -427,7 +489,7 @@ impl HostDevice {
                 let told = vm.admit(handle.known_by()).map_err(Refusal::of("tell KVM"));
                 told.map(|()| handle.clone())
             }
-            None => self.open(Some(&**vm)),
+            None => self.open(Some(&**vm), None),
         };
         let handle = entered.map_err(|refusal| refusal.of_device(&self.name))?;
         let admission = Admission::given(vm, &handle, &self.name);
@@ -436,9 +498,11 @@ impl HostDevice {
 }
 
 /// Why a device cannot be opened.
-fn refused(refusal: Refusal, found: &Found) -> OpenError {
+fn refused(refusal: Refusal, found: &Found, was_given: bool) -> OpenError {
     let Refusal { what, source } = refusal;
     match (what, source.raw_os_error()) {
+        // It can be bound once.
+        (BIND, Some(libc::EINVAL)) if was_given => DescriptorError::Used(found.name.clone()).into(),
         (BIND, Some(libc::EBUSY)) if !found.others().is_empty() => shared(found),
         (BIND, Some(libc::EBUSY)) => OpenError::InUse {
             name: found.name.clone(),

@@ -2,24 +2,37 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Mapping;
 
-/// Opens what VFIO has.
+/// Opens what VFIO has, or takes what somebody else opened.
 pub trait Kernel: Send + Sync {
     /// Opens `/dev/vfio/vfio`: a container without groups.
     fn open_container(&self) -> io::Result<Box<dyn ContainerFile>>;
+    /// Takes that.
+    fn take_container(&self, file: OwnedFd) -> io::Result<Box<dyn ContainerFile>>;
     /// Opens `/dev/vfio/N`: the IOMMU group `number`.
     fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>>;
+    /// Takes that.
+    fn take_group(&self, file: OwnedFd) -> Box<dyn GroupFile>;
     /// There is `/dev/vfio/vfio`.
     fn has_containers(&self) -> bool;
     /// Opens `/dev/iommu` and makes an address space there (IOMMU_IOAS_ALLOC).
     fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>>;
+    /// Takes that.
+    fn take_iommu(&self, file: OwnedFd) -> io::Result<Box<dyn IommuFile>>;
     /// Opens `/dev/vfio/devices/NODE`: a device, which can do nothing until it is bound.
     fn open_node(&self, node: &str) -> io::Result<Box<dyn DeviceFile>>;
+    /// Takes that.
+    fn take_node(&self, file: OwnedFd) -> Box<dyn DeviceFile>;
+    /// The directory in sysfs of the character device that `file` is; `None` if it is none.
+    fn directory(&self, file: BorrowedFd<'_>) -> io::Result<Option<PathBuf>>;
+    /// Where sysfs shows the devices of the IOMMU group `number`.
+    fn members(&self, number: u32) -> PathBuf;
     /// Bytes that this process may lock in memory; `None` if nobody counts.
     fn lock_limit(&self) -> Option<u64>;
     /// Bytes of the host's smallest page.

@@ -7,9 +7,12 @@ mod moves;
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, fstat, major, minor};
 
 use vfio_bindings::bindings::vfio as v;
 use vmm_sys_util::eventfd::EventFd;
@@ -114,7 +117,10 @@ fn open(path: &str) -> io::Result<File> {
 
 impl Kernel for Linux {
     fn open_container(&self) -> io::Result<Box<dyn ContainerFile>> {
-        let file = open("/dev/vfio/vfio")?;
+        self.take_container(open("/dev/vfio/vfio")?.into())
+    }
+
+    fn take_container(&self, file: OwnedFd) -> io::Result<Box<dyn ContainerFile>> {
         let version = by_value(file.as_fd(), GET_API_VERSION, 0)?;
         if version != v::VFIO_API_VERSION {
             return Err(io::Error::other(format!(
@@ -122,11 +128,15 @@ impl Kernel for Linux {
                 v::VFIO_API_VERSION
             )));
         }
-        Ok(Box::new(ContainerFd(file)))
+        Ok(Box::new(ContainerFd(file.into())))
     }
 
     fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>> {
-        Ok(Box::new(GroupFd(open(&format!("/dev/vfio/{number}"))?)))
+        Ok(self.take_group(open(&format!("/dev/vfio/{number}"))?.into()))
+    }
+
+    fn take_group(&self, file: OwnedFd) -> Box<dyn GroupFile> {
+        Box::new(GroupFd(file.into()))
     }
 
     fn has_containers(&self) -> bool {
@@ -134,11 +144,30 @@ impl Kernel for Linux {
     }
 
     fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>> {
-        Ok(Box::new(iommufd::IommuFd::open()?))
+        self.take_iommu(open("/dev/iommu")?.into())
+    }
+
+    fn take_iommu(&self, file: OwnedFd) -> io::Result<Box<dyn IommuFile>> {
+        Ok(Box::new(iommufd::IommuFd::of(Arc::new(file.into()))?))
     }
 
     fn open_node(&self, node: &str) -> io::Result<Box<dyn DeviceFile>> {
-        Ok(Box::new(DeviceFd(open(&format!("/dev/vfio/devices/{node}"))?)))
+        Ok(self.take_node(open(&format!("/dev/vfio/devices/{node}"))?.into()))
+    }
+
+    fn take_node(&self, file: OwnedFd) -> Box<dyn DeviceFile> {
+        Box::new(DeviceFd(file.into()))
+    }
+
+    fn directory(&self, file: BorrowedFd<'_>) -> io::Result<Option<PathBuf>> {
+        let stat = fstat(file)?;
+        let character = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+        let number = stat.st_rdev;
+        Ok(character.then(|| format!("/sys/dev/char/{}:{}", major(number), minor(number)).into()))
+    }
+
+    fn members(&self, number: u32) -> PathBuf {
+        format!("/sys/kernel/iommu_groups/{number}/devices").into()
     }
 
     fn lock_limit(&self) -> Option<u64> {

@@ -31,11 +31,16 @@ fn is_vfio(driver: &str) -> bool {
 }
 
 /// The last part of what a symbolic link points to.
-fn link_name(path: &Path) -> Option<String> {
+pub(crate) fn link_name(path: &Path) -> Option<String> {
     // Not by the standard library, whose system call a confined thread may not make.
     let target = readlinkat(CWD, path, Vec::new()).ok()?;
     let target = target.into_string().ok()?;
     Some(target.rsplit('/').next()?.to_owned())
+}
+
+/// The device whose directory is `path` belongs to VFIO.
+pub(crate) fn has_vfio(path: &Path) -> bool {
+    link_name(&path.join("driver")).is_some_and(|driver| is_vfio(&driver))
 }
 
 /// Looks at the device whose directory is `path`, which must belong to VFIO.

@@ -29,6 +29,7 @@ mod refusals;
 mod rng;
 mod snapshot;
 mod vfio;
+mod vfio_given;
 mod vfio_host;
 mod vfio_plug;
 mod vfio_refusals;
@@ -55,6 +56,7 @@ pub fn tests() -> Vec<Test> {
         blk::TESTS,
         vfio_refusals::TESTS,
         vfio::TESTS,
+        vfio_given::TESTS,
         vfio_host::TESTS,
         iommu::TESTS,
         vfio_plug::TESTS,

@@ -123,7 +123,7 @@ fn start(controller: &mut Controller, vm: Described) -> anyhow::Result<()> {
     for field in &vm.ignored {
         tracing::warn!("{}: {field} is no field of a configuration, and was ignored", vm.by);
     }
-    let created = controller.create(vm.config);
+    let created = controller.create_inherited(vm.config);
     if vm.by == cli::FLAGS {
         created?;
     } else {

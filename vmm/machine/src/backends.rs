@@ -4,13 +4,15 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use thiserror::Error;
-use triarch_api::{DiskBackend, DiskConfig, ImageType, NetBackend, NetConfig, VmConfig};
+use triarch_api::{
+    DeviceConfig as HostDeviceConfig, DiskBackend, DiskConfig, ImageType, NetBackend, NetConfig, VmConfig,
+};
 use triarch_block::{Backend, Disk, DiskOptions};
 use triarch_device_core::Sandbox;
 use triarch_net::{PacketBackend, Tap, TapError};
@@ -52,13 +54,20 @@ pub(crate) enum Serves {
     Itself,
 }
 
-/// Taps that clients opened and handed over, by the ids of their devices. They are kept as long as the device is configured.
-pub(crate) type HandedTaps = BTreeMap<String, Arc<Tap>>;
+/// What somebody else opened and handed over for a device.
+#[derive(Clone)]
+pub(crate) enum Handed {
+    Tap(Arc<Tap>),
+    Host(Arc<HostDevice>),
+}
+
+/// That of all devices, by their ids. It is kept as long as the device is configured.
+pub(crate) type HandedEnds = BTreeMap<String, Handed>;
 
 /// What devices are opened with.
 #[derive(Clone, Copy)]
 pub(crate) struct Opener<'a> {
-    pub(crate) handed: &'a HandedTaps,
+    pub(crate) handed: &'a HandedEnds,
     /// Starts daemons, if somebody may.
     pub(crate) daemons: Option<&'a Arc<dyn Daemons>>,
     pub(crate) sandbox: &'a Arc<dyn Sandbox>,
@@ -74,6 +83,11 @@ pub(crate) struct Opener<'a> {
 impl Opener<'_> {
     fn locked(&self) -> bool {
         self.moved.is_none()
+    }
+
+    /// What was handed over for device `id`.
+    fn handed(&self, id: &Option<String>) -> Option<&Handed> {
+        self.handed.get(id.as_deref()?)
     }
 
     /// What a guest that comes was shown of device `id`.
@@ -188,10 +202,7 @@ impl End {
                 }
             },
             DeviceConfig::Net(net) => match net.backend {
-                NetBackend::Vmm => {
-                    let handed = net.id.as_ref().and_then(|id| opener.handed.get(id));
-                    open_net(net, handed, opener)?
-                }
+                NetBackend::Vmm => open_net(net, opener.handed(&net.id), opener)?,
                 NetBackend::Netd => {
                     let (started, socket) = start_net(net, opener.daemons)?;
                     daemon = Some(started);
@@ -203,10 +214,7 @@ impl End {
                 let shown = opener.shown(&device.id);
                 Serves::Daemon(vhost::open_generic(device, shown, sandbox)?, None)
             }
-            DeviceConfig::Host(device) => {
-                let opened = opener.iommu.open(&device.path, device.iommu || opener.behind_iommu);
-                Serves::Host(opened.map_err(|error| MachineError::device(&device.id, error))?)
-            }
+            DeviceConfig::Host(device) => Serves::Host(open_device(device, opener)?),
             DeviceConfig::Vsock(_) => Serves::Itself,
         };
         Ok(Self { serves, daemon })
@@ -222,8 +230,7 @@ impl End {
                 }
             }
             DeviceConfig::Net(net) if net.backend == NetBackend::Vmm && !net.vhost_user => {
-                let handed = net.id.as_ref().is_some_and(|id| opener.handed.contains_key(id));
-                match handed {
+                match opener.handed(&net.id).is_some() {
                     true => Ok(None),
                     false => attach_tap(net).map(|_| None),
                 }
@@ -324,13 +331,29 @@ fn foreign_format(path: &Path) -> Option<&'static str> {
     (end == *b"conectix").then_some("VHD")
 }
 
-fn open_net(config: &NetConfig, handed: Option<&Arc<Tap>>, opener: Opener<'_>) -> Result<Serves, MachineError> {
+fn open_device(config: &HostDeviceConfig, opener: Opener<'_>) -> Result<Arc<HostDevice>, MachineError> {
+    if let Some(Handed::Host(device)) = opener.handed(&config.id) {
+        return Ok(device.clone());
+    }
+    let id = &config.id;
+    let path = config.path.as_deref();
+    let path = path.ok_or_else(|| MachineError::device(id, NotHanded))?;
+    let opened = opener.iommu.open(path, config.iommu || opener.behind_iommu);
+    opened.map_err(|error| MachineError::device(id, error))
+}
+
+/// A device whose descriptor is not there.
+#[derive(Debug, Error)]
+#[error("nobody handed over the descriptor of the device; give it with vm.add-device, or give its path")]
+struct NotHanded;
+
+fn open_net(config: &NetConfig, handed: Option<&Handed>, opener: Opener<'_>) -> Result<Serves, MachineError> {
     if config.vhost_user {
         return daemon_net(config, config.vhost_socket.as_deref(), opener);
     }
     let tap = match handed {
-        Some(tap) => tap.clone(),
-        None => open_tap(config)?,
+        Some(Handed::Tap(tap)) => tap.clone(),
+        Some(Handed::Host(_)) | None => open_tap(config)?,
     };
     let counters = NetCounters::new(tap.queues().len());
     Ok(Serves::Tap(tap, counters))
@@ -385,7 +408,7 @@ fn set_up(tap: &mut Tap, config: &NetConfig, ours: bool) -> Result<(), TapError>
 }
 
 /// A copy of a descriptor this process was started with.
-fn inherited(fd: RawFd) -> Result<OwnedFd, InheritError> {
+pub(crate) fn inherited(fd: RawFd) -> Result<OwnedFd, InheritError> {
     let failed = |source| InheritError { fd, source };
     if fd < 0 {
         return Err(failed(io::ErrorKind::InvalidInput.into()));
@@ -396,10 +419,17 @@ fn inherited(fd: RawFd) -> Result<OwnedFd, InheritError> {
     borrowed.try_clone_to_owned().map_err(failed)
 }
 
+/// Closes a descriptor this process was started with, of which there is a copy.
+pub(crate) fn close_inherited(fd: RawFd) {
+    // SAFETY: whoever started this program said that it is the file of a device of the host, and the copy showed that. Nothing here opens
+    // such files before, and a number is given once, so nothing else owns it.
+    drop(unsafe { OwnedFd::from_raw_fd(fd) });
+}
+
 /// A descriptor that whoever started this process did not hand over.
 #[derive(Debug, Error)]
-#[error("descriptor {fd} was not inherited; open the tap before starting this program and leave it open")]
-struct InheritError {
+#[error("descriptor {fd} was not inherited; open it before starting this program and leave it open")]
+pub(crate) struct InheritError {
     fd: RawFd,
     #[source]
     source: io::Error,

@@ -15,7 +15,7 @@ use triarch_vcpu::VcpuEvent;
 use triarch_vfio::Iommu;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backends::{Backends, HandedTaps};
+use crate::backends::{Backends, HandedEnds};
 use crate::build::Machine;
 use crate::consoles::Consoles;
 use crate::cpus::Processors;
@@ -70,8 +70,8 @@ pub struct Controller {
     /// The phase the supervisor knows of.
     told_phase: Phase,
     pub(crate) config: Option<VmConfig>,
-    /// Taps that clients opened and handed over.
-    pub(crate) taps: HandedTaps,
+    /// What somebody else opened and handed over.
+    pub(crate) handed: HandedEnds,
     pub(crate) consoles: Option<Consoles>,
     pub(crate) backends: Option<Backends>,
     /// Opens devices of the host.
@@ -134,7 +134,7 @@ impl Controller {
             phase: Phase::Absent,
             told_phase: Phase::Absent,
             config: None,
-            taps: HandedTaps::new(),
+            handed: HandedEnds::new(),
             consoles: None,
             backends: None,
             iommu,
@@ -353,7 +353,7 @@ impl Controller {
             Request::AddFs(fs) => return self.add_fs(fs),
             Request::AddGenericVhostUser(device) => return self.add_generic(device),
             Request::AddVsock(vsock) => return self.add_vsock(vsock),
-            Request::AddDevice(device) => return self.add_device(device),
+            Request::AddDevice(device, fds) => return self.add_device(device, fds),
             Request::RemoveDevice(device) => self.remove_device(&device)?,
             Request::CpuFeatures => return Ok(self.cpu_features()?),
             Request::Snapshot(snapshot) => self.snapshot(&snapshot)?,
@@ -515,7 +515,7 @@ impl Controller {
         if self.config.take().is_some() {
             self.tell(&kind::VM_DELETED, Cause::Client);
         }
-        self.taps.clear();
+        self.forget_handed_ends();
         self.processors.forget_size();
         self.phase = Phase::Absent;
     }

@@ -10,7 +10,7 @@ use triarch_api::{
 };
 use triarch_net::Tap;
 
-use crate::backends::handed_tap;
+use crate::backends::{Handed, handed_tap};
 use crate::control::{Cause, Controller};
 use crate::resize::{Goal, Part};
 use crate::{Machine, MachineError, configured, identity};
@@ -208,7 +208,7 @@ impl Controller {
     pub(crate) fn add_net(&mut self, net: NetConfig, fds: Vec<OwnedFd>) -> Result<Reply, ApiError> {
         let tap = match fds.is_empty() {
             true => None,
-            false => Some(check_tap(&net, fds)?),
+            false => Some(Handed::Tap(check_tap(&net, fds)?)),
         };
         self.add(tap, |config| {
             config.net.get_or_insert_default().push(net);
@@ -232,12 +232,22 @@ impl Controller {
         })
     }
 
-    /// `vm.add-device`.
-    pub(crate) fn add_device(&mut self, device: DeviceConfig) -> Result<Reply, ApiError> {
-        self.add(None, |config| {
+    /// `vm.add-device`; `fds` are its file and what is for all devices, if the client opened them.
+    pub(crate) fn add_device(&mut self, mut device: DeviceConfig, fds: Vec<OwnedFd>) -> Result<Reply, ApiError> {
+        let brought = fds.len() > 1;
+        let behind_iommu = self.config.as_ref().is_some_and(VmConfig::iommu_for_all);
+        let handed = match fds.is_empty() {
+            true => None,
+            false => Some(self.take_device(&mut device, fds, behind_iommu)?),
+        };
+        let added = self.add(handed, |config| {
             config.devices.get_or_insert_default().push(device);
             Ok(())
-        })
+        });
+        if added.is_err() && brought {
+            self.iommu.forget();
+        }
+        added
     }
 
     /// `vm.add-vsock`.
@@ -253,11 +263,11 @@ impl Controller {
         })
     }
 
-    /// Adds the device that `edit` puts into the configuration, also to a guest that runs; `tap` is its tap, if a client opened it. All of
-    /// it or nothing.
+    /// Adds the device that `edit` puts into the configuration, also to a guest that runs; `handed` is what a client opened for it. All of it
+    /// or nothing.
     fn add(
         &mut self,
-        tap: Option<Arc<Tap>>,
+        handed: Option<Handed>,
         edit: impl FnOnce(&mut VmConfig) -> Result<(), ApiError>,
     ) -> Result<Reply, ApiError> {
         let (Some(before), Some(changed)) = (&self.config, self.changed(edit)?) else {
@@ -266,9 +276,9 @@ impl Controller {
         // Every device has a name by now.
         let is_new = |id: &&str| before.ids().all(|known| known != *id);
         let id = changed.ids().find(is_new).unwrap_or_default().to_owned();
-        let added = self.plug(&changed, &id, tap.as_ref())?;
-        if let Some(tap) = tap {
-            self.taps.insert(id, tap);
+        let added = self.plug(&changed, &id, handed.as_ref())?;
+        if let Some(handed) = handed {
+            self.handed.insert(id, handed);
         }
         self.config = Some(changed);
         Ok(added.map_or(Reply::Done, Reply::Added))
@@ -287,7 +297,7 @@ impl Controller {
                 false => Err(no_device(id, "device that can be removed")),
             }
         })?;
-        self.taps.remove(id);
+        self.handed.remove(id);
         Ok(())
     }
 

@@ -57,6 +57,9 @@ pub enum MachineError {
         #[source]
         source: OpenError,
     },
+    /// What somebody else opened for all devices of the host.
+    #[error("cannot use what was opened for devices of the host")]
+    Handed(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A device that was asked for.
     #[error("cannot set up the device {id}")]
     Device {
@@ -188,6 +191,7 @@ impl MachineError {
             Self::Console { source, .. } => {
                 !matches!(source, OpenError::Events(_) | OpenError::Pty(_)) && !host_is_short(source)
             }
+            Self::Handed(source) => !host_is_short(&**source),
             Self::Device { source, .. } | Self::Carry { source, .. } => !host_is_short(&**source),
             Self::Share { source, .. } => matches!(source, LinkError::Unfit(_)),
             Self::Snapshot(cause) => !host_is_short(cause),

@@ -18,6 +18,7 @@ mod daemons;
 mod devices;
 mod edit;
 mod error;
+mod handed;
 mod identity;
 mod inbox;
 mod memory;

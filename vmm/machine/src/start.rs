@@ -49,7 +49,7 @@ impl Controller {
             None => {
                 let platform = config.platform.as_ref();
                 self.iommu.by_iommufd(platform.and_then(|platform| platform.iommufd));
-                let (handed, daemons, sandbox) = (&self.taps, self.daemons.as_ref(), &self.sandbox);
+                let (handed, daemons, sandbox) = (&self.handed, self.daemons.as_ref(), &self.sandbox);
                 let opener = Opener {
                     handed,
                     daemons,

@@ -108,10 +108,7 @@ pub(crate) enum Command {
         device: String,
     },
     /// Pass a device of the host through
-    AddDevice {
-        /// path=/sys/bus/pci/devices/0000:01:00.0[,id=ID], as of the VMM's --device
-        device: String,
-    },
+    AddDevice(AddDevice),
     /// Add sockets between guest and host
     AddVsock {
         /// cid=N,socket=PATH[,id=ID], as of the VMM's --vsock
@@ -356,6 +353,16 @@ pub(crate) struct AddNet {
     #[arg(default_value = "")]
     pub(crate) net: String,
     /// Descriptor of an open tap, inherited by trictl; one for each queue pair
+    #[arg(long = "fd", value_name = "N")]
+    pub(crate) fds: Vec<i32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddDevice {
+    /// path=/sys/bus/pci/devices/0000:01:00.0[,id=ID], as of the VMM's --device
+    #[arg(default_value = "")]
+    pub(crate) device: String,
+    /// Descriptor of its file, or its group's, inherited by trictl; then that of /dev/iommu or /dev/vfio/vfio, if the VM has none yet
     #[arg(long = "fd", value_name = "N")]
     pub(crate) fds: Vec<i32>,
 }

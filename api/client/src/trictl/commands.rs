@@ -16,7 +16,7 @@ use triarch_api::{
 };
 use triarch_client::{Client, Response};
 
-use crate::cli::{self, AddNet, Cli, Command, Global};
+use crate::cli::{self, AddDevice, AddNet, Cli, Command, Global};
 use crate::output::{Failure, print};
 use crate::{cpu, documents, follow, inherit, jobs, progress, show, top};
 
@@ -62,9 +62,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
             let device = value("add-generic-vhost-user", flags::generic_vhost_user(&device))?;
             session.put_json(Operation::AddGenericVhostUser, &device)
         }
-        Command::AddDevice { device } => {
-            session.put_json(Operation::AddDevice, &value("add-device", flags::device(&device))?)
-        }
+        Command::AddDevice(arguments) => session.add_device(arguments),
         Command::AddVsock { vsock } => {
             session.put_json(Operation::AddVsock, &value("add-vsock", flags::vsock(&vsock))?)
         }
@@ -319,9 +317,23 @@ impl Session {
         if let Some(queues) = queues.filter(|count| *count > 0) {
             net.num_queues = queues;
         }
-        let fds = inherit::descriptors(&fds).map_err(Failure::Usage)?;
+        let fds = inherit::descriptors("add-net", &fds).map_err(Failure::Usage)?;
         let body = json(Operation::AddNet, &net)?;
         self.put(Operation::AddNet, Some(body), &fds)
+    }
+
+    fn add_device(&mut self, arguments: AddDevice) -> Result<(), Failure> {
+        let AddDevice { device, mut fds } = arguments;
+        let mut device = match device.is_empty() {
+            true => triarch_api::DeviceConfig::default(),
+            false => value("add-device", flags::handed_device(&device))?,
+        };
+        if let Some(first) = device.fd.take() {
+            fds.insert(0, first);
+        }
+        let fds = inherit::descriptors("add-device", &fds).map_err(Failure::Usage)?;
+        let body = json(Operation::AddDevice, &device)?;
+        self.put(Operation::AddDevice, Some(body), &fds)
     }
 
     fn raw(&mut self, method: cli::Method, route: &str, body: Option<String>) -> Result<(), Failure> {

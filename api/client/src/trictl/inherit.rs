@@ -3,17 +3,17 @@
 
 use std::os::fd::{BorrowedFd, RawFd};
 
-/// The descriptors of these numbers.
+/// The descriptors of these numbers, for `command`.
 ///
 /// # Errors
 /// One of them is not open.
-pub(crate) fn descriptors(numbers: &[RawFd]) -> Result<Vec<BorrowedFd<'static>>, String> {
-    numbers.iter().map(|number| descriptor(*number)).collect()
+pub(crate) fn descriptors(command: &str, numbers: &[RawFd]) -> Result<Vec<BorrowedFd<'static>>, String> {
+    numbers.iter().map(|number| descriptor(command, *number)).collect()
 }
 
-fn descriptor(number: RawFd) -> Result<BorrowedFd<'static>, String> {
+fn descriptor(command: &str, number: RawFd) -> Result<BorrowedFd<'static>, String> {
     let problem =
-        || format!("add-net: descriptor {number} is not open; open it for trictl, as in 'trictl ... 3<>/dev/x'");
+        || format!("{command}: descriptor {number} is not open; open it for trictl, as in 'trictl ... 3<>/dev/x'");
     if number < 0 {
         return Err(problem());
     }
@@ -34,10 +34,10 @@ mod tests {
     #[test]
     fn only_what_is_open_is_found() {
         let file = tempfile::tempfile().expect("a file").into_raw_fd();
-        let found = descriptors(&[file]).expect("open");
+        let found = descriptors("add-net", &[file]).expect("open");
         assert_eq!(found[0].as_raw_fd(), file);
         for bad in [-1, 1 << 20] {
-            let error = descriptors(&[file, bad]).expect_err("not open");
+            let error = descriptors("add-device", &[file, bad]).expect_err("not open");
             assert!(error.contains(&format!("descriptor {bad} is not open")), "{error}");
         }
     }

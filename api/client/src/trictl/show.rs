@@ -259,7 +259,11 @@ fn devices(config: &VmConfig, tree: &DeviceTree) -> Table {
         add(&device.id, "vhost-user", details);
     }
     for device in config.devices.iter().flatten() {
-        add(&device.id, "host", shown(&device.path).to_string());
+        add(
+            &device.id,
+            "host",
+            device.path.as_deref().map(shown).unwrap_or_default(),
+        );
     }
     if let Some(vsock) = &config.vsock {
         add(

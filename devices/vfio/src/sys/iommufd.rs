@@ -6,7 +6,7 @@ use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use super::{code, on, open, v};
+use super::{code, on, v};
 use crate::kernel::{AddressSpace, IommuFile};
 
 /// `_IO(';', 0x80 + nr)`.
@@ -95,11 +95,7 @@ pub(super) struct IommuFd {
 }
 
 impl IommuFd {
-    pub(super) fn open() -> io::Result<Self> {
-        Self::of(Arc::new(open("/dev/iommu")?))
-    }
-
-    fn of(file: Arc<File>) -> io::Result<Self> {
+    pub(super) fn of(file: Arc<File>) -> io::Result<Self> {
         let mut made = IoasAlloc {
             size: size_of::<IoasAlloc>() as u32,
             flags: 0,

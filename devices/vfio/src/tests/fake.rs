@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -53,6 +53,12 @@ pub(crate) struct World {
     pub(crate) unmasks: BTreeMap<u32, EventFd>,
     /// Both ends of the wires that the VM has for pins, by slot and pin.
     pub(crate) pins: BTreeMap<(u8, u8), [EventFd; 2]>,
+    /// Where sysfs shows what descriptors are open on, by their inodes.
+    pub(crate) directories: BTreeMap<u64, PathBuf>,
+    /// Where it shows the devices of groups.
+    pub(crate) groups: PathBuf,
+    /// Groups are in a container.
+    pub(crate) contained: bool,
     /// Devices cannot be reset by themselves.
     pub(crate) needs_bus: bool,
     /// Who is on their bus.
@@ -123,15 +129,26 @@ impl Fake {
 
     fn open(&self, name: &'static str) -> io::Result<Opened> {
         self.call(name)?;
+        Ok(self.opened(name, tempfile::tempfile()?))
+    }
+
+    fn opened(&self, name: &'static str, file: File) -> Opened {
         let mut world = lock(&self.world);
         *world.open.entry(name).or_default() += 1;
         world.spaces += 1;
-        Ok(Opened {
+        Opened {
             fake: self.clone(),
             name,
             space: world.spaces,
-            file: tempfile::tempfile()?,
-        })
+            file,
+        }
+    }
+
+    /// Takes what somebody else opened.
+    fn take(&self, name: &'static str, file: OwnedFd) -> io::Result<Opened> {
+        self.call(name)?;
+        self.call("take")?;
+        Ok(self.opened(name, file.into()))
     }
 
     /// Makes a call fail from now on.
@@ -165,8 +182,14 @@ impl Kernel for Fake {
     fn open_container(&self) -> io::Result<Box<dyn ContainerFile>> {
         Ok(Box::new(self.open("container")?))
     }
+    fn take_container(&self, file: OwnedFd) -> io::Result<Box<dyn ContainerFile>> {
+        Ok(Box::new(self.take("container", file)?))
+    }
     fn open_group(&self, _number: u32) -> io::Result<Box<dyn GroupFile>> {
         Ok(Box::new(self.open("group")?))
+    }
+    fn take_group(&self, file: OwnedFd) -> Box<dyn GroupFile> {
+        Box::new(self.opened("group", file.into()))
     }
     fn has_containers(&self) -> bool {
         !lock(&self.world).no_containers
@@ -174,8 +197,21 @@ impl Kernel for Fake {
     fn open_iommu(&self) -> io::Result<Box<dyn IommuFile>> {
         Ok(Box::new(self.open("iommu")?))
     }
+    fn take_iommu(&self, file: OwnedFd) -> io::Result<Box<dyn IommuFile>> {
+        Ok(Box::new(self.take("iommu", file)?))
+    }
     fn open_node(&self, _node: &str) -> io::Result<Box<dyn DeviceFile>> {
         Ok(Box::new(self.open("node")?))
+    }
+    fn take_node(&self, file: OwnedFd) -> Box<dyn DeviceFile> {
+        Box::new(self.opened("node", file.into()))
+    }
+    fn directory(&self, file: BorrowedFd<'_>) -> io::Result<Option<PathBuf>> {
+        let inode = rustix::fs::fstat(file)?.st_ino;
+        Ok(lock(&self.world).directories.get(&inode).cloned())
+    }
+    fn members(&self, number: u32) -> PathBuf {
+        lock(&self.world).groups.join(format!("{number}/devices"))
     }
     fn lock_limit(&self) -> Option<u64> {
         let mut world = lock(&self.world);
@@ -236,9 +272,10 @@ impl GroupFile for Opened {
         self.file.as_fd()
     }
     fn status(&self) -> io::Result<GroupStatus> {
+        let world = lock(&self.fake.world);
         Ok(GroupStatus {
-            viable: !lock(&self.fake.world).not_viable,
-            contained: false,
+            viable: !world.not_viable,
+            contained: world.contained,
         })
     }
     fn set_container(&self, _container: BorrowedFd<'_>) -> io::Result<()> {
@@ -405,6 +442,26 @@ impl Sysfs {
         let shown = path.join("vfio-dev").join(node);
         fs::create_dir_all(&shown).expect("its node");
         fs::write(shown.join("dev"), "511:0\n").expect("its number");
+    }
+
+    /// A character device of `class`, which belongs to the device at `of`, if to any, as it is found by its number.
+    pub(crate) fn character(&self, class: &str, name: &str, of: Option<&Path>) -> PathBuf {
+        let root = self.0.path();
+        let (directory, numbers) = (root.join(format!("class/{class}/{name}")), root.join("char"));
+        fs::create_dir_all(&directory).expect("its directory");
+        fs::create_dir_all(&numbers).expect("a directory of numbers");
+        symlink(root.join("class").join(class), directory.join("subsystem")).expect("its class");
+        if let Some(of) = of {
+            symlink(of, directory.join("device")).expect("its device");
+        }
+        let link = numbers.join(format!("{class}:{name}"));
+        symlink(directory, &link).expect("a link");
+        link
+    }
+
+    /// Where groups are.
+    pub(crate) fn groups(&self) -> PathBuf {
+        self.0.path().join("iommu_groups")
     }
 
     /// A mediated device, like `api`, as its bus has it: a link to where it is.

@@ -6,6 +6,7 @@ mod dma;
 mod fake;
 mod fake_moves;
 mod function;
+mod given;
 mod gpu;
 mod intx;
 mod moves;

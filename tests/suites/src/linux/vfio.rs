@@ -101,7 +101,7 @@ pub(super) fn on_host(disk: &Function) -> Result<Vec<u8>> {
 const RUNG: &str = "awk '/nvme0q[1-9]/ { n = 0; for (i = 2; i <= NF && $i ~ /^[0-9]+$/; i++) n += $i; if (n) print $NF }' /proc/interrupts";
 
 /// Load on the guest's only NVMe disk, whose every byte is then known; the table of what was written.
-fn load_on(guest: &LinuxVm, seed: u64) -> Result<Vec<u8>> {
+pub(super) fn load_on(guest: &LinuxVm, seed: u64) -> Result<Vec<u8>> {
     let names = disks(guest, 1)?;
     Load::start(guest, &names[0], ROUND, seed)?.end()?;
     Ok(guest.agent().get(load::TABLE)?)

@@ -21,7 +21,7 @@ use super::memory::{self, Prepared};
 use super::offer::{OfferedCpusV1, OfferedV1};
 use super::source::refusal;
 use super::{address, hosts, post_copy, tls_files, unmovable};
-use crate::backends::{End, HandedTaps, Opener};
+use crate::backends::{End, HandedEnds, Opener};
 use crate::configured::DeviceConfig;
 use crate::control::Controller;
 use crate::snapshot::take_taps;
@@ -171,7 +171,7 @@ impl Controller {
         Ok(())
     }
 
-    fn look_at_devices(&self, vm: &VmConfig, taps: &HandedTaps, offer: &OfferedV1, found: &mut Found) {
+    fn look_at_devices(&self, vm: &VmConfig, taps: &HandedEnds, offer: &OfferedV1, found: &mut Found) {
         const DISK: &str =
             "make it reachable under this path, or give its path here with config of vm.receive-migration";
         const TAP: &str = "give another tap with config of vm.receive-migration, or its descriptors with net_fds";

@@ -206,7 +206,7 @@ impl Controller {
         };
         let taps = take_taps(&mut vm, &request, fds).map_err(|error| moved(error.to_string()))?;
         self.create(vm)?;
-        self.taps = taps;
+        self.handed = taps;
         let Some(config) = &self.config else {
             return Err(moved("it has no configuration".to_owned()));
         };
@@ -214,7 +214,7 @@ impl Controller {
         let backends = Backends::open(
             config,
             Opener {
-                handed: &self.taps,
+                handed: &self.handed,
                 daemons: self.daemons.as_ref(),
                 sandbox: &self.sandbox,
                 iommu: &self.iommu,

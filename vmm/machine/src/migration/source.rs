@@ -251,7 +251,7 @@ impl Controller {
         machine: &Machine,
         backends: &Backends,
     ) -> Result<(Vec<u8>, Vec<u8>), ApiError> {
-        let text = saved_config(vm, &self.taps)?;
+        let text = saved_config(vm, &self.handed)?;
         let wrong = |error: serde_json::Error| ApiError::Failed(format!("the guest cannot be described: {error}"));
         let offered = OfferedV1 {
             arch: std::env::consts::ARCH.to_owned(),

@@ -7,6 +7,7 @@ use triarch_api::events::kind;
 use triarch_api::{Handler, RemoveDevice};
 use triarch_vfio::{Alarm, Iommu};
 
+use crate::backends::Handed;
 use crate::control::{Controller, watch};
 use crate::{Inbox, Message};
 
@@ -67,6 +68,9 @@ fn step(times: u32, waiting: bool) -> Step {
 impl Controller {
     /// The host tells `alarm` of its device `name`.
     pub(crate) fn told_by_host(&mut self, name: &str, alarm: Alarm) {
+        if self.machine.is_none() {
+            return self.lose(name);
+        }
         let id = self.backends.as_ref().and_then(|backends| backends.host_device(name));
         let Some(id) = id.map(str::to_owned).filter(|id| !self.plugs.is_leaving(id)) else {
             return;
@@ -82,6 +86,22 @@ impl Controller {
                 self.demand(&id, true);
             }
         }
+    }
+
+    /// Closes the device `name`, which somebody handed over and no guest has.
+    fn lose(&mut self, name: &str) {
+        let is_it = |end: &Handed| matches!(end, Handed::Host(device) if device.name() == name);
+        let found = self.handed.iter().find(|(_, end)| is_it(end));
+        let Some(id) = found.map(|(id, _)| id.clone()) else {
+            return;
+        };
+        tracing::warn!(
+            "the host wants its device {name} back, or it failed: the VM, which is not running, has '{id}' no more"
+        );
+        self.inbox
+            .events()
+            .post(&kind::PCI_WANTED, &[("id", id.as_str().into())]);
+        self.demand(&id, true);
     }
 
     fn host_wants(&mut self, id: &str, name: &str) {
@@ -116,7 +136,7 @@ impl Controller {
     /// Does as if a client wanted device `id` to go; whether it will.
     fn demand(&mut self, id: &str, force: bool) -> bool {
         let id = id.to_owned();
-        let asked = self.unplug(&RemoveDevice { id, force });
+        let asked = self.remove_device(&RemoveDevice { id, force });
         asked.is_ok()
     }
 }

@@ -104,7 +104,7 @@ impl Controller {
         let mut parts = Vec::new();
         for (id, taken) in ids.iter().zip(taken) {
             let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
-            parts.push((id.clone(), taken, end, self.taps.remove(id)));
+            parts.push((id.clone(), taken, end, self.handed.remove(id)));
         }
         // Nobody counts any more what it does.
         self.show_meters();
@@ -113,7 +113,7 @@ impl Controller {
         let work = Mutex::new(Some(move || {
             let closed = parts
                 .into_iter()
-                .map(|(id, taken, end, _tap)| close(&id, Some(taken), end));
+                .map(|(id, taken, end, _handed)| close(&id, Some(taken), end));
             let done: Vec<_> = closed.collect();
             // Somebody who does not want it any more has ended.
             let _ = sender.send(done);
@@ -239,7 +239,7 @@ impl Controller {
             for (at, id) in (1..).zip(&with) {
                 let end = self.backends.as_mut().and_then(|backends| backends.remove(id));
                 let result = close(id, None, end);
-                self.taps.remove(id);
+                self.handed.remove(id);
                 let outcome = match &result {
                     Ok(()) => Outcome::Reset,
                     Err(_) => Outcome::Failed,

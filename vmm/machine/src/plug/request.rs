@@ -1,17 +1,15 @@
 //! What clients ask about devices of a guest that runs.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use triarch_api::events::kind;
 use triarch_api::{AddedDevice, ApiError, Handler, Operation, RemoveDevice, VmConfig};
 use triarch_legacy::PciSlot;
-use triarch_net::Tap;
 use triarch_pci::{AddError, PciAddress};
 
 use super::removal::{Asked, Manner};
 use crate::MachineError;
-use crate::backends::{End, HandedTaps, Opener};
+use crate::backends::{End, Handed, HandedEnds, Opener};
 use crate::changes::{Direction, Outcome};
 use crate::configured::DeviceConfig;
 use crate::control::Controller;
@@ -21,19 +19,19 @@ const NO_ACPI: &str =
     "a guest that a device tree describes cannot hear of devices that come or go; leave --platform dtb out";
 
 impl Controller {
-    /// Gives the guest that runs the device `id` of `config`, the configuration to be; `tap` is its tap, if a client opened it. Without a
+    /// Gives the guest that runs the device `id` of `config`, the configuration to be; `handed` is what a client opened for it. Without a
     /// guest it is left to the next one. On error nothing has changed.
     pub(crate) fn plug(
         &mut self,
         config: &VmConfig,
         id: &str,
-        tap: Option<&Arc<Tap>>,
+        handed: Option<&Handed>,
     ) -> Result<Option<AddedDevice>, ApiError> {
         if self.machine.is_none() {
             return Ok(None);
         }
         self.look_at_slots();
-        let result = self.plug_into_guest(config, id, tap);
+        let result = self.plug_into_guest(config, id, handed);
         let outcome = if result.is_ok() { Outcome::Done } else { Outcome::Failed };
         self.plugs.meters.count(Direction::Add, outcome, 1);
         let address = result?;
@@ -47,7 +45,12 @@ impl Controller {
         Ok(Some(AddedDevice { id, bdf }))
     }
 
-    fn plug_into_guest(&mut self, config: &VmConfig, id: &str, tap: Option<&Arc<Tap>>) -> Result<PciAddress, ApiError> {
+    fn plug_into_guest(
+        &mut self,
+        config: &VmConfig,
+        id: &str,
+        handed: Option<&Handed>,
+    ) -> Result<PciAddress, ApiError> {
         let (Some(machine), Some(backends), Some(device)) =
             (&mut self.machine, &mut self.backends, DeviceConfig::find(config, id))
         else {
@@ -98,7 +101,7 @@ impl Controller {
                     source: AddError::Full(0),
                 })?,
         };
-        let handed: HandedTaps = tap.map(|tap| (id.to_owned(), tap.clone())).into_iter().collect();
+        let handed: HandedEnds = handed.map(|end| (id.to_owned(), end.clone())).into_iter().collect();
         let opener = Opener {
             handed: &handed,
             daemons: self.daemons.as_ref(),

@@ -17,7 +17,7 @@ use triarch_net::Tap;
 use triarch_state::{About, Base, MAX_BASES, Snapshot, SnapshotError, SnapshotWriter};
 
 use super::{Saved, WANTED};
-use crate::backends::{HandedTaps, handed_tap};
+use crate::backends::{Handed, HandedEnds, handed_tap};
 use crate::build::Origin;
 use crate::control::{Cause, Controller};
 use crate::migration::{bound_to_host, refuse};
@@ -142,7 +142,7 @@ impl Controller {
             base,
             ..about()
         };
-        let config = saved_config(config, &self.taps)?;
+        let config = saved_config(config, &self.handed)?;
         let mut writer = SnapshotWriter::create(directory)?;
         let saved = machine.save(&mut writer, about.base.as_ref(), track_from_now, progress);
         let finished = saved.and_then(|(mut payloads, bytes)| {
@@ -237,7 +237,7 @@ impl Controller {
         // Before anything of the guest's is opened: a host that cannot have it leaves its disks and sockets alone.
         saved.plan(&self.kvm)?;
         self.create(vm)?;
-        self.taps = taps;
+        self.handed = taps;
         let mut machine = self.build(progress, Origin::Saved(&mut saved))?;
         if config.track_writes
             && let Some(base) = saved.itself()
@@ -299,7 +299,7 @@ impl From<ApiError> for RestoreError {
 }
 
 /// `config.json`. Interfaces whose taps clients opened have so many descriptors: nobody else can open those.
-pub(crate) fn saved_config(config: &VmConfig, taps: &HandedTaps) -> Result<Vec<u8>, MachineError> {
+pub(crate) fn saved_config(config: &VmConfig, taps: &HandedEnds) -> Result<Vec<u8>, MachineError> {
     let mut config = config.clone();
     for net in config.net.iter_mut().flatten() {
         if net.id.as_ref().is_some_and(|id| taps.contains_key(id)) {
@@ -350,7 +350,7 @@ fn pairs(net: &NetConfig) -> usize {
 }
 
 /// The taps that came as `fds`, for the interfaces of `vm` that are to have them.
-pub(crate) fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<HandedTaps, ApiError> {
+pub(crate) fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<OwnedFd>) -> Result<HandedEnds, ApiError> {
     let mut rest = fds.into_iter();
     let mut handed = BTreeMap::new();
     for given in config.net_fds.iter().flatten() {
@@ -359,7 +359,7 @@ pub(crate) fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<Owne
             return Err(ApiError::BadRequest(format!("net_fds has '{}' twice", given.id)));
         }
     }
-    let mut taps = HandedTaps::new();
+    let mut taps = HandedEnds::new();
     for net in vm.net.iter_mut().flatten() {
         let id = net.id.clone().unwrap_or_default();
         let Some(fds) = handed.remove(&id) else {
@@ -370,7 +370,7 @@ pub(crate) fn take_taps(vm: &mut VmConfig, config: &RestoreConfig, fds: Vec<Owne
             }
             continue;
         };
-        taps.insert(id, handed_to(net, fds)?);
+        taps.insert(id, Handed::Tap(handed_to(net, fds)?));
     }
     match handed.keys().next() {
         Some(id) => Err(ApiError::BadRequest(format!(
