@@ -272,6 +272,29 @@ fn inherited_descriptors_are_handed_on() {
 }
 
 #[test]
+fn descriptors_of_a_device_are_handed_on() {
+    let (server, vm) = Running::api(Limits::default());
+    vm.create(VmConfig::default());
+    for words in ["add-device id=gpu --fd 3 --fd 4", "add-device id=gpu,fd=3 --fd 4"] {
+        let script = format!(r#"exec "$0" -s "$1" {words} 3</dev/null 4</dev/zero"#);
+        let status = Command::new("sh")
+            .args(["-c", &script, env!("CARGO_BIN_EXE_trictl")])
+            .arg(&server.path)
+            .status();
+        assert!(status.expect("sh").success());
+        let (device, fds) = vm.passed.lock().unwrap().take().expect("a device");
+        assert_eq!(
+            (device.id.as_deref(), device.fd, device.path),
+            (Some("gpu"), None, None)
+        );
+        let device = |fd| rustix::fs::fstat(fd).expect("fstat").st_rdev;
+        let of = |path| rustix::fs::stat(path).expect("stat").st_rdev;
+        let got: Vec<_> = fds.iter().map(device).collect();
+        assert_eq!(got, [of("/dev/null"), of("/dev/zero")]);
+    }
+}
+
+#[test]
 fn who_closes_the_pipe_hears_no_complaint() {
     let (server, _vm) = Running::api(Limits::default());
     let script = r#"("$0" -s "$1" metrics; echo "code $?" >&2) | true"#;

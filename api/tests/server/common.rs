@@ -16,8 +16,8 @@ use triarch_api::events::EventLog;
 use triarch_api::jobs::JobBoard;
 use triarch_api::server::{Identity, Limits, Listener, Router, Server, Service, Stopper};
 use triarch_api::{
-    Answer, ApiError, CpuDescription, CpuFeatures, DeviceTree, Handler, NetConfig, Phase, Reply, Request, VmConfig,
-    VmInfo,
+    Answer, ApiError, CpuDescription, CpuFeatures, DeviceConfig, DeviceTree, Handler, NetConfig, Phase, Reply, Request,
+    VmConfig, VmInfo,
 };
 
 /// Follows the phases and tells so; a boot is answered only when the test says so.
@@ -30,6 +30,8 @@ pub struct FakeVm {
     hold: Mutex<bool>,
     /// The last network interface that was added, with its descriptors.
     pub handed: Mutex<Option<(NetConfig, Vec<OwnedFd>)>>,
+    /// The last device of the host.
+    pub passed: Mutex<Option<(DeviceConfig, Vec<OwnedFd>)>>,
 }
 
 impl Default for FakeVm {
@@ -42,6 +44,7 @@ impl Default for FakeVm {
             held: Mutex::default(),
             hold: Mutex::default(),
             handed: Mutex::default(),
+            passed: Mutex::default(),
         }
     }
 }
@@ -132,6 +135,7 @@ impl Handler for FakeVm {
             Request::PowerButton | Request::Nmi | Request::VmmShutdown => {}
             Request::CpuFeatures => return answer.send(Ok(Reply::CpuFeatures(Box::new(cpu_features())))),
             Request::AddNet(net, fds) => *self.handed.lock().unwrap() = Some((*net, fds)),
+            Request::AddDevice(device, fds) => *self.passed.lock().unwrap() = Some((device, fds)),
             Request::Resize(_)
             | Request::ResizeZone(_)
             | Request::ResizeDisk(_)
@@ -139,7 +143,6 @@ impl Handler for FakeVm {
             | Request::AddFs(_)
             | Request::AddGenericVhostUser(_)
             | Request::AddVsock(_)
-            | Request::AddDevice(..)
             | Request::RemoveDevice(_)
             | Request::Snapshot(_)
             | Request::Restore(..)

@@ -157,6 +157,34 @@ fn descriptors_of_a_network_interface_arrive_in_order_and_their_numbers_are_igno
 }
 
 #[test]
+fn descriptors_of_a_device_arrive_and_numbers_of_the_client_mean_nothing() {
+    use std::os::fd::AsFd;
+    let (server, vm) = Running::api(Limits::default());
+    vm.create(VmConfig::default());
+    let files = [0, 1].map(|_| tempfile::tempfile().expect("a temporary file"));
+    let fds = files.each_ref().map(AsFd::as_fd);
+    let mut client = server.connect();
+    client.send_fds(put("vm.add-device", r#"{"id": "gpu", "fd": 7}"#).as_bytes(), &fds);
+    assert_eq!(client.response().expect("a response").status, 204);
+    let (device, received) = vm.passed.lock().unwrap().take().expect("a device");
+    assert_eq!(
+        (device.id.as_deref(), device.fd, received.len()),
+        (Some("gpu"), None, 2)
+    );
+    client.send(put("vm.delete", ""));
+    assert_eq!(client.response().expect("a response").status, 204);
+    let body = r#"{"payload": {"kernel": "k"}, "devices": [{"path": "/p", "fd": 7}],
+        "platform": {"iommufd_fd": 8, "container_fd": 9}}"#;
+    client.send(put("vm.create", body));
+    assert_eq!(client.response().expect("a response").status, 204);
+    let info = client.get("vm.info").body;
+    assert!(
+        info.contains(r#""devices":[{"path":"/p"}]"#) && !info.contains("_fd"),
+        "{info}"
+    );
+}
+
+#[test]
 fn info_is_the_state_of_now_and_ascii() {
     let (server, vm) = Running::api(Limits::default());
     let mut client = server.connect();

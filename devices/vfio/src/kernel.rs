@@ -17,7 +17,7 @@ pub trait Kernel: Send + Sync {
     fn take_container(&self, file: OwnedFd) -> io::Result<Box<dyn ContainerFile>>;
     /// Opens `/dev/vfio/N`: the IOMMU group `number`.
     fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>>;
-    /// Takes that.
+    /// Takes that. Others may have it open, so it leaves its container when this is closed (VFIO_GROUP_UNSET_CONTAINER).
     fn take_group(&self, file: OwnedFd) -> Box<dyn GroupFile>;
     /// There is `/dev/vfio/vfio`.
     fn has_containers(&self) -> bool;

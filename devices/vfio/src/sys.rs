@@ -33,6 +33,7 @@ const CHECK_EXTENSION: libc::Ioctl = code(1);
 const SET_IOMMU: libc::Ioctl = code(2);
 const GROUP_GET_STATUS: libc::Ioctl = code(3);
 const GROUP_SET_CONTAINER: libc::Ioctl = code(4);
+const GROUP_UNSET_CONTAINER: libc::Ioctl = code(5);
 const GROUP_GET_DEVICE_FD: libc::Ioctl = code(6);
 const DEVICE_GET_INFO: libc::Ioctl = code(7);
 const DEVICE_GET_REGION_INFO: libc::Ioctl = code(8);
@@ -132,11 +133,13 @@ impl Kernel for Linux {
     }
 
     fn open_group(&self, number: u32) -> io::Result<Box<dyn GroupFile>> {
-        Ok(self.take_group(open(&format!("/dev/vfio/{number}"))?.into()))
+        let file = open(&format!("/dev/vfio/{number}"))?;
+        Ok(Box::new(GroupFd { file, shared: false }))
     }
 
     fn take_group(&self, file: OwnedFd) -> Box<dyn GroupFile> {
-        Box::new(GroupFd(file.into()))
+        let file = file.into();
+        Box::new(GroupFd { file, shared: true })
     }
 
     fn has_containers(&self) -> bool {
@@ -255,11 +258,24 @@ fn iova_ranges(bytes: &[u8]) -> Option<Vec<(u64, u64)>> {
     (0..count.min(bytes.len() / 16)).map(range).collect()
 }
 
-struct GroupFd(File);
+struct GroupFd {
+    file: File,
+    /// Others have the file open, too.
+    shared: bool,
+}
+
+impl Drop for GroupFd {
+    fn drop(&mut self) {
+        // Otherwise it leaves its container with the file. One that is in none has nothing to leave.
+        if self.shared {
+            let _ = by_value(self.file.as_fd(), GROUP_UNSET_CONTAINER, 0);
+        }
+    }
+}
 
 impl GroupFile for GroupFd {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 
     fn status(&self) -> io::Result<GroupStatus> {
@@ -282,7 +298,7 @@ impl GroupFile for GroupFd {
     fn open_device(&self, name: &str) -> io::Result<Box<dyn DeviceFile>> {
         let name = std::ffi::CString::new(name)?;
         // SAFETY: the kernel reads a C string that outlives the call, and returns a new descriptor.
-        let fd = unsafe { libc::ioctl(self.0.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
+        let fd = unsafe { libc::ioctl(self.file.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
         check(fd)?;
         // SAFETY: the descriptor is new and owned by nobody else.
         let file = unsafe { File::from_raw_fd(fd) };
@@ -480,8 +496,8 @@ mod tests {
     #[test]
     fn the_codes_are_those_of_the_kernel() {
         assert_eq!(
-            (GET_API_VERSION, DEVICE_SET_IRQS, IOMMU_UNMAP_DMA),
-            (0x3b64, 0x3b6e, 0x3b72)
+            (GROUP_UNSET_CONTAINER, DEVICE_SET_IRQS, IOMMU_UNMAP_DMA),
+            (0x3b69, 0x3b6e, 0x3b72)
         );
     }
 

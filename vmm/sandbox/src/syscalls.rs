@@ -216,6 +216,7 @@ const REGISTERS: &[i64] = &[SYS_pread64, SYS_pwrite64];
 
 /// Memory that devices of the host reach.
 const DMA: &[u64] = &[
+    0x3b69, // VFIO_GROUP_UNSET_CONTAINER: whoever has it last
     0x3b70, // VFIO_IOMMU_GET_INFO
     0x3b71, // VFIO_IOMMU_MAP_DMA
     0x3b72, // VFIO_IOMMU_UNMAP_DMA
