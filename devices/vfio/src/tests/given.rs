@@ -306,3 +306,43 @@ fn what_comes_with_a_device_that_cannot_be_had_is_not_kept() {
     lock(&host.fake.world).contained = true;
     assert!(host.refused(&[&group, &container], None).contains("was used before"));
 }
+
+#[test]
+fn those_behind_the_guests_iommu_have_spaces_of_their_own() {
+    let host = Host::new();
+    let iommu = host.sysfs.character("misc", "iommu", None);
+    let (file, mut end) = host.pass(Some(iommu));
+    host.iommu.give(file, Kind::Iommufd).expect("iommufd");
+    let shared = host.node("0000:00:05.0", "vfio0");
+    let (file, _end) = host.pass(Some(shared));
+    let shared = host.take(vec![file], None).expect("a device");
+    let apart = host.device("0000:00:06.0", 4);
+    host.sysfs.node(&apart, "vfio1");
+    let apart = host.sysfs.character("vfio-dev", "vfio1", Some(&apart));
+    let (file, _end) = host.pass(Some(apart));
+    let apart = host.iommu.take(vec![file], None, true).expect("another");
+    assert!(!Arc::ptr_eq(shared.container(), apart.container()));
+    drop((shared, apart));
+    assert_eq!(host.fake.open_files(), 0);
+    host.iommu.forget();
+    assert!(end.is_closed());
+    // A container is one.
+    let container = host.sysfs.character("misc", "vfio", None);
+    let (file, _end) = host.pass(Some(container));
+    host.iommu.give(file, Kind::Container).expect("a container");
+    let path = host.device("0000:00:07.0", 7);
+    let (file, mut end) = host.pass(Some(host.sysfs.character("vfio", "7", None)));
+    let error = host
+        .iommu
+        .take(vec![file], None, true)
+        .err()
+        .expect("refused")
+        .to_string();
+    assert!(error.contains("a container of its own") && end.is_closed(), "{error}");
+    host.fake.calls();
+    drop(host.iommu.open(&path, true).expect("by its path"));
+    assert!(
+        !host.fake.calls().contains(&"take".to_owned()),
+        "it has what is for all"
+    );
+}
