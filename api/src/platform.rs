@@ -131,11 +131,9 @@ mod tests {
         assert!(one.has_iommu() && !one.iommu_for_all());
         assert_eq!(one.validate_iommu(), Ok(()));
         let host = |iommu| DeviceConfig {
-            path: "/d".into(),
-            id: None,
+            path: Some("/d".into()),
             iommu,
-            addr: None,
-            x_nv_gpudirect_clique: None,
+            ..DeviceConfig::default()
         };
         let with = |segments: &[u16], iommu| config(segments, |c| c.devices = Some(vec![host(iommu)]));
         assert!(with(&[], true).has_iommu() && !with(&[], false).has_iommu());
