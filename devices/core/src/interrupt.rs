@@ -32,6 +32,8 @@ pub trait MsiRouter: Send + Sync {
 pub trait MsiVector: Send + Sync {
     /// Delivers `message` on each trigger from now on, first of all for one that came while masked.
     fn unmask(&self, message: MsiMessage) -> io::Result<()>;
+    /// Its function has the requester id `requester` from now on.
+    fn rename(&self, requester: u16) -> io::Result<()>;
     /// Holds triggers back; the last one is kept.
     fn mask(&self) -> io::Result<()>;
     /// Raises the interrupt, or marks it pending while masked.

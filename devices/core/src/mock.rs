@@ -30,15 +30,22 @@ impl InterruptLine for CountingLine {
 pub struct MockMsi {
     fd: EventFd,
     message: Mutex<Option<MsiMessage>>,
+    requester: Mutex<u16>,
 }
 
 impl MockMsi {
-    /// A masked vector.
-    pub fn new() -> io::Result<Self> {
+    /// A masked vector of the function `requester`.
+    pub fn new(requester: u16) -> io::Result<Self> {
         Ok(Self {
             fd: EventFd::new(EFD_NONBLOCK)?,
             message: Mutex::new(None),
+            requester: Mutex::new(requester),
         })
+    }
+
+    /// The requester id of its function.
+    pub fn requester(&self) -> u16 {
+        *self.requester.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The message the vector delivers, `None` while masked.
@@ -55,6 +62,10 @@ impl MockMsi {
 impl MsiVector for MockMsi {
     fn unmask(&self, message: MsiMessage) -> io::Result<()> {
         *self.message.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+        Ok(())
+    }
+    fn rename(&self, requester: u16) -> io::Result<()> {
+        *self.requester.lock().unwrap_or_else(PoisonError::into_inner) = requester;
         Ok(())
     }
     fn mask(&self) -> io::Result<()> {
@@ -84,8 +95,8 @@ pub struct MockRouter {
 }
 
 impl MsiRouter for MockRouter {
-    fn allocate(&self, _requester: u16) -> io::Result<Arc<dyn MsiVector>> {
-        let vector = Arc::new(MockMsi::new()?);
+    fn allocate(&self, requester: u16) -> io::Result<Arc<dyn MsiVector>> {
+        let vector = Arc::new(MockMsi::new(requester)?);
         self.vectors
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

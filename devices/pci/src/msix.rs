@@ -118,10 +118,15 @@ impl MsiX {
         (body, (ENABLE | FUNCTION_MASK).to_le_bytes())
     }
 
-    /// The function got its place on the bus: vectors can be made from now on, and those unmasked already are.
+    /// The function got its place on the bus, or another one: vectors can be made from now on, and those unmasked already are.
     pub fn attach(&self, requester: u16) {
         let mut table = lock(&self.table);
         table.requester = Some(requester);
+        for (index, vector) in self.vectors.iter().enumerate() {
+            if let Some(Err(error)) = vector.msi.get().map(|msi| msi.rename(requester)) {
+                self.warn(index, &error);
+            }
+        }
         self.sync_all(&mut table);
     }
 
@@ -382,6 +387,9 @@ mod tests {
         mask(&msix, 1, true);
         mask(&msix, 1, false);
         assert_eq!(made(&router).len(), 1, "and only then");
+        assert_eq!(vectors[0].requester(), 8);
+        msix.attach(0x0900);
+        assert_eq!(vectors[0].requester(), 0x0900, "its bus got another number");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! GSI routing: which interrupt each event descriptor becomes.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KVM_MSI_VALID_DEVID, KvmIrqRouting, kvm_irq_routing_entry};
@@ -153,7 +153,7 @@ impl MsiRouter for Router {
         Ok(Arc::new(Vector {
             interrupts: self.0.clone(),
             gsi,
-            requester,
+            requester: AtomicU16::new(requester),
             fd,
             state,
         }))
@@ -163,7 +163,8 @@ impl MsiRouter for Router {
 struct Vector {
     interrupts: Arc<Interrupts>,
     gsi: u32,
-    requester: u16,
+    /// Read and written with the message locked.
+    requester: AtomicU16,
     fd: EventFd,
     /// The message in force, `None` while masked.
     state: Mutex<Option<MsiMessage>>,
@@ -181,13 +182,22 @@ impl MsiVector for Vector {
         if *state == Some(message) {
             return Ok(());
         }
-        self.interrupts.route(self.gsi, self.requester, message)?;
+        let requester = self.requester.load(Ordering::Relaxed);
+        self.interrupts.route(self.gsi, requester, message)?;
         if state.is_none() {
             // The kernel looks at the descriptor right away: what came while masked is delivered now.
             self.interrupts.vm.register_irqfd(&self.fd, self.gsi)?;
         }
         *state = Some(message);
         Ok(())
+    }
+
+    fn rename(&self, requester: u16) -> io::Result<()> {
+        let state = self.state();
+        match (self.requester.swap(requester, Ordering::Relaxed), *state) {
+            (before, Some(message)) if before != requester => self.interrupts.route(self.gsi, requester, message),
+            _ => Ok(()),
+        }
     }
 
     fn mask(&self) -> io::Result<()> {
