@@ -295,6 +295,9 @@ pub struct DiskConfig {
     /// It is behind the guest's IOMMU.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub iommu: bool,
+    /// It is below a PCI Express root port: on a bus of its own.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub root_port: bool,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -319,6 +322,7 @@ impl Default for DiskConfig {
             on_disconnect: OnDisconnect::Stall,
             datapath: DataPath::Auto,
             iommu: false,
+            root_port: false,
             id: None,
         }
     }

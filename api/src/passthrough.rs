@@ -34,12 +34,15 @@ pub struct DeviceConfig {
     /// Where the guest has it; the next slot that is free when absent. Devices can be functions of one slot, and function 0 of it must be there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addr: Option<SlotAddress>,
+    /// It is below a PCI Express root port: on a bus of its own, with a link. The port is in the slot, and has all functions of the slot below it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub root_port: bool,
 }
 
 /// The last clique there can be.
 const LAST_CLIQUE: u8 = 15;
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0|fd=N[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,x_nv_gpudirect_clique=N]`
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0|fd=N[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,root_port=on][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     let kv = keys(text)?;
     if kv.text("path").or(kv.text("fd")).is_none() {
@@ -58,7 +61,7 @@ fn keys(text: &str) -> Result<KeyValues<'_>, FlagError> {
     KeyValues::parse(
         "--device",
         text,
-        &["path", "fd", "id", "iommu", "x_nv_gpudirect_clique", "addr"],
+        &["path", "fd", "id", "iommu", "x_nv_gpudirect_clique", "addr", "root_port"],
         &["pci_segment", "pci_device_id"],
     )
 }
@@ -71,6 +74,7 @@ fn read(kv: &KeyValues<'_>) -> Result<DeviceConfig, FlagError> {
         iommu: kv.switch("iommu")?.unwrap_or(false),
         x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
         addr: kv.get("addr")?,
+        root_port: kv.switch("root_port")?.unwrap_or(false),
     })
 }
 
@@ -164,6 +168,22 @@ impl VmConfig {
             if let Some(other) = before.insert(address, i) {
                 return Err(ConfigError::Conflict(format!(
                     "devices[{i}].addr is {address}, where devices[{other}] is; give each its own function, or leave addr out"
+                )));
+            }
+        }
+        self.validate_ports()
+    }
+
+    /// Checks that a slot is below a root port or not, with all of its devices.
+    fn validate_ports(&self) -> Result<(), ConfigError> {
+        let mut before = BTreeMap::new();
+        for (i, device) in self.devices.iter().flatten().enumerate() {
+            let Some(address) = device.addr else { continue };
+            let (other, port) = *before.entry(address.slot()).or_insert((i, device.root_port));
+            if port != device.root_port {
+                return Err(ConfigError::Conflict(format!(
+                    "devices[{i}].addr is {address}, in the same slot as devices[{other}], and one of them is to be below a root port and the other \
+                     not; give root_port to both or to none"
                 )));
             }
         }
@@ -295,6 +315,16 @@ mod tests {
         assert_eq!(headless.validate_devices(), Ok(()), "function 0 may come later");
         let text = headless.check_functions().expect_err("refused").to_string();
         assert!(text.contains("addr 06.1") && text.contains("none has 06.0"), "{text}");
+        let below = |path: &str, addr: &str| DeviceConfig {
+            root_port: true,
+            ..at(path, addr)
+        };
+        let whole = config(vec![below("/gpu", "06.0"), below("/audio", "06.1"), at("/nvme", "07")]);
+        assert_eq!(whole.validate_devices(), Ok(()));
+        let mixed = config(vec![below("/gpu", "06.0"), at("/audio", "06.1")]);
+        let text = mixed.validate_devices().expect_err("refused").to_string();
+        assert!(text.contains("give root_port to both or to none"), "{text}");
+        assert!(device("path=/p,root_port=on").expect("a device").root_port);
         let given = device("path=/p,addr=1f.3").expect("a device").addr.expect("a place");
         assert_eq!((given.slot(), given.function()), (0x1f, 3));
         let text = device("path=/p,addr=0").expect_err("refused").to_string();

@@ -93,7 +93,24 @@ impl VmConfig {
                 "{field} is a daemon's, which cannot be behind the guest's IOMMU; leave {remedy} out"
             )));
         }
-        Ok(())
+        self.validate_ports_and_iommu()
+    }
+
+    /// Checks that what is below a root port is not behind an IOMMU: that knows devices by numbers which a guest may change with those of its buses.
+    fn validate_ports_and_iommu(&self) -> Result<(), ConfigError> {
+        let all = self.iommu_for_all();
+        let disks = self.disks.iter().flatten().enumerate();
+        let mut disks = disks.filter(|(_, disk)| disk.root_port && (all || disk.iommu));
+        let hosts = self.devices.iter().flatten().enumerate();
+        let mut hosts = hosts.filter(|(_, device)| device.root_port && (all || device.iommu));
+        let disk = disks.next().map(|(i, _)| format!("disks[{i}]"));
+        match disk.or_else(|| hosts.next().map(|(i, _)| format!("devices[{i}]"))) {
+            Some(field) => Err(ConfigError::Conflict(format!(
+                "{field} is below a root port, where nothing can be behind the guest's IOMMU; leave root_port out, or {}",
+                if all { "platform.iommu_segments" } else { "iommu" }
+            ))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -152,6 +169,19 @@ mod tests {
         assert!(refusal(&[0], |c| c.disks = Some(vec![disk(false)])).contains("leave platform.iommu_segments out"));
         assert_eq!(
             config(&[], |c| c.disks = Some(vec![disk(false)])).validate_iommu(),
+            Ok(())
+        );
+        let below = |iommu| DiskConfig {
+            root_port: true,
+            iommu,
+            ..DiskConfig::default()
+        };
+        assert!(
+            refusal(&[], |c| c.disks = Some(vec![below(false), below(true)])).contains("disks[1] is below a root port")
+        );
+        assert!(refusal(&[0], |c| c.disks = Some(vec![below(false)])).contains("or platform.iommu_segments"));
+        assert_eq!(
+            config(&[], |c| c.disks = Some(vec![below(false)])).validate_iommu(),
             Ok(())
         );
         assert!(refusal(&[0], |c| c.fs = Some(vec![FsConfig::new("t", "/s")])).contains("fs[0]"));

@@ -140,6 +140,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "on_disconnect",
         "datapath",
         "iommu",
+        "root_port",
         "id",
     ];
     let elsewhere = ["pci_segment", "sparse", "lock_granularity", "backing_files"];
@@ -158,6 +159,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     set(&mut config.datapath, kv.get("datapath")?);
     set(&mut config.iommu, kv.switch("iommu")?);
+    set(&mut config.root_port, kv.switch("root_port")?);
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,

@@ -69,6 +69,12 @@ impl PciAddress {
         self.device << 3 | self.function
     }
 
+    /// The slot of bus 0 that leads there: its own, or that of the root port above, which gives its number to its bus
+    /// ([`PciRoot`](crate::PciRoot)).
+    pub const fn slot(self) -> u8 {
+        if self.bus == 0 { self.device } else { self.bus }
+    }
+
     /// Requester id: bus, device and function as they stand in a transaction (PCI Express 4.0, 2.2.6.2).
     pub const fn requester(self) -> u16 {
         (self.bus as u16) << 8 | self.devfn() as u16

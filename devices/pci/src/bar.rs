@@ -65,9 +65,14 @@ impl BarAllocator {
     /// The lowest aligned place for `size` bytes (a power of two) that overlaps nothing in `taken`, which lists first and last
     /// addresses in the same address space. `None` when there is none.
     pub(crate) fn place(&self, kind: BarKind, size: u64, taken: &[(u64, u64)]) -> Option<u64> {
+        self.place_aligned(kind, size, size, taken)
+    }
+
+    /// The same for any `size`, at a multiple of `align`.
+    pub(crate) fn place_aligned(&self, kind: BarKind, size: u64, align: u64, taken: &[(u64, u64)]) -> Option<u64> {
         self.windows(kind)
             .into_iter()
-            .find_map(|window| first_fit(&window, size, taken))
+            .find_map(|window| first_fit(&window, size, align, taken))
     }
 
     /// Whether `[first, last]` lies in a window for this kind of BAR.
@@ -86,9 +91,9 @@ impl BarAllocator {
     }
 }
 
-fn first_fit(window: &Range<u64>, size: u64, taken: &[(u64, u64)]) -> Option<u64> {
+fn first_fit(window: &Range<u64>, size: u64, align: u64, taken: &[(u64, u64)]) -> Option<u64> {
     // Address zero means "not placed" in a BAR.
-    let mut at = window.start.max(1).checked_next_multiple_of(size)?;
+    let mut at = window.start.max(1).checked_next_multiple_of(align)?;
     loop {
         let last = at.checked_add(size - 1)?;
         if last >= window.end {
@@ -96,7 +101,7 @@ fn first_fit(window: &Range<u64>, size: u64, taken: &[(u64, u64)]) -> Option<u64
         }
         match taken.iter().filter(|(first, end)| *first <= last && at <= *end).max() {
             None => return Some(at),
-            Some((_, end)) => at = end.checked_add(1)?.checked_next_multiple_of(size)?,
+            Some((_, end)) => at = end.checked_add(1)?.checked_next_multiple_of(align)?,
         }
     }
 }
@@ -146,7 +151,7 @@ mod tests {
             mmio64: u64::MAX - 0xfff..u64::MAX,
             ..windows()
         };
-        assert_eq!(first_fit(&w.mmio64, 0x1000, &[]), None);
+        assert_eq!(first_fit(&w.mmio64, 0x1000, 0x1000, &[]), None);
         assert!(!w.forwards(MEM64, u64::MAX - 0xfff, u64::MAX));
         assert!(w.forwards(MEM32, 0xc000_0000, 0xc000_0fff));
         assert!(!w.forwards(MEM32, 0xc000_3000, 0xc000_4000));

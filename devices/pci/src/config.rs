@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{Bar, BarKind, Bars};
+use crate::{Bar, BarKind, Bars, Bridge};
 
 /// Bits of the COMMAND register (PCI Local Bus 3.0, 6.2.2).
 pub mod command {
@@ -21,7 +21,24 @@ const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const CACHE_LINE: usize = 0x0c;
+const HEADER_TYPE: usize = 0x0e;
 const BAR0: usize = 0x10;
+/// Registers of a bridge (PCI-to-PCI Bridge Architecture 1.2, 3.2.5): numbers of the buses; memory window; prefetchable memory window, with its
+/// upper halves; control.
+const BUSES: usize = 0x18;
+const MEMORY_WINDOW: usize = 0x20;
+const PREFETCHABLE_WINDOW: usize = 0x24;
+const WINDOW_UPPER: usize = 0x28;
+const BRIDGE_CONTROL: usize = 0x3e;
+/// Bits of it: parity and SERR, which do nothing; reset of the bus below.
+const BRIDGE_ERRORS: u8 = 0x3;
+const BUS_RESET: u8 = 1 << 6;
+/// Base above limit: nothing passes.
+const CLOSED: u32 = 0x0000_fff0;
+/// The base has 64 bits, and so has the limit.
+const WIDE: u32 = 0x0001_0001;
+/// Bits of base and limit that can be written.
+const WINDOW_BITS: u32 = 0xfff0_fff0;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const FIRST_CAPABILITY: usize = 0x40;
@@ -83,7 +100,7 @@ pub enum ConfigStateError {
     Register(usize),
 }
 
-/// A type 0 configuration space of 256 bytes, or of 4096 once an extended capability was added. Reads past its end are zero.
+/// A configuration space of 256 bytes, or of 4096 once an extended capability was added. Reads past its end are zero.
 #[derive(Debug, Clone)]
 pub struct ConfigSpace {
     bytes: Vec<u8>,
@@ -96,8 +113,29 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// The registers of a function without BARs, capabilities or interrupt pin.
+    /// The registers of a function (type 0) without BARs, capabilities or interrupt pin.
     pub fn new(identity: &Identity) -> Self {
+        let mut space = Self::header(identity);
+        space.set(0x2c, &identity.subsystem_vendor.to_le_bytes());
+        space.set(0x2e, &identity.subsystem.to_le_bytes());
+        space
+    }
+
+    /// The registers of a bridge (type 1) without capabilities, with windows for memory, all of which are closed, and none for I/O ports. It shows no subsystem.
+    pub fn bridge(identity: &Identity) -> Self {
+        let mut space = Self::header(identity);
+        space.set(HEADER_TYPE, &[1]);
+        space.allow(BUSES, &[0xff; 3]);
+        for (at, kind) in [(MEMORY_WINDOW, 0), (PREFETCHABLE_WINDOW, WIDE)] {
+            space.set(at, &(CLOSED | kind).to_le_bytes());
+            space.allow(at, &WINDOW_BITS.to_le_bytes());
+        }
+        space.allow(WINDOW_UPPER, &[0xff; 8]);
+        space.allow(BRIDGE_CONTROL, &[BRIDGE_ERRORS | BUS_RESET]);
+        space
+    }
+
+    fn header(identity: &Identity) -> Self {
         let mut space = Self {
             bytes: vec![0; LEGACY_SIZE],
             writable: vec![0; LEGACY_SIZE],
@@ -111,8 +149,6 @@ impl ConfigSpace {
         space.set(0x02, &identity.device.to_le_bytes());
         space.set(0x08, &[identity.revision]);
         space.set(0x09, &identity.class.to_le_bytes()[..3]);
-        space.set(0x2c, &identity.subsystem_vendor.to_le_bytes());
-        space.set(0x2e, &identity.subsystem.to_le_bytes());
         // Parity and SERR enable do nothing, but drivers expect them to stick.
         let command = command::IO | command::MEMORY | command::BUS_MASTER | command::INTX_DISABLE | 1 << 6 | 1 << 8;
         space.allow(COMMAND, &command.to_le_bytes());
@@ -248,6 +284,23 @@ impl ConfigSpace {
             });
         }
         bars
+    }
+
+    /// What a bridge lets through as it stands.
+    pub(crate) fn forwards(&self) -> Bridge {
+        let on = self.u16_at(COMMAND as u16) & command::MEMORY != 0;
+        let upper = |at: usize| u64::from(self.u32_at(at as u16)) << 32;
+        let window = |at: usize, (base, limit): (u64, u64)| {
+            let both = u64::from(self.u32_at(at as u16) & WINDOW_BITS);
+            let (first, last) = (base | (both & 0xffff) << 16, limit | both & 0xffff_0000 | 0xf_ffff);
+            (on && first <= last).then_some((first, last))
+        };
+        let upper = (upper(WINDOW_UPPER), upper(WINDOW_UPPER + 4));
+        Bridge {
+            secondary: self.bytes[BUSES + 1],
+            windows: [window(MEMORY_WINDOW, (0, 0)), window(PREFETCHABLE_WINDOW, upper)],
+            reset: self.bytes[BRIDGE_CONTROL] & BUS_RESET != 0,
+        }
     }
 
     /// Every register, for a snapshot.

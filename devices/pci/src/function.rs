@@ -2,7 +2,7 @@
 
 use triarch_device_core::AccessError;
 
-use crate::{Bar, Bars, PciAddress};
+use crate::{Bar, Bars, Bridge, PciAddress};
 
 /// The number of an expansion ROM's BAR: the one after all others.
 pub const ROM_BAR: u8 = 6;
@@ -39,10 +39,16 @@ pub trait PciFunction: Send + Sync {
     fn bar_moved(&self, bar: u8, address: Option<u64>) {
         let _ = (bar, address);
     }
-    /// The function sits at `address` from now on.
-    fn attach(&self, address: PciAddress) {
-        let _ = address;
+    /// What it lets through to the bus below as its registers stand now, if it is a bridge.
+    fn bridge(&self) -> Option<Bridge> {
+        None
     }
+    /// The function sits at `address` from now on, which it sends with its messages. Its interrupt pin has the wires of slot `slot` of bus 0.
+    fn attach(&self, address: PciAddress, slot: u8) {
+        let _ = (address, slot);
+    }
+    /// The bus it is on was reset: it decodes nothing, and does nothing, until it is set up again.
+    fn reset(&self) {}
     /// The function was removed. Accesses already on their way may still arrive and must find it idle.
     fn detach(&self) {}
 }

@@ -1,4 +1,4 @@
-//! PCI: configuration space, BARs, MSI-X, the host bridge and the root that puts them on the guest's buses.
+//! PCI: configuration space, BARs, MSI-X, the host bridge, root ports and the root that puts them on the guest's buses.
 //!
 //! A device implements [`PciFunction`], mostly out of a [`ConfigSpace`] and a [`MsiX`]; it knows neither where it sits nor how
 //! the guest reaches it. [`PciRoot`] gives it a slot and BAR addresses, answers configuration accesses by both mechanisms (ports
@@ -9,6 +9,7 @@
 mod access;
 mod address;
 mod bar;
+mod bridge;
 mod config;
 mod function;
 mod host_bridge;
@@ -18,6 +19,7 @@ mod root;
 pub use access::{ConfigPorts, Ecam};
 pub use address::{ParseAddressError, PciAddress};
 pub use bar::{Bar, BarAllocator, BarKind, Bars};
+pub use bridge::{Bridge, RootPort};
 pub use config::{ConfigSpace, ConfigStateError, ConfigStateV1, Identity, LayoutError, command};
 pub use function::{PciFunction, ROM_BAR};
 pub use host_bridge::HostBridge;

@@ -1,5 +1,7 @@
 //! The root: which function sits where, and what of it the guest's address spaces show.
 
+mod ports;
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -8,7 +10,8 @@ use thiserror::Error;
 use triarch_device_core::{AccessError, Bus, BusDevice, BusError, RateLimit};
 
 use crate::access::split;
-use crate::{Bar, BarAllocator, BarKind, HostBridge, PciAddress, PciFunction, ROM_BAR, lock};
+use crate::{Bar, BarAllocator, BarKind, Bridge, HostBridge, PciAddress, PciFunction, ROM_BAR, lock};
+use ports::Port;
 
 const COMMAND: usize = 0x04;
 const HEADER_TYPE: usize = 0x0e;
@@ -18,6 +21,8 @@ const ROM: usize = 0x30;
 /// With that of the ROM.
 const BARS: usize = ROM_BAR as usize + 1;
 const MULTI_FUNCTION: u8 = 0x80;
+/// Slots of bus 0.
+const SLOTS: u8 = 32;
 
 /// Why a function could not be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -29,7 +34,7 @@ pub enum AddError {
     #[error("there is a device at {0} already")]
     Taken(PciAddress),
     /// The wanted place is on another bus.
-    #[error("there is no bus for {0}")]
+    #[error("there is no bus for {0}, or something else is in its slot")]
     NoBus(PciAddress),
     /// The windows have no room.
     #[error("no room for BAR {bar} of {size:#x} bytes in the PCI windows")]
@@ -57,20 +62,29 @@ pub enum RemoveError {
     Absent(PciAddress),
 }
 
-/// Bus 0 of a segment, with the host bridge at 00.0.
+/// Bus 0 of a segment, with the host bridge at 00.0, and the buses below root ports.
+///
+/// Each slot of bus 0 has functions or a root port, and the bus below the port in slot n is called n here, whatever number a guest gives
+/// it. So the address of a function never changes for the VMM: `0000:06:00.1` is function 1 below the port in slot 6. Only
+/// [`config_read`](Self::config_read) and [`config_write`](Self::config_write) take addresses as the guest has them.
 pub struct PciRoot {
     segment: u16,
     mmio: Weak<Bus>,
     io: Weak<Bus>,
     windows: BarAllocator,
-    slots: Mutex<BTreeMap<u8, Slot>>,
+    slots: Mutex<Slots>,
     /// Bit n: only who wants device n gets it.
     reserved: AtomicU32,
     log: RateLimit,
 }
 
+/// All functions by bus, device and function, as the VMM calls them ([`PciAddress::requester`]).
+type Slots = BTreeMap<u16, Slot>;
+
 struct Slot {
     function: Arc<dyn PciFunction>,
+    /// It is a root port.
+    port: Option<Port>,
     /// Address each BAR is claimed at.
     claims: [Option<u64>; BARS],
     /// Address each BAR was given at first: it stays reserved while a guest moves the BAR about.
@@ -79,6 +93,14 @@ struct Slot {
     blocked: u8,
     /// The guest accessed its configuration space.
     touched: AtomicBool,
+}
+
+/// A function that the guest accesses.
+struct Found {
+    key: u16,
+    function: Arc<dyn PciFunction>,
+    /// Its device has more than this one.
+    multi: bool,
 }
 
 /// A BAR as the address space sees it.
@@ -127,37 +149,48 @@ impl PciRoot {
         self.reserved.store(devices, Ordering::Relaxed);
     }
 
-    /// Puts a function at `wanted`, or as function 0 into the first free slot, and places those of its BARs that have no address.
-    /// On error nothing changed.
+    /// Puts a function at `wanted`, or as function 0 into the first free slot, and places those of its BARs that have no address. Where
+    /// `wanted` is on a bus below a port that is not there yet, it comes with the function. On error nothing changed.
     pub fn add(&self, function: Arc<dyn PciFunction>, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
         let mut slots = lock(&self.slots);
         let address = self.choose(&slots, wanted)?;
+        if address.bus() != 0 {
+            self.add_below(&mut slots, address, function)?;
+            return Ok(address);
+        }
         let mut slot = Slot::new(function);
         let placed = self.place_bars(&slots, &slot)?;
-        slot.function.attach(address);
+        slot.function.attach(address, address.slot());
         for (bar, at) in placed {
-            slot.assigned[bar] = Some(at);
-            write_bar(&*slot.function, bar, at);
+            slot.assign(bar, at);
         }
-        self.reconcile(&mut slot);
-        let blocked = (0..BARS).find(|bar| slot.blocked & 1 << bar != 0);
-        if let Some(bar) = blocked {
-            self.withdraw(&mut slot);
-            slot.function.detach();
-            let address = bars(&*slot.function)[bar].map_or(0, |b| b.address);
-            return Err(AddError::Decode { bar, address });
-        }
-        slots.insert(address.devfn(), slot);
+        self.reconcile(&mut slot, None);
+        self.check(&mut slot)?;
+        slots.insert(address.requester(), slot);
         Ok(address)
     }
 
-    /// Takes a function out, but never the host bridge: its addresses are free when this returns, and it is idle.
+    /// Takes back `slot`, which was to come, if one of its BARs cannot be decoded.
+    fn check(&self, slot: &mut Slot) -> Result<(), AddError> {
+        let Some(bar) = (0..BARS).find(|bar| slot.blocked & 1 << bar != 0) else {
+            return Ok(());
+        };
+        self.withdraw(slot);
+        slot.function.detach();
+        let address = bars(&*slot.function)[bar].map_or(0, |b| b.address);
+        Err(AddError::Decode { bar, address })
+    }
+
+    /// Takes a function out, but never the host bridge: its addresses are free when this returns, and it is idle. A port goes with the last
+    /// function below it.
     pub fn remove(&self, address: PciAddress) -> Result<Arc<dyn PciFunction>, RemoveError> {
         let mut slots = lock(&self.slots);
-        let mine = address.segment() == self.segment && address.bus() == 0 && address.devfn() != 0;
-        let found = if mine { slots.remove(&address.devfn()) } else { None };
+        let key = self.key(address).filter(|key| *key != 0);
+        let key = key.filter(|key| slots.get(key).is_some_and(|slot| slot.port.is_none()));
+        let found = key.and_then(|key| slots.remove(&key));
         let mut slot = found.ok_or(RemoveError::Absent(address))?;
         self.withdraw(&mut slot);
+        Self::close_port(&mut slots, address.bus());
         self.unblock(&mut slots);
         drop(slots);
         // May wait for what the device has in flight: not with every other function's accesses waiting too.
@@ -165,19 +198,14 @@ impl PciRoot {
         Ok(slot.function)
     }
 
-    /// Every function and where it sits, the host bridge among them.
-    pub fn functions(&self) -> Vec<(PciAddress, Arc<dyn PciFunction>)> {
-        let slots = lock(&self.slots);
-        let address = |devfn| PciAddress::from_devfn(self.segment, 0, devfn);
-        slots
-            .iter()
-            .map(|(devfn, slot)| (address(*devfn), slot.function.clone()))
-            .collect()
+    /// Where `address` is in the slots, if it can be anywhere there.
+    fn key(&self, address: PciAddress) -> Option<u16> {
+        (address.segment() == self.segment).then(|| address.requester())
     }
 
-    /// Reads configuration space of the function at `address` from byte `offset`; all ones when there is none.
+    /// Reads configuration space of the function that the guest has at `address` from byte `offset`; all ones when there is none.
     pub fn config_read(&self, address: PciAddress, offset: u16, data: &mut [u8]) {
-        let Some((function, multi)) = self.find(address) else {
+        let Some(Found { function, multi, .. }) = self.find(address) else {
             data.fill(0xff);
             return;
         };
@@ -197,9 +225,9 @@ impl PciRoot {
         }
     }
 
-    /// Writes configuration space of the function at `address` from byte `offset`.
+    /// Writes configuration space of the function that the guest has at `address` from byte `offset`.
     pub fn config_write(&self, address: PciAddress, offset: u16, data: &[u8]) {
-        let Some((function, _)) = self.find(address) else {
+        let Some(Found { function, key, .. }) = self.find(address) else {
             return;
         };
         for (at, size) in split(offset, data.len()) {
@@ -208,60 +236,86 @@ impl PciRoot {
                 function.config_write(register as u16, piece);
             }
         }
+        if function.bridge().is_some() {
+            return self.port_changed(key);
+        }
         let (first, end) = (usize::from(offset), usize::from(offset).saturating_add(data.len()));
         let touches = |from: usize, to: usize| first < to && from < end;
         if touches(COMMAND, COMMAND + 2) || touches(BAR0, AFTER_BARS) || touches(ROM, ROM + 4) {
-            let mut slots = lock(&self.slots);
-            let freed = slots.get_mut(&address.devfn()).is_some_and(|slot| self.reconcile(slot));
-            if freed {
-                self.unblock(&mut slots);
-            }
+            self.bars_changed(&[key]);
+        }
+    }
+
+    /// The BARs of the functions at `keys` may have changed.
+    fn bars_changed(&self, keys: &[u16]) {
+        let mut slots = lock(&self.slots);
+        let mut freed = false;
+        for key in keys {
+            let above = Self::above(&slots, *key);
+            freed |= slots.get_mut(key).is_some_and(|slot| self.reconcile(slot, above));
+        }
+        if freed {
+            self.unblock(&mut slots);
         }
     }
 
     /// Whether the guest has accessed configuration space of the function at `address`: it may know of it.
     pub fn touched(&self, address: PciAddress) -> bool {
-        let mine = address.segment() == self.segment && address.bus() == 0;
         let slots = lock(&self.slots);
-        mine && slots
-            .get(&address.devfn())
-            .is_some_and(|slot| slot.touched.load(Ordering::Relaxed))
+        let slot = self.key(address).and_then(|key| slots.get(&key));
+        slot.is_some_and(|slot| slot.touched.load(Ordering::Relaxed))
     }
 
-    /// The function at `address`, and whether its device has more than this one.
-    fn find(&self, address: PciAddress) -> Option<(Arc<dyn PciFunction>, bool)> {
-        if address.segment() != self.segment || address.bus() != 0 {
+    /// Notes that the guest has.
+    pub fn touch(&self, address: PciAddress) {
+        let slots = lock(&self.slots);
+        if let Some(slot) = self.key(address).and_then(|key| slots.get(&key)) {
+            slot.touched.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The function that the guest has at `address`.
+    fn find(&self, address: PciAddress) -> Option<Found> {
+        if address.segment() != self.segment {
             return None;
         }
         let slots = lock(&self.slots);
-        let devfn = address.devfn();
-        let slot = slots.get(&devfn)?;
+        let bus = Self::called(&slots, address.bus())?;
+        let key = u16::from(bus) << 8 | u16::from(address.devfn());
+        let slot = slots.get(&key)?;
         slot.touched.store(true, Ordering::Relaxed);
         let function = slot.function.clone();
-        let multi = devfn & 7 == 0 && slots.range(devfn | 1..=devfn | 7).next().is_some();
-        Some((function, multi))
+        let multi = key & 7 == 0 && slots.range(key | 1..=key | 7).next().is_some();
+        Some(Found { key, function, multi })
     }
 
-    fn choose(&self, slots: &BTreeMap<u8, Slot>, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
+    fn choose(&self, slots: &Slots, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
         match wanted {
-            Some(address) if address.segment() != self.segment || address.bus() != 0 => Err(AddError::NoBus(address)),
-            Some(address) if slots.contains_key(&address.devfn()) => Err(AddError::Taken(address)),
+            Some(address) if !self.can_be(slots, address) => Err(AddError::NoBus(address)),
+            Some(address) if slots.contains_key(&address.requester()) => Err(AddError::Taken(address)),
             Some(address) => Ok(address),
-            None => (0..32u8)
-                .filter(|device| self.reserved.load(Ordering::Relaxed) >> device & 1 == 0)
-                .map(|device| device << 3)
-                .find(|devfn| slots.range(devfn..=&(devfn | 7)).next().is_none())
-                .map(|devfn| PciAddress::from_devfn(self.segment, 0, devfn))
-                .ok_or(AddError::Full(self.segment)),
+            None => self.free_slot(slots).map(|slot| self.at(0, slot << 3)),
         }
     }
 
-    /// Addresses for the BARs of `slot` that have none.
-    fn place_bars(&self, slots: &BTreeMap<u8, Slot>, slot: &Slot) -> Result<Vec<(usize, u64)>, AddError> {
-        let mut memory = Vec::new();
-        let mut ports = Vec::new();
-        for other in slots.values().chain([slot]) {
-            for (bar, assigned) in bars(&*other.function).into_iter().zip(other.assigned) {
+    fn at(&self, bus: u8, devfn: u8) -> PciAddress {
+        PciAddress::from_devfn(self.segment, bus, devfn)
+    }
+
+    /// The first slot of bus 0 that nobody has and nobody else is to get.
+    fn free_slot(&self, slots: &Slots) -> Result<u8, AddError> {
+        let wanted = |slot: &u8| self.reserved.load(Ordering::Relaxed) >> slot & 1 == 0;
+        let free = |slot: &u8| in_slot(slots, *slot).next().is_none();
+        let found = (0..SLOTS).filter(wanted).find(free);
+        found.ok_or(AddError::Full(self.segment))
+    }
+
+    /// What `slots` take of memory and of I/O ports.
+    fn taken<'a>(slots: impl Iterator<Item = &'a Slot>) -> (Vec<(u64, u64)>, Vec<(u64, u64)>) {
+        let (mut memory, mut ports) = (Vec::new(), Vec::new());
+        for slot in slots {
+            memory.extend(slot.port.iter().flat_map(Port::reserved));
+            for (bar, assigned) in bars(&*slot.function).into_iter().zip(slot.assigned) {
                 let Some(bar) = bar else { continue };
                 let taken = if bar.kind == BarKind::Io {
                     &mut ports
@@ -277,6 +331,12 @@ impl PciRoot {
                 );
             }
         }
+        (memory, ports)
+    }
+
+    /// Addresses for the BARs of `slot` that have none.
+    fn place_bars(&self, slots: &Slots, slot: &Slot) -> Result<Vec<(usize, u64)>, AddError> {
+        let (mut memory, mut ports) = Self::taken(slots.values().chain([slot]));
         let mut placed = Vec::new();
         for (index, bar) in bars(&*slot.function).into_iter().enumerate() {
             let Some(bar) = bar.filter(|b| b.address == 0) else {
@@ -305,14 +365,15 @@ impl PciRoot {
         }
     }
 
-    /// Makes the address spaces show the BARs where the function's registers put them. Returns whether an address was given up.
-    fn reconcile(&self, slot: &mut Slot) -> bool {
+    /// Makes the address spaces show the BARs where the function's registers put them, as far as the port `above` lets accesses through.
+    /// Returns whether an address was given up.
+    fn reconcile(&self, slot: &mut Slot, above: Option<Bridge>) -> bool {
         let mut freed = false;
         slot.blocked = 0;
         for (index, bar) in bars(&*slot.function).into_iter().enumerate() {
             let Some(bar) = bar else { continue };
             let before = slot.claims[index];
-            let wanted = bar.decoded.then_some(bar.address);
+            let wanted = (bar.decoded && ports::passes(above, &bar)).then_some(bar.address);
             if before == wanted {
                 continue;
             }
@@ -368,9 +429,12 @@ impl PciRoot {
     }
 
     /// Tries again what was in the way of a BAR that has moved on.
-    fn unblock(&self, slots: &mut BTreeMap<u8, Slot>) {
-        for slot in slots.values_mut().filter(|slot| slot.blocked != 0) {
-            self.reconcile(slot);
+    fn unblock(&self, slots: &mut Slots) {
+        let blocked = slots.iter().filter(|(_, slot)| slot.blocked != 0);
+        let blocked: Vec<u16> = blocked.map(|(key, _)| *key).collect();
+        for key in blocked {
+            let above = Self::above(slots, key);
+            slots.get_mut(&key).map(|slot| self.reconcile(slot, above));
         }
     }
 
@@ -403,12 +467,25 @@ impl Slot {
     fn new(function: Arc<dyn PciFunction>) -> Self {
         Self {
             function,
+            port: None,
             claims: [None; BARS],
             assigned: [None; BARS],
             blocked: 0,
             touched: AtomicBool::new(false),
         }
     }
+
+    /// Gives BAR `bar` the address `at`.
+    fn assign(&mut self, bar: usize, at: u64) {
+        self.assigned[bar] = Some(at);
+        write_bar(&*self.function, bar, at);
+    }
+}
+
+/// What is in slot `slot` of bus 0.
+fn in_slot(slots: &Slots, slot: u8) -> impl Iterator<Item = (&u16, &Slot)> {
+    let first = u16::from(slot) << 3;
+    slots.range(first..=first | 7)
 }
 
 /// All BARs of a function, that of its ROM the last.

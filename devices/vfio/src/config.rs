@@ -4,6 +4,7 @@
 //! them, since drivers of some devices look at fixed places.
 
 mod clique;
+mod link;
 mod saved;
 
 use std::ops::Range;
@@ -288,7 +289,8 @@ impl Config {
         }
     }
 
-    /// PCI Express (PCI Express 4.0, 7.5.3). On a bus without a port above, a function is part of the root complex and has no link.
+    /// PCI Express (PCI Express 4.0, 7.5.3). On a bus without a port above, a function is part of the root complex and has no link; see `link.rs` for
+    /// the others.
     fn take_express(&mut self, device: &[u8; SIZE], at: usize) -> Option<usize> {
         let flags = u16_of(device, at + 2);
         let version = flags & 0xf;

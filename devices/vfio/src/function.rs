@@ -46,6 +46,8 @@ pub trait Vm: Send + Sync {
 pub struct Options {
     /// The bus has I/O ports.
     pub ports: bool,
+    /// It is below a root port, to which it has a link.
+    pub link: bool,
     /// It has wires for interrupt pins.
     pub wires: bool,
     /// NVIDIA's driver is told that the device reaches others of this clique directly, 0 to 15.
@@ -237,6 +239,9 @@ impl VfioPci {
             .map_err(failed("read the configuration space"))?;
         let sizes = std::array::from_fn(|i| regions[i].size);
         let mut config = Config::new(&bytes, &sizes, options.ports);
+        if options.link {
+            config.show_link(&bytes);
+        }
         if let Some(number) = options.clique {
             let joined = config.join_clique(number);
             let name = name.to_owned();
@@ -481,10 +486,16 @@ impl PciFunction for VfioPci {
         }
     }
 
-    fn attach(&self, address: PciAddress) {
-        self.interrupts.attach(address.requester());
+    fn attach(&self, address: PciAddress, slot: u8) {
+        self.interrupts.attach(address.requester(), slot);
         // One that was restored has some.
         self.interrupts.changed(&lock(&self.config));
+    }
+
+    fn reset(&self) {
+        if !self.gone() {
+            self.restart(&mut lock(&self.config));
+        }
     }
 
     fn detach(&self) {

@@ -35,6 +35,8 @@ pub(crate) struct Interrupts {
 #[derive(Default)]
 struct Wires {
     requester: Option<u16>,
+    /// Whose wires the pin has.
+    slot: Option<u8>,
     /// The pin is connected, as that of a device in this slot.
     pin: Option<u8>,
     /// MSI-X is on.
@@ -70,8 +72,16 @@ impl Interrupts {
         }
     }
 
-    pub(crate) fn attach(&self, requester: u16) {
-        lock(&self.wires).requester = Some(requester);
+    /// The function sends messages as `requester`, and its pin has the wires of `slot`.
+    pub(crate) fn attach(&self, requester: u16, slot: u8) {
+        let mut wires = lock(&self.wires);
+        (wires.requester, wires.slot) = (Some(requester), Some(slot));
+        for vector in &wires.msi {
+            if let Err(error) = vector.rename(requester) {
+                self.warn(&error);
+            }
+        }
+        drop(wires);
         if let Some((_, msix)) = &self.msix {
             msix.attach(requester);
         }
@@ -116,10 +126,9 @@ impl Interrupts {
 
     /// Has the pin interrupt the guest.
     fn begin_pin(&self, wires: &mut Wires) {
-        let (Some(pin), Some(requester), None) = (&self.pin, wires.requester, wires.pin) else {
+        let (Some(pin), Some(slot), None) = (&self.pin, wires.slot, wires.pin) else {
             return;
         };
-        let slot = (requester >> 3) as u8 & 0x1f;
         match pin.connect(slot) {
             Ok(()) => wires.pin = Some(slot),
             Err(error) => self.warn(&error),

@@ -60,7 +60,7 @@ extern "C" fn payload_main(argument: u64) -> ! {
     }
     serial::init();
     let ecam = acpi.as_ref().ok().and_then(|acpi| acpi.ecam);
-    let access = ecam.and_then(|(base, _)| pci::map_registers(base, 1 << 20).ok());
+    let access = ecam.and_then(|(base, last)| pci::map_registers(base, (u64::from(last) + 1) << 20).ok());
     let access = access
         .map(Access::Ecam)
         .or_else(|| arch::config::Ports::find().map(Access::Ports));

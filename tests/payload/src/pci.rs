@@ -159,11 +159,18 @@ impl Function {
         u64::from(high) << 32 | u64::from(low & !15)
     }
 
+    /// Number of the bus below, if it is a bridge that has one.
+    pub fn secondary(self) -> Option<u8> {
+        let bridge = self.id() as u16 != 0xffff && self.read8(0xe) & 0x7f == 1;
+        bridge.then(|| self.read8(0x19)).filter(|bus| *bus != 0)
+    }
+
     /// All BARs with their sizes (by writing ones, PCI 3.0 §6.2.5.1).
     pub fn bars(self) -> Vec<Bar> {
         let mut bars = Vec::new();
         let mut index = 0;
-        while index < 6 {
+        let count = if self.read8(0xe) & 0x7f == 1 { 2 } else { 6 };
+        while index < count {
             let register = 0x10 + 4 * u16::from(index);
             let low = self.read32(register);
             let (io, wide) = (low & 1 != 0, low & 7 == 4);
@@ -228,12 +235,29 @@ pub fn map_registers(address: u64, len: u64) -> Result<Mmio, String> {
     Ok(unsafe { Mmio::new(mapped) })
 }
 
-/// All functions of bus 0.
+/// All functions of bus 0, and of the buses below its bridges, which let everything through from now on.
 pub fn scan(access: Access) -> Vec<Function> {
+    let mut found = scan_bus(access, 0);
+    for bridge in found.clone() {
+        found.extend(scan_below(bridge));
+    }
+    found
+}
+
+/// All functions below `bridge`, if it is one; it lets everything through from now on.
+pub fn scan_below(bridge: Function) -> Vec<Function> {
+    let Some(bus) = bridge.secondary() else {
+        return Vec::new();
+    };
+    bridge.enable();
+    scan_bus(bridge.access(), bus)
+}
+
+fn scan_bus(access: Access, bus: u8) -> Vec<Function> {
     let mut found = Vec::new();
     for device in 0..32u16 {
         for function in 0..8 {
-            let candidate = Function::at(access, device << 3 | function);
+            let candidate = Function::at(access, u16::from(bus) << 8 | device << 3 | function);
             if candidate.id() as u16 != 0xffff {
                 found.push(candidate);
             }

@@ -24,6 +24,7 @@ mod pause;
 mod place;
 mod plug;
 mod plug_kinds;
+mod ports;
 mod power;
 mod refusals;
 mod rng;
@@ -79,6 +80,7 @@ pub fn tests() -> Vec<Test> {
         numa::TESTS,
         plug::TESTS,
         plug_kinds::TESTS,
+        ports::TESTS,
     ]
     .concat()
 }

@@ -49,9 +49,10 @@ impl<'a> DeviceConfig<'a> {
     /// Where it has to be on the guest's bus, if anywhere.
     pub(crate) fn place(self) -> Option<PciAddress> {
         match self {
-            Self::Host(device) => device
-                .addr
-                .and_then(|at| PciAddress::new(0, 0, at.slot(), at.function())),
+            Self::Host(device) => device.addr.and_then(|at| match device.root_port {
+                true => PciAddress::new(0, at.slot(), 0, at.function()),
+                false => PciAddress::new(0, 0, at.slot(), at.function()),
+            }),
             Self::Disk(_) | Self::Net(_) | Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => None,
         }
     }
@@ -64,6 +65,15 @@ impl<'a> DeviceConfig<'a> {
             Self::Vsock(vsock) => vsock.iommu,
             Self::Host(device) => device.iommu,
             Self::Fs(_) | Self::Generic(_) => false,
+        }
+    }
+
+    /// Whether it has a root port above it.
+    pub(crate) fn below_port(self) -> bool {
+        match self {
+            Self::Host(device) => device.root_port,
+            Self::Disk(disk) => disk.root_port,
+            Self::Net(_) | Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => false,
         }
     }
 }

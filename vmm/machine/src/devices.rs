@@ -107,7 +107,7 @@ pub(crate) struct Taken {
 impl Taken {
     /// Its slot.
     pub(crate) fn slot(&self) -> u8 {
-        self.placed.address.device()
+        self.placed.address.slot()
     }
 
     /// Takes it from the guest, finishes what is in flight, and frees all it has.
@@ -157,7 +157,7 @@ impl Devices {
         devices.rooms = virtio_mem::shared(&rooms)?;
         let total = count(config, consoles) + rooms.len();
         if let Some(saved) = &devices.saved {
-            devices.places = saved.places()?;
+            devices.places = saved.places(&devices.host.root)?;
         }
         devices.reserve(config);
         let mut rooms = rooms.into_iter();
@@ -240,6 +240,7 @@ impl Devices {
         device: DeviceConfig<'_>,
         end: &End,
     ) -> Result<(), MachineError> {
+        self.find_port(device)?;
         let name = Some(device.id().to_owned());
         let own = || device.id().to_owned();
         let behind = self.endpoint(device.is_behind_iommu());
@@ -426,7 +427,9 @@ impl Devices {
             };
             vec![function, device]
         });
-        nodes.map(|node| (node.id.clone(), node)).collect()
+        let mut tree = nodes.map(|node| (node.id.clone(), node)).collect();
+        self.show_ports(&mut tree);
+        tree
     }
 
     /// How devices stand with their daemons, by their ids.

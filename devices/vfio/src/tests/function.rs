@@ -18,7 +18,7 @@ fn fake() -> Fake {
 }
 
 fn attach(function: &VfioPci) {
-    function.attach(PciAddress::from_devfn(0, 0, 0x20));
+    function.attach(PciAddress::from_devfn(0, 0, 0x20), 4);
 }
 
 fn set_control(function: &VfioPci, control: u16) {

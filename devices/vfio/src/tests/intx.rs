@@ -21,7 +21,7 @@ fn fake() -> Fake {
 
 fn attached(fake: &Fake) -> VfioPci {
     let (function, _) = function(fake);
-    function.attach(PciAddress::from_devfn(0, 0, 0x20));
+    function.attach(PciAddress::from_devfn(0, 0, 0x20), 4);
     function
 }
 
@@ -135,7 +135,7 @@ fn without_wires_there_is_no_pin() {
         ..options(None)
     };
     let function = VfioPci::new(&host(&fake), Arc::new(fake.clone()), &router, without).expect("a function");
-    function.attach(PciAddress::from_devfn(0, 0, 0x20));
+    function.attach(PciAddress::from_devfn(0, 0, 0x20), 4);
     set_command(&function, 0x6);
     assert_eq!(pin_register(&function), 0);
     assert!(!connected(&fake));

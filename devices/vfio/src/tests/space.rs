@@ -225,6 +225,23 @@ fn the_device_looks_like_a_part_of_the_root_complex() {
 }
 
 #[test]
+fn below_a_port_it_is_an_endpoint_with_its_link() {
+    let device = nvme();
+    let mut config = config(&device);
+    config.show_link(&device);
+    assert_eq!(u16_at(&config, 0x82), 0x0002, "an endpoint");
+    assert_eq!(read(&config, 0x8c), [0x11, 0, 0, 0], "no power management of the link");
+    assert_eq!(u16_at(&config, 0x92), 0x0011, "its link is up: one lane at 2.5 GT/s");
+    config.write(0x90, &[0xff, 0xff]);
+    assert_eq!(u16_at(&config, 0x90), 0x00cb);
+    let mut fast = device;
+    fast[0x8c..0x8e].copy_from_slice(&[0x04, 0x05]);
+    fast[0x92..0x94].copy_from_slice(&[0x03, 0x51]);
+    config.show_link(&fast);
+    assert_eq!((u16_at(&config, 0x8c), u16_at(&config, 0x92)), (0x0104, 0x0103));
+}
+
+#[test]
 fn power_states_are_the_guests_own() {
     let mut config = config(&nvme());
     assert_eq!(u16_at(&config, 0x62), 3, "no wake-up events");

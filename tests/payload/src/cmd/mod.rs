@@ -8,6 +8,7 @@ pub mod memory;
 pub mod net;
 mod notices;
 pub mod pci;
+pub mod port;
 pub mod plug;
 pub mod rings;
 pub mod slots;

@@ -5,12 +5,13 @@ use crate::arch::config::SLOTS;
 use crate::arch::smp::take_events;
 use crate::clock::{self, Deadline};
 use crate::dev::blk::SoakPlan;
-use crate::pci::Function;
+use crate::pci::{self, Function};
 use crate::shell::{Args, Reply};
 use crate::virtio::kind;
 use crate::{Guest, interrupts};
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 const SLOT_COUNT: u64 = 32;
 /// The event register's bit for PCI devices.
@@ -52,7 +53,12 @@ fn look(guest: &mut Guest, slot: u32) -> Result<String, String> {
     let function = function(guest, slot)?;
     let known = guest.functions.iter().position(|known| known.bdf == function.bdf);
     match (function.id() as u16 != 0xffff, known) {
-        (true, None) => guest.add_function(function),
+        (true, None) => {
+            guest.add_function(function);
+            for below in pci::scan_below(function) {
+                guest.add_function(below);
+            }
+        }
         (false, Some(_)) => forget(guest, slot, false),
         _ => {}
     }
@@ -61,6 +67,12 @@ fn look(guest: &mut Guest, slot: u32) -> Result<String, String> {
 
 /// Stops the driver of what is in `slot`, if it can be reached, and forgets both.
 fn forget(guest: &mut Guest, slot: u32, reachable: bool) {
+    // What is below a port goes before it. The VMM numbers the bus like the slot.
+    let below = guest.functions.iter().map(|function| function.bdf);
+    let below: Vec<u16> = below.filter(|bdf| u32::from(bdf >> 8) == slot).collect();
+    for bdf in below {
+        guest.remove_function(bdf, reachable);
+    }
     guest.remove_function((slot as u16) << 3, reachable);
 }
 

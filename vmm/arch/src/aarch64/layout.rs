@@ -32,8 +32,8 @@ pub const MMIO32: Range<u64> = 0x1000_0000..ECAM;
 pub const ECAM: u64 = 0x3000_0000;
 /// Bytes of configuration space a bus has.
 pub const ECAM_BUS_SIZE: u64 = 1 << 20;
-/// Buses of a segment.
-pub const PCI_BUSES: u64 = 1;
+/// Buses of a segment: one for the root port that can be in each slot, and the root's.
+pub const PCI_BUSES: u64 = 32;
 /// There are no I/O ports.
 pub const PCI_IO: Range<u16> = 0..0;
 

@@ -70,7 +70,9 @@ impl Devices {
             ));
         }
         let options = Options {
-            ports: !host.root.windows().io.is_empty(),
+            // Below a port there are none.
+            ports: !host.root.windows().io.is_empty() && !config.root_port,
+            link: config.root_port,
             wires: host.wires,
             clique: config.x_nv_gpudirect_clique,
             peers: (host.peers && endpoint.is_none()).then(|| host.reach.clone()),

@@ -1,9 +1,10 @@
 //! Slots of the bus, of which some have several functions: a guest finds those by function 0, and gives back slots as a whole.
 
-use triarch_api::VmConfig;
+use triarch_api::{DeviceNode, DeviceTree, VmConfig};
 use triarch_pci::PciAddress;
 
 use super::{Devices, Placed};
+use crate::MachineError;
 use crate::configured::DeviceConfig;
 
 impl Devices {
@@ -11,15 +12,51 @@ impl Devices {
     pub(super) fn reserve(&mut self, config: &VmConfig) {
         let mut reserved = 0;
         for (device, place) in DeviceConfig::all(config).filter_map(|device| Some((device, device.place()?))) {
-            reserved |= 1 << place.device();
+            reserved |= 1 << place.slot();
             self.places.entry(device.id().to_owned()).or_insert(place);
         }
         self.host.root.reserve(reserved);
     }
 
+    /// Finds a slot for `device`, if it is to have a root port above it and has no place yet.
+    pub(super) fn find_port(&mut self, device: DeviceConfig<'_>) -> Result<(), MachineError> {
+        let id = device.id();
+        if device.below_port() && !self.places.contains_key(id) {
+            let place = self.host.root.free_below_port();
+            let place = place.map_err(|source| MachineError::Slot {
+                id: id.to_owned(),
+                source,
+            })?;
+            self.places.insert(id.to_owned(), place);
+        }
+        Ok(())
+    }
+
+    /// Root ports as `vm.info` shows them, with what is below them: that has the port as its parent.
+    pub(super) fn show_ports(&self, tree: &mut DeviceTree) {
+        for placed in self.functions.iter().filter(|placed| placed.address.bus() != 0) {
+            let slot = placed.address.slot();
+            let id = format!("_root-port-{slot:02x}");
+            let shown = match placed.function.virtio() {
+                Some(_) => format!("_virtio-pci-{}", placed.id),
+                None => placed.id.clone(),
+            };
+            if let Some(node) = tree.get_mut(&shown) {
+                node.parent = Some(id.clone());
+            }
+            let port = tree.entry(id.clone()).or_insert_with(|| DeviceNode {
+                id,
+                parent: None,
+                children: Vec::new(),
+                pci_bdf: Some(PciAddress::from_devfn(0, 0, slot << 3).to_string()),
+            });
+            port.children.push(shown);
+        }
+    }
+
     /// The devices in `slot` that can be taken, with their functions there, from the last to the first.
     pub(crate) fn removable_in(&self, slot: u8) -> Vec<(u8, &str)> {
-        let in_slot = |placed: &&Placed| placed.address.device() == slot && placed.removable;
+        let in_slot = |placed: &&Placed| placed.address.slot() == slot && placed.removable;
         let found = self.functions.iter().filter(in_slot);
         let mut found: Vec<_> = found
             .map(|placed| (placed.address.function(), placed.id.as_str()))
@@ -33,7 +70,7 @@ impl Devices {
     pub(crate) fn going_with(&self, id: &str) -> Vec<String> {
         match self.find(id) {
             Some((address, true)) if address.function() == 0 => {
-                let all = self.removable_in(address.device()).into_iter();
+                let all = self.removable_in(address.slot()).into_iter();
                 all.map(|(_, id)| id.to_owned()).collect()
             }
             Some((_, true)) => vec![id.to_owned()],
@@ -43,13 +80,13 @@ impl Devices {
 
     /// Function 0 of the slot at `address`, by its id.
     pub(crate) fn first_of(&self, address: PciAddress) -> Option<&str> {
-        let first = |placed: &&Placed| placed.address.device() == address.device() && placed.address.function() == 0;
+        let first = |placed: &&Placed| placed.address.slot() == address.slot() && placed.address.function() == 0;
         self.functions.iter().find(first).map(|placed| placed.id.as_str())
     }
 
     /// Bit n: there is a device in slot n, be it that the guest cannot find it yet.
     pub(crate) fn taken_slots(&self) -> u32 {
-        let bits = self.functions.iter().map(|placed| 1 << placed.address.device());
+        let bits = self.functions.iter().map(|placed| 1 << placed.address.slot());
         bits.fold(1, |all, bit: u32| all | bit)
     }
 
@@ -58,7 +95,7 @@ impl Devices {
         // The host bridge.
         let (mut present, mut fixed) = (1, 1);
         for placed in self.functions.iter().filter(|placed| placed.address.function() == 0) {
-            let bit = 1u32.checked_shl(placed.address.device().into()).unwrap_or(0);
+            let bit = 1u32.checked_shl(placed.address.slot().into()).unwrap_or(0);
             present |= bit;
             fixed |= if placed.removable { 0 } else { bit };
         }

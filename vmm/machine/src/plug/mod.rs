@@ -161,7 +161,7 @@ impl Controller {
             job.note(&format!("the guest has to give back '{id}'"));
             self.plugs.asked.push(Asked {
                 id: id.clone(),
-                slot: address.device(),
+                slot: address.slot(),
                 with: vec![id.clone()],
                 since: Instant::now(),
                 job,

@@ -87,15 +87,18 @@ impl Controller {
             )));
         }
         let address = match device.place() {
-            Some(address) if self.plugs.is_clearing(address.device()) => {
+            Some(address) if self.plugs.is_clearing(address.slot()) => {
                 return Err(ApiError::Busy(format!(
                     "Too Many Requests: the host is taking away what was in slot {:02x}; the job tells when that is done",
-                    address.device()
+                    address.slot()
                 )));
             }
             Some(address) => check_place(id, address, machine.devices().first_of(address))?,
             None => free_slot(&slots.peek(), machine.devices().taken_slots())
-                .map(|slot| PciAddress::from_devfn(0, 0, slot << 3))
+                .map(|slot| match device.below_port() {
+                    true => PciAddress::from_devfn(0, slot, 0),
+                    false => PciAddress::from_devfn(0, 0, slot << 3),
+                })
                 .ok_or(MachineError::Slot {
                     id: id.to_owned(),
                     source: AddError::Full(0),
@@ -119,7 +122,7 @@ impl Controller {
         }
         // The guest finds the others by function 0.
         if address.function() == 0 {
-            slots.came(address.device());
+            slots.came(address.slot());
         }
         Ok(address)
     }
@@ -163,7 +166,7 @@ impl Controller {
             return Err(ApiError::Unsupported(format!("{NO_ACPI}, or take it with force")));
         }
         let job = self.inbox.jobs().begin(Operation::RemoveDevice.name());
-        let slot = address.device();
+        let slot = address.slot();
         let unheard = |slot: Option<&PciSlot>| slot.is_some_and(|slot| slot.unheard);
         let unheard = slots
             .as_ref()

@@ -50,6 +50,9 @@ pub(crate) struct PciStateV1 {
     pub(super) bridge: HexBytes,
     /// Where devices are, by their ids.
     pub(super) functions: BTreeMap<String, FunctionPlaceV1>,
+    /// What a guest wrote into root ports, by their slots: the begin of their configuration space. Snapshots of former versions have none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) ports: BTreeMap<u8, HexBytes>,
 }
 
 /// Where a device is.
@@ -179,8 +182,15 @@ fn save_daemon(id: &str, kind: DeviceId, served: &mut VhostUser, payloads: &mut 
 }
 
 impl SavedDevices {
-    /// Where the device `id` was, if it was there.
-    pub(crate) fn places(&self) -> Result<BTreeMap<String, PciAddress>, MachineError> {
+    /// Makes the root ports that were there, before anything is below them, and tells where devices were, by their ids.
+    pub(crate) fn places(&self, root: &PciRoot) -> Result<BTreeMap<String, PciAddress>, MachineError> {
+        for (slot, bytes) in &self.pci.ports {
+            let port = root.restore_port(*slot, &bytes.0);
+            port.map_err(|source| MachineError::Slot {
+                id: format!("_root-port-{slot:02x}"),
+                source,
+            })?;
+        }
         let place = |(id, place): (&String, &FunctionPlaceV1)| match place.address.parse() {
             Ok(address) => Ok((id.clone(), address)),
             Err(_) => Err(carry(
@@ -227,8 +237,7 @@ impl SavedDevices {
         }
         for place in self.pci.functions.values().filter(|place| place.touched) {
             if let Ok(address) = place.address.parse() {
-                // An access is what makes it known.
-                root.config_read(address, 0, &mut [0; 2]);
+                root.touch(address);
             }
         }
         self.payloads.finish()
@@ -247,6 +256,11 @@ impl PciStateV1 {
         Self {
             bridge: bridge(root),
             functions,
+            ports: root
+                .ports()
+                .into_iter()
+                .map(|(slot, bytes)| (slot, HexBytes(bytes)))
+                .collect(),
         }
     }
 }

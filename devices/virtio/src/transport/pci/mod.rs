@@ -24,6 +24,9 @@ use self::layout::{Capabilities, access};
 pub use self::state::{RestoreError, SaveError, VirtioPciQueueV1, VirtioPciStateV1};
 use crate::{DeviceMemory, VirtioDevice, VirtioInterrupt, feature};
 
+/// The command register in configuration space.
+const COMMAND: u16 = 4;
+
 /// Bits of device_status (virtio 1.2, 2.1).
 mod status {
     pub(super) const ACKNOWLEDGE: u8 = 1;
@@ -306,9 +309,15 @@ impl PciFunction for VirtioPci {
         }
     }
 
-    fn attach(&self, address: PciAddress) {
+    fn attach(&self, address: PciAddress, _slot: u8) {
         self.interrupts.msix.attach(address.requester());
         self.core().place(address.requester().into());
+    }
+
+    fn reset(&self) {
+        self.config_write(COMMAND, &[0, 0]);
+        self.config_write(self.capabilities.msix + MsiX::CONTROL, &[0, 0]);
+        self.core().set_status(0);
     }
 
     fn detach(&self) {

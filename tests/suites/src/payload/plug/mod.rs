@@ -15,6 +15,7 @@ use triarch_harness::vm::VmBuilder;
 
 mod disks;
 mod kinds;
+mod ports;
 mod removals;
 mod soak;
 mod wrong;
@@ -24,6 +25,7 @@ pub fn tests() -> Vec<Test> {
     [
         disks::TESTS,
         kinds::TESTS,
+        ports::TESTS,
         removals::TESTS,
         removals::SLOW,
         soak::TESTS,
