@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{AddError, PciRoot, SLOTS, Slot, Slots, bars, in_slot};
-use crate::{Bar, BarKind, Bridge, PciAddress, PciFunction, RootPort, lock};
+use super::{AddError, COMMAND, PciRoot, SLOTS, Slot, Slots, bars, in_slot};
+use crate::{Bar, BarKind, Bridge, PciAddress, PciFunction, RootPort, command, lock};
 
 /// What a window begins and ends at multiples of (PCI-to-PCI Bridge Architecture 1.2, 3.2.5.8).
 const WINDOW_ALIGN: u64 = 1 << 20;
@@ -157,6 +157,9 @@ impl PciRoot {
         let port = RootPort::new().map_err(|_| AddError::NoBus(self.at(slot, 0)))?;
         // The last bus below is the first: there are no bridges below.
         port.config_write(BUSES, &[0, slot, slot]);
+        // Switched on, as firmware leaves it: Linux may take a port that comes later for set up before it knows its windows, and then
+        // switches on nothing any more.
+        port.config_write(COMMAND as u16, &(command::MEMORY | command::BUS_MASTER).to_le_bytes());
         let port = Arc::new(port);
         let mut new = Slot::new(port.clone());
         new.port = Some(Port {
