@@ -61,7 +61,15 @@ fn keys(text: &str) -> Result<KeyValues<'_>, FlagError> {
     KeyValues::parse(
         "--device",
         text,
-        &["path", "fd", "id", "iommu", "x_nv_gpudirect_clique", "addr", "root_port"],
+        &[
+            "path",
+            "fd",
+            "id",
+            "iommu",
+            "x_nv_gpudirect_clique",
+            "addr",
+            "root_port",
+        ],
         &["pci_segment", "pci_device_id"],
     )
 }
