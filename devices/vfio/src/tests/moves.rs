@@ -444,7 +444,7 @@ fn program(function: &VfioPci, vector: u64, address: u64, data: u32) {
 fn the_guest_finds_its_registers_and_interrupts_again() {
     let (there, device, source) = one(ALL, b"", b"state");
     let (function, _) = made(&there, &device);
-    function.attach(PciAddress::from_devfn(0, 0, 0x20));
+    function.attach(PciAddress::from_devfn(0, 0, 0x20), 4);
     function.config_write(0x10, &0x8000_0000u32.to_le_bytes());
     function.config_write(4, &[6, 0]);
     function.config_write(0x42, &0x8000u16.to_le_bytes());
@@ -458,7 +458,7 @@ fn the_guest_finds_its_registers_and_interrupts_again() {
     here.calls();
     let (function, router) = restored(&here, &device, &saved).expect("the same");
     assert!(!here.calls().contains(&"reset".to_owned()), "it is what came");
-    function.attach(PciAddress::from_devfn(0, 0, 0x20));
+    function.attach(PciAddress::from_devfn(0, 0, 0x20), 4);
     let bar = function.bars()[0].expect("a BAR");
     assert_eq!((bar.address, bar.decoded), (0x8000_0000, true));
     assert_eq!(here.register(CONFIG + 4) & 0xffff, 7, "the bus's master");
