@@ -34,7 +34,8 @@ pub struct DeviceConfig {
     /// Where the guest has it; the next slot that is free when absent. Devices can be functions of one slot, and function 0 of it must be there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addr: Option<SlotAddress>,
-    /// It is below a PCI Express root port: on a bus of its own, with a link. The port is in the slot, and has all functions of the slot below it.
+    /// It is below a PCI Express root port: on a bus of its own, with a link. The port is in the slot, and has all
+    /// functions of the slot below it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub root_port: bool,
 }

@@ -96,7 +96,8 @@ impl VmConfig {
         self.validate_ports_and_iommu()
     }
 
-    /// Checks that what is below a root port is not behind an IOMMU: that knows devices by numbers which a guest may change with those of its buses.
+    /// Checks that what is below a root port is not behind an IOMMU: that knows devices by numbers which a guest may
+    /// change with those of its buses.
     fn validate_ports_and_iommu(&self) -> Result<(), ConfigError> {
         let all = self.iommu_for_all();
         let disks = self.disks.iter().flatten().enumerate();

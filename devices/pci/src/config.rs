@@ -121,7 +121,8 @@ impl ConfigSpace {
         space
     }
 
-    /// The registers of a bridge (type 1) without capabilities, with windows for memory, all of which are closed, and none for I/O ports. It shows no subsystem.
+    /// The registers of a bridge (type 1) without capabilities, with windows for memory, all of which are closed, and none for I/O
+    /// ports. It shows no subsystem.
     pub fn bridge(identity: &Identity) -> Self {
         let mut space = Self::header(identity);
         space.set(HEADER_TYPE, &[1]);

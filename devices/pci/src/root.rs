@@ -81,6 +81,9 @@ pub struct PciRoot {
 /// All functions by bus, device and function, as the VMM calls them ([`PciAddress::requester`]).
 type Slots = BTreeMap<u16, Slot>;
 
+/// Addresses that are taken: first and last of each range.
+type Spans = Vec<(u64, u64)>;
+
 struct Slot {
     function: Arc<dyn PciFunction>,
     /// It is a root port.
@@ -311,8 +314,8 @@ impl PciRoot {
     }
 
     /// What `slots` take of memory and of I/O ports.
-    fn taken<'a>(slots: impl Iterator<Item = &'a Slot>) -> (Vec<(u64, u64)>, Vec<(u64, u64)>) {
-        let (mut memory, mut ports) = (Vec::new(), Vec::new());
+    fn taken<'a>(slots: impl Iterator<Item = &'a Slot>) -> (Spans, Spans) {
+        let (mut memory, mut ports) = (Spans::new(), Spans::new());
         for slot in slots {
             memory.extend(slot.port.iter().flat_map(Port::reserved));
             for (bar, assigned) in bars(&*slot.function).into_iter().zip(slot.assigned) {

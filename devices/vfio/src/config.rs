@@ -289,8 +289,8 @@ impl Config {
         }
     }
 
-    /// PCI Express (PCI Express 4.0, 7.5.3). On a bus without a port above, a function is part of the root complex and has no link; see `link.rs` for
-    /// the others.
+    /// PCI Express (PCI Express 4.0, 7.5.3). On a bus without a port above, a function is part of the root complex and has no link; see
+    /// `link.rs` for the others.
     fn take_express(&mut self, device: &[u8; SIZE], at: usize) -> Option<usize> {
         let flags = u16_of(device, at + 2);
         let version = flags & 0xf;

@@ -72,8 +72,8 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// Opens the device `name`, whose own file is `given` if somebody else opened that. Events of it join `set`. If there is a VM, the hypervisor hears of it before its driver does: some
-    /// mediated devices need to know whose they are.
+    /// Opens the device `name`, whose own file is `given` if somebody else opened that. Events of it join `set`. If there is a VM, the
+    /// hypervisor hears of it before its driver does: some mediated devices need to know whose they are.
     pub(crate) fn open(
         kernel: &dyn Kernel,
         way: &Way,

@@ -21,7 +21,8 @@ const CONTROL: u16 = 0x00cb;
 const SPEEDS: u32 = 0xfe;
 
 impl Config {
-    /// Shows it as an endpoint, with the speed and the lanes that `device` has. Power management of the link is not shown: the host does that.
+    /// Shows it as an endpoint, with the speed and the lanes that `device` has. Power management of the link is
+    /// not shown: the host does that.
     pub(crate) fn show_link(&mut self, device: &[u8; SIZE]) {
         let Some(at) = self.express else { return };
         let kind = match u16_of(device, at + FLAGS) >> 4 & 0xf {

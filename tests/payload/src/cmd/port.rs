@@ -81,7 +81,10 @@ fn shut(port: Function, below: Function) -> Reply {
     port.write16(COMMAND, command & !COMMAND_MEMORY);
     let closed = registers.read32(0x10);
     port.write16(COMMAND, command);
-    Ok(format!("open={open:#x} shut={closed:#x} again={:#x}", registers.read32(0x10)))
+    Ok(format!(
+        "open={open:#x} shut={closed:#x} again={:#x}",
+        registers.read32(0x10)
+    ))
 }
 
 /// Moves the window of the port, and the BAR of disk `disk` below with it, 16 MiB up; without the window it is nowhere.
