@@ -204,6 +204,8 @@ pub struct Test {
     pub needs_kvm: bool,
     /// Whether it takes longer when [`ROUNDS`] or [`MOVES`] says so.
     pub is_soak: bool,
+    /// Whether it does nothing most of its time.
+    pub is_idle: bool,
 }
 
 impl Test {
@@ -216,6 +218,7 @@ impl Test {
             timeout: Duration::from_secs(10),
             needs_kvm: true,
             is_soak: false,
+            is_idle: false,
         }
     }
 
@@ -228,6 +231,7 @@ impl Test {
             timeout: Duration::from_secs(180),
             needs_kvm: true,
             is_soak: false,
+            is_idle: false,
         }
     }
 
@@ -240,6 +244,7 @@ impl Test {
             timeout: Duration::from_secs(300),
             needs_kvm: true,
             is_soak: false,
+            is_idle: false,
         }
     }
 
@@ -258,6 +263,14 @@ impl Test {
     #[must_use]
     pub const fn soak(mut self) -> Self {
         self.is_soak = true;
+        self
+    }
+
+    /// The same test, which waits most of its time for a limit of the VMM's to pass, so that others run beside it where there are several
+    /// processors.
+    #[must_use]
+    pub const fn idle(mut self) -> Self {
+        self.is_idle = true;
         self
     }
 

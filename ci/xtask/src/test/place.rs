@@ -33,7 +33,7 @@ const SECOND_ARM: [&str; 19] = [
 
 /// What a run without a named host leaves out on Hygon, whose KVM is AMD's: tests of daemons, since what they see was seen there, and of
 /// memory that comes with one of the two kernels, which AMD has.
-const NOT_ON_HYGON: [&str; 35] = [
+const NOT_ON_HYGON: [&str; 34] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -62,7 +62,6 @@ const NOT_ON_HYGON: [&str; 35] = [
     "passt::guest_and_host_talk_on_linux_6_12",
     // Devices of the host, on AMD, or not seen often enough.
     "vfio::what_cannot_be_had_is_refused",
-    "vfio::a_disk_comes_by_descriptors",
     "vfio::too_little_memory_may_be_locked",
     "vfio::a_guest_with_a_device_stays",
     "vfio::nvme_data_matches_on_linux_6_1",
@@ -99,8 +98,8 @@ const NOT_ON_AMD: [&str; 15] = [
 ];
 
 /// And on ARM, where Linux guests see the same, or the bare-metal guest does. Open vSwitch serves there, but it takes longer to agree on two
-/// ports than a busy host has; two wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
-const NOT_ON_ARM: [&str; 161] = [
+/// ports than a busy host has; four wait half a minute for what is the same everywhere; the others were not seen there, or not often enough.
+const NOT_ON_ARM: [&str; 162] = [
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
     "migration::daemons::linux_6_1_goes_back_and_forth",
@@ -151,6 +150,8 @@ const NOT_ON_ARM: [&str; 161] = [
     "payload::passt::it_may_die",
     "payload::virtio_mem::a_guest_may_stand_still",
     "payload::dimms::a_guest_may_be_late",
+    "payload::hotplug::a_guest_may_be_late",
+    "payload::plug::a_guest_may_be_late",
     "payload::snapshot::flag::it_goes_on_at_once",
     "payload::snapshot::flag::it_stays_paused_for_whoever_resumes_it",
     "payload::snapshot::flag::what_is_wrong_is_told",
@@ -227,7 +228,6 @@ const NOT_ON_ARM: [&str; 161] = [
     "payload::migration::tls::nobody_else_gets_the_guest",
     "payload::migration::what_came_while_it_ran_is_there",
     // Devices of the host: on AMD or Hygon, or not seen often enough.
-    "vfio::a_disk_comes_by_descriptors",
     "vfio::nvme_data_matches_on_linux_6_1",
     "vfio::a_restarted_guest_has_its_disk_again",
     "vfio::a_paused_guest_loses_its_disk",

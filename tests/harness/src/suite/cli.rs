@@ -4,6 +4,8 @@ use super::run::{INSIDE, inside};
 use super::{Level, Report, Test, Verdict, run_test};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 const USAGE: &str = "\
 usage: triarch-suites [--level payload|nested|pair] [--list] [--json] [--exact] [NAME ...]
@@ -97,27 +99,41 @@ pub fn main(tests: &[Test]) -> ExitCode {
     }
 }
 
-/// Runs tests one after the other; whether some ran and none failed.
+/// Runs tests one after the other, and beside them those that do nothing most of their time, if there is a processor for that; whether some
+/// ran and none failed.
 fn run_all(tests: &[&Test], json: bool) -> bool {
-    let mut counts = [0; 3];
-    for test in tests {
-        let report = run_test(test);
-        match report.verdict {
-            Verdict::Passed => counts[0] += 1,
-            Verdict::Failed { .. } => counts[1] += 1,
-            Verdict::Skipped { .. } => counts[2] += 1,
+    let shown = Mutex::new([0; 3]);
+    let has_room = thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+    let (idle, others): (Vec<&Test>, Vec<&Test>) = tests.iter().partition(|test| has_room && test.is_idle);
+    let run = |tests: &[&Test]| {
+        for test in tests {
+            let report = run_test(test);
+            show(&report, json, &mut shown.lock().unwrap_or_else(PoisonError::into_inner));
         }
-        if json {
-            println!("{}", serde_json::to_string(&report).unwrap_or_default());
-        } else {
-            print!("{}", describe(&report));
-        }
-    }
-    let [passed, failed, skipped] = counts;
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| run(&idle));
+        run(&others);
+    });
+    let [passed, failed, skipped] = shown.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !json {
         println!("{passed} passed, {failed} failed, {skipped} skipped");
     }
     failed == 0 && passed > 0
+}
+
+/// Prints how a test ended, and counts it.
+fn show(report: &Report, json: bool, counts: &mut [u32; 3]) {
+    match report.verdict {
+        Verdict::Passed => counts[0] += 1,
+        Verdict::Failed { .. } => counts[1] += 1,
+        Verdict::Skipped { .. } => counts[2] += 1,
+    }
+    if json {
+        println!("{}", serde_json::to_string(report).unwrap_or_default());
+    } else {
+        print!("{}", describe(report));
+    }
 }
 
 fn describe(report: &Report) -> String {

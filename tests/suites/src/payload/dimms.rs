@@ -27,8 +27,9 @@ payload_tests!("dimms":
 );
 
 /// Those that take their time.
-pub const SLOW: &[Test] =
-    &[Test::payload("dimms::a_guest_may_be_late", a_guest_may_be_late).within(Duration::from_secs(180))];
+pub const SLOW: &[Test] = &[Test::payload("dimms::a_guest_may_be_late", a_guest_may_be_late)
+    .within(Duration::from_secs(180))
+    .idle()];
 
 pub(super) const MIB: u64 = 1 << 20;
 /// What the guest starts with.

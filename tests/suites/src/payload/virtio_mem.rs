@@ -29,7 +29,9 @@ payload_tests!("virtio_mem":
 
 /// Those that take their time.
 pub const SLOW: &[Test] = &[
-    Test::payload("virtio_mem::a_guest_may_stand_still", a_guest_may_stand_still).within(Duration::from_secs(120)),
+    Test::payload("virtio_mem::a_guest_may_stand_still", a_guest_may_stand_still)
+        .within(Duration::from_secs(120))
+        .idle(),
     Test::payload("virtio_mem::many_rounds_leave_nothing_behind", many_rounds)
         .within(Duration::from_secs(120))
         .soak(),

@@ -19,8 +19,9 @@ payload_tests!("plug":
 );
 
 /// Those that take their time.
-pub const SLOW: &[Test] =
-    &[Test::payload("plug::a_guest_may_be_late", a_guest_may_be_late).within(Duration::from_secs(120))];
+pub const SLOW: &[Test] = &[Test::payload("plug::a_guest_may_be_late", a_guest_may_be_late)
+    .within(Duration::from_secs(120))
+    .idle()];
 
 fn a_removal_is_open_until_the_guest_answers(context: &Context) -> Result<Outcome> {
     let (first, second) = (image(context, "first", 1)?, image(context, "second", 2)?);
