@@ -108,7 +108,7 @@ fn answer(guest: &mut Guest, line: &str) -> Reply {
         "pci" => cmd::pci::list(guest),
         "bars" => cmd::pci::bars(guest, &mut args),
         "bar-move" => cmd::pci::move_bar(guest, &mut args),
-        "port" => cmd::port::run(guest, &mut args),
+        "root-port" => cmd::root_port::run(guest, &mut args),
         "msix" => cmd::pci::msix(guest, &mut args),
         "fuzz-ring" => cmd::rings::fuzz(guest, &mut args),
         "blk" => cmd::blk::run(guest, &mut args),

@@ -44,7 +44,7 @@ fn a_disk_works_below_a_port(context: &Context) -> Result<Outcome> {
         pci.contains(" 00:02.0=1b36:000c:060400") && pci.contains(" 02:00.0=1af4:1042:"),
         "{pci}"
     );
-    let look = p.guest.ask("port 2 look")?;
+    let look = p.guest.ask("root-port 2 look")?;
     let told = "id=0xc1b36 class=0x60400 type=4 link=0x2104 acs=0x1000d bus=2 below=0x10421af4";
     ensure!(look == told, "{look}");
     let tree = &p.api.get("vm.info")?["device_tree"];
@@ -61,7 +61,7 @@ fn a_disk_works_below_a_port(context: &Context) -> Result<Outcome> {
     ensure!(disk.read(0, SIZE as usize)?.len() == SIZE as usize);
     p.guest.send("pm reset")?;
     p.guest.wait_ready()?;
-    ensure!(p.guest.ask("port 2 look")? == told);
+    ensure!(p.guest.ask("root-port 2 look")? == told);
     p.guest.ask("blk 1 verify 200 64 7")?;
     p.guest.ask("blk 1 stress 100 16 5")?;
     p.guest.power_off()?;
@@ -70,10 +70,10 @@ fn a_disk_works_below_a_port(context: &Context) -> Result<Outcome> {
 
 fn its_bus_gets_another_number(context: &Context) -> Result<Outcome> {
     let (mut p, _disk) = start(context)?;
-    let moved = p.guest.ask("port 2 number 9")?;
+    let moved = p.guest.ask("root-port 2 number 9")?;
     ensure!(moved == "before=0x10421af4 there=0x10421af4 old=0xffffffff", "{moved}");
     works(&mut p.guest, 1)?;
-    let again = p.guest.ask("port 2 number 31")?;
+    let again = p.guest.ask("root-port 2 number 31")?;
     ensure!(again == moved, "{again}");
     // Its messages come from the new number, once its driver is started anew.
     p.guest.ask("blk 1 init")?;
@@ -88,14 +88,14 @@ fn its_bus_gets_another_number(context: &Context) -> Result<Outcome> {
 fn it_is_there_only_behind_the_window(context: &Context) -> Result<Outcome> {
     let (mut p, _disk) = start(context)?;
     works(&mut p.guest, 1)?;
-    let shut = p.guest.ask("port 2 shut")?;
+    let shut = p.guest.ask("root-port 2 shut")?;
     ensure!(number(&shut, "shut")? == 0xffff_ffff, "{shut}");
     ensure!(
         number(&shut, "open")? != 0xffff_ffff && number(&shut, "open")? == number(&shut, "again")?,
         "{shut}"
     );
     works(&mut p.guest, 1)?;
-    let moved = p.guest.ask("port 2 move 1")?;
+    let moved = p.guest.ask("root-port 2 move 1")?;
     ensure!(
         number(&moved, "outside")? == 0xffff_ffff && number(&moved, "old")? == 0xffff_ffff,
         "{moved}"
@@ -109,7 +109,7 @@ fn it_is_there_only_behind_the_window(context: &Context) -> Result<Outcome> {
 fn a_reset_of_its_bus_is_one_of_the_disk(context: &Context) -> Result<Outcome> {
     let (mut p, _disk) = start(context)?;
     works(&mut p.guest, 1)?;
-    let reset = p.guest.ask("port 2 reset")?;
+    let reset = p.guest.ask("root-port 2 reset")?;
     ensure!(
         number(&reset, "before")? & 6 == 6 && number(&reset, "after")? & 6 == 0,
         "{reset}"
@@ -141,13 +141,13 @@ fn it_comes_and_goes_with_its_port(context: &Context) -> Result<Outcome> {
         ensure!(port.starts_with("_root-port-"), "{tree}");
         p.takes(1)?;
         let slot = u64::from_str_radix(&port["_root-port-".len()..], 16)?;
-        let look = p.guest.ask(&format!("port {slot} look"))?;
+        let look = p.guest.ask(&format!("root-port {slot} look"))?;
         ensure!(look.ends_with("below=0x10421af4"), "{look}");
         works(&mut p.guest, 0)?;
         p.gives("late")?;
         ensure!(p.is_gone("late")? && !p.has_open(disk.path())?);
         ensure!(p.api.get("vm.info")?["device_tree"][&port].is_null());
-        p.guest.refused(&format!("port {slot} look"))?;
+        p.guest.refused(&format!("root-port {slot} look"))?;
     }
     ensure!(p.events()? == ["added late", "removed late"].repeat(3));
     p.guest.power_off()?;
@@ -156,8 +156,8 @@ fn it_comes_and_goes_with_its_port(context: &Context) -> Result<Outcome> {
 
 fn a_guest_that_was_saved_finds_the_bus_where_it_put_it(context: &Context) -> Result<Outcome> {
     let (mut p, _disk) = start(context)?;
-    p.guest.ask("port 2 number 9")?;
-    let look = p.guest.ask("port 2 look")?;
+    p.guest.ask("root-port 2 number 9")?;
+    let look = p.guest.ask("root-port 2 look")?;
     works(&mut p.guest, 1)?;
     p.guest.vm().pause()?;
     let before = p.api.get("vm.info")?;
@@ -167,7 +167,7 @@ fn a_guest_that_was_saved_finds_the_bus_where_it_put_it(context: &Context) -> Re
     let mut guest = restore(context, &directory)?;
     let after = guest.vm().api()?.get("vm.info")?;
     same_machine(&before, &after)?;
-    ensure!(guest.ask("port 2 look")? == look);
+    ensure!(guest.ask("root-port 2 look")? == look);
     guest.ask("blk 1 verify 200 64 7")?;
     works(&mut guest, 1)?;
     guest.ask("blk 0 verify 0 100 1")?;

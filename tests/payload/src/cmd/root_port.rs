@@ -1,4 +1,4 @@
-//! Commands about root ports: `port SLOT look`, `number N`, `shut`, `move DISK`, `reset`.
+//! Commands about root ports: `root-port SLOT look`, `number N`, `shut`, `move DISK`, `reset`.
 
 use crate::Guest;
 use crate::pci::{Function, map_registers};
@@ -15,7 +15,7 @@ const BRIDGE_CONTROL: u16 = 0x3e;
 const BUS_RESET: u16 = 1 << 6;
 const EXPRESS: u8 = 0x10;
 
-/// `port SLOT WHAT`
+/// `root-port SLOT WHAT`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let access = guest.functions.first().ok_or("no PCI")?.access();
     let slot = args.number_to("SLOT", 31)? as u16;
@@ -34,7 +34,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
             move_window(guest, port, below, disk)
         }
         "reset" => reset(port, below),
-        other => Err(format!("port {other}?")),
+        other => Err(format!("root-port {other}?")),
     }
 }
 
