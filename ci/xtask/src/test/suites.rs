@@ -20,7 +20,7 @@ use super::tally::{Tally, Verdict};
 use crate::arch::Arch;
 use crate::build::{self, Profile};
 use crate::daemons;
-use crate::host::{self, Host, Options};
+use crate::host::{self, Host, Kind, Options};
 use crate::images;
 use crate::kernels::{Kernel, Version};
 use crate::root::Rig;
@@ -59,6 +59,9 @@ pub const PATIENCE: &str = "12";
 const FRAMEWORK: &str = "framework::";
 /// What the names of tests with the payload guest begin with on the nested level.
 const PAYLOAD_TESTS: &str = "payload::";
+/// A host with more tests with Linux guests than these is two, one after the other or side by side, so that no processor is left without work
+/// while another one has a whole host's to do.
+const MANY: usize = 60;
 /// Enough for a guest with memory on both sides of the 32-bit hole; what nobody touches costs nothing.
 const HOST_MIB: u32 = 4096;
 
@@ -148,11 +151,11 @@ impl Programs {
         Ok(())
     }
 
-    /// Makes what the tests at `place` need; `None` when none is wanted there.
+    /// Makes what the tests at `place` need; nothing when none is wanted there, and twice that when it is much.
     ///
     /// # Errors
     /// It cannot be made.
-    pub fn prepare(&self, place: Place, filters: &[String], tally: &mut Tally) -> Result<Option<Nested>> {
+    pub fn prepare(&self, place: Place, filters: &[String], tally: &mut Tally) -> Result<Vec<Nested>> {
         let mut names = self.list("nested", &[])?;
         if place.has_payload() {
             let payload = self.list("payload", &[])?.into_iter();
@@ -162,16 +165,20 @@ impl Programs {
         let mut names = place.select(names)?;
         names.retain(|name| super::selected(filters, &format!("nested::{name}")));
         if names.is_empty() {
-            return Ok(None);
+            return Ok(Vec::new());
         }
         let (payload, linux): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name.starts_with(PAYLOAD_TESTS));
         let payload = payload.iter().map(|name| name.replacen(PAYLOAD_TESTS, "", 1)).collect();
-        let pending = [
-            Pending::new(&format!("{place}::payload"), "payload", payload),
-            Pending::new(&place.to_string(), "nested", linux),
-        ];
+        let halves = match place.kind {
+            // It is there once.
+            Kind::Native => vec![(payload, linux)],
+            Kind::Amd | Kind::Hygon | Kind::Arm => halves(payload, linux),
+        };
         let mut files = self.files(place.kind.arch())?;
-        let tests: Vec<&String> = pending.iter().flat_map(|level| &level.names).collect();
+        let tests: Vec<&String> = halves
+            .iter()
+            .flat_map(|(payload, linux)| payload.iter().chain(linux))
+            .collect();
         for daemon in daemons::of_tests(&tests) {
             match daemon.files(place.kind.arch()) {
                 Ok(more) => files.extend(more),
@@ -184,11 +191,15 @@ impl Programs {
             files,
             ..place.options()
         };
-        Ok(Some(Nested {
-            place,
-            options,
-            pending,
-        }))
+        let nested = halves.into_iter().map(|(payload, linux)| Nested {
+            pending: [
+                Pending::new(&format!("{place}::payload"), "payload", payload),
+                Pending::new(&place.to_string(), "nested", linux),
+            ],
+            place: place.clone(),
+            options: options.clone(),
+        });
+        Ok(nested.collect())
     }
 
     /// The tests of a level, without running them. They are the same for every architecture.
@@ -246,6 +257,16 @@ impl Programs {
         }
         Ok(files)
     }
+}
+
+/// Tests with the payload guest and with Linux guests, as they are done on one host.
+fn halves(payload: Vec<String>, mut linux: Vec<String>) -> Vec<(Vec<String>, Vec<String>)> {
+    if linux.len() <= MANY {
+        return vec![(payload, linux)];
+    }
+    let at = if payload.is_empty() { linux.len() / 2 } else { 0 };
+    let rest = linux.split_off(at);
+    vec![(payload, linux), (Vec::new(), rest)]
 }
 
 /// The tests on a host, and all that they need.
@@ -411,6 +432,23 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_tests_are_done_by_two_hosts() {
+        let names = |count| (0..count).map(|n: usize| n.to_string()).collect::<Vec<_>>();
+        assert_eq!(halves(names(300), names(MANY)), [(names(300), names(MANY))]);
+        assert_eq!(
+            halves(names(3), names(MANY + 1)),
+            [(names(3), names(0)), (names(0), names(MANY + 1))]
+        );
+        let parts = halves(names(0), names(100));
+        let linux: Vec<_> = parts.iter().map(|(_, linux)| linux.len()).collect();
+        assert_eq!(linux, [50, 50]);
+        assert_eq!(
+            parts.into_iter().flat_map(|(_, linux)| linux).collect::<Vec<_>>(),
+            names(100)
+        );
+    }
 
     #[test]
     fn lines_come_whole() {
