@@ -184,7 +184,7 @@ fn vmms(profile: Profile) -> Result<Vec<Vmm>> {
         name: format!("QEMU {} microvm", rig.qemu_version()?),
         program: PathBuf::from(qemu.get_program()),
         args: before.chain(own).collect(),
-        binary: rig.qemu_binary(),
+        binary: rig.qemu_binary().to_path_buf(),
     });
     Ok(vmms)
 }

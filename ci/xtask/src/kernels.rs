@@ -214,7 +214,7 @@ fn extract_vmlinux(bzimage: &Path, out: &Path, scratch: &Path, root: &Root) -> R
     };
     let packed = scratch.join("payload");
     fs::write(&packed, payload)?;
-    let mut command = root.command(&format!("usr/bin/{program}"));
+    let mut command = root.command(format!("usr/bin/{program}"));
     let elf = tools::output_bytes(command.args(["-d", "-c"]).arg(&packed))?;
     if !elf.starts_with(b"\x7fELF") {
         bail!("the bzImage holds no ELF file");

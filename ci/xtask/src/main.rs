@@ -20,6 +20,7 @@ mod kernels;
 mod licence;
 mod lint;
 mod local;
+mod mend;
 mod modules;
 mod openapi;
 mod packages;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::arch::Arch;
 use crate::cache::{self, Recipe};
-use crate::{packages, tools};
+use crate::{mend, packages, tools};
 
 /// Changes whenever this file makes another root from the same packages.
 const SCRIPT: &str = "3";
@@ -31,7 +31,7 @@ fn qemu_package(arch: Arch) -> &'static str {
     }
 }
 
-/// The emulator's program.
+/// The emulator's name.
 fn qemu_program(arch: Arch) -> String {
     format!("qemu-system-{arch}")
 }
@@ -57,8 +57,8 @@ impl Root {
         Ok(Self { dir })
     }
 
-    /// A program of the root, run with the root's libraries.
-    pub fn command(&self, program: &str) -> Command {
+    /// A program of the root, or one elsewhere that was made from it, run with the root's libraries.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(self.dir.join(Arch::native().loader()));
         let libraries = [Arch::native().libraries(), "usr/lib"].map(|l| self.dir.join(l));
         command
@@ -92,6 +92,15 @@ fn busybox(arch: Arch, root: &Root) -> Result<PathBuf> {
         })
     })?;
     Ok(dir.join(BUSYBOX_FILE))
+}
+
+/// Debian's emulator of hosts of `arch`, without the fault of that of AMD hosts.
+fn debians_qemu(arch: Arch, root: &Root) -> Result<PathBuf> {
+    let program = root.dir.join("usr/bin").join(qemu_program(arch));
+    match arch {
+        Arch::X86_64 => mend::emulator(&program, &root.dir.join("packages.txt")),
+        Arch::Aarch64 => Ok(program),
+    }
 }
 
 /// Unpacks packages (NAME, NAME/SUITE or NAME=VERSION) for `arch` and all they depend on into `dir`, as a root file system.
@@ -130,7 +139,16 @@ pub struct Rig {
     pub root: Root,
     /// The static busybox for its hosts and guests.
     pub busybox: PathBuf,
-    own_qemu: Option<PathBuf>,
+    qemu: Qemu,
+}
+
+/// The emulator's program.
+#[derive(Debug, Clone)]
+enum Qemu {
+    /// The machine's own.
+    Own(PathBuf),
+    /// Debian's, which runs by the root's loader.
+    Debian(PathBuf),
 }
 
 impl Rig {
@@ -148,35 +166,35 @@ impl Rig {
         let package = [qemu_package(arch)];
         let extra: &[&str] = if own.is_some() { &[] } else { &package };
         let root = Root::get(&format!("root-{arch}"), extra)?;
+        let qemu = match own {
+            Some(own) => Qemu::Own(own),
+            None => Qemu::Debian(debians_qemu(arch, &root)?),
+        };
         Ok(Self {
             arch,
             busybox: busybox(arch, &root)?,
             root,
-            own_qemu: own,
+            qemu,
         })
     }
 
     /// The emulator, ready for its arguments.
     pub fn qemu(&self) -> Command {
-        if let Some(own) = &self.own_qemu {
-            return Command::new(own);
-        }
-        let mut command = self.root.command(&self.program());
+        let mut command = match &self.qemu {
+            Qemu::Own(own) => return Command::new(own),
+            Qemu::Debian(program) => self.root.command(program),
+        };
         for data in ["usr/share/qemu", "usr/share/seabios"] {
             command.arg("-L").arg(self.root.dir.join(data));
         }
         command
     }
 
-    fn program(&self) -> String {
-        format!("usr/bin/{}", qemu_program(self.arch))
-    }
-
     /// The emulator's program file.
-    pub fn qemu_binary(&self) -> PathBuf {
-        self.own_qemu
-            .clone()
-            .unwrap_or_else(|| self.root.dir.join(self.program()))
+    pub fn qemu_binary(&self) -> &Path {
+        match &self.qemu {
+            Qemu::Own(path) | Qemu::Debian(path) => path,
+        }
     }
 
     /// The emulator's version, as it prints it, e.g. `11.1.3`.
