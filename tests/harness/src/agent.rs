@@ -68,7 +68,7 @@ impl AgentError {
 pub struct Exec {
     command: Command,
     input: Vec<u8>,
-    limit: Duration,
+    limit: Option<Duration>,
 }
 
 impl Exec {
@@ -82,7 +82,7 @@ impl Exec {
         Self {
             command,
             input: Vec::new(),
-            limit: LIMIT,
+            limit: None,
         }
     }
 
@@ -112,10 +112,10 @@ impl Exec {
         self
     }
 
-    /// Kills the command after this time; without it, after two minutes.
+    /// Kills the command after this time; without it, after two minutes or [`Agent::within`].
     #[must_use]
     pub fn timeout(mut self, limit: Duration) -> Self {
-        self.limit = limit;
+        self.limit = Some(limit);
         self
     }
 }
@@ -161,6 +161,7 @@ pub struct Agent {
     reader: Option<JoinHandle<()>>,
     machine: Machine,
     next: AtomicU64,
+    limit: Duration,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -193,9 +194,17 @@ impl Agent {
             reader: Some(reader),
             machine: Machine::default(),
             next: AtomicU64::new(GREETING_ID + 1),
+            limit: LIMIT,
         };
         agent.machine = agent.greet(limit)?;
         Ok(agent)
+    }
+
+    /// The same session, in which nothing takes longer than `limit`, unless a command says so: that the machine hangs is seen sooner.
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
     }
 
     /// The machine as it was when the session began.
@@ -214,7 +223,7 @@ impl Agent {
             path: path.into(),
             mode,
         };
-        self.call(id, &request, content, LIMIT)?.done()
+        self.call(id, &request, content, self.limit)?.done()
     }
 
     /// Reads a file.
@@ -223,7 +232,7 @@ impl Agent {
     /// The agent's refusal, or the loss of the machine.
     pub fn get(&self, path: &str) -> Result<Vec<u8>, AgentError> {
         let id = self.id();
-        let call = self.call(id, &Request::Get { id, path: path.into() }, b"", LIMIT)?;
+        let call = self.call(id, &Request::Get { id, path: path.into() }, b"", self.limit)?;
         let mut content = Vec::new();
         loop {
             match call.next()? {
@@ -287,7 +296,7 @@ impl Agent {
     /// The loss of the machine. That it cannot be started is told by [`Running::wait`].
     pub fn start(&self, exec: &Exec) -> Result<Running<'_>, AgentError> {
         let id = self.id();
-        let limit = exec.limit;
+        let limit = exec.limit.unwrap_or(self.limit);
         let mut command = exec.command.clone();
         command.timeout_ms = Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX));
         let request = Request::Exec { id, command };

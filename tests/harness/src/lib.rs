@@ -6,6 +6,7 @@
 //! - [`jobs`]: what the VMM says of itself
 //! - [`dice`]: numbers that look random
 //! - [`freeze`]: a thread of the VMM that hangs
+//! - [`interrupts`]: what the backtrace of a guest that hangs shows of its processor
 //! - [`net`], [`disk`], [`pci`], [`nvme`], [`vsock`], [`terminal`], [`api`], [`wire`]: the host's side of the devices
 
 pub mod agent;
@@ -15,6 +16,7 @@ pub mod dice;
 pub mod disk;
 pub mod freeze;
 pub mod images;
+pub mod interrupts;
 pub mod jobs;
 pub mod kvm;
 pub mod linux;

@@ -1,6 +1,6 @@
 //! A Linux guest: a stock kernel, our own init, and its agent.
 
-use crate::agent::{Agent, AgentError, Power, connect_socket};
+use crate::agent::{Agent, AgentError, Exec, Power, connect_socket};
 use crate::images::Kernel;
 use crate::suite::Context;
 use crate::vm::{Ended, Vm, VmBuilder};
@@ -14,6 +14,12 @@ use std::time::Duration;
 pub const BANNER: &str = "triarch-guest: user space reached";
 /// How long a boot may take: the host may be emulated, and busy.
 pub const BOOT: Duration = Duration::from_secs(120);
+/// What a guest's command line needs for [`LinuxVm::backtrace`]; it says nothing to ARM's kernel.
+pub const PANICS: &str = "unknown_nmi_panic=1";
+/// How long a kernel takes to print a backtrace on a serial line, on a busy emulated host.
+const PANIC: Duration = Duration::from_secs(20);
+/// How long a guest may take for nothing, beyond what any is given.
+const MOMENT: Duration = Duration::from_secs(5);
 const AGENT_PORT: u32 = 1024;
 const CID: u32 = 3;
 
@@ -219,6 +225,35 @@ impl LinuxVm {
             true => anyhow::Error::new(e).context(format!("the guest is lost{}", self.vm.last_words())),
             false => e.into(),
         })
+    }
+
+    /// The same guest, in which no request of the agent's takes longer than `limit`, unless a command says so.
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.agent = self.agent.within(limit);
+        self
+    }
+
+    /// Whether the agent answers: a guest that does not soon is lost.
+    pub fn is_lost(&self) -> bool {
+        let answer = self.agent.check(&Exec::shell("true").timeout(MOMENT));
+        answer.is_err_and(|error| error.is_machine_failure())
+    }
+
+    /// The backtrace of a guest that was booted with [`PANICS`]: the VMM sends it a non-maskable interrupt, and its kernel panics, also one
+    /// that hangs. That ends it. A VMM without an API, and an ARM guest, which has no such interrupt, give nothing.
+    pub fn backtrace(&self) -> String {
+        let out = self.vm.output();
+        let before = out.len();
+        if self.vm.api().is_ok_and(|api| api.put("vm.nmi", None).is_ok()) {
+            // Then the kernel says that this is the end, and resets: what firmware or the next kernel says is of no interest.
+            let _ = out.wait_for("Kernel panic", before, PANIC);
+            let _ = out.wait_for("Kernel Offset", before, PANIC);
+        }
+        let text = out.text();
+        let said = text.get(before..).unwrap_or_default();
+        let end = said.find("Kernel Offset").unwrap_or(said.len());
+        said[..end].to_owned()
     }
 
     /// Restarts the guest and waits until its agent answers again.

@@ -72,6 +72,16 @@ pub fn figure(line: &str) -> Result<()> {
     Ok(())
 }
 
+/// Starts a line that a test prints for whoever reads the log of the run, also when it passes.
+const NOTE: &str = "note: ";
+
+/// Tells something that the log of a run shall show, also when the test passes.
+pub fn note(words: &str) {
+    for line in words.lines() {
+        println!("{NOTE}{line}");
+    }
+}
+
 /// A time limit of the payload level, on this machine.
 pub fn patient(limit: Duration) -> Duration {
     limit * patience()

@@ -13,6 +13,7 @@ mod dimms;
 mod hotplug;
 mod iommu;
 mod load;
+mod lost;
 mod migration;
 mod moving;
 mod net;

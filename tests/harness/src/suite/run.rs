@@ -1,6 +1,6 @@
 //! Runs one test: the process around it, and inside it.
 
-use super::{Context, Outcome, Report, Test, Verdict, find_triarch};
+use super::{Context, NOTE, Outcome, Report, Test, Verdict, find_triarch};
 use crate::capture::tail;
 use crate::images::Images;
 use crate::kvm;
@@ -56,6 +56,9 @@ fn around(test: &Test) -> Result<Verdict> {
     };
     // None is left if all is well.
     let _ = kill_group(group);
+    for note in notes(&process.stdout().text()) {
+        println!("{}: {note}", test.name);
+    }
     let printed = || {
         let words = [process.stdout(), process.stderr()].map(|c| tail(c.text().as_bytes()));
         words
@@ -85,6 +88,11 @@ fn around(test: &Test) -> Result<Verdict> {
             why: printed().trim_start().to_owned(),
         },
     })
+}
+
+/// What a test that printed this has told by [`super::note`].
+fn notes(printed: &str) -> Vec<&str> {
+    printed.lines().filter_map(|line| line.strip_prefix(NOTE)).collect()
 }
 
 /// Runs the test here; the other side of [`around`].
@@ -154,6 +162,11 @@ mod tests {
         assert!(member(stat, 7).is_err());
         assert!(member("12 (a) Z 1 77 77 0 -1", 77).is_err());
         assert!(member("", 77).is_err());
+    }
+
+    #[test]
+    fn notes_are_told_apart_from_what_else_is_printed() {
+        assert_eq!(notes("one\nnote: two\nthree note: four\nnote: five"), ["two", "five"]);
     }
 
     #[test]

@@ -47,6 +47,8 @@ done) </dev/null >/dev/null 2>&1 &"#;
 pub(super) struct Subject {
     pub(super) guest: LinuxVm,
     api: Api,
+    /// How long a step may take.
+    limit: Duration,
 }
 
 impl Subject {
@@ -54,7 +56,14 @@ impl Subject {
         let guest = builder.vm(|vm| vm.api()).boot()?;
         // A device of the host's has all of the guest's memory locked first.
         let api = guest.vm().api()?.within(LIMIT);
-        Ok(Self { guest, api })
+        let limit = LIMIT;
+        Ok(Self { guest, api, limit })
+    }
+
+    /// The same, of which no step takes longer than `limit`: that the guest hangs is seen sooner.
+    pub(super) fn within(self, limit: Duration) -> Self {
+        let guest = self.guest.within(limit);
+        Self { guest, limit, ..self }
     }
 
     /// Adds a device; returns its place on the bus, which `file` in the guest leads to.
@@ -75,7 +84,9 @@ impl Subject {
             .put("vm.remove-device", Some(&json!({ "id": id }).to_string()))?;
         let done = format!("the guest gave back '{id}'");
         let dmesg = || self.dmesg().unwrap_or_default();
-        self.api.is_done("vm.remove-device", LIMIT, &done).with_context(dmesg)?;
+        self.api
+            .is_done("vm.remove-device", self.limit, &done)
+            .with_context(dmesg)?;
         let left = self
             .guest
             .shell(&format!("ls -d {file} /sys/bus/pci/devices/{bdf} 2>/dev/null || true"))?;
