@@ -33,7 +33,7 @@ const SECOND_ARM: [&str; 19] = [
 
 /// What a run without a named host leaves out on Hygon, whose KVM is AMD's: tests of daemons, since what they see was seen there, and of
 /// memory that comes with one of the two kernels, which AMD has.
-const NOT_ON_HYGON: [&str; 34] = [
+const NOT_ON_HYGON: [&str; 33] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -68,13 +68,12 @@ const NOT_ON_HYGON: [&str; 34] = [
     "vfio::the_host_gets_its_disk_back",
     "vfio::a_paused_guest_loses_its_disk",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
-    "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
     "vfio::a_disk_that_works_never_leaves_the_guest",
 ];
 
 /// And on AMD. Two guests and their switch share one emulated processor there; testpmd never sleeps, so that this takes its time.
-const NOT_ON_AMD: [&str; 15] = [
+const NOT_ON_AMD: [&str; 14] = [
     // Not seen often enough.
     "migration::linux_6_1_goes_back_and_forth",
     "migration::linux_6_12_goes_back_and_forth",
@@ -92,7 +91,6 @@ const NOT_ON_AMD: [&str; 15] = [
     "vfio::the_host_gets_its_disk_back",
     "vfio::a_paused_guest_loses_its_disk",
     "vfio::nvme_comes_and_goes_under_linux_6_1",
-    "vfio::nvme_comes_and_goes_under_linux_6_12",
     "vfio::nvme_reaches_memory_that_came",
     "vfio::a_disk_that_works_never_leaves_the_guest",
 ];

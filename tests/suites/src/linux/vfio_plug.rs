@@ -33,8 +33,8 @@ pub const TESTS: &[Test] = &[
 const MANY: Duration = Duration::from_secs(900);
 /// The guest's only NVMe disk.
 const FILE: &str = "/sys/block/nvme*n1";
-/// How often it comes and goes.
-const ROUNDS: u32 = 3;
+/// How often it comes and goes: often enough that what happens once in some dozen times happens.
+const ROUNDS: u32 = 50;
 /// The first rounds, which make what is kept.
 const SETTLES: u32 = 2;
 /// Bytes that are written to it and read.
