@@ -298,6 +298,10 @@ pub struct DiskConfig {
     /// It is below a PCI Express root port: on a bus of its own.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub root_port: bool,
+    /// NUMA node of the guest that it is in, 0 to 7: it has a PCI root of that node above it. Node 0 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(max = 7)))]
+    pub guest_numa_id: Option<u32>,
     /// Name in the API; `_disk0` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -323,6 +327,7 @@ impl Default for DiskConfig {
             datapath: DataPath::Auto,
             iommu: false,
             root_port: false,
+            guest_numa_id: None,
             id: None,
         }
     }
@@ -447,6 +452,10 @@ pub struct NetConfig {
     /// It is behind the guest's IOMMU.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub iommu: bool,
+    /// NUMA node of the guest that it is in, 0 to 7: it has a PCI root of that node above it. Node 0 when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(max = 7)))]
+    pub guest_numa_id: Option<u32>,
     /// Name in the API; `_net1` and so on when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schemars(regex(pattern = "^(_?[^_]|_$)")))]
@@ -475,6 +484,7 @@ impl Default for NetConfig {
             offload_ufo: true,
             offload_csum: true,
             iommu: false,
+            guest_numa_id: None,
             id: None,
         }
     }

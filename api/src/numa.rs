@@ -13,6 +13,8 @@ const MAX_NODES: usize = 64;
 const LOCAL: u8 = 10;
 /// How far nodes are from each other of which nobody says it.
 const REMOTE: u8 = 20;
+/// Nodes that can have PCI roots, each of which has 32 of 256 buses.
+const PCI_NODES: usize = 8;
 /// 255 means that there is no way at all.
 const MAX_DISTANCE: u8 = 254;
 
@@ -33,6 +35,9 @@ pub struct NumaConfig {
     /// Ids of its memory zones. Those of no node are node 0's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_zones: Option<Vec<String>>,
+    /// It has a PCI root of its own, even if no device is there yet. Of nodes 1 to 7 alone; node 0 always has one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pci_root: bool,
 }
 
 /// How far it is from one node to another.
@@ -89,6 +94,68 @@ impl VmConfig {
             true => LOCAL,
             false => told(from, to).or(told(to, from)).map_or(REMOTE, |told| told.distance),
         }
+    }
+
+    /// The NUMA nodes that devices are in, each with the field that says so.
+    fn nodes_of_devices(&self) -> impl Iterator<Item = (String, u32)> {
+        let disks = self.disks.iter().flatten().map(|disk| disk.guest_numa_id).enumerate();
+        let disks = disks.map(|(i, node)| (format!("disks[{i}].guest_numa_id"), node));
+        let nets = self.net.iter().flatten().map(|net| net.guest_numa_id).enumerate();
+        let nets = nets.map(|(i, node)| (format!("net[{i}].guest_numa_id"), node));
+        let hosts = self
+            .devices
+            .iter()
+            .flatten()
+            .map(|device| device.guest_numa_id)
+            .enumerate();
+        let hosts = hosts.map(|(i, node)| (format!("devices[{i}].guest_numa_id"), node));
+        let all = disks.chain(nets).chain(hosts);
+        all.filter_map(|(field, node)| Some((field, node?)))
+    }
+
+    /// How many PCI roots the guest has: one for each node from 0 to the last that has devices, or is to have one.
+    pub fn pci_roots(&self) -> usize {
+        let of_nodes = self.numa().iter().filter(|node| node.pci_root);
+        let of_nodes = of_nodes.map(|node| node.guest_numa_id);
+        let last = of_nodes.chain(self.nodes_of_devices().map(|(_, node)| node)).max();
+        last.map_or(1, |last| last as usize + 1)
+    }
+
+    /// Has node `id` keep its PCI root, whatever devices it has.
+    pub fn keep_pci_root(&mut self, id: u32) {
+        let nodes = self.numa.iter_mut().flatten();
+        nodes
+            .filter(|node| node.guest_numa_id == id && id != 0)
+            .for_each(|node| node.pci_root = true);
+    }
+
+    /// Checks that the nodes that devices are in are there, and can have a PCI root.
+    pub(crate) fn validate_pci_nodes(&self) -> Result<(), ConfigError> {
+        let count = self.numa().len();
+        for (field, node) in self.nodes_of_devices() {
+            if count == 0 {
+                return Err(ConfigError::Conflict(format!(
+                    "{field} is {node}, and the guest has no NUMA nodes; give it some with numa, or leave {field} out"
+                )));
+            }
+            if node as usize >= count.min(PCI_NODES) {
+                let allowed = match count {
+                    0..=PCI_NODES => format!("between 0 and {}, the last node in numa", count - 1),
+                    _ => format!("between 0 and {}: nodes beyond that have no PCI devices", PCI_NODES - 1),
+                };
+                return Err(range(field, node, allowed));
+            }
+        }
+        for (index, node) in self.numa().iter().enumerate() {
+            if node.pci_root && node.guest_numa_id as usize >= PCI_NODES {
+                return Err(ConfigError::Conflict(format!(
+                    "numa[{index}].pci_root is on for node {}; nodes 0 to {} alone can have PCI devices",
+                    node.guest_numa_id,
+                    PCI_NODES - 1
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Checks the nodes, if there are any.
@@ -203,7 +270,7 @@ fn validate_distances(field: &str, node: &NumaConfig, nodes: usize) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{MemoryZoneConfig, PlatformConfig};
+    use crate::{DeviceConfig, MemoryZoneConfig, PlatformConfig};
 
     fn node(id: u32, cpus: &[u32], zones: &[&str], distances: &[&str]) -> NumaConfig {
         NumaConfig {
@@ -211,6 +278,7 @@ mod tests {
             cpus: Some(cpus.to_vec()),
             memory_zones: Some(zones.iter().map(|zone| (*zone).to_owned()).collect()),
             distances: Some(distances.iter().map(|text| text.parse().expect("a distance")).collect()),
+            pci_root: false,
         }
     }
 
@@ -306,6 +374,57 @@ mod tests {
                 .to_string()
                 .contains("platform.dtb")
         );
+    }
+
+    #[test]
+    fn devices_are_in_nodes_that_there_are() {
+        let nodes = |count: u32| (0..count).map(|id| node(id, &[], &[], &[])).collect::<Vec<_>>();
+        let with = |count, node: u32| {
+            let mut config = config(nodes(count));
+            config.devices = Some(vec![DeviceConfig {
+                guest_numa_id: Some(node),
+                ..DeviceConfig::default()
+            }]);
+            config
+        };
+        assert_eq!(config(nodes(2)).pci_roots(), 1);
+        for node in [0, 1, 7] {
+            let config = with(9, node);
+            assert_eq!(
+                (config.validate_pci_nodes(), config.pci_roots()),
+                (Ok(()), node as usize + 1)
+            );
+        }
+        let refused = |count, node| with(count, node).validate_pci_nodes().expect_err("refused").to_string();
+        assert!(
+            refused(0, 0).starts_with("devices[0].guest_numa_id is 0, and the guest has no NUMA nodes; give it some")
+        );
+        assert_eq!(
+            refused(2, 2),
+            "devices[0].guest_numa_id is 2; it must be between 0 and 1, the last node in numa"
+        );
+        assert!(refused(9, 8).ends_with("between 0 and 7: nodes beyond that have no PCI devices"));
+        let mut kept = with(9, 3);
+        kept.keep_pci_root(3);
+        kept.keep_pci_root(0);
+        kept.devices = None;
+        assert_eq!((kept.validate_pci_nodes(), kept.pci_roots()), (Ok(()), 4));
+        kept.keep_pci_root(8);
+        let text = kept.validate_pci_nodes().expect_err("refused").to_string();
+        assert!(
+            text.starts_with("numa[8].pci_root is on for node 8; nodes 0 to 7"),
+            "{text}"
+        );
+        let disk = crate::flags::disk("path=/d,guest_numa_id=1").expect("a disk");
+        let net = crate::flags::net("tap=t,guest_numa_id=2").expect("an interface");
+        let mut both = config(nodes(3));
+        (both.disks, both.net) = (Some(vec![disk]), Some(vec![net]));
+        assert_eq!(both.pci_roots(), 3);
+        both.numa = None;
+        let text = both.validate_pci_nodes().expect_err("refused").to_string();
+        assert!(text.starts_with("disks[0].guest_numa_id is 1"), "{text}");
+        let host = crate::flags::device("path=/p,guest_numa_id=1").expect("a device");
+        assert_eq!(host.node(), 1);
     }
 
     #[test]

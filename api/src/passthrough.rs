@@ -38,12 +38,23 @@ pub struct DeviceConfig {
     /// functions of the slot below it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub root_port: bool,
+    /// NUMA node of the guest that it is in, 0 to 7: it has a PCI root of that node above it. Node 0 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schemars(range(max = 7)))]
+    pub guest_numa_id: Option<u32>,
+}
+
+impl DeviceConfig {
+    /// The guest's node that it is in.
+    pub fn node(&self) -> u32 {
+        self.guest_numa_id.unwrap_or(0)
+    }
 }
 
 /// The last clique there can be.
 const LAST_CLIQUE: u8 = 15;
 
-/// `--device path=/sys/bus/pci/devices/0000:01:00.0|fd=N[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,root_port=on][,x_nv_gpudirect_clique=N]`
+/// `--device path=/sys/bus/pci/devices/0000:01:00.0|fd=N[,id=ID][,iommu=on][,addr=SLOT.FUNCTION][,root_port=on][,guest_numa_id=N][,x_nv_gpudirect_clique=N]`
 pub fn device(text: &str) -> Result<DeviceConfig, FlagError> {
     let kv = keys(text)?;
     if kv.text("path").or(kv.text("fd")).is_none() {
@@ -70,6 +81,7 @@ fn keys(text: &str) -> Result<KeyValues<'_>, FlagError> {
             "x_nv_gpudirect_clique",
             "addr",
             "root_port",
+            "guest_numa_id",
         ],
         &["pci_segment", "pci_device_id"],
     )
@@ -84,6 +96,7 @@ fn read(kv: &KeyValues<'_>) -> Result<DeviceConfig, FlagError> {
         x_nv_gpudirect_clique: kv.number("x_nv_gpudirect_clique")?,
         addr: kv.get("addr")?,
         root_port: kv.switch("root_port")?.unwrap_or(false),
+        guest_numa_id: kv.number("guest_numa_id")?,
     })
 }
 
@@ -174,7 +187,7 @@ impl VmConfig {
         let mut before = BTreeMap::new();
         for (i, device) in self.devices.iter().flatten().enumerate() {
             let Some(address) = device.addr else { continue };
-            if let Some(other) = before.insert(address, i) {
+            if let Some(other) = before.insert((device.node(), address), i) {
                 return Err(ConfigError::Conflict(format!(
                     "devices[{i}].addr is {address}, where devices[{other}] is; give each its own function, or leave addr out"
                 )));
@@ -188,7 +201,9 @@ impl VmConfig {
         let mut before = BTreeMap::new();
         for (i, device) in self.devices.iter().flatten().enumerate() {
             let Some(address) = device.addr else { continue };
-            let (other, port) = *before.entry(address.slot()).or_insert((i, device.root_port));
+            let (other, port) = *before
+                .entry((device.node(), address.slot()))
+                .or_insert((i, device.root_port));
             if port != device.root_port {
                 return Err(ConfigError::Conflict(format!(
                     "devices[{i}].addr is {address}, in the same slot as devices[{other}], and one of them is to be below a root port and the other \
@@ -202,10 +217,13 @@ impl VmConfig {
     /// Checks that slots with several devices have function 0, which a guest that starts looks at first: where it is not, there is nothing.
     /// While devices come one by one it may come last.
     pub fn check_functions(&self) -> Result<(), ConfigError> {
-        let addresses = || self.devices.iter().flatten().filter_map(|device| device.addr);
-        let has_first = |slot: u8| addresses().any(|address| (address.slot(), address.function()) == (slot, 0));
-        match addresses().find(|address| !has_first(address.slot())) {
-            Some(address) => Err(ConfigError::Missing(format!(
+        let devices = self.devices.iter().flatten();
+        let addresses = || devices.clone().filter_map(|device| Some((device.node(), device.addr?)));
+        let has_first = |node: u32, slot: u8| {
+            addresses().any(|(of, address)| (of, address.slot(), address.function()) == (node, slot, 0))
+        };
+        match addresses().find(|(node, address)| !has_first(*node, address.slot())) {
+            Some((_, address)) => Err(ConfigError::Missing(format!(
                 "a device has addr {address}, and none has {:02x}.0, without which guests see nothing of that slot; give one of its devices \
                  function 0",
                 address.slot()
@@ -330,6 +348,20 @@ mod tests {
         };
         let whole = config(vec![below("/gpu", "06.0"), below("/audio", "06.1"), at("/nvme", "07")]);
         assert_eq!(whole.validate_devices(), Ok(()));
+        let far = DeviceConfig {
+            guest_numa_id: Some(1),
+            ..at("/far", "06.0")
+        };
+        let nodes = config(vec![below("/gpu", "06.0"), far.clone()]);
+        assert_eq!((nodes.validate_devices(), nodes.check_functions()), (Ok(()), Ok(())));
+        let twice = config(vec![
+            far.clone(),
+            DeviceConfig {
+                path: Some("/b".into()),
+                ..far
+            },
+        ]);
+        assert!(twice.validate_devices().is_err());
         let mixed = config(vec![below("/gpu", "06.0"), at("/audio", "06.1")]);
         let text = mixed.validate_devices().expect_err("refused").to_string();
         assert!(text.contains("give root_port to both or to none"), "{text}");

@@ -76,6 +76,7 @@ impl VmConfig {
         self.validate_cpus()?;
         self.validate_memory()?;
         self.validate_numa()?;
+        self.validate_pci_nodes()?;
         let payload = self.payload.as_ref();
         if payload.is_none_or(|p| p.kernel.is_none() && p.firmware.is_none()) {
             return Err(ConfigError::Missing(

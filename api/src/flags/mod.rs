@@ -141,6 +141,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
         "datapath",
         "iommu",
         "root_port",
+        "guest_numa_id",
         "id",
     ];
     let elsewhere = ["pci_segment", "sparse", "lock_granularity", "backing_files"];
@@ -160,6 +161,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, FlagError> {
     set(&mut config.datapath, kv.get("datapath")?);
     set(&mut config.iommu, kv.switch("iommu")?);
     set(&mut config.root_port, kv.switch("root_port")?);
+    config.guest_numa_id = kv.number("guest_numa_id")?;
     config.id = kv.text("id").map(str::to_owned);
     match kv.text("image_type") {
         None | Some("raw" | "Raw") => config.image_type = ImageType::Raw,
@@ -196,6 +198,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
         "on_disconnect",
         "datapath",
         "iommu",
+        "guest_numa_id",
         "id",
     ];
     let kv = KeyValues::parse("--net", text, &known, &["pci_segment"])?;
@@ -228,6 +231,7 @@ pub fn net(text: &str) -> Result<NetConfig, FlagError> {
     set(&mut config.on_disconnect, kv.get("on_disconnect")?);
     set(&mut config.datapath, kv.get("datapath")?);
     set(&mut config.iommu, kv.switch("iommu")?);
+    config.guest_numa_id = kv.number("guest_numa_id")?;
     config.id = kv.text("id").map(str::to_owned);
     Ok(config)
 }

@@ -42,9 +42,9 @@ pub fn memory_zone(text: &str) -> Result<MemoryZoneConfig, FlagError> {
     Ok(config)
 }
 
-/// `--numa guest_numa_id=N,cpus=[0-3],memory_zones=[NAME],distances=[1@20]`
+/// `--numa guest_numa_id=N,cpus=[0-3],memory_zones=[NAME],distances=[1@20],pci_root=on`
 pub fn numa(text: &str) -> Result<NumaConfig, FlagError> {
-    let known = ["guest_numa_id", "cpus", "memory_zones", "distances"];
+    let known = ["guest_numa_id", "cpus", "memory_zones", "distances", "pci_root"];
     let kv = KeyValues::parse("--numa", text, &known, &["pci_segments"])?;
     let Some(guest_numa_id) = kv.number("guest_numa_id")? else {
         return kv.refuse("it needs a number; write guest_numa_id=0".to_owned());
@@ -66,6 +66,7 @@ pub fn numa(text: &str) -> Result<NumaConfig, FlagError> {
         cpus,
         distances,
         memory_zones: zones.map(|zones| zones.into_iter().map(str::to_owned).collect()),
+        pci_root: kv.switch("pci_root")?.unwrap_or(false),
     })
 }
 
@@ -118,7 +119,8 @@ mod tests {
         assert_eq!(node.memory_zones, Some(vec!["a".to_owned(), "b".to_owned()]));
         let far = |destination, distance| NumaDistance { destination, distance };
         assert_eq!(node.distances, Some(vec![far(0, 20), far(2, 40)]));
-        let node = numa("guest_numa_id=0,cpus=3,memory_zones=a,distances=1@11").expect("a node");
+        let node = numa("guest_numa_id=0,cpus=3,memory_zones=a,distances=1@11,pci_root=on").expect("a node");
+        assert!(node.pci_root);
         assert_eq!((node.cpus, node.distances), (Some(vec![3]), Some(vec![far(1, 11)])));
     }
 

@@ -253,11 +253,15 @@ fn with(pointer: &str, number: &Value) -> Value {
     config
 }
 
-/// Numbers of zones and nodes that others limit: blocks by the size of huge pages, nodes by how many there are, vCPUs by who has them.
+/// Numbers of zones and nodes that others limit: blocks by the size of huge pages, nodes by how many there are, those of devices, too, vCPUs by who has them.
 fn depends_on_others(pointer: &str) -> bool {
     let zone = ["hotplug_size", "hotplugged_size", "hugepage_size"].map(|name| format!("/memory/zones/0/{name}"));
     let node = ["guest_numa_id", "cpus/0", "distances/0/destination"].map(|name| format!("/numa/0/{name}"));
-    zone.iter().chain(&node).any(|limited| limited == pointer)
+    let devices = ["disks", "net", "devices"].map(|list| format!("/{list}/0/guest_numa_id"));
+    zone.iter()
+        .chain(&node)
+        .chain(&devices)
+        .any(|limited| limited == pointer)
 }
 
 #[test]

@@ -5,6 +5,9 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+/// Buses that belong to a root bus: itself, and those below the ports in its slots. So the root buses are 0, 32, 64 and so on.
+pub const BUSES_OF_ROOT: u8 = 32;
+
 /// Segment, bus, device and function: `0000:00:01.0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PciAddress {
@@ -69,10 +72,34 @@ impl PciAddress {
         self.device << 3 | self.function
     }
 
-    /// The slot of bus 0 that leads there: its own, or that of the root port above, which gives its number to its bus
-    /// ([`PciRoot`](crate::PciRoot)).
+    /// The slot that leads there: its own on a root bus, or that of the root port above, which gives its number to its bus
+    /// ([`PciRoot`](crate::PciRoot)). Slots are numbered over all root buses: slot 33 is slot 1 of bus 32.
     pub const fn slot(self) -> u8 {
-        if self.bus == 0 { self.device } else { self.bus }
+        if self.is_on_root() {
+            self.bus | self.device
+        } else {
+            self.bus
+        }
+    }
+
+    /// Which root bus leads there: this many times 32.
+    pub const fn root(self) -> u8 {
+        self.bus / BUSES_OF_ROOT
+    }
+
+    /// Whether it is on a root bus itself.
+    pub const fn is_on_root(self) -> bool {
+        self.bus.is_multiple_of(BUSES_OF_ROOT)
+    }
+
+    /// Function `function`, 0 to 7, in `slot` or below the root port there.
+    pub const fn in_slot(segment: u16, slot: u8, function: u8, below_port: bool) -> Self {
+        let (bus, device) = if below_port {
+            (slot, 0)
+        } else {
+            (slot & !(BUSES_OF_ROOT - 1), slot % BUSES_OF_ROOT)
+        };
+        Self::from_devfn(segment, bus, device << 3 | function & 7)
     }
 
     /// Requester id: bus, device and function as they stand in a transaction (PCI Express 4.0, 2.2.6.2).
@@ -119,6 +146,21 @@ mod tests {
         assert_eq!("0001:2a:1f.7".parse(), Ok(address));
         assert_eq!("00:01.0".parse::<PciAddress>(), Ok(PciAddress::from_devfn(0, 0, 8)));
         assert_eq!(address.requester(), 0x2aff);
+    }
+
+    #[test]
+    fn slots_are_numbered_over_all_root_buses() {
+        for (slot, below, place) in [
+            (6, false, "0000:00:06.1"),
+            (6, true, "0000:06:00.1"),
+            (33, false, "0000:20:01.1"),
+            (33, true, "0000:21:00.1"),
+            (255, false, "0000:e0:1f.1"),
+        ] {
+            let address = PciAddress::in_slot(0, slot, 1, below);
+            assert_eq!((address.to_string().as_str(), address.slot()), (place, slot));
+            assert_eq!((address.root(), address.is_on_root()), (slot / 32, !below));
+        }
     }
 
     #[test]

@@ -75,6 +75,49 @@ impl BarAllocator {
             .find_map(|window| first_fit(&window, size, align, taken))
     }
 
+    /// The windows of `count` root buses, one beside the other, of which the first has all I/O ports. Below 4 GiB the others have the upper parts, as
+    /// large as the first's or a little smaller. Above, they have parts of a power of two of bytes, at a multiple of it, one behind the other: 4 TiB at
+    /// most, so that they are not beyond what IOMMUs translate.
+    pub fn divided(&self, count: usize) -> Vec<Self> {
+        const STEP: u64 = 32 << 20;
+        const MOST_BITS: u32 = 42;
+        let parts = (count as u64).max(1);
+        let size = |window: &Range<u64>| window.end.saturating_sub(window.start) / parts;
+        let narrow = size(&self.mmio32) / STEP * STEP;
+        let most = size(&self.mmio64)
+            .checked_ilog2()
+            .map_or(0, |bits| 1 << bits.min(MOST_BITS));
+        // What is not used of the first multiple may be missing at the end.
+        let fits = |wide: u64| -> Option<u64> {
+            let first = self.mmio64.start.checked_next_multiple_of(wide)?;
+            let last = first.checked_add(wide.checked_mul(parts - 1)?)?;
+            (last + (wide >> 1) < self.mmio64.end).then_some(first)
+        };
+        let place = (0..u64::BITS)
+            .map(|halved| most >> halved)
+            .find_map(|wide| Some((fits(wide)?, wide)));
+        let narrow = |part| {
+            let end = self.mmio32.end - narrow * (parts - 1 - part);
+            if part == 0 {
+                self.mmio32.start..end
+            } else {
+                end - narrow..end
+            }
+        };
+        let wide = |part| match (place, part) {
+            _ if parts == 1 => self.mmio64.clone(),
+            (Some((first, wide)), 0) => self.mmio64.start..first + wide,
+            (Some((first, wide)), _) => first + part * wide..(first + (part + 1) * wide).min(self.mmio64.end),
+            (None, _) => self.mmio64.start..self.mmio64.start,
+        };
+        let part = |part| Self {
+            mmio32: narrow(part),
+            mmio64: wide(part),
+            io: if part == 0 { self.io.clone() } else { 0..0 },
+        };
+        (0..parts).map(part).collect()
+    }
+
     /// Whether `[first, last]` lies in a window for this kind of BAR.
     pub(crate) fn forwards(&self, kind: BarKind, first: u64, last: u64) -> bool {
         self.windows(kind)
@@ -143,6 +186,68 @@ mod tests {
     #[test]
     fn a_bar_is_never_placed_at_zero() {
         assert_eq!(windows().place(BarKind::Io, 0x20, &[]), Some(0x20));
+    }
+
+    #[test]
+    fn root_buses_have_their_own_parts_of_the_windows() {
+        let all = BarAllocator {
+            mmio32: 0xc000_0000..0xe800_0000,
+            mmio64: 0x1_0000_0000..0xff_ffff_0000,
+            io: 0x1000..0xf000,
+        };
+        assert_eq!(all.divided(1), [all.clone()]);
+        let two = all.divided(2);
+        assert_eq!(
+            (two[0].mmio32.clone(), two[1].mmio32.clone()),
+            (0xc000_0000..0xd400_0000, 0xd400_0000..0xe800_0000)
+        );
+        assert_eq!(two[0].mmio64, 0x1_0000_0000..0x80_0000_0000);
+        assert_eq!(two[1].mmio64, 0x80_0000_0000..0xc0_0000_0000);
+        assert_eq!((two[0].io.clone(), two[1].io.clone()), (0x1000..0xf000, 0..0));
+        let three = all.divided(3);
+        assert_eq!(
+            three[2].mmio64,
+            0xc0_0000_0000..0xff_ffff_0000,
+            "less what is missing above"
+        );
+        let eight = all.divided(8);
+        assert_eq!(
+            (eight[1].mmio32.clone(), eight[7].mmio32.end),
+            (0xcc00_0000..0xd000_0000, 0xe800_0000)
+        );
+        for (one, next) in eight.iter().zip(&eight[1..]) {
+            assert_eq!((one.mmio32.end, one.mmio64.end), (next.mmio32.start, next.mmio64.start));
+            assert!(next.mmio64.start.is_multiple_of(64 << 30), "{next:x?}");
+        }
+        let wide = BarAllocator {
+            mmio64: 0x1_0000_0000..1 << 52,
+            ..all.clone()
+        };
+        assert_eq!(wide.divided(8)[7].mmio64, 8 << 42..9 << 42);
+        for size in [1u64 << 20, 3 << 30, 60 << 30] {
+            let small = BarAllocator {
+                mmio64: 0x1_4000_0000..0x1_4000_0000 + size,
+                ..all.clone()
+            };
+            for count in 2..=8 {
+                let parts = small.divided(count);
+                assert!(parts.iter().all(|part| !part.mmio64.is_empty()), "{parts:x?}");
+                assert!(
+                    parts.windows(2).all(|two| two[0].mmio64.end == two[1].mmio64.start),
+                    "{parts:x?}"
+                );
+                assert!(parts[count - 1].mmio64.end <= small.mmio64.end, "{parts:x?}");
+            }
+        }
+        let none = BarAllocator {
+            mmio64: u64::MAX..u64::MAX,
+            ..all
+        };
+        assert!(
+            none.divided(8)
+                .iter()
+                .all(|windows| windows.mmio64.is_empty() && !windows.mmio32.is_empty())
+        );
     }
 
     #[test]

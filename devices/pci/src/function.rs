@@ -43,7 +43,7 @@ pub trait PciFunction: Send + Sync {
     fn bridge(&self) -> Option<Bridge> {
         None
     }
-    /// The function sits at `address` from now on, which it sends with its messages. Its interrupt pin has the wires of slot `slot` of bus 0.
+    /// The function sits at `address` from now on, which it sends with its messages. Its interrupt pin has the wires of slot `slot`.
     fn attach(&self, address: PciAddress, slot: u8) {
         let _ = (address, slot);
     }

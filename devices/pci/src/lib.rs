@@ -17,7 +17,7 @@ mod msix;
 mod root;
 
 pub use access::{ConfigPorts, Ecam};
-pub use address::{ParseAddressError, PciAddress};
+pub use address::{BUSES_OF_ROOT, ParseAddressError, PciAddress};
 pub use bar::{Bar, BarAllocator, BarKind, Bars};
 pub use bridge::{Bridge, RootPort};
 pub use config::{ConfigSpace, ConfigStateError, ConfigStateV1, Identity, LayoutError, command};

@@ -2,15 +2,15 @@
 
 mod ports;
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use thiserror::Error;
 use triarch_device_core::{AccessError, Bus, BusDevice, BusError, RateLimit};
 
 use crate::access::split;
-use crate::{Bar, BarAllocator, BarKind, Bridge, HostBridge, PciAddress, PciFunction, ROM_BAR, lock};
+use crate::{BUSES_OF_ROOT, Bar, BarAllocator, BarKind, Bridge, HostBridge, PciAddress, PciFunction, ROM_BAR, lock};
 use ports::Port;
 
 const COMMAND: usize = 0x04;
@@ -21,7 +21,7 @@ const ROM: usize = 0x30;
 /// With that of the ROM.
 const BARS: usize = ROM_BAR as usize + 1;
 const MULTI_FUNCTION: u8 = 0x80;
-/// Slots of bus 0.
+/// Slots of a root bus.
 const SLOTS: u8 = 32;
 
 /// Why a function could not be added.
@@ -30,6 +30,9 @@ pub enum AddError {
     /// Every slot is taken.
     #[error("all 32 PCI slots of segment {0:#06x} are taken")]
     Full(u16),
+    /// Every slot of another root bus is taken.
+    #[error("all 31 PCI slots of bus {0:#04x} are taken")]
+    FullBus(u8),
     /// The wanted place is taken.
     #[error("there is a device at {0} already")]
     Taken(PciAddress),
@@ -62,19 +65,22 @@ pub enum RemoveError {
     Absent(PciAddress),
 }
 
-/// Bus 0 of a segment, with the host bridge at 00.0, and the buses below root ports.
+/// Bus 0 of a segment, with the host bridge at 00.0, other root buses, and the buses below root ports.
 ///
-/// Each slot of bus 0 has functions or a root port, and the bus below the port in slot n is called n here, whatever number a guest gives
-/// it. So the address of a function never changes for the VMM: `0000:06:00.1` is function 1 below the port in slot 6. Only
+/// Root bus r has the number 32 r, windows of its own, and slots from 1 on. The slots of all root buses have one numbering: slot 32 r + n is the n-th of
+/// bus 32 r. Each has functions or a root port, and the bus below the port in slot s is called s here, whatever number a guest gives
+/// it. So the address of a function never changes for the VMM: `0000:06:00.1` is function 1 below the port in slot 6 of bus 0, and `0000:26:00.1` the
+/// same of bus 32. Only
 /// [`config_read`](Self::config_read) and [`config_write`](Self::config_write) take addresses as the guest has them.
 pub struct PciRoot {
     segment: u16,
     mmio: Weak<Bus>,
     io: Weak<Bus>,
-    windows: BarAllocator,
+    /// Of each root bus.
+    windows: Vec<BarAllocator>,
     slots: Mutex<Slots>,
-    /// Bit n: only who wants device n gets it.
-    reserved: AtomicU32,
+    /// Only who wants these slots gets them.
+    reserved: Mutex<BTreeSet<u8>>,
     log: RateLimit,
 }
 
@@ -86,6 +92,8 @@ type Spans = Vec<(u64, u64)>;
 
 struct Slot {
     function: Arc<dyn PciFunction>,
+    /// The root bus that leads there: this many times 32.
+    root: u8,
     /// It is a root port.
     port: Option<Port>,
     /// Address each BAR is claimed at.
@@ -122,17 +130,22 @@ impl BusDevice for BarDevice {
 }
 
 impl PciRoot {
-    /// A root for `segment` whose functions' BARs appear on `mmio` and `io`, inside `windows`. It does not keep
+    /// A root for `segment` with one root bus, whose functions' BARs appear on `mmio` and `io`, inside `windows`. It does not keep
     /// the buses alive: what is claimed there keeps the root alive.
     pub fn new(segment: u16, mmio: Arc<Bus>, io: Arc<Bus>, windows: BarAllocator) -> Self {
-        let bridge = Slot::new(Arc::new(HostBridge::new()));
+        Self::with_roots(segment, mmio, io, vec![windows])
+    }
+
+    /// The same with as many root buses as there are `windows`, of which 8 have numbers. Windows must not overlap.
+    pub fn with_roots(segment: u16, mmio: Arc<Bus>, io: Arc<Bus>, windows: Vec<BarAllocator>) -> Self {
+        let bridge = Slot::new(Arc::new(HostBridge::new()), 0);
         Self {
             segment,
             mmio: Arc::downgrade(&mmio),
             io: Arc::downgrade(&io),
             windows,
             slots: Mutex::new(BTreeMap::from([(0, bridge)])),
-            reserved: AtomicU32::new(0),
+            reserved: Mutex::default(),
             log: RateLimit::default(),
         }
     }
@@ -142,26 +155,37 @@ impl PciRoot {
         self.segment
     }
 
-    /// The windows BARs are decoded in: what ACPI's `_CRS` of the root must list.
-    pub fn windows(&self) -> &BarAllocator {
+    /// The windows BARs of each root bus are decoded in: what ACPI's `_CRS` of it must list.
+    pub fn windows(&self) -> &[BarAllocator] {
         &self.windows
     }
 
-    /// Keeps devices free for who wants them by [`add`](Self::add): bit n is device n.
-    pub fn reserve(&self, devices: u32) {
-        self.reserved.store(devices, Ordering::Relaxed);
+    /// How many buses configuration space has room for: [`BUSES_OF_ROOT`] for each root bus.
+    pub fn buses(&self) -> u64 {
+        self.windows.len() as u64 * u64::from(BUSES_OF_ROOT)
     }
 
-    /// Puts a function at `wanted`, or as function 0 into the first free slot, and places those of its BARs that have no address. Where
+    /// Keeps slots free for who wants them by [`add`](Self::add).
+    pub fn reserve(&self, slots: impl IntoIterator<Item = u8>) {
+        *lock(&self.reserved) = slots.into_iter().collect();
+    }
+
+    /// A place for function 0 on a root bus, in the first slot that is free, or below a port there that comes with it.
+    pub fn free_place(&self, root: u8, below_port: bool) -> Result<PciAddress, AddError> {
+        let slot = self.free_slot(&lock(&self.slots), root)?;
+        Ok(PciAddress::in_slot(self.segment, slot, 0, below_port))
+    }
+
+    /// Puts a function at `wanted`, or as function 0 into the first free slot of bus 0, and places those of its BARs that have no address. Where
     /// `wanted` is on a bus below a port that is not there yet, it comes with the function. On error nothing changed.
     pub fn add(&self, function: Arc<dyn PciFunction>, wanted: Option<PciAddress>) -> Result<PciAddress, AddError> {
         let mut slots = lock(&self.slots);
         let address = self.choose(&slots, wanted)?;
-        if address.bus() != 0 {
+        if !address.is_on_root() {
             self.add_below(&mut slots, address, function)?;
             return Ok(address);
         }
-        let mut slot = Slot::new(function);
+        let mut slot = Slot::new(function, address.root());
         let placed = self.place_bars(&slots, &slot)?;
         slot.function.attach(address, address.slot());
         for (bar, at) in placed {
@@ -193,7 +217,9 @@ impl PciRoot {
         let found = key.and_then(|key| slots.remove(&key));
         let mut slot = found.ok_or(RemoveError::Absent(address))?;
         self.withdraw(&mut slot);
-        Self::close_port(&mut slots, address.bus());
+        if !address.is_on_root() {
+            Self::close_port(&mut slots, address.slot());
+        }
         self.unblock(&mut slots);
         drop(slots);
         // May wait for what the device has in flight: not with every other function's accesses waiting too.
@@ -283,7 +309,7 @@ impl PciRoot {
             return None;
         }
         let slots = lock(&self.slots);
-        let bus = Self::called(&slots, address.bus())?;
+        let bus = self.called(&slots, address.bus())?;
         let key = u16::from(bus) << 8 | u16::from(address.devfn());
         let slot = slots.get(&key)?;
         slot.touched.store(true, Ordering::Relaxed);
@@ -297,7 +323,7 @@ impl PciRoot {
             Some(address) if !self.can_be(slots, address) => Err(AddError::NoBus(address)),
             Some(address) if slots.contains_key(&address.requester()) => Err(AddError::Taken(address)),
             Some(address) => Ok(address),
-            None => self.free_slot(slots).map(|slot| self.at(0, slot << 3)),
+            None => self.free_slot(slots, 0).map(|slot| self.at(0, slot << 3)),
         }
     }
 
@@ -305,12 +331,19 @@ impl PciRoot {
         PciAddress::from_devfn(self.segment, bus, devfn)
     }
 
-    /// The first slot of bus 0 that nobody has and nobody else is to get.
-    fn free_slot(&self, slots: &Slots) -> Result<u8, AddError> {
-        let wanted = |slot: &u8| self.reserved.load(Ordering::Relaxed) >> slot & 1 == 0;
-        let free = |slot: &u8| in_slot(slots, *slot).next().is_none();
-        let found = (0..SLOTS).filter(wanted).find(free);
-        found.ok_or(AddError::Full(self.segment))
+    /// The first slot of a root bus that nobody has and nobody else is to get.
+    fn free_slot(&self, slots: &Slots, root: u8) -> Result<u8, AddError> {
+        let (reserved, bus) = (lock(&self.reserved), root * BUSES_OF_ROOT);
+        let free = |slot: &u8| !reserved.contains(slot) && in_slot(slots, *slot).next().is_none();
+        (1..SLOTS).map(|slot| bus | slot).find(free).ok_or(match root {
+            0 => AddError::Full(self.segment),
+            _ => AddError::FullBus(bus),
+        })
+    }
+
+    /// The windows of a root bus, if there is such a bus.
+    fn windows_of(&self, root: u8) -> Option<&BarAllocator> {
+        self.windows.get(usize::from(root))
     }
 
     /// What `slots` take of memory and of I/O ports.
@@ -350,7 +383,9 @@ impl PciRoot {
             } else {
                 &mut memory
             };
-            let at = self.windows.place(bar.kind, bar.size, taken).ok_or(AddError::NoRoom {
+            let windows = self.windows_of(slot.root);
+            let at = windows.and_then(|windows| windows.place(bar.kind, bar.size, taken));
+            let at = at.ok_or(AddError::NoRoom {
                 bar: index,
                 size: bar.size,
             })?;
@@ -409,9 +444,8 @@ impl PciRoot {
         let Some(bus) = self.bus(bar.kind) else {
             return Ok(None);
         };
-        let forwarded = bar
-            .span()
-            .is_some_and(|(first, last)| self.windows.forwards(bar.kind, first, last));
+        let forwards = |(first, last)| Some(self.windows_of(slot.root)?.forwards(bar.kind, first, last));
+        let forwarded = bar.span().and_then(forwards).unwrap_or(false);
         let outcome = match (before, wanted) {
             (_, Some(_)) if !forwarded => Err(None),
             (Some(from), Some(to)) => bus.relocate(from, to).map_err(Some),
@@ -467,9 +501,10 @@ impl PciRoot {
 }
 
 impl Slot {
-    fn new(function: Arc<dyn PciFunction>) -> Self {
+    fn new(function: Arc<dyn PciFunction>, root: u8) -> Self {
         Self {
             function,
+            root,
             port: None,
             claims: [None; BARS],
             assigned: [None; BARS],
@@ -485,9 +520,9 @@ impl Slot {
     }
 }
 
-/// What is in slot `slot` of bus 0.
+/// What is in `slot` of its root bus.
 fn in_slot(slots: &Slots, slot: u8) -> impl Iterator<Item = (&u16, &Slot)> {
-    let first = u16::from(slot) << 3;
+    let first = ports::port_key(slot);
     slots.range(first..=first | 7)
 }
 

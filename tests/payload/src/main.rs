@@ -64,7 +64,9 @@ extern "C" fn payload_main(argument: u64) -> ! {
     let access = access
         .map(Access::Ecam)
         .or_else(|| arch::config::Ports::find().map(Access::Ports));
-    let functions = access.map(pci::scan).unwrap_or_default();
+    let functions = access
+        .map(|access| pci::scan(access, ecam.map_or(0, |(_, last)| last)))
+        .unwrap_or_default();
     let kinds = functions
         .iter()
         .map(|function| virtio::kind(*function).unwrap_or(0))

@@ -51,6 +51,12 @@ impl Function {
         Self { access, bdf }
     }
 
+    /// Function 0 in `slot`: root buses have 32 each, one behind the other.
+    pub fn in_slot(access: Access, slot: u8) -> Self {
+        let bus = slot & !(BUSES_OF_ROOT - 1);
+        Self::at(access, u16::from(bus) << 8 | u16::from(slot % BUSES_OF_ROOT) << 3)
+    }
+
     /// The way to it.
     pub fn access(self) -> Access {
         self.access
@@ -235,12 +241,17 @@ pub fn map_registers(address: u64, len: u64) -> Result<Mmio, String> {
     Ok(unsafe { Mmio::new(mapped) })
 }
 
-/// All functions of bus 0, and of the buses below its bridges, which let everything through from now on.
-pub fn scan(access: Access) -> Vec<Function> {
-    let mut found = scan_bus(access, 0);
+/// Buses that belong to a root bus: root buses are 0, 32 and so on.
+pub const BUSES_OF_ROOT: u8 = 32;
+
+/// All functions of root buses up to `last`, and of the buses below their bridges, which let everything through from now on.
+pub fn scan(access: Access, last: u8) -> Vec<Function> {
+    let roots = (0..=last).step_by(BUSES_OF_ROOT.into());
+    let mut found: Vec<Function> = roots.flat_map(|bus| scan_bus(access, bus)).collect();
     for bridge in found.clone() {
         found.extend(scan_below(bridge));
     }
+    found.sort_by_key(|function| function.bdf);
     found
 }
 

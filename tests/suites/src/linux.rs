@@ -17,6 +17,7 @@ mod lost;
 mod migration;
 mod moving;
 mod net;
+mod nodes;
 mod numa;
 mod ovs;
 mod pair;
@@ -82,6 +83,7 @@ pub fn tests() -> Vec<Test> {
         plug::TESTS,
         plug_kinds::TESTS,
         ports::TESTS,
+        nodes::TESTS,
     ]
     .concat()
 }

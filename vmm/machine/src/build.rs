@@ -141,7 +141,12 @@ impl Machine {
             mmio64: layout::mmio64(ram.boot, ram.span, plan.address_bits()),
             io: layout::PCI_IO,
         };
-        let root = Arc::new(PciRoot::new(0, mmio.clone(), pio.clone(), windows));
+        let root = Arc::new(PciRoot::with_roots(
+            0,
+            mmio.clone(),
+            pio.clone(),
+            windows.divided(config.pci_roots()),
+        ));
         let (power, processors, slots, changes) = (report.clone(), report.clone(), report.clone(), report.clone());
         let board = Board::new(&BoardConfig {
             mmio: &mmio,

@@ -3,7 +3,7 @@
 use triarch_api::{
     DeviceConfig as HostDeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VmConfig, VsockConfig,
 };
-use triarch_pci::PciAddress;
+use triarch_pci::{BUSES_OF_ROOT, PciAddress};
 
 /// One of them.
 #[derive(Debug, Clone, Copy)]
@@ -46,15 +46,31 @@ impl<'a> DeviceConfig<'a> {
         id.as_deref().unwrap_or_default()
     }
 
-    /// Where it has to be on the guest's bus, if anywhere.
+    /// Where it has to be on the guest's buses, if anywhere.
     pub(crate) fn place(self) -> Option<PciAddress> {
         match self {
-            Self::Host(device) => device.addr.and_then(|at| match device.root_port {
-                true => PciAddress::new(0, at.slot(), 0, at.function()),
-                false => PciAddress::new(0, 0, at.slot(), at.function()),
+            Self::Host(device) => device.addr.map(|at| {
+                let slot = self.root() * BUSES_OF_ROOT + at.slot();
+                PciAddress::in_slot(0, slot, at.function(), device.root_port)
             }),
             Self::Disk(_) | Self::Net(_) | Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => None,
         }
+    }
+
+    /// The NUMA node of the guest that it is in, if it says so.
+    pub(crate) fn node(self) -> Option<u32> {
+        match self {
+            Self::Host(device) => device.guest_numa_id,
+            Self::Disk(disk) => disk.guest_numa_id,
+            Self::Net(net) => net.guest_numa_id,
+            Self::Fs(_) | Self::Generic(_) | Self::Vsock(_) => None,
+        }
+    }
+
+    /// The root bus that leads to it: that of its node.
+    pub(crate) fn root(self) -> u8 {
+        // The configuration was checked.
+        self.node().map_or(0, |node| node as u8 % (u8::MAX / BUSES_OF_ROOT + 1))
     }
 
     /// Whether it asks for the guest's IOMMU itself.
@@ -78,12 +94,16 @@ impl<'a> DeviceConfig<'a> {
     }
 }
 
-/// Takes the device called `id` out of `config`. Returns whether there was one. The guest keeps its IOMMU.
+/// Takes the device called `id` out of `config`. Returns whether there was one. The guest keeps its IOMMU and its PCI roots.
 pub(crate) fn take(config: &mut VmConfig, id: &str) -> bool {
     let found = DeviceConfig::find(config, id);
     let (there, behind) = (found.is_some(), found.is_some_and(DeviceConfig::is_behind_iommu));
+    let node = found.and_then(DeviceConfig::node);
     if behind {
         config.platform.get_or_insert_default().iommu = true;
+    }
+    if let Some(node) = node {
+        config.keep_pci_root(node);
     }
     let other = |name: &Option<String>| name.as_deref() != Some(id);
     if let Some(disks) = &mut config.disks {

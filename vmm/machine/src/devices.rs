@@ -240,7 +240,7 @@ impl Devices {
         device: DeviceConfig<'_>,
         end: &End,
     ) -> Result<(), MachineError> {
-        self.find_port(device)?;
+        self.find_place(device)?;
         let name = Some(device.id().to_owned());
         let own = || device.id().to_owned();
         let behind = self.endpoint(device.is_behind_iommu());
@@ -379,8 +379,8 @@ impl Devices {
         self.functions.len()
     }
 
-    /// Where the guest's devices may have their BARs.
-    pub(crate) fn windows(&self) -> &BarAllocator {
+    /// Where the devices of each root bus may have their BARs.
+    pub(crate) fn windows(&self) -> &[BarAllocator] {
         self.host.root.windows()
     }
 

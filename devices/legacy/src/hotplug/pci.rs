@@ -1,7 +1,8 @@
-//! PCI devices that come and go: a register block that the methods of a PCI root use (triarch-tables, `acpi/pci_slots.rs`). Each segment
+//! PCI devices that come and go: a register block that the methods of PCI roots use (triarch-tables, `acpi/pci_slots.rs`). Each segment
 //! has one.
 //!
-//! The registers are those of `registers.rs`, 0x10 bytes a slot. A slot's status tells whether it has a device. Slot 0 is the host bridge.
+//! The registers are those of `registers.rs`, 0x10 bytes a slot. A slot's status tells whether it has a device. Slot 0 is the host bridge. A
+//! segment with several root buses has the slots of one behind those of the other; slot 0 of the others has nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +13,7 @@ use triarch_device_core::{AccessError, BusDevice};
 use super::registers::{self, Line, Notice, Slots, THERE, Talk};
 use crate::{Ged, GedEvents};
 
-/// Slots of a bus.
+/// Slots of a root bus.
 pub const PCI_SLOTS: usize = 32;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -54,9 +55,9 @@ impl Slot {
     }
 }
 
-/// The slots of a PCI bus, as the guest's ACPI methods see them.
+/// The slots of all root buses of a segment, as the guest's ACPI methods see them.
 pub struct PciHotplug {
-    slots: Mutex<[Slot; PCI_SLOTS]>,
+    slots: Mutex<Vec<Slot>>,
     line: Line,
 }
 
@@ -86,18 +87,20 @@ pub struct PciSlotStateV1 {
 pub struct PciHotplugStateV1 {
     /// Every slot, in their order.
     pub slots: Vec<PciSlotStateV1>,
-    /// Bit n: the device of slot n stays.
+    /// Bit n: the device of slot n stays. On bus 0 alone there are such.
     pub fixed: u32,
 }
 
 /// Why a state cannot be restored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum PciHotplugRestoreError {
-    /// Another bus.
-    #[error("the state has {found} PCI slots, a bus has {PCI_SLOTS}")]
+    /// Other buses.
+    #[error("the state has {found} PCI slots, and here are {expected}")]
     Count {
         /// Slots in the state.
         found: usize,
+        /// Those of the root buses.
+        expected: usize,
     },
     /// A device that stays is not there, or was asked back.
     #[error("the device of PCI slot {slot} stays, and the state says otherwise")]
@@ -108,25 +111,28 @@ pub enum PciHotplugRestoreError {
 }
 
 impl PciHotplug {
-    /// Bytes of the registers.
-    pub const SIZE: u64 = registers::size::<Self>(PCI_SLOTS as u32);
+    /// Bytes of the registers of `roots` root buses.
+    pub const fn size(roots: usize) -> u64 {
+        registers::size::<Self>((roots * PCI_SLOTS) as u32)
+    }
 
-    /// Slots without devices. `changed` is called on the vCPU thread that did something of interest; it must return at once.
-    pub fn new(events: Arc<Ged>, changed: impl Fn() + Send + Sync + 'static) -> Self {
+    /// Slots of `roots` root buses, without devices. `changed` is called on the vCPU thread that did something of interest; it must return at once.
+    pub fn new(roots: usize, events: Arc<Ged>, changed: impl Fn() + Send + Sync + 'static) -> Self {
         Self {
-            slots: Mutex::default(),
+            slots: Mutex::new(vec![Slot::default(); roots * PCI_SLOTS]),
             line: Line::new(Some(events), GedEvents::PCI, changed),
         }
     }
 
-    /// What the guest finds at its start: bit n of `present` tells that slot n has a device, that of `fixed` that it stays.
-    pub fn begin(&self, present: u32, fixed: u32) {
-        for (bit, slot) in self.lock().iter_mut().enumerate() {
-            *slot = Slot {
-                present: present >> bit & 1 != 0,
-                fixed: fixed >> bit & 1 != 0,
-                ..Slot::default()
-            };
+    /// What the guest finds at its start: the slots that have devices, and bit n of `fixed` tells that the one in slot n stays.
+    pub fn begin(&self, present: impl IntoIterator<Item = u8>, fixed: u32) {
+        let mut slots = self.lock();
+        slots.fill(Slot::default());
+        for number in present {
+            if let Some(slot) = slots.get_mut(usize::from(number)) {
+                slot.present = true;
+                slot.fixed = stays(fixed, number.into());
+            }
         }
     }
 
@@ -137,20 +143,21 @@ impl PciHotplug {
 
     /// Puts in place what was saved. Notices the guest has not taken are told again, and so is what happened to the devices.
     pub fn restore(&self, state: &PciHotplugStateV1) -> Result<(), PciHotplugRestoreError> {
-        let found = state.slots.len();
-        let saved: &[PciSlotStateV1; PCI_SLOTS] = state.slots[..]
-            .try_into()
-            .map_err(|_| PciHotplugRestoreError::Count { found })?;
+        let (found, saved) = (state.slots.len(), &state.slots);
+        let expected = self.lock().len();
+        if found != expected {
+            return Err(PciHotplugRestoreError::Count { found, expected });
+        }
         let wrong = |(slot, saved): (usize, &PciSlotStateV1)| {
-            (state.fixed >> slot & 1 != 0 && (!saved.present || saved.asked_back || saved.ejected)).then_some(slot)
+            (stays(state.fixed, slot) && (!saved.present || saved.asked_back || saved.ejected)).then_some(slot)
         };
         if let Some(slot) = saved.iter().enumerate().find_map(wrong) {
             return Err(PciHotplugRestoreError::Fixed { slot });
         }
-        for (bit, (slot, saved)) in self.lock().iter_mut().zip(saved).enumerate() {
+        for (number, (slot, saved)) in self.lock().iter_mut().zip(saved).enumerate() {
             *slot = Slot {
                 present: saved.present,
-                fixed: state.fixed >> bit & 1 != 0,
+                fixed: stays(state.fixed, number),
                 offered: saved.offered,
                 ejected: saved.ejected,
                 vanished: saved.vanished,
@@ -181,17 +188,17 @@ impl PciHotplug {
     }
 
     /// How all slots stand. What happens from now on is told again.
-    pub fn slots(&self) -> [PciSlot; PCI_SLOTS] {
+    pub fn slots(&self) -> Vec<PciSlot> {
         self.line.guest.looked();
         let mut slots = self.lock();
-        let view = slots.map(Slot::view);
+        let view = slots.iter().map(|slot| slot.view()).collect();
         slots.iter_mut().for_each(|slot| slot.talk.refusal = None);
         view
     }
 
     /// How all slots stand, without an effect on what is told.
-    pub fn peek(&self) -> [PciSlot; PCI_SLOTS] {
-        self.lock().map(Slot::view)
+    pub fn peek(&self) -> Vec<PciSlot> {
+        self.lock().iter().map(|slot| slot.view()).collect()
     }
 
     /// Tells the guest that `slot` has a device, which can be used by now.
@@ -250,22 +257,28 @@ impl PciHotplug {
         self.line.remind(self.lock().iter().map(|slot| &slot.talk))
     }
 
-    fn lock(&self) -> MutexGuard<'_, [Slot; PCI_SLOTS]> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// Whether the device of `slot` stays, as the bits tell.
+fn stays(fixed: u32, slot: usize) -> bool {
+    slot < PCI_SLOTS && fixed >> slot & 1 != 0
+}
+
 /// Bit n: slot n has a device that stays.
-fn fixed(slots: &[Slot; PCI_SLOTS]) -> u32 {
+fn fixed(slots: &[Slot]) -> u32 {
     slots
         .iter()
+        .take(PCI_SLOTS)
         .rev()
         .fold(0, |bits, slot| bits << 1 | u32::from(slot.fixed))
 }
 
 impl Slots for PciHotplug {
     fn count(&self) -> u32 {
-        PCI_SLOTS as u32
+        self.lock().len() as u32
     }
 
     fn take_notice(&self) -> u32 {
@@ -334,7 +347,7 @@ mod tests {
 
     use super::*;
 
-    /// A bus with the host bridge, a device that stays in slot 1, and one that can go in slot 2.
+    /// A bus with the host bridge, a device that stays in slot 1, and one that can go in slot 2; and another with a device in its slot 8.
     struct Bus {
         slots: PciHotplug,
         line: Arc<CountingLine>,
@@ -344,10 +357,10 @@ mod tests {
     fn bus() -> Bus {
         let (line, told) = (Arc::new(CountingLine::default()), Arc::new(AtomicU32::new(0)));
         let counter = told.clone();
-        let slots = PciHotplug::new(Arc::new(Ged::new(line.clone())), move || {
+        let slots = PciHotplug::new(2, Arc::new(Ged::new(line.clone())), move || {
             counter.fetch_add(1, Ordering::SeqCst);
         });
-        slots.begin(0b111, 0b11);
+        slots.begin([0, 1, 2, 40], 0b11);
         Bus { slots, line, told }
     }
 
@@ -383,7 +396,7 @@ mod tests {
     #[test]
     fn a_device_comes_and_is_given_back() {
         let b = bus();
-        assert_eq!((b.read(0), b.read(4), b.status(2), b.status(3)), (32, 0, 0xf, 0));
+        assert_eq!((b.read(0), b.read(4), b.status(2), b.status(3)), (64, 0, 0xf, 0));
         b.slots.came(31);
         assert_eq!((b.line.count(), b.status(31)), (1, 0xf));
         assert!(b.slots.slots()[31].unheard);
@@ -406,13 +419,30 @@ mod tests {
     #[test]
     fn what_stays_is_not_given_back_and_what_is_not_there_neither() {
         let b = bus();
-        for slot in [0, 1, 3, 31, 32, 1 << 20] {
+        for slot in [0, 1, 3, 31, 32, 63, 64, 1 << 20] {
             b.eject(slot);
         }
         b.write(0x34, 2);
         assert_eq!((b.told(), b.slots.slots()[2].ejected), (0, false));
         b.eject(2);
         assert_eq!((b.told(), b.slots.slots()[2].ejected), (1, true), "unasked");
+    }
+
+    #[test]
+    fn slots_of_another_root_bus_are_like_the_first_ones() {
+        let b = bus();
+        assert_eq!((b.status(40), b.status(41), b.slots.fixed()), (0xf, 0, 0b11));
+        b.slots.came(63);
+        b.slots.ask_back(40);
+        assert_eq!([b.read(4), b.read(4), b.read(4)], [40 << 8 | 3, 63 << 8 | 1, 0]);
+        b.eject(40);
+        assert!(b.slots.slots()[40].ejected);
+        b.slots.gone(40, true);
+        assert_eq!((b.read(4), b.status(40)), (40 << 8, 0));
+        let state = b.slots.state();
+        let other = bus();
+        other.slots.restore(&state).expect("restored");
+        assert_eq!((other.slots.state(), other.status(63)), (state, 0xf));
     }
 
     #[test]
@@ -489,7 +519,10 @@ mod tests {
         bad.slots.pop();
         assert_eq!(
             other.slots.restore(&bad),
-            Err(PciHotplugRestoreError::Count { found: 31 })
+            Err(PciHotplugRestoreError::Count {
+                found: 63,
+                expected: 64
+            })
         );
         let mut bad = state;
         bad.slots[1].present = false;
@@ -501,7 +534,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_access_does_harm(accesses in prop::collection::vec((any::<bool>(), 0..2 * PciHotplug::SIZE, 0usize..9, any::<u32>()), 0..64)) {
+        fn no_access_does_harm(accesses in prop::collection::vec((any::<bool>(), 0..2 * PciHotplug::size(2), 0usize..9, any::<u32>()), 0..64)) {
             let b = bus();
             for (write, offset, len, value) in accesses {
                 let mut data = [u64::from(value), 0].map(u64::to_le_bytes).concat();

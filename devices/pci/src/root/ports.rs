@@ -1,9 +1,9 @@
-//! Root ports in the slots of bus 0, and the functions below them.
+//! Root ports in the slots of root buses, and the functions below them.
 
 use std::sync::Arc;
 
-use super::{AddError, COMMAND, PciRoot, SLOTS, Slot, Slots, bars, in_slot};
-use crate::{Bar, BarKind, Bridge, PciAddress, PciFunction, RootPort, command, lock};
+use super::{AddError, COMMAND, PciRoot, Slot, Slots, bars, in_slot};
+use crate::{BUSES_OF_ROOT, Bar, BarKind, Bridge, PciAddress, PciFunction, RootPort, command, lock};
 
 /// What a window begins and ends at multiples of (PCI-to-PCI Bridge Architecture 1.2, 3.2.5.8).
 const WINDOW_ALIGN: u64 = 1 << 20;
@@ -51,8 +51,14 @@ fn below(slots: &Slots, slot: u8) -> Vec<u16> {
     slots.range(first..=first | 0xff).map(|(key, _)| *key).collect()
 }
 
-fn port_key(slot: u8) -> u16 {
-    u16::from(slot) << 3
+/// Where function 0 of `slot` is on its root bus.
+pub(super) fn port_key(slot: u8) -> u16 {
+    PciAddress::in_slot(0, slot, 0, false).requester()
+}
+
+/// The slot of the port at `key`.
+fn slot_of(key: u16) -> u8 {
+    (key >> 8) as u8 | (key as u8) >> 3
 }
 
 /// A plan for the BARs below a port.
@@ -64,16 +70,10 @@ struct Plan {
 }
 
 impl PciRoot {
-    /// A place for a function below a port of its own: the port will be in the first slot that is free.
-    pub fn free_below_port(&self) -> Result<PciAddress, AddError> {
-        let slot = self.free_slot(&lock(&self.slots))?;
-        Ok(self.at(slot, 0))
-    }
-
     /// The root ports by their slots, each with what a guest may have written into it.
     pub fn ports(&self) -> Vec<(u8, Vec<u8>)> {
         let slots = lock(&self.slots);
-        let port = |(key, slot): (&u16, &Slot)| Some(((key >> 3) as u8, slot.port.as_ref()?.port.save()));
+        let port = |(key, slot): (&u16, &Slot)| Some((slot_of(*key), slot.port.as_ref()?.port.save()));
         slots.iter().filter_map(port).collect()
     }
 
@@ -84,7 +84,7 @@ impl PciRoot {
     pub fn restore_port(&self, slot: u8, saved: &[u8]) -> Result<(), AddError> {
         let mut slots = lock(&self.slots);
         let address = self.at(slot, 0);
-        if !self.can_be(&slots, address) || slots.contains_key(&port_key(slot)) {
+        if address.is_on_root() || !self.can_be(&slots, address) || slots.contains_key(&port_key(slot)) {
             return Err(AddError::NoBus(address));
         }
         let port = self.new_port(&mut slots, slot)?;
@@ -96,33 +96,41 @@ impl PciRoot {
     }
 
     /// What the guest calls `bus`, as it is called here.
-    pub(super) fn called(slots: &Slots, bus: u8) -> Option<u8> {
-        if bus == 0 {
-            return Some(0);
+    pub(super) fn called(&self, slots: &Slots, bus: u8) -> Option<u8> {
+        if self.is_root(bus) {
+            return Some(bus);
         }
-        let mut ports = slots.range(..=0xff);
+        let mut ports = slots.iter();
         let found = ports.find(|(_, slot)| slot.port.as_ref().is_some_and(|port| port.now.secondary == bus));
-        found.map(|(key, _)| (key >> 3) as u8)
+        found.map(|(key, _)| slot_of(*key))
+    }
+
+    fn is_root(&self, bus: u8) -> bool {
+        bus.is_multiple_of(BUSES_OF_ROOT) && self.windows_of(bus / BUSES_OF_ROOT).is_some()
     }
 
     /// The port above the function at `key`, as it stands.
     pub(super) fn above(slots: &Slots, key: u16) -> Option<Bridge> {
         let slot = (key >> 8) as u8;
-        let port = slots.get(&port_key(slot)).filter(|_| slot != 0)?.port.as_ref();
+        let port = slots
+            .get(&port_key(slot))
+            .filter(|_| !slot.is_multiple_of(BUSES_OF_ROOT))?
+            .port
+            .as_ref();
         // What is below nothing passes nothing.
         Some(port.map_or(Bridge::default(), |port| port.now))
     }
 
-    /// Whether a function can be at `address`, be there one or not: on bus 0, where no port is, or as device 0 below a port, in a slot that
-    /// has no functions of its own.
+    /// Whether a function can be at `address`, be there one or not: on a root bus, where no port is, or as device 0 below a port, in a slot that
+    /// has no functions of its own. Slot 0 of bus 0 is the host bridge's, that of others nobody's.
     pub(super) fn can_be(&self, slots: &Slots, address: PciAddress) -> bool {
         let has_port = |slot| in_slot(slots, slot).any(|(_, slot)| slot.port.is_some());
         let empty = |slot| in_slot(slots, slot).next().is_none();
         address.segment() == self.segment
-            && match address.bus() {
-                0 => !has_port(address.device()),
-                slot @ 1..SLOTS => address.device() == 0 && (has_port(slot) || empty(slot)),
-                _ => false,
+            && self.windows_of(address.root()).is_some()
+            && match (address.is_on_root(), address.slot()) {
+                (true, slot) => !has_port(slot) && (address.bus() == 0 || address.device() != 0),
+                (false, slot) => address.device() == 0 && (has_port(slot) || empty(slot)),
             }
     }
 
@@ -138,7 +146,7 @@ impl PciRoot {
         if !slots.contains_key(&port_key(bus)) {
             self.new_port(slots, bus)?;
         }
-        slots.insert(key, Slot::new(function.clone()));
+        slots.insert(key, Slot::new(function.clone(), address.root()));
         let result = self.arrange(slots, bus).and_then(|plan| {
             let seen = Self::above(slots, key).map_or(0, |port| port.secondary);
             function.attach(self.at(seen, address.devfn()), bus);
@@ -154,14 +162,15 @@ impl PciRoot {
     }
 
     fn new_port(&self, slots: &mut Slots, slot: u8) -> Result<Arc<RootPort>, AddError> {
-        let port = RootPort::new().map_err(|_| AddError::NoBus(self.at(slot, 0)))?;
+        let place = self.at(slot, 0);
+        let port = RootPort::new().map_err(|_| AddError::NoBus(place))?;
         // The last bus below is the first: there are no bridges below.
-        port.config_write(BUSES, &[0, slot, slot]);
+        port.config_write(BUSES, &[place.root() * BUSES_OF_ROOT, slot, slot]);
         // Switched on, as firmware leaves it: Linux may take a port that comes later for set up before it knows its windows, and then
         // switches on nothing any more.
         port.config_write(COMMAND as u16, &(command::MEMORY | command::BUS_MASTER).to_le_bytes());
         let port = Arc::new(port);
-        let mut new = Slot::new(port.clone());
+        let mut new = Slot::new(port.clone(), place.root());
         new.port = Some(Port {
             now: port.bridge().unwrap_or_default(),
             port: port.clone(),
@@ -174,7 +183,7 @@ impl PciRoot {
 
     /// Takes the port in `slot` if nothing is below it any more.
     pub(super) fn close_port(slots: &mut Slots, slot: u8) {
-        if slot != 0 && below(slots, slot).is_empty() {
+        if below(slots, slot).is_empty() {
             slots.remove(&port_key(slot));
         }
     }
@@ -211,7 +220,8 @@ impl PciRoot {
                 _ => BarKind::Memory64 { prefetchable: true },
             };
             let align = largest.size.max(WINDOW_ALIGN);
-            let at = size.and_then(|size| self.windows.place_aligned(kind, size, align, &taken));
+            let windows = self.windows_of(self.at(slot, 0).root());
+            let at = size.and_then(|size| windows?.place_aligned(kind, size, align, &taken));
             let (mut at, size) = at.zip(size).ok_or(no_room)?;
             *place = Some((at, at + (size - 1)));
             taken.extend(*place);
@@ -266,7 +276,7 @@ impl PciRoot {
         if before == now {
             return;
         }
-        let slot = (key >> 3) as u8;
+        let slot = slot_of(key);
         let keys = below(&slots, slot);
         let functions = keys
             .iter()

@@ -1,4 +1,5 @@
 mod ports;
+mod roots;
 
 use proptest::prelude::*;
 
@@ -92,9 +93,13 @@ impl Guest {
     }
 
     fn with(windows: BarAllocator) -> Self {
+        Self::with_roots(vec![windows])
+    }
+
+    fn with_roots(windows: Vec<BarAllocator>) -> Self {
         let (mmio, io) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let root = Arc::new(PciRoot::new(0, mmio.clone(), io.clone(), windows));
-        mmio.claim(ECAM, 32 * Ecam::BUS_LEN, Arc::new(Ecam::new(root.clone())))
+        let root = Arc::new(PciRoot::with_roots(0, mmio.clone(), io.clone(), windows));
+        mmio.claim(ECAM, root.buses() * Ecam::BUS_LEN, Arc::new(Ecam::new(root.clone())))
             .expect("ecam");
         io.claim(
             ConfigPorts::BASE,
@@ -175,7 +180,7 @@ fn the_last_slot_is_like_the_others_and_the_guests_first_look_is_noted() {
 #[test]
 fn reserved_slots_go_to_who_wants_them_and_functions_share_one() {
     let guest = Guest::new();
-    guest.root.reserve(1 << 1 | 1 << 3);
+    guest.root.reserve([1, 3]);
     assert_eq!((guest.add(1).0.device(), guest.add(2).0.device()), (2, 4));
     let place = |function| PciAddress::new(0, 0, 3, function).expect("address");
     // In whatever order they come.

@@ -10,10 +10,11 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
 
-/// `pci`: lists bus 0, read by both ways where there are two.
+/// `pci`: lists root buses and what is below, read by both ways where there are two.
 pub fn list(guest: &Guest) -> Reply {
     let ports = Ports::find().map(Access::Ports);
-    if let Some(by_ports) = ports.map(pci::scan)
+    let last = guest.acpi().ok().and_then(|acpi| acpi.ecam).map_or(0, |(_, last)| last);
+    if let Some(by_ports) = ports.map(|ports| pci::scan(ports, last))
         && by_ports.len() != guest.functions.len()
     {
         return Err(format!(

@@ -18,14 +18,14 @@ const EXPRESS: u8 = 0x10;
 /// `root-port SLOT WHAT`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
     let access = guest.functions.first().ok_or("no PCI")?.access();
-    let slot = args.number_to("SLOT", 31)? as u16;
-    let port = Function::at(access, slot << 3);
+    let slot = args.number_to("SLOT", 255)? as u8;
+    let port = Function::in_slot(access, slot);
     let bus = port.secondary().ok_or_else(|| format!("no port in slot {slot}"))?;
     let below = Function::at(access, u16::from(bus) << 8);
     match args.word("what")? {
         "look" => look(port, below),
         "number" => {
-            let number = args.number_to("N", 31)? as u8;
+            let number = args.number_to("N", 255)? as u8;
             renumber(guest, port, below, number)
         }
         "shut" => shut(port, below),

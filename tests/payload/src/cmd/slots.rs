@@ -13,13 +13,14 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-const SLOT_COUNT: u64 = 32;
 /// The event register's bit for PCI devices.
 const PCI: u8 = 4;
 
 /// `slots count|status|next|eject|give|ost|events|look|serve|timed|busy`
 pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
-    let slots = Block::map(SLOTS, "slot", SLOT_COUNT, STRIDE)?;
+    // As many as there are buses: each root bus has 32 of both.
+    let count = guest.acpi().ok().and_then(|acpi| acpi.ecam).map_or(0, |(_, last)| last);
+    let slots = Block::map(SLOTS, "slot", u64::from(count) + 1, STRIDE)?;
     let what = args.word("what")?;
     if let Some(answer) = slots.run(what, args)? {
         return Ok(answer);
@@ -45,7 +46,7 @@ pub fn run(guest: &mut Guest, args: &mut Args) -> Reply {
 
 fn function(guest: &Guest, slot: u32) -> Result<Function, String> {
     let access = guest.functions.first().ok_or("no PCI")?.access();
-    Ok(Function::at(access, (slot as u16) << 3))
+    Ok(Function::in_slot(access, slot as u8))
 }
 
 /// `slots look SLOT`: finds out what is in a slot, as a scan of the bus does.
@@ -73,7 +74,9 @@ fn forget(guest: &mut Guest, slot: u32, reachable: bool) {
     for bdf in below {
         guest.remove_function(bdf, reachable);
     }
-    guest.remove_function((slot as u16) << 3, reachable);
+    if let Ok(function) = function(guest, slot) {
+        guest.remove_function(function.bdf, reachable);
+    }
 }
 
 /// What was done about notices.

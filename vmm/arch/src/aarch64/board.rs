@@ -105,7 +105,7 @@ impl Board {
             Button::Event(events)
         };
         let ecam = Arc::new(Ecam::new(config.root.clone()));
-        mmio.claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
+        mmio.claim(layout::ECAM, config.root.buses() * layout::ECAM_BUS_SIZE, ecam)?;
         Ok(Self {
             serial,
             clock,

@@ -8,7 +8,7 @@ use triarch_tables::acpi::{AcpiPlacement, EventDevice, Register};
 use super::board::POWER_KEY;
 use super::layout::{self, interrupt};
 use crate::LoadConfig;
-use crate::common::load::{memory_slots, pci_segment, ram};
+use crate::common::load::{memory_slots, pci_roots, ram};
 
 const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
 
@@ -52,7 +52,7 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
             virt: interrupt::TIMER_VIRTUAL,
             hypervisor: interrupt::TIMER_HYPERVISOR,
         },
-        pci: vec![pci_segment(config, layout::ECAM, 0..=LAST_BUS, layout::PCI_HOTPLUG)],
+        pci: pci_roots(config, layout::ECAM, layout::PCI_HOTPLUG),
         events: Some(EventDevice {
             gsi: interrupt::GED,
             register: Register::Memory(layout::GED),
@@ -71,6 +71,11 @@ pub(super) fn acpi(config: &LoadConfig<'_>) -> ArmAcpiConfig {
 pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
     let plan = config.plan;
     let window = |range: &std::ops::Range<u64>| (range.start, range.end.saturating_sub(range.start));
+    // Root buses beside the first are for NUMA nodes, which only ACPI tells of.
+    let (mmio32, mmio64) = match config.windows {
+        [first, ..] => (window(&first.mmio32), window(&first.mmio64)),
+        [] => ((0, 0), (0, 0)),
+    };
     DeviceTree {
         ram: ram(config.memory).collect(),
         cpus: (0..plan.boot_vcpus()).map(|index| plan.hardware_id(index)).collect(),
@@ -95,8 +100,8 @@ pub(super) fn device_tree(config: &LoadConfig<'_>) -> DeviceTree {
         pci: Pci {
             ecam: (layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE),
             last_bus: u32::from(LAST_BUS),
-            mmio32: window(&config.windows.mmio32),
-            mmio64: window(&config.windows.mmio64),
+            mmio32,
+            mmio64,
             wires: layout::PCI_WIRES,
             iommu: config.iommu.clone().map(|iommu| (iommu.requester, iommu.behind)),
         },

@@ -9,7 +9,7 @@
 //! 0x0900_0000  PL011, then PL031, event register, keys, registers of processors and of memory that come and go, 64 KiB apart
 //! 0x0907_0000  registers of PCI devices that come and go
 //! 0x1000_0000  32-bit BARs
-//! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus
+//! 0x3000_0000  PCI configuration space (ECAM), 1 MiB a bus, 32 for each root bus
 //! 0x4000_0000  RAM: device tree, 2 MiB; ACPI, EFI and SMBIOS tables, 2 MiB; kernel
 //! ...          room for memory that comes later, from a multiple of 2 GiB on
 //! ...          64-bit BARs, from a multiple of 1 GiB to the end of what a guest can address
@@ -32,7 +32,7 @@ pub const MMIO32: Range<u64> = 0x1000_0000..ECAM;
 pub const ECAM: u64 = 0x3000_0000;
 /// Bytes of configuration space a bus has.
 pub const ECAM_BUS_SIZE: u64 = 1 << 20;
-/// Buses of a segment: one for the root port that can be in each slot, and the root's.
+/// Buses of a root bus: one for the root port that can be in each slot, and its own. There is room for those of 8 root buses.
 pub const PCI_BUSES: u64 = 32;
 /// There are no I/O ports.
 pub const PCI_IO: Range<u16> = 0..0;
@@ -184,5 +184,6 @@ mod tests {
     fn everything_a_configuration_allows_has_a_redistributor() {
         const { assert!(MAX_VCPUS >= 254) };
         const { assert!(GIC_ITS + GIC_ITS_SIZE <= GIC_REDISTRIBUTORS) };
+        const { assert!(ECAM + 8 * PCI_BUSES * ECAM_BUS_SIZE <= RAM) };
     }
 }

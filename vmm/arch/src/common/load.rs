@@ -1,10 +1,9 @@
 //! What loading a guest has in common on every architecture.
 
-use std::ops::RangeInclusive;
-
 use thiserror::Error;
 use triarch_boot::{InitramfsError, KernelError, LayoutError, OpenError};
 use triarch_memory::GuestMemory;
+use triarch_pci::BarAllocator;
 use triarch_tables::acpi::{AcpiError, IoWindow, MemorySlots, MmioWindow, PciSegment, PciSlots, rotating_prt};
 use triarch_tables::smbios::{self, SmbiosConfig, SmbiosError, UuidError};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
@@ -91,38 +90,48 @@ pub fn memory_slots(config: &LoadConfig<'_>, registers: u64) -> Option<MemorySlo
     Some(MemorySlots { registers, count })
 }
 
-/// What ACPI tells of PCI segment 0: its configuration space at GPA `ecam_base`, its buses, the windows devices are in, and the registers
-/// of slots at `slots`, if the board has any.
-pub fn pci_segment(config: &LoadConfig<'_>, ecam_base: u64, buses: RangeInclusive<u8>, slots: u64) -> PciSegment {
-    let windows = config.windows;
-    let mmio = [(&windows.mmio32, false), (&windows.mmio64, true)];
-    let mmio = mmio.into_iter().filter(|(range, _)| !range.is_empty());
-    let io = Some(&windows.io).filter(|range| !range.is_empty());
-    PciSegment {
+/// What ACPI tells of the root buses of PCI segment 0: its configuration space at GPA `ecam_base`, the windows devices are in, and the
+/// registers of slots at `slots`, if the board has any.
+pub fn pci_roots(config: &LoadConfig<'_>, ecam_base: u64, slots: u64) -> Vec<PciSegment> {
+    let buses = (0..=u8::MAX).step_by(layout::PCI_BUSES as usize);
+    // Each is for the node of its number.
+    let roots = (0u32..).zip(buses.zip(config.windows));
+    let root = |(node, (first_bus, windows)): (u32, (u8, &BarAllocator))| PciSegment {
         segment: 0,
         ecam_base,
-        first_bus: *buses.start(),
-        last_bus: *buses.end(),
-        io: io
-            .map(|range| IoWindow {
-                first: range.start,
-                last: range.end - 1,
-            })
-            .into_iter()
-            .collect(),
-        mmio: mmio
-            .map(|(range, prefetchable)| MmioWindow {
-                start: range.start,
-                size: range.end - range.start,
-                prefetchable,
-            })
-            .collect(),
+        first_bus,
+        last_bus: first_bus + (layout::PCI_BUSES - 1) as u8,
+        io: io_windows(windows),
+        mmio: mmio_windows(windows),
         prt: rotating_prt(&layout::PCI_WIRES),
-        node: 0,
+        node,
         slots: config.board.slots().map(|board| PciSlots {
             registers: slots,
-            fixed: board.fixed(),
+            first: first_bus.into(),
+            // All that stays is on bus 0.
+            fixed: if first_bus == 0 { board.fixed() } else { 0 },
         }),
-        iommu: config.iommu.clone(),
-    }
+        iommu: config.iommu.clone().filter(|_| first_bus == 0),
+    };
+    roots.map(root).collect()
+}
+
+fn io_windows(windows: &BarAllocator) -> Vec<IoWindow> {
+    let window = Some(&windows.io).filter(|range| !range.is_empty());
+    let window = window.map(|range| IoWindow {
+        first: range.start,
+        last: range.end - 1,
+    });
+    window.into_iter().collect()
+}
+
+fn mmio_windows(windows: &BarAllocator) -> Vec<MmioWindow> {
+    let all = [(&windows.mmio32, false), (&windows.mmio64, true)];
+    let all = all.into_iter().filter(|(range, _)| !range.is_empty());
+    all.map(|(range, prefetchable)| MmioWindow {
+        start: range.start,
+        size: range.end - range.start,
+        prefetchable,
+    })
+    .collect()
 }

@@ -278,8 +278,9 @@ impl BoardConfig<'_> {
     /// Makes the registers at `at` of PCI devices that come and go by notices through `events`.
     pub(crate) fn claim_slots(&self, events: &Arc<Ged>, at: u64) -> Result<Arc<PciHotplug>, BusError> {
         let changed = self.slots_changed.clone();
-        let slots = Arc::new(PciHotplug::new(events.clone(), move || changed()));
-        self.mmio.claim(at, PciHotplug::SIZE, slots.clone())?;
+        let roots = self.root.windows().len();
+        let slots = Arc::new(PciHotplug::new(roots, events.clone(), move || changed()));
+        self.mmio.claim(at, PciHotplug::size(roots), slots.clone())?;
         Ok(slots)
     }
 }
@@ -316,8 +317,8 @@ pub struct LoadConfig<'a> {
     pub plan: &'a CpuPlan,
     /// Its devices at fixed places.
     pub board: &'a Board,
-    /// Where its PCI devices are.
-    pub windows: &'a BarAllocator,
+    /// Where the PCI devices of each root bus are.
+    pub windows: &'a [BarAllocator],
     /// Kernel file.
     pub kernel: PathBuf,
     /// initramfs file.

@@ -128,7 +128,7 @@ impl Board {
         let ecam = Arc::new(Ecam::new(config.root.clone()));
         config
             .mmio
-            .claim(layout::ECAM, layout::PCI_BUSES * layout::ECAM_BUS_SIZE, ecam)?;
+            .claim(layout::ECAM, config.root.buses() * layout::ECAM_BUS_SIZE, ecam)?;
         let cpus = config.claim_processors(&events, layout::CPU_HOTPLUG, 0)?;
         let memory = config.claim_memory(&events, layout::MEMORY_HOTPLUG)?;
         let slots = config.claim_slots(&events, layout::PCI_HOTPLUG)?;

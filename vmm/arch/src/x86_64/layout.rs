@@ -6,7 +6,7 @@
 //! 0x000f_0000  SMBIOS; in its last 16 bytes what a jump to the BIOS's reset vector finds
 //! 0x0010_0000  kernel
 //! 0xc000_0000  end of low RAM; 32-bit BARs
-//! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus
+//! 0xe800_0000  PCI configuration space (ECAM), 1 MiB a bus, 32 for each root bus
 //! 0xfe00_0000  registers of processors that come and go
 //! 0xfe01_0000  registers of memory that comes and goes
 //! 0xfe02_0000  registers of PCI devices that come and go
@@ -34,7 +34,7 @@ pub const MMIO32: Range<u64> = LOW_RAM_END..ECAM;
 pub const ECAM: u64 = 0xe800_0000;
 /// Bytes of configuration space a bus has.
 pub const ECAM_BUS_SIZE: u64 = 1 << 20;
-/// Buses of a segment: one for the root port that can be in each slot, and the root's.
+/// Buses of a root bus: one for the root port that can be in each slot, and its own. There is room for those of 8 root buses.
 pub const PCI_BUSES: u64 = 32;
 /// I/O ports for BARs.
 pub const PCI_IO: Range<u16> = 0x1000..0xf000;
@@ -114,6 +114,7 @@ mod tests {
 
     #[test]
     fn ram_goes_around_the_hole() {
+        const { assert!(ECAM + 8 * PCI_BUSES * ECAM_BUS_SIZE <= CPU_HOTPLUG) };
         assert_eq!(ram_ranges(GIB), [(GuestAddress(0), GIB)]);
         assert_eq!(ram_ranges(3 * GIB), [(GuestAddress(0), 3 * GIB)]);
         assert_eq!(

@@ -4,7 +4,6 @@ use triarch_boot::{
     BootEntry, BootLayout, BootParams, BootTarget, CpuTables, LayoutError, MemKind, MemMapEntry, MemRange,
     MemoryLayout, load_initramfs, load_kernel, open_boot_file, write_boot_data,
 };
-use triarch_memory::GuestMemory;
 use triarch_tables::acpi::{
     self, AcpiConfig, AcpiPlacement, Cpu, EventDevice, InterruptConfig, IoApic, PmConfig, Register, ResetRegister, Rtc,
     SerialPort,
@@ -14,9 +13,7 @@ use vm_memory::GuestAddress;
 
 use super::{board, layout};
 use crate::LoadConfig;
-use crate::common::load::{LoadError, memory_slots, pci_segment, ram, write_pieces, write_smbios};
-
-const LAST_BUS: u8 = (layout::PCI_BUSES - 1) as u8;
+use crate::common::load::{LoadError, memory_slots, pci_roots, ram, write_pieces, write_smbios};
 
 /// State of the first vCPU at its first instruction.
 pub struct Entry {
@@ -26,7 +23,7 @@ pub struct Entry {
 
 /// Loads everything and says how the first vCPU starts.
 pub fn load(config: &LoadConfig<'_>) -> Result<Entry, LoadError> {
-    let memory = memory_layout(config.memory)?;
+    let memory = memory_layout(config)?;
     let boot_layout = BootLayout::X86_64;
     let target = BootTarget {
         mem: config.memory,
@@ -56,11 +53,13 @@ pub fn load(config: &LoadConfig<'_>) -> Result<Entry, LoadError> {
     Ok(Entry { boot, tables })
 }
 
-fn memory_layout(memory: &GuestMemory) -> Result<MemoryLayout, LayoutError> {
-    let ram = ram(memory).map(|(start, size)| MemRange { start, size }).collect();
+fn memory_layout(config: &LoadConfig<'_>) -> Result<MemoryLayout, LayoutError> {
+    let ram = ram(config.memory)
+        .map(|(start, size)| MemRange { start, size })
+        .collect();
     let ecam = MemRange {
         start: layout::ECAM,
-        size: layout::PCI_BUSES * layout::ECAM_BUS_SIZE,
+        size: config.windows.len() as u64 * layout::PCI_BUSES * layout::ECAM_BUS_SIZE,
     };
     let reserved = [layout::ACPI_TABLES, layout::SMBIOS, ecam];
     let reserved = reserved
@@ -125,7 +124,7 @@ fn acpi_config(config: &LoadConfig<'_>) -> AcpiConfig {
                 value: board::RESET_VALUE,
             }),
         },
-        pci: vec![pci_segment(config, layout::ECAM, 0..=LAST_BUS, layout::PCI_HOTPLUG)],
+        pci: pci_roots(config, layout::ECAM, layout::PCI_HOTPLUG),
         events: Some(EventDevice {
             gsi: board::GED_GSI,
             register: Register::Io(board::GED),

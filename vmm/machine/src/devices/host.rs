@@ -70,8 +70,8 @@ impl Devices {
             ));
         }
         let options = Options {
-            // Below a port there are none.
-            ports: !host.root.windows().io.is_empty() && !config.root_port,
+            // Below a port there are none, and beside bus 0 neither.
+            ports: self.has_ports(config),
             link: config.root_port,
             wires: host.wires,
             clique: config.x_nv_gpudirect_clique,
@@ -103,6 +103,13 @@ impl Devices {
             self.pause_hosts();
         }
         Ok(())
+    }
+
+    /// Whether a device can have I/O ports.
+    fn has_ports(&self, config: &DeviceConfig) -> bool {
+        let root = usize::from(crate::configured::DeviceConfig::Host(config).root());
+        let windows = self.windows().get(root);
+        windows.is_some_and(|windows| !windows.io.is_empty()) && !config.root_port
     }
 
     fn host_devices(&self) -> impl Iterator<Item = &Arc<HostDevice>> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use triarch_arch::{PciIommu, layout};
-use triarch_pci::PciAddress;
+use triarch_pci::{BUSES_OF_ROOT, PciAddress};
 use triarch_virtio::iommu::{Endpoint, IommuHandle, ReservedRegion, Shadow, VirtioIommu};
 
 use super::{Devices, Placed};
@@ -12,8 +12,6 @@ use crate::progress::Progress;
 
 /// Its name.
 const ID: &str = "_iommu";
-/// Slots of a bus.
-const SLOTS: u8 = 32;
 
 /// The guest's IOMMU.
 pub(super) struct Iommu {
@@ -63,8 +61,10 @@ impl Devices {
         let own = self.functions.iter().find(|placed| placed.id == ID)?;
         let behind = match iommu.all {
             true => {
-                let slots = (1..SLOTS).filter(|slot| !self.outside(*slot));
-                let first = |slot| PciAddress::from_devfn(0, 0, slot << 3).requester();
+                let last = self.windows().len() * usize::from(BUSES_OF_ROOT) - 1;
+                let slots = (0..=last as u8).filter(|slot| !slot.is_multiple_of(BUSES_OF_ROOT));
+                let slots = slots.filter(|slot| !self.outside(*slot));
+                let first = |slot| PciAddress::in_slot(0, slot, 0, false).requester();
                 slots.map(|slot| (first(slot), first(slot) | 7)).collect()
             }
             false => {
@@ -80,7 +80,7 @@ impl Devices {
 
     /// Whether the device in `slot` is not behind the IOMMU.
     fn outside(&self, slot: u8) -> bool {
-        let mut there = self.functions.iter().filter(|placed| placed.address.device() == slot);
+        let mut there = self.functions.iter().filter(|placed| placed.address.slot() == slot);
         there.any(|placed| !placed.function.is_behind_iommu())
     }
 }

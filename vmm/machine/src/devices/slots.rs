@@ -1,5 +1,7 @@
 //! Slots of the bus, of which some have several functions: a guest finds those by function 0, and gives back slots as a whole.
 
+use std::collections::BTreeSet;
+
 use triarch_api::{DeviceNode, DeviceTree, VmConfig};
 use triarch_pci::PciAddress;
 
@@ -10,19 +12,20 @@ use crate::configured::DeviceConfig;
 impl Devices {
     /// Keeps the slots free that devices of `config` have to be in, whatever comes before them.
     pub(super) fn reserve(&mut self, config: &VmConfig) {
-        let mut reserved = 0;
+        let mut reserved = Vec::new();
         for (device, place) in DeviceConfig::all(config).filter_map(|device| Some((device, device.place()?))) {
-            reserved |= 1 << place.slot();
+            reserved.push(place.slot());
             self.places.entry(device.id().to_owned()).or_insert(place);
         }
         self.host.root.reserve(reserved);
     }
 
-    /// Finds a slot for `device`, if it is to have a root port above it and has no place yet.
-    pub(super) fn find_port(&mut self, device: DeviceConfig<'_>) -> Result<(), MachineError> {
+    /// Finds a slot for `device`, if it is to have a root port above it, or to be in another node than 0, and has no place yet.
+    pub(super) fn find_place(&mut self, device: DeviceConfig<'_>) -> Result<(), MachineError> {
         let id = device.id();
-        if device.below_port() && !self.places.contains_key(id) {
-            let place = self.host.root.free_below_port();
+        let special = device.below_port() || device.root() != 0;
+        if special && !self.places.contains_key(id) {
+            let place = self.host.root.free_place(device.root(), device.below_port());
             let place = place.map_err(|source| MachineError::Slot {
                 id: id.to_owned(),
                 source,
@@ -34,7 +37,7 @@ impl Devices {
 
     /// Root ports as `vm.info` shows them, with what is below them: that has the port as its parent.
     pub(super) fn show_ports(&self, tree: &mut DeviceTree) {
-        for placed in self.functions.iter().filter(|placed| placed.address.bus() != 0) {
+        for placed in self.functions.iter().filter(|placed| !placed.address.is_on_root()) {
             let slot = placed.address.slot();
             let id = format!("_root-port-{slot:02x}");
             let shown = match placed.function.virtio() {
@@ -48,7 +51,7 @@ impl Devices {
                 id,
                 parent: None,
                 children: Vec::new(),
-                pci_bdf: Some(PciAddress::from_devfn(0, 0, slot << 3).to_string()),
+                pci_bdf: Some(PciAddress::in_slot(0, slot, 0, false).to_string()),
             });
             port.children.push(shown);
         }
@@ -84,19 +87,24 @@ impl Devices {
         self.functions.iter().find(first).map(|placed| placed.id.as_str())
     }
 
-    /// Bit n: there is a device in slot n, be it that the guest cannot find it yet.
-    pub(crate) fn taken_slots(&self) -> u32 {
-        let bits = self.functions.iter().map(|placed| 1 << placed.address.slot());
-        bits.fold(1, |all, bit: u32| all | bit)
+    /// Slots with a device, be it that the guest cannot find it yet.
+    pub(crate) fn taken_slots(&self) -> BTreeSet<u8> {
+        self.functions.iter().map(|placed| placed.address.slot()).collect()
     }
 
-    /// Bit n: slot n has a device that the guest finds; and: it stays.
-    pub(crate) fn slots(&self) -> (u32, u32) {
+    /// Whether there is a root bus of the guest's node that `device` is to be in.
+    pub(crate) fn has_root(&self, device: DeviceConfig<'_>) -> bool {
+        usize::from(device.root()) < self.windows().len()
+    }
+
+    /// Slots with a device that the guest finds; and bit n: the one in slot n of bus 0 stays.
+    pub(crate) fn slots(&self) -> (Vec<u8>, u32) {
         // The host bridge.
-        let (mut present, mut fixed) = (1, 1);
+        let (mut present, mut fixed) = (vec![0], 1);
         for placed in self.functions.iter().filter(|placed| placed.address.function() == 0) {
-            let bit = 1u32.checked_shl(placed.address.slot().into()).unwrap_or(0);
-            present |= bit;
+            let slot = placed.address.slot();
+            present.push(slot);
+            let bit = 1u32.checked_shl(slot.into()).unwrap_or(0);
             fixed |= if placed.removable { 0 } else { bit };
         }
         (present, fixed)

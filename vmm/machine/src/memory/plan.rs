@@ -307,6 +307,7 @@ mod tests {
         config.cpus.max_vcpus = 3;
         let node = |id, cpus: &[u32], zones: &[&str]| NumaConfig {
             guest_numa_id: id,
+            pci_root: false,
             cpus: Some(cpus.to_vec()),
             memory_zones: Some(zones.iter().map(|zone| (*zone).to_owned()).collect()),
             distances: None,

@@ -1,11 +1,12 @@
 //! What clients ask about devices of a guest that runs.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use triarch_api::events::kind;
 use triarch_api::{AddedDevice, ApiError, Handler, Operation, RemoveDevice, VmConfig};
 use triarch_legacy::PciSlot;
-use triarch_pci::{AddError, PciAddress};
+use triarch_pci::{AddError, BUSES_OF_ROOT, PciAddress};
 
 use super::removal::{Asked, Manner};
 use crate::MachineError;
@@ -86,6 +87,13 @@ impl Controller {
                  platform.iommu_segments [0], which puts all devices there"
             )));
         }
+        if !machine.devices().has_root(device) {
+            let node = device.root();
+            return Err(ApiError::BadRequest(format!(
+                "'{id}' is to be in NUMA node {node}, which has no PCI root in this guest, and guests are told of those at their start; start it \
+                 with pci_root on for that node, or with a device there"
+            )));
+        }
         let address = match device.place() {
             Some(address) if self.plugs.is_clearing(address.slot()) => {
                 return Err(ApiError::Busy(format!(
@@ -94,14 +102,11 @@ impl Controller {
                 )));
             }
             Some(address) => check_place(id, address, machine.devices().first_of(address))?,
-            None => free_slot(&slots.peek(), machine.devices().taken_slots())
-                .map(|slot| match device.below_port() {
-                    true => PciAddress::from_devfn(0, slot, 0),
-                    false => PciAddress::from_devfn(0, 0, slot << 3),
-                })
-                .ok_or(MachineError::Slot {
+            None => free_slot(&slots.peek(), device.root(), &machine.devices().taken_slots())
+                .map(|slot| PciAddress::in_slot(0, slot, 0, device.below_port()))
+                .map_err(|source| MachineError::Slot {
                     id: id.to_owned(),
-                    source: AddError::Full(0),
+                    source,
                 })?,
         };
         let handed: HandedEnds = handed.map(|end| (id.to_owned(), end.clone())).into_iter().collect();
@@ -223,12 +228,24 @@ fn shares_slot(id: &str, address: PciAddress, first: &str) -> String {
     )
 }
 
-/// The slot for a device that comes: the first that is free and not in `taken` (bit n: slot n); one whose device was taken by force, so
+/// The slot for a device that comes to a root bus: the first that is free and not `taken`; one whose device was taken by force, so
 /// that its driver may still be there, only when there is no other.
-fn free_slot(slots: &[PciSlot], taken: u32) -> Option<u8> {
-    let free = || (0u8..).zip(slots).filter(|(n, _)| taken >> n & 1 == 0);
+fn free_slot(slots: &[PciSlot], root: u8, taken: &BTreeSet<u8>) -> Result<u8, AddError> {
+    let bus = root * BUSES_OF_ROOT;
+    let own = || {
+        (0u8..=u8::MAX)
+            .zip(slots)
+            .skip(bus.into())
+            .take(BUSES_OF_ROOT.into())
+            .skip(1)
+    };
+    let free = || own().filter(|(n, _)| !taken.contains(n));
     let number = |wanted: fn(&PciSlot) -> bool| free().find(|(_, slot)| wanted(slot)).map(|(n, _)| n);
-    number(|slot| !slot.present && !slot.vanished).or_else(|| number(|slot| !slot.present))
+    let found = number(|slot| !slot.present && !slot.vanished).or_else(|| number(|slot| !slot.present));
+    found.ok_or(match root {
+        0 => AddError::Full(0),
+        _ => AddError::FullBus(bus),
+    })
 }
 
 #[cfg(test)]
@@ -245,14 +262,25 @@ mod tests {
             refusal: None,
         };
         let (taken, forced, free) = (slot(true, false), slot(false, true), slot(false, false));
-        assert_eq!(free_slot(&[taken, forced, free, free], 1), Some(2));
+        let slots = |begin: &[PciSlot]| {
+            let mut all = begin.to_vec();
+            all.resize(32, taken);
+            all
+        };
+        let none = BTreeSet::new();
+        assert_eq!(free_slot(&slots(&[taken, forced, free, free]), 0, &none), Ok(2));
         assert_eq!(
-            free_slot(&[taken, forced, free, free], 1 << 2),
-            Some(3),
+            free_slot(&slots(&[taken, forced, free, free]), 0, &BTreeSet::from([2])),
+            Ok(3),
             "its function 0 is to come"
         );
-        assert_eq!(free_slot(&[taken, forced, taken], 1), Some(1));
-        assert_eq!(free_slot(&[taken; 32], u32::MAX), None);
+        assert_eq!(free_slot(&slots(&[taken, forced, taken]), 0, &none), Ok(1));
+        assert_eq!(free_slot(&[taken; 32], 0, &none), Err(AddError::Full(0)));
+        let two = [slots(&[]), vec![free; 32]].concat();
+        assert_eq!(free_slot(&two, 1, &BTreeSet::from([33])), Ok(34), "slot 32 is nobody's");
+        assert_eq!(free_slot(&two, 0, &none), Err(AddError::Full(0)));
+        assert_eq!(free_slot(&two, 2, &none), Err(AddError::FullBus(64)));
+        assert_eq!(free_slot(&[free; 256], 7, &none), Ok(225));
     }
 
     #[test]

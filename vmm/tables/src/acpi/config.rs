@@ -154,7 +154,7 @@ pub struct ResetRegister {
     pub value: u8,
 }
 
-/// A PCI segment with one root.
+/// A root bus of a PCI segment. Those of one segment follow each other, with one ECAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciSegment {
     /// Segment number.
@@ -173,7 +173,7 @@ pub struct PciSegment {
     pub prt: Vec<PrtEntry>,
     /// NUMA node; not read without NUMA.
     pub node: u32,
-    /// How devices of the first bus come and go; without, those that are there stay.
+    /// How devices of its own bus come and go; without, those that are there stay. The registers of a segment's slots are one block.
     pub slots: Option<PciSlots>,
     /// The virtio-iommu that some of its functions are behind; at most one segment has one.
     pub iommu: Option<PciIommu>,
@@ -191,9 +191,11 @@ pub struct PciIommu {
 /// Slots whose devices come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PciSlots {
-    /// Address of their registers.
+    /// Address of the registers of all slots of the segment.
     pub registers: u64,
-    /// Bit n: the device of slot n stays.
+    /// Number there of the first slot of this bus, a multiple of 32.
+    pub first: u32,
+    /// Bit n: the device of slot n of this bus stays.
     pub fixed: u32,
 }
 
@@ -325,6 +327,18 @@ impl AcpiConfig {
 }
 
 impl PciSegment {
+    /// `roots` with those of one segment in one: all of its buses.
+    pub(super) fn joined(roots: &[Self]) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for root in roots {
+            match all.last_mut() {
+                Some(last) if last.segment == root.segment => last.last_bus = root.last_bus,
+                _ => all.push(root.clone()),
+            }
+        }
+        all
+    }
+
     /// Addresses of the segment's ECAM: first and length in bytes.
     pub(super) fn ecam(&self) -> (u64, u64) {
         let first = u64::from(self.first_bus) << 20;

@@ -56,7 +56,7 @@ pub(super) fn processor_container(processors: &[Processor], registers: Option<u6
             .map(|(uid, processor)| device(uid, processor, registers)),
     );
     if let Some(at) = registers {
-        children.extend(SLOTS.shared(at, 0..processors.len() as u32, None));
+        children.extend(SLOTS.shared(at, 0..processors.len() as u32, None, &[]));
     }
     Raw::of(&Device::new(Path::new("\\_SB_.CPUS"), refs(&children)))
 }

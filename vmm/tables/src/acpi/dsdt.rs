@@ -3,7 +3,7 @@
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, ZERO};
 use acpi_tables::{Aml, AmlSink};
 
-use super::config::{AcpiConfig, PmConfig, Register, Rtc, SerialPort};
+use super::config::{AcpiConfig, PciSegment, PmConfig, Register, Rtc, SerialPort};
 use super::table::Table;
 use super::{cpus, events, memory, pci};
 
@@ -75,7 +75,7 @@ fn soft_off() -> Raw {
 /// The device that claims what no other driver claims: ECAM and the fixed registers. Linux uses ECAM only when it is claimed.
 fn motherboard(config: &AcpiConfig) -> Raw {
     let mut resources = Vec::new();
-    for segment in &config.pci {
+    for segment in PciSegment::joined(&config.pci) {
         let (base, size) = segment.ecam();
         resources.push(memory_claim(base, size));
     }

@@ -46,7 +46,7 @@ impl MemorySlots {
 pub(super) fn container(slots: &MemorySlots, numa: bool) -> Raw {
     let mut children = vec![name("_HID", &EISAName::new("PNP0A06")), name("_UID", &"memory devices")];
     children.extend((0..slots.count).map(|slot| device(slots.registers, slot, numa)));
-    children.extend(SLOTS.shared(slots.registers, 0..slots.count, None));
+    children.extend(SLOTS.shared(slots.registers, 0..slots.count, None, &[]));
     Raw::of(&Device::new(Path::new("\\_SB_.MHPC"), refs(&children)))
 }
 

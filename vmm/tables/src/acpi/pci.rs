@@ -41,7 +41,7 @@ pub fn rotating_prt(gsis: &[u32]) -> Vec<PrtEntry> {
 pub(super) fn mcfg(segments: &[PciSegment]) -> Vec<u8> {
     let mut table = Table::new(*b"MCFG", MCFG_REVISION);
     table.push(&[0; 8]);
-    for segment in segments {
+    for segment in PciSegment::joined(segments) {
         table.push(&segment.ecam_base.to_le_bytes());
         table.push(&segment.segment.to_le_bytes());
         table.push(&[segment.first_bus, segment.last_bus, 0, 0, 0, 0]);
@@ -54,11 +54,32 @@ pub(super) fn roots(segments: &[PciSegment], config_ports: bool, numa: bool) -> 
     segments
         .iter()
         .enumerate()
-        .map(|(index, segment)| root(index, segment, config_ports && index == 0, numa))
+        .map(|(index, segment)| {
+            let others = others(index, segments);
+            root(index, segment, config_ports && index == 0, numa, &others)
+        })
         .collect()
 }
 
-fn root(index: usize, segment: &PciSegment, config_ports: bool, numa: bool) -> Raw {
+/// The other roots whose slots the first root of a segment hears of: their paths, and the numbers of their first slots.
+fn others(index: usize, segments: &[PciSegment]) -> Vec<(String, u32)> {
+    let Some(own) = segments
+        .get(index)
+        .and_then(|segment| segment.slots)
+        .filter(|slots| slots.first == 0)
+    else {
+        return Vec::new();
+    };
+    let other = |(at, segment): (usize, &PciSegment)| {
+        let slots = segment
+            .slots
+            .filter(|slots| at != index && slots.registers == own.registers)?;
+        Some((root_path(at), slots.first))
+    };
+    segments.iter().enumerate().filter_map(other).collect()
+}
+
+fn root(index: usize, segment: &PciSegment, config_ports: bool, numa: bool, others: &[(String, u32)]) -> Raw {
     let mut children = vec![
         name("_HID", &EISAName::new("PNP0A08")),
         name("_CID", &EISAName::new("PNP0A03")),
@@ -78,7 +99,7 @@ fn root(index: usize, segment: &PciSegment, config_ports: bool, numa: bool) -> R
     }
     let path = root_path(index);
     if let Some(slots) = &segment.slots {
-        children.extend(pci_slots::devices(&path, slots));
+        children.extend(pci_slots::devices(&path, slots, others));
     }
     Raw::of(&Device::new(Path::new(&path), refs(&children)))
 }
@@ -87,12 +108,12 @@ fn root_path(index: usize) -> String {
     format!("\\_SB_.PCI{index:X}")
 }
 
-/// Methods that handle what the event device reports about slots.
+/// Methods that handle what the event device reports about slots: one for each segment, in its first root.
 pub(super) fn scans(segments: &[PciSegment]) -> Vec<String> {
     let with_slots = segments
         .iter()
         .enumerate()
-        .filter(|(_, segment)| segment.slots.is_some());
+        .filter(|(_, segment)| segment.slots.is_some_and(|slots| slots.first == 0));
     with_slots
         .map(|(index, _)| pci_slots::scan_method(&root_path(index)))
         .collect()
@@ -101,7 +122,12 @@ pub(super) fn scans(segments: &[PciSegment]) -> Vec<String> {
 /// Claims of the registers of slots.
 pub(super) fn slot_claims(segments: &[PciSegment]) -> impl Iterator<Item = Raw> {
     let slots = segments.iter().filter_map(|segment| segment.slots.as_ref());
-    slots.map(|slots| memory_claim(slots.registers, pci_slots::registers_size()))
+    let firsts = slots.filter(|slots| slots.first == 0);
+    firsts.map(|slots| {
+        let shares = |other: &&PciSegment| other.slots.is_some_and(|other| other.registers == slots.registers);
+        let roots = segments.iter().filter(shares).count();
+        memory_claim(slots.registers, pci_slots::registers_size(roots))
+    })
 }
 
 fn resources(has_config_ports: bool, segment: &PciSegment) -> Raw {

@@ -2,8 +2,8 @@
 //! that pass notices on.
 
 use acpi_tables::aml::{
-    And, Arg, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, If, Local, Method, MethodCall,
-    NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Path, ShiftRight, Store, While, ZERO,
+    And, Arg, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, GreaterThan, If, Local,
+    Method, MethodCall, NotEqual, Notify, ONE, OpRegion, OpRegionSpace, Path, ShiftRight, Store, While, ZERO,
 };
 
 use super::dsdt::{Raw, refs};
@@ -48,17 +48,39 @@ impl Slots {
     }
 
     /// What the container of `slots`' devices has besides them, for the block at `at`: `SCN`, which takes one notice after the other until
-    /// there is none. A notice with the value 0 goes to `vanished`, if that is given.
-    pub(super) fn shared(&self, at: u64, slots: impl IntoIterator<Item = u32>, vanished: Option<&str>) -> Vec<Raw> {
+    /// there is none. A notice with the value 0 goes to `vanished`, if that is given. Those of slots from a number in `others` on go to the
+    /// method there.
+    pub(super) fn shared(
+        &self,
+        at: u64,
+        slots: impl IntoIterator<Item = u32>,
+        vanished: Option<&str>,
+        others: &[(String, u32)],
+    ) -> Vec<Raw> {
         let mut children = Vec::from(self.region("NOT", at, &[&"NUM", &"NXT"]));
-        children.push(self.pass_on(slots, vanished));
+        children.push(self.pass_on(slots, vanished, others));
         children.push(self.scan());
         children
     }
 
-    /// `TFY(slot, value)`: notifies that slot's device.
-    fn pass_on(&self, slots: impl IntoIterator<Item = u32>, vanished: Option<&str>) -> Raw {
+    /// `TFY(slot, value)`: notifies that slot's device, or has another method do so.
+    pub(super) fn pass_on(
+        &self,
+        slots: impl IntoIterator<Item = u32>,
+        vanished: Option<&str>,
+        others: &[(String, u32)],
+    ) -> Raw {
         let mut body = Vec::new();
+        for (method, first) in others.iter().rev() {
+            let call = Raw::of(&MethodCall::new(Path::new(method), vec![&Arg(0), &Arg(1)]));
+            // Nothing is left to do here.
+            let [slot, value] = [
+                Raw::of(&Store::new(&Arg(0), &ZERO)),
+                Raw::of(&Store::new(&Arg(1), &ONE)),
+            ];
+            let beyond = GreaterThan::new(&Arg(0), first);
+            body.push(Raw::of(&If::new(&beyond, vec![&call, &slot, &value])));
+        }
         if let Some(container) = vanished {
             let container = Path::new(container);
             let notify = Raw::of(&Notify::new(&container, &Arg(1)));

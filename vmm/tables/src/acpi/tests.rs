@@ -355,8 +355,52 @@ fn the_largest_machine_fits_below_the_bios() {
 fn slots(fixed: u32) -> PciSlots {
     PciSlots {
         registers: 0xFE02_0000,
+        first: 0,
         fixed,
     }
+}
+
+/// As many root buses like `first`, with 32 buses each.
+pub(super) fn roots(first: &PciSegment, count: u32) -> Vec<PciSegment> {
+    let root = |index: u32| PciSegment {
+        first_bus: 32 * index as u8,
+        last_bus: 32 * index as u8 + 31,
+        io: if index == 0 { first.io.clone() } else { vec![] },
+        node: index,
+        slots: Some(PciSlots {
+            first: 32 * index,
+            ..slots(u32::from(index == 0) << 4)
+        }),
+        iommu: first.iommu.clone().filter(|_| index == 0),
+        ..first.clone()
+    };
+    (0..count).map(root).collect()
+}
+
+#[test]
+fn root_buses_of_one_segment_share_what_is_the_segments() {
+    let mut config = with_numa(machine(2));
+    config.pci = roots(&config.pci[0], 2);
+    let built = build(&config).unwrap();
+    let tables = walk(&built);
+    let mcfg = &tables["MCFG"];
+    assert_eq!(
+        (mcfg.len(), u64_at(mcfg, 44), mcfg[52..56].to_vec()),
+        (60, ECAM, vec![0, 0, 0, 63])
+    );
+    let dsdt = &tables["DSDT"];
+    let find = |name: &[u8]| dsdt.windows(name.len()).filter(|window| *window == name).count();
+    // Both roots, and two processors.
+    assert_eq!((find(b"_BBN"), find(b"_PXM")), (2, 4));
+    assert_eq!(find(b"_EJ0"), 30 + 31);
+    assert_eq!((find(b"S021"), find(b"S03F"), find(b"S020")), (2, 2, 0));
+    // One takes the notices: defined, and called by the event device; the other is handed its own.
+    assert_eq!((find(b"SNXT"), find(b"SSCN"), find(b"STFY")), (3, 2, 4));
+    // Function 0 of slot 31: address 0x1f0000, number 63.
+    assert_eq!(find(b"_ADR\x0c\x00\x00\x1f\x00\x08_SUN\x0a\x3f"), 1);
+    // All the registers of slots are claimed once.
+    let claim = [&0xFE02_0000u32.to_le_bytes()[..], &(0x10 * 65u32).to_le_bytes()].concat();
+    assert_eq!(find(&claim), 1);
 }
 
 #[test]
@@ -448,7 +492,9 @@ fn variants() -> Vec<AcpiConfig> {
         registers: 0x12_3500_0000,
         count: 1,
     });
-    vec![machine(2), bare, large, growing, far]
+    let mut nodes = with_numa(machine(2));
+    nodes.pci = roots(&nodes.pci[0], 2);
+    vec![machine(2), bare, large, growing, far, nodes]
 }
 
 /// Takes every table apart with ACPICA and compiles the name space again: no warning, no remark about an error.

@@ -15,12 +15,12 @@ fn guest() -> Guest {
     })
 }
 
-fn at(bus: u8, device: u8, function: u8) -> PciAddress {
+pub(super) fn at(bus: u8, device: u8, function: u8) -> PciAddress {
     PciAddress::new(0, bus, device, function).expect("address")
 }
 
 /// A function with a BAR of each kind.
-fn with_bars(tag: u8, bars: &[(usize, BarKind, u64)]) -> Arc<Fake> {
+pub(super) fn with_bars(tag: u8, bars: &[(usize, BarKind, u64)]) -> Arc<Fake> {
     let fake = Fake::new(tag);
     let mut config = ConfigSpace::new(&Identity {
         vendor: 0x1234,
@@ -37,7 +37,7 @@ fn with_bars(tag: u8, bars: &[(usize, BarKind, u64)]) -> Arc<Fake> {
     fake
 }
 
-fn bar(fake: &Fake, index: usize) -> u64 {
+pub(super) fn bar(fake: &Fake, index: usize) -> u64 {
     fake.bars()[index].expect("bar").address
 }
 
@@ -45,7 +45,7 @@ fn bar(fake: &Fake, index: usize) -> u64 {
 fn a_port_comes_with_what_is_below_it_and_goes_with_the_last_of_that() {
     let m = guest();
     m.add(1);
-    let place = m.root.free_below_port().expect("a slot");
+    let place = m.root.free_place(0, true).expect("a slot");
     assert_eq!(place, at(2, 0, 0));
     let fake = Fake::new(7);
     assert_eq!(m.root.add(fake.clone(), Some(place)), Ok(place));
@@ -80,7 +80,7 @@ fn a_port_comes_with_what_is_below_it_and_goes_with_the_last_of_that() {
     assert_eq!(m.config(port, 0) >> 16, 0x000c);
     m.root.remove(second).expect("there");
     assert_eq!(m.config(port, 0), u32::MAX);
-    assert_eq!(m.root.free_below_port(), Ok(place));
+    assert_eq!(m.root.free_place(0, true), Ok(place));
 }
 
 #[test]

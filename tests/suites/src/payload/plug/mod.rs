@@ -15,6 +15,7 @@ use triarch_harness::vm::VmBuilder;
 
 mod disks;
 mod kinds;
+mod nodes;
 mod ports;
 mod removals;
 mod soak;
@@ -25,6 +26,7 @@ pub fn tests() -> Vec<Test> {
     [
         disks::TESTS,
         kinds::TESTS,
+        nodes::TESTS,
         ports::TESTS,
         removals::TESTS,
         removals::SLOW,

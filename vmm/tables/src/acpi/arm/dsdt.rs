@@ -2,7 +2,7 @@
 
 use acpi_tables::aml::{Device, EISAName, Interrupt, Memory32Fixed, Path, ResourceTemplate, ZERO};
 
-use super::super::config::Register;
+use super::super::config::{PciSegment, Register};
 use super::super::dsdt::{REVISION, Raw, memory_claim, name, refs};
 use super::super::table::Table;
 use super::super::{cpus, events, memory, pci};
@@ -40,7 +40,8 @@ pub(super) fn dsdt(config: &ArmAcpiConfig) -> Vec<u8> {
 
 /// Claims what no driver claims: ECAM, without which Linux does not use it, and the machine's registers.
 fn motherboard(config: &ArmAcpiConfig) -> Raw {
-    let ecam = config.pci.iter().map(|segment| segment.ecam());
+    let segments = PciSegment::joined(&config.pci);
+    let ecam = segments.iter().map(PciSegment::ecam);
     let mut resources: Vec<Raw> = ecam
         .chain(config.claimed.iter().copied())
         .map(|(base, size)| memory_claim(base, size))

@@ -68,7 +68,8 @@ struct Mapping {
 const _: () = assert!(size_of::<ItsGroup>() == 24);
 const _: () = assert!(size_of::<RootComplex>() == 60);
 
-pub(super) fn iort(segments: &[PciSegment]) -> Vec<u8> {
+pub(super) fn iort(roots: &[PciSegment]) -> Vec<u8> {
+    let segments = PciSegment::joined(roots);
     let mut table = Table::new(*b"IORT", REVISION);
     table.push(&(segments.len() as u32 + 1).to_le_bytes());
     table.push(&NODES_AT.to_le_bytes());
@@ -86,7 +87,7 @@ pub(super) fn iort(segments: &[PciSegment]) -> Vec<u8> {
         its: ITS_ID.into(),
     };
     table.push(group.as_bytes());
-    for (id, segment) in (1u32..).zip(segments) {
+    for (id, segment) in (1u32..).zip(&segments) {
         let size = size_of::<RootComplex>();
         let root = RootComplex {
             node: Node {

@@ -58,6 +58,7 @@ fn config(cpus: u32, enabled: u32) -> ArmAcpiConfig {
             node: 0,
             slots: (enabled < cpus).then_some(PciSlots {
                 registers: 0x0907_0000,
+                first: 0,
                 fixed: 2,
             }),
             iommu: (enabled < cpus).then(|| PciIommu {
