@@ -195,7 +195,7 @@ mod tests {
             mmio64: 0x1_0000_0000..0xff_ffff_0000,
             io: 0x1000..0xf000,
         };
-        assert_eq!(all.divided(1), [all.clone()]);
+        assert_eq!(all.divided(1), std::slice::from_ref(&all));
         let two = all.divided(2);
         assert_eq!(
             (two[0].mmio32.clone(), two[1].mmio32.clone()),

@@ -78,9 +78,10 @@ fn disks(context: &Context) -> Result<Outcome> {
         works(guest, "vda")?;
         subject.remove("second", &bdf, "/sys/block/vdb")?;
     }
-    // One that is taken by force is missed.
+    // One that is taken by force is missed. A driver would wait for it for ever.
     let body = json!({ "id": "second", "path": second.path(), "guest_numa_id": 1 });
     let bdf = subject.add("vm.add-disk", &body, "/sys/block/vdb")?;
+    guest.shell(&format!("echo {bdf} >/sys/bus/pci/drivers/virtio-pci/unbind"))?;
     let api = guest.vm().api()?.within(LIMIT);
     let force = json!({ "id": "second", "force": true }).to_string();
     api.put("vm.remove-device", Some(&force))?;
