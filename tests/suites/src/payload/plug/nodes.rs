@@ -117,7 +117,7 @@ fn disks_are_on_the_buses_of_their_nodes(context: &Context) -> Result<Outcome> {
     ensure!(tree["_virtio-pci-two"]["parent"] == "_root-port-41", "{tree}");
     ensure!(tree["_root-port-41"]["pci_bdf"] == "0000:40:01.0", "{tree}");
     // What leads to the last bus has a number below that of its root.
-    ensure!(p.guest.ask("port 65 look")?.contains(" bus=65 "));
+    ensure!(p.guest.ask("root-port 65 look")?.contains(" bus=65 "));
     p.guest.send("pm reset")?;
     p.guest.wait_ready()?;
     told(&mut p)?;
@@ -174,8 +174,8 @@ fn a_guest_that_was_saved_has_them_there(context: &Context) -> Result<Outcome> {
     let body = json!({ "id": "late", "path": late.path(), "guest_numa_id": 1, "root_port": true });
     ensure!(add(&p, &body)? == "0000:22:00.0");
     p.takes(1)?;
-    p.guest.ask("port 34 number 40")?;
-    let look = p.guest.ask("port 34 look")?;
+    p.guest.ask("root-port 34 number 40")?;
+    let look = p.guest.ask("root-port 34 look")?;
     ensure!(look.contains(" bus=40 "), "{look}");
     // Its messages come from the new number, once its driver is started anew.
     p.guest.ask("blk 2 init")?;
@@ -189,7 +189,7 @@ fn a_guest_that_was_saved_has_them_there(context: &Context) -> Result<Outcome> {
     let mut guest = restore(context, &directory)?;
     let after = guest.vm().api()?.get("vm.info")?;
     same_machine(&before, &after)?;
-    ensure!(guest.ask("port 34 look")? == look);
+    ensure!(guest.ask("root-port 34 look")? == look);
     guest.ask("blk 0 verify 0 100 1")?;
     works(&mut guest, 1, 4)?;
     works(&mut guest, 2, 3)?;
