@@ -5,22 +5,55 @@
 
 use std::ptr;
 
+use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
+
 /// Bytes of the huge pages that a host can use without being told to.
 const HUGE: u64 = 2 << 20;
 
+/// How often a mapping that lies badly is made anew.
+const ATTEMPTS: usize = 8;
+
+/// What `map` maps, `size` bytes for the GPA `base`, placed so that huge pages of the host can be the guest's. If that cannot be had, it lies
+/// somewhere else, and nothing but speed is lost.
+///
+/// # Errors
+/// `map` fails at once.
+pub(crate) fn placed<B: Bitmap, E>(
+    base: u64,
+    size: u64,
+    map: impl Fn() -> Result<MmapRegion<B>, E>,
+) -> Result<MmapRegion<B>, E> {
+    // Each fills the room where it is, so that the next one is somewhere else; they go with this.
+    let mut misplaced = Vec::new();
+    loop {
+        let room = Room::new(base, size);
+        let mapping = match map() {
+            Ok(mapping) => mapping,
+            Err(error) => return misplaced.pop().ok_or(error),
+        };
+        drop(room);
+        let lies_well = mapping.as_ptr() as u64 % HUGE == base % HUGE;
+        if size < HUGE || lies_well || misplaced.len() == ATTEMPTS {
+            return Ok(mapping);
+        }
+        misplaced.push(mapping);
+    }
+}
+
 /// Two mappings that nobody can touch, with room for a region in between; they go with this.
 ///
-/// Linux takes the highest room that is large enough for a mapping without a place of its own. That was where this one is, and
-/// still is unless another thread was faster: then the region lies somewhere else, and nothing but speed is lost.
+/// Linux takes the highest room that is large enough for a mapping without a place of its own. That was where this one is, and it still is,
+/// unless there is a higher one that is large enough for the region and not for both, or another thread was faster.
 #[derive(Debug)]
-pub(crate) struct Room {
+struct Room {
     /// Addresses and bytes.
     guards: [(usize, usize); 2],
 }
 
 impl Room {
     /// Room for `size` bytes at the GPA `base`; none for those too small for a huge page, or if the address space is short of it.
-    pub(crate) fn new(base: u64, size: u64) -> Option<Self> {
+    fn new(base: u64, size: u64) -> Option<Self> {
         if size < HUGE {
             return None;
         }

@@ -10,7 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
-use crate::align::Room;
+use crate::align;
 use crate::discard::advise;
 use crate::{GuestMemory, GuestRegion, node};
 
@@ -227,11 +227,13 @@ fn map_region(
         // Tried without a bitmap first: for more pages than the pool has, that might take more memory than the host has.
         map(size, (), flags, backing.clone()).map_err(failed)?;
     }
-    let bitmap = AtomicBitmap::with_len(size as usize);
-    // The pool's pages are aligned by themselves.
-    let room = options.huge_pages.is_none().then(|| Room::new(base.0, size));
-    let mapping = map(size, bitmap, flags, backing).map_err(failed)?;
-    drop(room);
+    let make = || map(size, AtomicBitmap::with_len(size as usize), flags, backing.clone());
+    let mapping = match options.huge_pages {
+        // The pool's pages are aligned by themselves.
+        Some(_) => make(),
+        None => align::placed(base.0, size, make),
+    };
+    let mapping = mapping.map_err(failed)?;
     let region = GuestRegion::new(mapping, base).ok_or(MemoryError::Unaligned {
         base: base.0,
         size,
