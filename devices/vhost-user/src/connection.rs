@@ -7,7 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -33,6 +33,7 @@ const HASTE: Duration = Duration::from_millis(100);
 pub(crate) struct Wake {
     event: Event,
     urgent: AtomicU32,
+    heard: AtomicBool,
 }
 
 impl Wake {
@@ -40,6 +41,7 @@ impl Wake {
         Ok(Self {
             event: Event::new()?,
             urgent: AtomicU32::new(0),
+            heard: AtomicBool::new(false),
         })
     }
 
@@ -66,6 +68,17 @@ impl Wake {
     /// Back to sleep until the next ring.
     pub(crate) fn clear(&self) {
         self.event.clear();
+    }
+
+    /// Notes a ring while the thread waits for its daemon, which rings no more: [`Wake::was_heard`].
+    fn hear(&self) {
+        self.event.clear();
+        self.heard.store(true, Ordering::Release);
+    }
+
+    /// Whether there was such a ring since this was asked.
+    pub(crate) fn was_heard(&self) -> bool {
+        self.heard.swap(false, Ordering::AcqRel)
     }
 
     pub(crate) fn event(&self) -> &Event {
@@ -235,7 +248,7 @@ impl Connection {
             let (socket, ring, back) = (ready(0), ready(1), ready(2));
             if ring {
                 // Whoever rang left something behind that is looked for after this.
-                wake.clear();
+                wake.hear();
             }
             if back && let Some(channel) = &self.back {
                 channel.serve()?;

@@ -186,10 +186,9 @@ impl Engine {
             }
             self.catch_up();
             let timeout = self.tend();
-            // Whoever waits for a daemon takes note of the ring that came with an order. So one may be there by now that rings no more.
-            match commands.try_recv() {
-                Ok(command) => self.obey(command),
-                Err(_) => return timeout,
+            // Whoever waits for a daemon takes note of rings. So there may be an order by now, or something to catch up with, that rings no more.
+            if !self.shared.wake.was_heard() {
+                return timeout;
             }
         }
     }

@@ -1,5 +1,6 @@
 //! What differs between kinds of device.
 
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -68,8 +69,12 @@ fn offers(talk: &mut Conversation, received: &Received, features: u64, protocol:
 }
 
 fn net(mac: Option<[u8; 6]>, counters: NetCounters) -> Arc<DaemonNet> {
+    net_with(1, mac, counters)
+}
+
+fn net_with(pairs: u16, mac: Option<[u8; 6]>, counters: NetCounters) -> Arc<DaemonNet> {
     let options = NetOptions {
-        pairs: 1,
+        pairs,
         queue_size: 64,
         mac,
         fallback_mac: MAC,
@@ -183,6 +188,67 @@ fn a_daemon_hears_of_all_rings_before_it_has_one() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(*heard.lock().expect("lock"), [0, 1, 0]);
+    device.reset();
+}
+
+#[test]
+fn pairs_that_are_chosen_while_the_daemon_is_waited_for_are_used() {
+    const WORKS: u8 = 4;
+    let (asked, begins) = channel();
+    let (go_on, told) = channel();
+    let told = Mutex::new(told);
+    let enabled = Arc::new(Mutex::new(Vec::new()));
+    let seen = enabled.clone();
+    let rig = Rig::new(
+        net_with(2, None, NetCounters::new(2)),
+        OnDisconnect::Stall,
+        move |talk, received| {
+            let is = |request: Request| received.request == request as u32;
+            // It takes its time until all rings are there, and then until the driver has chosen.
+            if is(Request::SET_FEATURES) || is(Request::SET_STATUS) && received.payload[0] & WORKS != 0 {
+                asked.send(()).expect("somebody waits");
+                let _ = told.lock().expect("lock").recv_timeout(Duration::from_secs(5));
+            }
+            if is(Request::SET_VRING_ENABLE) && received.payload[4] == 1 {
+                seen.lock().expect("lock").push(received.payload[0]);
+            }
+            offers(
+                talk,
+                received,
+                0,
+                protocol::REPLY_ACK | protocol::MQ | protocol::STATUS,
+                2,
+            )
+        },
+    );
+    let mut device = rig.device;
+    let first = FakeDriver::sharing(64, true);
+    let others: Vec<_> = (1..5).map(|index| FakeDriver::beside(&first, index)).collect();
+    device.activate(first.context(f::MQ | f::CTRL_VQ)).expect("activate");
+    begins.recv_timeout(Duration::from_secs(5)).expect("features");
+    for driver in std::iter::once(&first).chain(&others) {
+        device.start_queue(driver.queue()).expect("start");
+    }
+    go_on.send(()).expect("the daemon waits");
+    begins.recv_timeout(Duration::from_secs(5)).expect("the status");
+    assert_eq!(*enabled.lock().expect("lock"), [0, 1]);
+    // VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET
+    first
+        .ram()
+        .write_slice(&[4, 0, 2, 0], GuestAddress(0xa000))
+        .expect("command");
+    let mut control = others.into_iter().nth(3).expect("the control queue");
+    let head = control.add(&[Desc::readable(0xa000, 4), Desc::writable(0xa100, 1)]);
+    control.kick();
+    assert_eq!(control.wait_used(), Some((head, 1)));
+    // So that the ring is heard by who waits for the daemon.
+    std::thread::sleep(Duration::from_millis(50));
+    go_on.send(()).expect("the daemon waits");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while *enabled.lock().expect("lock") != [0, 1, 2, 3] {
+        assert!(Instant::now() < deadline, "{enabled:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     device.reset();
 }
 
