@@ -70,9 +70,10 @@ pub fn init(base: u64) -> Result<(), String> {
         let at = GITS_BASER + 8 * number;
         let kind = registers.read64_whole(at) >> 56 & 7;
         if kind == DEVICES || kind == COLLECTIONS {
-            // One page, enough for every function of 32 buses.
-            let table = block(TABLE_BYTES, TABLE_BYTES)?;
-            registers.write64_whole(at, VALID | SHARED_CACHED | table | PAGE_64K);
+            // 8 bytes for every function of 256 buses.
+            let pages = if kind == DEVICES { 8 } else { 1 };
+            let table = block(pages * TABLE_BYTES, TABLE_BYTES)?;
+            registers.write64_whole(at, VALID | SHARED_CACHED | table | PAGE_64K | (pages as u64 - 1));
         }
     }
     let queue = block(QUEUE_BYTES as usize, TABLE_BYTES)?;
